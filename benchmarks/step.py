@@ -1,0 +1,324 @@
+"""Seconds and memory of one DPO step: Plumbline, the naive way, and TRL's DPOTrainer, on the same weights and pairs.
+
+    python benchmarks/step.py --size small
+
+A step is: policy forward, reference forward (every step, adapters off), DPO loss, backward, clipping, AdamW. All
+sides start from pixels on the CPU that are already preprocessed, so reading and resizing pictures is not counted.
+
+    Plumbline    model/logprobs.py: vision once, shared prefixes, scored positions only
+    naive        one sequence at a time, vision tower every time, full logits (`naive_logprobs`)
+    TRL compact  DPOTrainer made to score only the response positions, as it does on CUDA: the fair peer
+    TRL stock    DPOTrainer as it is; on a CPU it projects every position onto the vocabulary
+
+One llava-hf checkpoint with random weights is written to a temporary folder and loaded by both libraries, with the
+same LoRA weights (B ~ N(0, 0.01), so that policy and reference differ). The learning rate is 0: every round repeats
+the same arithmetic, AdamW included, and the losses and gradient norms of all sides must agree.
+
+Seconds are CPU seconds of one thread, the median over rounds in which the variants take turns. Peak memory is the
+kernel's high-water mark of resident memory during a step (/proc, so Linux only) above what was resident before it:
+weights and optimiser state do not count, activations and gradients do. bf16 means weights in bf16, LoRA weights in
+fp32, autocast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from losses.dpo import dpo_loss  # noqa: E402
+from model.checkpoint import load_llava  # noqa: E402
+from model.logprobs import Scorer, Sequence, naive_logprobs, pack  # noqa: E402
+from model.lora import TARGETS, Reference, add_lora, lora_layers  # noqa: E402
+
+try:
+    import transformers
+    import trl.trainer.utils as trl_utils
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, models
+    from trl import DPOConfig, DPOTrainer
+except ImportError as error:
+    sys.exit(f"This benchmark needs the peers it compares with: pip install transformers peft trl ({error})")
+
+BETA, CLIP = 0.1, 1.0
+OURS, NAIVE, COMPACT, STOCK = VARIANTS = ("Plumbline", "naive", "TRL compact", "TRL stock")
+Step = Callable[[], tuple[float, float]]  # runs one step; loss and gradient norm before clipping
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of the two networks and of the batch; pairs of numbers are inclusive ranges of token counts."""
+
+    width: int
+    layers: int
+    heads: int
+    ffn: int
+    vision_width: int
+    vision_layers: int
+    image: int = 336
+    patch: int = 14
+    vocabulary: int = 32064
+    rank: int = 128
+    pairs: int = 4
+    prompt: tuple[int, int] = (40, 44)  # without image tokens
+    response: tuple[int, int] = (90, 109)
+
+
+SIZES = {
+    "tiny": Size(160, 4, 5, 432, 128, 5, image=96, patch=12, vocabulary=256, rank=32, pairs=16,
+                 prompt=(14, 20), response=(35, 55)),
+    "small": Size(512, 8, 8, 1408, 256, 6),
+    "medium": Size(1024, 16, 16, 2816, 512, 12),
+}
+
+
+class Pair(NamedTuple):
+    prompt: tuple[int, ...]  # with its image tokens
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+
+def draw_batch(size: Size) -> tuple[list[Pair], Tensor]:
+    """Random pairs and their pixels (pairs, 3, S, S); the image token is the last of the vocabulary but one."""
+    rng = torch.Generator().manual_seed(0)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        count = torch.randint(low, high + 1, (), generator=rng).item()
+        return tuple(torch.randint(3, size.vocabulary - 2, (count,), generator=rng).tolist())
+
+    image = (size.vocabulary - 2,) * (size.image // size.patch) ** 2
+    pairs = []
+    for _ in range(size.pairs):
+        text = tokens(*size.prompt)
+        pairs.append(Pair(text[:10] + image + text[10:], tokens(*size.response), tokens(*size.response)))
+    return pairs, torch.randn(size.pairs, 3, size.image, size.image, generator=rng)
+
+
+def write_checkpoint(size: Size, folder: str) -> None:
+    """A llava-hf folder with random weights."""
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=size.vision_width, intermediate_size=4 * size.vision_width, num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_width // 32 if size.vision_width < 256 else size.vision_width // 64,
+        image_size=size.image, patch_size=size.patch,
+    )
+    text = transformers.LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.ffn,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        max_position_embeddings=2048,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=size.vocabulary - 2
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+
+
+def our_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool) -> tuple[dict[str, Step], dict]:
+    """Steps of Plumbline and of the naive way, which share one model; and the model's LoRA layers by name."""
+    pairs, pixels = draw_batch(size)
+    model = load_llava(folder, dtype).requires_grad_(False)
+    torch.manual_seed(1)
+    decoder = model.language_model.model
+    add_lora(decoder, size.rank, 2 * size.rank)
+    layers = lora_layers(decoder)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.01)
+    decoder.checkpointing = checkpointing
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
+    autocast = torch.bfloat16 if dtype is torch.bfloat16 else None
+    scorer, reference = Scorer(model, autocast), Reference(model)
+    sequences = [Sequence(i, p.prompt, p.chosen) for i, p in enumerate(pairs)]
+    sequences += [Sequence(i, p.prompt, p.rejected) for i, p in enumerate(pairs)]
+
+    def finish(policy: Tensor, frozen: Tensor) -> tuple[float, float]:
+        loss = dpo_loss(*policy.chunk(2), *frozen.chunk(2), beta=BETA)[0].mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), norm.item()
+
+    def shared() -> tuple[float, float]:
+        packed, features = pack(sequences), model.vision_features(pixels)
+        policy = scorer(packed, features)[0].sum(1)  # (2 pairs,)
+        with reference():
+            frozen = scorer(packed, features)[0].sum(1)
+        return finish(policy, frozen)
+
+    def naive() -> tuple[float, float]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            policy = torch.stack([t.sum() for t in naive_logprobs(model, sequences, pixels)])
+            with reference():
+                frozen = torch.stack([t.sum() for t in naive_logprobs(model, sequences, pixels)])
+        return finish(policy, frozen)
+
+    return {OURS: shared, NAIVE: naive}, layers
+
+
+def trl_batch(size: Size) -> dict[str, Tensor]:
+    """The same batch as TRL's vision collator lays it out: chosen rows, then rejected rows, images repeated."""
+    pairs, pixels = draw_batch(size)
+    rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    batch = {k: torch.zeros(len(rows), width, dtype=torch.long)
+             for k in ("input_ids", "attention_mask", "completion_mask")}
+    for i, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        batch["input_ids"][i, :end] = torch.tensor(prompt + response)
+        batch["attention_mask"][i, :end] = 1
+        batch["completion_mask"][i, len(prompt) : end] = 1
+    return batch | {"pixel_values": torch.cat([pixels, pixels])}
+
+
+def trl_processor(size: Size) -> transformers.LlavaProcessor:
+    """DPOTrainer demands a processor; it is never used, because the batch is ready."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<image>": size.vocabulary - 2}, unk_token="<pad>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+    return transformers.LlavaProcessor(transformers.CLIPImageProcessor(), tokenizer, patch_size=size.patch)
+
+
+def trl_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool, ours: dict) -> dict[str, Step]:
+    """Steps of DPOTrainer, with the LoRA weights of `ours`; its own `train` does the set-up (and one step)."""
+    batch = trl_batch(size)
+    base = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    lora = LoraConfig(r=size.rank, lora_alpha=2 * size.rank, lora_dropout=0.0, bias="none",
+                      target_modules=rf".*language_model\..*\.({'|'.join(TARGETS)})")
+    config = DPOConfig(
+        folder, bf16=dtype is torch.bfloat16, use_cpu=True, gradient_checkpointing=checkpointing, beta=BETA,
+        learning_rate=0.0, weight_decay=0.0, max_grad_norm=CLIP, per_device_train_batch_size=size.pairs, max_steps=1,
+        max_length=None, remove_unused_columns=False, report_to=[], save_strategy="no", logging_strategy="no",
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )
+    rows = Dataset.from_list([{"image": 0, "prompt": "", "chosen": "", "rejected": ""}] * size.pairs)
+    trainer = DPOTrainer(base, args=config, train_dataset=rows, data_collator=lambda _: dict(batch),
+                         processing_class=trl_processor(size), peft_config=lora)
+    copied = 0
+    for name, parameter in trainer.model.named_parameters():
+        if ".lora_" in name:
+            layer, leaf = name.removesuffix(".default.weight").split("language_model.")[1].rsplit(".", 1)
+            parameter.data.copy_(getattr(ours[layer], leaf))
+            copied += 1
+    if copied != 2 * len(ours):
+        raise RuntimeError(f"copied {copied} LoRA tensors to TRL, expected {2 * len(ours)}")
+    trainer.train()
+    own_rule = trl_utils._use_triton
+
+    def step(rule: Callable) -> tuple[float, float]:
+        trl_utils._use_triton = rule  # decides whether unlabelled positions are dropped before the head
+        loss = trainer.training_step(trainer.model_wrapped, dict(batch))
+        norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), CLIP)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return loss.item(), float(norm)
+
+    return {COMPACT: lambda: step(lambda device: True), STOCK: lambda: step(own_rule)}
+
+
+def cpu_seconds(step: Step) -> float:
+    gc.collect()
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def peak_mebibytes(step: Step) -> float:
+    """High-water mark of resident memory while `step` runs, above the resident memory before it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    step()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    """A KiB field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def return_freed_memory() -> None:
+    """Serve blocks of 1 MiB and more by mmap from now on, so that a freed tensor leaves the resident set at once.
+
+    Only for the memory pass: it makes allocation slower than the default, which adapts its threshold.
+    """
+    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
+def check(results: dict[str, tuple[float, float]], exact: bool) -> None:
+    """Losses and gradient norms against TRL compact (or the first variant); in fp32 a difference is an error."""
+    peer = COMPACT if COMPACT in results else next(iter(results))
+    for name, (loss, norm) in results.items():
+        off = abs(loss - results[peer][0])
+        off_norm = abs(norm / results[peer][1] - 1)
+        print(f"  {name:<12} loss {loss:.6f} ({off:.1e} from {peer}), gradient norm {norm:.5f} ({off_norm:.1e})")
+        if exact and max(off, off_norm) > 1e-4:
+            sys.exit(f"{name} and {peer} disagree: this would compare different computations")
+
+
+def compare(folder: str, size: Size, dtype: torch.dtype, rounds: int, only: list[str]) -> list[str]:
+    """Measure every variant with and without checkpointing; table rows."""
+    steps, results = {}, {}
+    for checkpointing in (False, True):
+        own, layers = our_steps(folder, size, dtype, checkpointing)
+        peers = trl_steps(folder, size, dtype, checkpointing, layers) if {COMPACT, STOCK} & set(only) else {}
+        steps |= {(name, checkpointing): step for name, step in (own | peers).items() if name in only}
+        results = {name: steps[name, checkpointing]() for name in only}  # also the warm-up
+        print(f"{dtype}, checkpointing {checkpointing}")
+        check(results, exact=dtype is torch.float32)
+    turns = [{key: cpu_seconds(step) for key, step in steps.items()} for _ in range(rounds)]
+    seconds = {key: statistics.median(turn[key] for turn in turns) for key in steps}
+    return_freed_memory()
+    memory = {key: peak_mebibytes(step) for key, step in steps.items()}
+    rows = []
+    for key in steps:
+        ours = (OURS, key[1])
+        ratios = f"{seconds[key] / seconds[ours]:.2f}x | {memory[key]:.0f} | {memory[key] / memory[ours]:.1f}x"
+        kind = str(dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
+        rows.append(f"| {kind} | {'on' if key[1] else 'off'} | {key[0]} | {seconds[key]:.2f} | {ratios} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help=f"always with {OURS}")
+    args = parser.parse_args()
+    only = [v for v in VARIANTS if v in args.only or v == OURS]
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    size = SIZES[args.size]
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(size, folder)
+        rows = compare(folder, size, getattr(torch, args.dtype), args.rounds, only)
+    print(f"\n{args.size}, torch {torch.__version__}, transformers {transformers.__version__}, trl {trl_version()}")
+    print(f"\n| precision | checkpointing | step | CPU s | vs {OURS} | peak MiB | vs {OURS} |")
+    print("|---|---|---|---|---|---|---|", *rows, sep="\n")
+
+
+def trl_version() -> str:
+    import trl
+
+    return trl.__version__
+
+
+if __name__ == "__main__":
+    main()

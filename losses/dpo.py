@@ -1,0 +1,80 @@
+"""DPO: direct preference optimisation.
+
+Direct Preference Optimization: Your Language Model is Secretly a Reward Model.
+R. Rafailov, A. Sharma, E. Mitchell, S. Ermon, C. D. Manning, C. Finn, NeurIPS 2023, arXiv 2305.18290.
+
+    r(v, y) = beta [log pi(y | x, v) - log pi_ref(y | x, v)]                      implicit reward, Section 4
+    L_DPO   = -log sigma(r(v, y_w) - r(v, y_l))                                                       Eq. 7
+
+with x the prompt, v the image, y_w the chosen and y_l the rejected response, sigma the logistic function.
+If policy and reference agree, L_DPO = ln 2.
+
+    symbol                    argument                   shape
+    log pi(y_w | x, v)        policy_chosen_logps        (B,)   sum over the response tokens, EOS included
+    log pi(y_l | x, v)        policy_rejected_logps      (B,)
+    log pi_ref(y_w | x, v)    reference_chosen_logps     (B,)
+    log pi_ref(y_l | x, v)    reference_rejected_logps   (B,)
+    beta                      beta                       float  strength of the pull towards the reference
+
+Departures
+- From the paper: none but the image v, which is part of the condition, like the prompt.
+- From the released code: its label smoothing, IPO and reference-free variants are left out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+# sequence name -> (image field, response field) of a pair record
+SEQUENCES = {
+    "chosen": ("image", "chosen"),
+    "rejected": ("image", "rejected"),
+}
+
+
+def dpo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    *,
+    beta: float = 0.1,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Prefer the chosen response over the rejected response.
+
+    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
+    `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive.
+    Raises ValueError or RuntimeError if the shapes differ.
+    """
+    policy = torch.stack([policy_chosen_logps, policy_rejected_logps])  # (2, B)
+    reference = torch.stack([reference_chosen_logps, reference_rejected_logps])  # (2, B)
+    if policy.ndim != 2 or policy.shape != reference.shape:
+        raise ValueError(f"log-probs must all be (B,), not {list(policy.shape[1:])}"
+                         f" of the policy and {list(reference.shape[1:])} of the reference")
+
+    precision = torch.promote_types(policy.dtype, torch.float32)  # at least fp32: differences of large sums
+    rewards = beta * (policy.to(precision) - reference)  # (2, B)
+    chosen, rejected = rewards
+    loss = -F.logsigmoid(chosen - rejected)  # (B,)  Eq. 7, https://arxiv.org/abs/2305.18290
+
+    metrics = {
+        "reward/chosen": chosen,
+        "reward/rejected": rejected,
+        "margin": chosen - rejected,
+        "accuracy": (chosen > rejected).float(),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+if __name__ == "__main__":
+    zero = torch.zeros(1)
+    start, _ = dpo_loss(zero, zero, zero, zero)
+    torch.testing.assert_close(start, torch.tensor([math.log(2)]))
+    # Log-ratios +20 and -10 at beta 0.1 are rewards 2 and -1: margin 3, -log sigma(3) = ln(1 + e^-3).
+    loss, _ = dpo_loss(zero + 20, zero - 10, zero, zero)
+    torch.testing.assert_close(loss, torch.tensor([math.log(1 + math.exp(-3))]))
+    print(f"dpo ok: starts at {start.item():.6f} = ln 2, margin 3 gives {loss.item():.6f} = ln(1 + e^-3)")

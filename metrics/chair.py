@@ -1,0 +1,161 @@
+"""CHAIR: which objects does a caption mention that the picture does not show?
+
+Paper: Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv:1809.02156.
+For captions c with mentions m(c) (list of COCO classes, repeats kept) and pictures that show g(c) (set):
+
+    CHAIRs = #{c : some mention not in g(c)} / #captions
+    CHAIRi = #{mentions not in g(c)} / #{mentions}              pooled over all captions
+    Recall = sum_c |set(m(c)) & g(c)| / sum_c |g(c)|            not in the paper; usually printed beside it
+
+| symbol | argument                | type                                |
+|--------|-------------------------|-------------------------------------|
+| c      | captions[image_id]      | str                                 |
+| g(c)   | objects[image_id]       | set of COCO class names             |
+| m(c)   | mentions(captions[...]) | list of (word as found, COCO class) |
+
+A caption becomes mentions by the rules of the released code: lower-case -> word tokens -> singular of
+every token -> two-word names joined from left to right -> "seat" dropped beside "toilet" -> tokens in the
+synonym list -> class. Ground truth for COCO: the instance classes and those that the five reference
+captions name.
+
+Departures from the released code, none of which changes a figure on its data:
+- NLTK's tokeniser and `pattern.en.singularize` are replaced by `tokenize` and `singularize` below, which
+  agree with them on every word that can become a COCO class. Known oddities are kept because published
+  figures contain them: "bus" becomes "bu" and is never counted ("buses" is), "ties" becomes "ty".
+- With no mention at all CHAIRi is 0.0 (the released code divides by zero); so are the other ratios.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+SYNONYMS = Path(__file__).with_name("chair_synonyms.txt")
+RULES = "CHAIR as released (BSD list of 80 classes, singular form of every token, joined two-word names)"
+
+# Two-word names as they look AFTER singularisation. "sports ball" and "tennis racket" of the released list
+# lose their s there, can never match and are left out (both are found through "ball" and "racket").
+_TWO_WORDS = """motor bike, motor cycle, air plane, traffic light, street light, traffic signal, stop light,
+    fire hydrant, stop sign, parking meter, suit case, baseball bat, baseball glove, wine glass, hot dog,
+    cell phone, mobile phone, teddy bear, hair drier, potted plant, laptop computer, home plate,
+    train track"""
+_ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
+TWO_WORDS: dict[str, str] = {name.strip(): name.strip() for name in _TWO_WORDS.split(",")}
+TWO_WORDS |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS}
+TWO_WORDS |= {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
+TWO_WORDS |= {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}
+
+_CLITIC = r"(?:s|m|d|t|n|ll|re|ve)\b"
+_SYMBOLS = re.compile(
+    r"[\[\](){}<>;@#$%&*?!\"`“”„«»‘’\u2012-\u2015]|--|\.{2,}|[,:](?!\d)|(?<!\w)'(?!" + _CLITIC + ")"
+)
+_FULL_STOP = re.compile(r"(?<![.\s])(?<!\.\w)\.(?=[\s')\]]|$)")  # not in "p.m."
+_CONTRACTION = re.compile(r"(?<=\S)('(?:s|m|d|ll|re|ve)?|n't)(?=\s|$)")
+
+# (ending of the plural, of the singular), first match wins. Endings whose singular cannot be a COCO word are
+# not here: such words may come out differently from `pattern`, but are not looked up either way.
+_ENDINGS = (
+    ("scissors", "scissors"), ("people", "person"), ("children", "child"), ("men", "man"), ("oxen", "ox"),
+    ("kine", "cow"), ("geese", "goose"), ("mice", "mouse"), ("ae", "a"), ("oes", "o"), ("xes", "x"),
+    ("ches", "ch"), ("shes", "sh"), ("sses", "ss"), ("lves", "lf"), ("tives", "tive"), ("ives", "ife"),
+)  # fmt: skip
+_WHOLE = {"buses": "bus", "collies": "collie", "doggies": "doggie"}  # whatever precedes: minibuses -> bus
+_CONSONANT_IES = re.compile(r"(?:[^aeiouy]|qu)ies$")
+
+
+def tokenize(text: str) -> list[str]:
+    """Lower-case tokens as NLTK's Treebank tokeniser makes them: symbols alone, 's and n't detached."""
+    text = _SYMBOLS.sub(r" \g<0> ", text.lower())
+    text = _FULL_STOP.sub(" . ", text)
+    return _CONTRACTION.sub(r" \1 ", text).split()
+
+
+@lru_cache(maxsize=65536)
+def singularize(word: str) -> str:
+    """Singular of a lower-case word; equals `pattern.en.singularize` where either gives a COCO word."""
+    for plural, singular in _WHOLE.items():
+        if word.endswith(plural):
+            return singular
+    for plural, singular in _ENDINGS:
+        if word.endswith(plural):
+            return word[: len(word) - len(plural)] + singular
+    if _CONSONANT_IES.search(word):
+        return word[:-3] + "y"
+    return word.removesuffix("s")
+
+
+def load_synonyms(path: str | Path = SYNONYMS) -> dict[str, str]:
+    """word -> COCO class, from a file with one class a line: "class, synonym, synonym" (first word = class).
+
+    Entries are split at ", " only: one that starts with a blank never matches, as in the released code.
+    Raises ValueError naming the file and line of an empty line.
+    """
+    table: dict[str, str] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        words = line.strip().split(", ")
+        if not words[0]:
+            raise ValueError(f"{path}, line {number}: empty line, expected a class and its synonyms")
+        table.update(dict.fromkeys(words, words[0]))
+    return table
+
+
+def mentions(text: str, synonyms: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Objects a text mentions, in order, repeats kept: list of (word as found, COCO class)."""
+    tokens = [singularize(token) for token in tokenize(text)]
+    words, i = [], 0
+    while i < len(tokens):
+        pair = " ".join(tokens[i : i + 2])
+        words.append(TWO_WORDS.get(pair, tokens[i]))
+        i += 2 if pair in TWO_WORDS else 1
+    if "toilet" in words:  # a toilet seat is not a chair
+        words = [word for word in words if word != "seat"]
+    return [(word, synonyms[word]) for word in words if word in synonyms]
+
+
+def chair(
+    captions: Mapping[str, str],
+    objects: Mapping[str, Iterable[str]],
+    synonyms: Mapping[str, str] | None = None,
+) -> dict:
+    """CHAIRs, CHAIRi and Recall of captions, joined with the classes shown by image id.
+
+    captions: image id -> text; objects: image id -> COCO classes the picture shows. Every caption needs its
+    entry in `objects`; entries without a caption are ignored. Returns counts, fractions in [0, 1]
+    (unrounded), `length` (mean number of words per caption) and `percent` (one decimal, as usually printed).
+    Raises ValueError naming the ids without objects, and the classes the synonym list does not know.
+    """
+    synonyms = load_synonyms() if synonyms is None else synonyms
+    if missing := [key for key in captions if key not in objects]:
+        raise ValueError(f"no objects given for {len(missing)} images: {', '.join(map(str, missing))}")
+    known = set(synonyms.values())
+    if unknown := {name for key in captions for name in objects[key]} - known:
+        raise ValueError(f"object classes missing from the synonym list: {', '.join(sorted(unknown))}")
+    count = dict.fromkeys(("hallucinated_captions", "mentions", "hallucinated", "found", "shown", "words"), 0)
+    for key, text in captions.items():
+        said, shown = [name for _, name in mentions(text, synonyms)], set(objects[key])
+        wrong = sum(name not in shown for name in said)
+        count["hallucinated_captions"] += wrong > 0
+        count["mentions"] += len(said)
+        count["hallucinated"] += wrong
+        count["found"] += len(shown & set(said))
+        count["shown"] += len(shown)
+        count["words"] += len(text.split())
+    figures = {
+        "CHAIRs": ratio(count["hallucinated_captions"], len(captions)),
+        "CHAIRi": ratio(count["hallucinated"], count["mentions"]),
+        "Recall": ratio(count["found"], count["shown"]),
+    }
+    length = ratio(count["words"], len(captions))
+    return {"n": len(captions), **count, **figures, "length": length, "percent": percent(figures)}
+
+
+def ratio(part: int, whole: int) -> float:
+    """part / whole, and 0.0 where there is nothing to divide by."""
+    return part / whole if whole else 0.0
+
+
+def percent(figures: Mapping[str, float], digits: int = 1) -> dict[str, float]:
+    """The same figures times 100, rounded for print."""
+    return {name: round(100 * value, digits) for name, value in figures.items()}

@@ -1,0 +1,112 @@
+"""Who may look at whom: the attention rules that the decoder can run under.
+
+The decoder works on packed tokens, (T, D) without a batch dimension, and asks a rule `attend(layer, q, k, v)` for
+the mixing. That one seam covers plain causal text, scoring with shared prefixes, and generation with a cache
+(model/generate.py).
+
+`SharedPrefix` is the rule of the scoring core. A group is one prefix (system text, image, prompt) and all the
+responses to it. The prefix is computed once; each response sees the prefix and itself, never another response:
+
+                     keys:  b0 b1 b2  p   c0 c1   r0 r1        b0..p  prefix (p is its last token)
+    body queries     b1     x  x                               c      chosen
+    tail queries     p      x  x  x   x                        r      rejected
+                     c1     x  x  x   x   x  x
+                     r1     x  x  x   x          x  x
+
+The prefix minus its last token is the *body*: ordinary causal attention among equals. The last prefix token and the
+responses are the *tail*: they are the positions that predict response tokens, so in the last layer only the tail is
+computed. Packed order: all bodies, then all tails.
+
+Shapes: G groups, T packed tokens, H heads, K key-value heads, d head width; b and t the longest body and tail.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Causal:
+    """Every token sees itself and what came before: one sequence."""
+
+    skip = 0  # leading tokens whose last-layer state nobody needs
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, d), k and v (T, K, d) -> (T, H, d)."""
+        return mix(q[None], k[None], v[None], causal=True)[0]
+
+
+class Ragged:
+    """Moves between packed rows and a padded batch: `pad` (sum of lengths, ...) -> (G, longest, ...), `unpad` back."""
+
+    def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
+        self.shape = (len(lengths), max(lengths))
+        self.even = min(lengths) == max(lengths)  # then both directions are views
+        if not self.even:
+            n = torch.tensor(lengths)
+            inside = torch.arange(self.shape[1]) < n[:, None]  # (G, longest)
+            # Padding repeats row 0; it is masked, so it receives no gradient.
+            rows = torch.zeros(self.shape, dtype=torch.long).masked_scatter(inside, torch.arange(int(n.sum())))
+            self.rows, self.slots = rows.flatten().to(device), inside.flatten().nonzero()[:, 0].to(device)
+
+    def pad(self, x: Tensor) -> Tensor:
+        x = x if self.even else x.index_select(0, self.rows)
+        return x.reshape(*self.shape, *x.shape[1:])
+
+    def unpad(self, x: Tensor) -> Tensor:
+        x = x.flatten(0, 1)
+        return x if self.even else x.index_select(0, self.slots)
+
+
+class SharedPrefix:
+    """The rule drawn above.
+
+    Args:
+        prefixes: prefix length of each group, at least 2 tokens.
+        responses: for each group the input length of each response (its last token predicts nothing and is no input).
+    """
+
+    def __init__(self, prefixes: list[int], responses: list[list[int]], device: torch.device | str = "cpu"):
+        bodies = [p - 1 for p in prefixes]
+        tails = [1 + sum(r) for r in responses]
+        self.skip = sum(bodies)
+        self.body, self.tail = Ragged(bodies, device), Ragged(tails, device)
+        self.mask = _tail_mask(bodies, responses, *self.body.shape[1:], *self.tail.shape[1:]).to(device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, d), or (T - skip, H, d) where only the tail is asked for; k, v (T, K, d) -> like q."""
+        kb, vb = (self.body.pad(x[: self.skip]) for x in (k, v))  # (G, b, K, d)
+        kt, vt = (torch.cat([xb, self.tail.pad(x[self.skip :])], 1) for xb, x in ((kb, k), (vb, v)))  # (G, b+t, K, d)
+        body_too = len(q) == len(k)
+        qt = self.tail.pad(q[self.skip :] if body_too else q)  # (G, t, H, d)
+        y = self.tail.unpad(mix(qt, kt, vt, mask=self.mask))  # (tail tokens, H, d)
+        if body_too:
+            qb = self.body.pad(q[: self.skip])  # (G, b, H, d)
+            y = torch.cat([self.body.unpad(mix(qb, kb, vb, causal=True)), y])
+        return y
+
+
+def _tail_mask(bodies: list[int], responses: list[list[int]], b: int, t: int) -> Tensor:
+    """(G, 1, t, b + t) bool, True where a tail query may look. Padding queries see body key 0, so no row is empty."""
+    segment = torch.zeros(len(bodies), t, dtype=torch.long)  # 0 the last prefix token, 1.. responses, -1 padding
+    for g, lengths in enumerate(responses):
+        ids = [0] + [1 + i for i, n in enumerate(lengths) for _ in range(n)]
+        segment[g] = torch.tensor(ids + [-1] * (t - len(ids)))
+    query, key = segment[:, :, None], segment[:, None, :]  # (G, t, 1), (G, 1, t)
+    own = (query == key) & torch.ones(t, t, dtype=torch.bool).tril()
+    tail = own | ((key == 0) & (query >= 0))  # (G, t, t)
+    body = (torch.arange(b) < torch.tensor(bodies)[:, None])[:, None, :].expand(-1, t, -1)  # (G, t, b)
+    return torch.cat([body, tail & (query >= 0)], dim=2)[:, None]
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention: q (G, n, H, d), k and v (G, m, K, d) -> (G, n, H, d); K divides H (grouped queries)."""
+    dtype = q.dtype
+    # On a CPU the backward of bf16 attention is up to four times slower than that of fp32.
+    wide = q.device.type == "cpu" and dtype == torch.bfloat16
+    q, k, v = (x.transpose(1, 2).float() if wide else x.transpose(1, 2) for x in (q, k, v))  # (G, heads, tokens, d)
+    with torch.autocast(q.device.type, enabled=False):
+        gqa = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+    return y.transpose(1, 2).to(dtype)

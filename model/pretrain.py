@@ -1,0 +1,343 @@
+"""How the embedded model was made: a CLIP and a tiny LLaVA, from random weights, on the scene world.
+
+    python -m model.pretrain tokenizer                              (seconds)
+    python -m model.pretrain clip                                   (about 7 minutes on one core)
+    torchrun --nproc-per-node 2 -m model.pretrain llava             (about 15 minutes on two cores)
+
+Each stage writes into --out (default runs/tiny) and reads what the stage before left there.
+
+CLIP learns three things at once: to name the class of each patch (a linear head on the layer that LLaVA reads, thrown
+away afterwards; without it a transformer this small needs far more pictures), to tell which "a photo of a dog" is
+true of a picture (a sigmoid loss, Zhai et al. 2023, arXiv 2303.15343), and to match pictures with captions (InfoNCE,
+Radford et al. 2021, arXiv 2103.00020).
+
+LLaVA then learns to describe and to answer, with the vision tower frozen. One row is one picture with a caption and
+several questions, which share the picture and do not see each other: the scoring core's shared prefix, used for
+supervised training. Captions mention an absent object with probability --caption-noise: the habit of real caption
+data that preference alignment is there to cure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import scenes
+from data.images import Preprocessing, preprocess
+from data.processor import AFTER_IMAGE, BEFORE_IMAGE, ClipProcessor, Processor
+from model.checkpoint import load_clip, save_json, save_tensors
+from model.clip import CLIP
+from model.config import clip_config, llava_config
+from model.llava import Llava
+from model.logprobs import Scorer, Sequence, pack
+
+SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
+SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+CACHED_SCENES = 14_000  # pictures whose features are kept during the LLaVA stage (bf16, 230 MB)
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(out: Path) -> None:
+    """Byte-fallback BPE as in LLaMA, small enough that every word of the world becomes one token."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n"), "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Punctuation("isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always"), decoders.Fuse()]
+    )
+    tokenizer.normalizer = normalizers.NFC()
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=[*SPECIAL, *bytes_], show_progress=False)
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    for folder in (out, out / "clip"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _corpus():
+    for category in scenes.CATEGORIES:
+        for _ in range(20):
+            yield phrase(category)
+            yield AFTER_IMAGE.format(prompt=scenes.exist_question(category))
+    for seed in range(3000):
+        scene, rng = scenes.sample_scene(scenes.TRAIN + seed), random.Random(seed)
+        yield BEFORE_IMAGE
+        yield AFTER_IMAGE.format(prompt=scenes.CAPTION_PROMPT)
+        yield scenes.caption(scene, rng, noise=0.5)
+        for question, answer, _ in scenes.questions(scene, rng):
+            yield AFTER_IMAGE.format(prompt=question)
+            yield answer
+
+
+def phrase(category: str) -> str:
+    """The text that stands for a class in the sigmoid loss."""
+    return f"a photo of {'an' if category[0] in 'aeiou' else 'a'} {category}"
+
+
+# ------------------------------------------------------------------------------------------------------ configs
+
+
+def write_configs(out: Path, vocabulary: int) -> None:
+    """config.json and preprocessor_config.json of both folders, in the fields that `transformers` reads."""
+    vision = dict(model_type="clip_vision_model", hidden_size=128, intermediate_size=512, num_hidden_layers=5,
+                  num_attention_heads=4, image_size=SIDE, patch_size=PATCH, hidden_act="quick_gelu",
+                  layer_norm_eps=1e-5, projection_dim=128)
+    clip_text = dict(model_type="clip_text_model", vocab_size=vocabulary, hidden_size=128, intermediate_size=512,
+                     num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TEXT_LIMIT,
+                     hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=128, bos_token_id=1, eos_token_id=2)
+    clip_text["eos_token_id"] = SPECIAL.index("</s>")
+    llama = dict(model_type="llama", vocab_size=vocabulary, hidden_size=160, intermediate_size=432,
+                 num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5, head_dim=32, rms_norm_eps=1e-5,
+                 rope_theta=10000.0, max_position_embeddings=1024, tie_word_embeddings=False, hidden_act="silu",
+                 bos_token_id=1, eos_token_id=2, pad_token_id=SPECIAL.index("<pad>"))
+    llava = dict(model_type="llava", architectures=["LlavaForConditionalGeneration"], vision_config=vision,
+                 text_config=llama, image_token_index=SPECIAL.index("<image>"), projector_hidden_act="gelu",
+                 vision_feature_layer=-2, vision_feature_select_strategy="default",
+                 image_seq_length=(SIDE // PATCH) ** 2)
+    clip = dict(model_type="clip", architectures=["CLIPModel"], vision_config=vision, text_config=clip_text,
+                projection_dim=128, logit_scale_init_value=2.6592)
+    look = Preprocessing(SIDE)
+    images = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=SIDE), do_resize=True,
+                  crop_size=dict(height=SIDE, width=SIDE), do_center_crop=True, do_normalize=True, do_rescale=True,
+                  do_convert_rgb=True, resample=3, image_mean=look.mean, image_std=look.std)
+    for folder, config in ((out, llava), (out / "clip", clip)):
+        save_json(config, folder / "config.json")
+        save_json(images, folder / "preprocessor_config.json")
+
+
+# --------------------------------------------------------------------------------------------------------- CLIP
+
+
+def train_clip(out: Path, steps: int, batch: int, lr: float, seed: int) -> None:
+    """Train both towers and write out/clip."""
+    torch.manual_seed(seed)
+    config = clip_config(json.loads((out / "clip" / "config.json").read_text()))
+    processor = ClipProcessor(out / "clip")
+    clip = CLIP(config)
+    _init_clip(clip)
+    patch_head = nn.Linear(config.vision.hidden_size, len(scenes.CATEGORIES) + 1)
+    bias = nn.Parameter(torch.tensor(-4.0))  # of the sigmoid loss: most classes are absent
+    optimizer = torch.optim.AdamW([*clip.parameters(), *patch_head.parameters(), bias], lr=lr, weight_decay=0.05,
+                                  betas=(0.9, 0.98))
+    phrases = [processor.text(phrase(c)) for c in scenes.CATEGORIES]
+    stream = (scenes.sample_scene(scenes.TRAIN + i) for i in count())
+    bar = tqdm(range(steps), desc="clip")
+    for step in bar:
+        _set_lr(optimizer, lr, step, steps, warmup=100)
+        group = [next(stream) for _ in range(batch)]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, metrics = _clip_loss(clip, patch_head, bias, processor, phrases, group, step)
+        _update(optimizer, loss)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", **{k: f"{v:.3f}" for k, v in metrics.items()})
+    save_tensors(clip.state_dict(), out / "clip" / "model.safetensors", torch.float16)
+
+
+def _clip_loss(clip, patch_head, bias, processor, phrases, group, step) -> tuple[Tensor, dict[str, float]]:
+    pixels = torch.stack([preprocess(scenes.render(s), processor.preprocessing) for s in group])  # (B, 3, S, S)
+    tower = clip.vision_model
+    states = tower.pre_layrnorm(tower.embeddings(pixels))
+    for layer in tower.encoder.layers[:-1]:
+        states = layer(states, False)  # penultimate: what LLaVA reads
+    patches = patch_head(states[:, 1:]).flatten(0, 1)  # (B P, classes + 1)
+    labels = torch.stack([torch.as_tensor(scenes.patch_labels(s)).long().flatten() for s in group]).flatten()
+    patch_loss = F.cross_entropy(patches.float(), labels)
+
+    cls = tower.post_layernorm(tower.encoder.layers[-1](states, False)[:, 0])
+    images = F.normalize(clip.visual_projection(cls).float(), dim=-1)  # (B, E)
+    classes = clip.text_embeddings(phrases).float()  # (classes, E)
+    present = [scenes.objects_present(s) for s in group]
+    truth = torch.tensor([[float(c in p) for c in scenes.CATEGORIES] for p in present])  # (B, classes)
+    scale = clip.logit_scale.exp()
+    logits = scale * images @ classes.T + bias
+    loss = patch_loss + 4 * F.binary_cross_entropy_with_logits(logits, truth)
+    if step % 4 == 0:
+        rng = random.Random(step)
+        texts = [processor.text(scenes.caption(s, rng)) for s in group]
+        match = scale * images @ clip.text_embeddings(texts).float().T  # (B, B)
+        target = torch.arange(len(group))
+        loss = loss + (F.cross_entropy(match, target) + F.cross_entropy(match.T, target)) / 2
+    with torch.no_grad():
+        foreground = labels < len(scenes.CATEGORIES)
+        hit = ((logits > 0) == truth.bool())[truth.bool()].float().mean()
+        accuracy = (patches.argmax(-1) == labels)[foreground].float().mean()
+    return loss, {"patch": accuracy.item(), "recall": hit.item()}
+
+
+def _init_clip(clip: CLIP) -> None:
+    for name, p in clip.named_parameters():
+        if p.dim() >= 2:
+            nn.init.normal_(p, std=0.02 if "embedding" in name else p[0].numel() ** -0.5)
+    nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------- LLaVA
+
+
+def train_llava(out: Path, steps: int, batch: int, lr: float, seed: int, noise: float) -> None:
+    """Train projector and decoder on captions and questions and write out/model.safetensors."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    torch.manual_seed(seed)
+    config = llava_config(json.loads((out / "config.json").read_text()))
+    clip, processor = load_clip(out / "clip"), Processor(out)
+    model = Llava(config)
+    _init_llava(model)
+    kept = len(model.vision_tower.vision_model.encoder.layers)
+    vision = clip.vision_model.state_dict()
+    used = {k: v for k, v in vision.items() if k in model.vision_tower.vision_model.state_dict()}
+    assert len(clip.vision_model.encoder.layers) > kept
+    model.vision_tower.vision_model.load_state_dict(used)
+    model.vision_tower.requires_grad_(False)
+
+    pool, features = _cache_features(model, processor, range(rank, CACHED_SCENES, world), show=rank == 0)
+    scorer = Scorer(model, torch.bfloat16)
+    wrapped = DistributedDataParallel(scorer) if world > 1 else scorer
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+    order = _endless(len(pool), seed + rank)
+    rng = random.Random(1000 * seed + rank)
+    started = time.time()
+    bar = tqdm(range(steps), desc="llava", disable=rank > 0)
+    for step in bar:
+        _set_lr(optimizer, lr, step, steps, warmup=60)
+        chosen = [next(order) for _ in range(batch // world)]
+        rows = [segments(pool[i], processor, rng, noise) for i in chosen]
+        loss, parts = _llava_loss(wrapped, processor, rows, features[chosen].float())
+        _update(optimizer, loss)
+        if step % 20 == 0:
+            bar.set_postfix(parts)
+    if rank == 0:
+        tower = {f"vision_tower.vision_model.{k}": v for k, v in vision.items()}
+        save_tensors({**model.state_dict(), **tower}, out / "model.safetensors", torch.float16)
+        print(f"trained {steps} steps of {batch} pictures in {time.time() - started:.0f} s")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def segments(scene, processor: Processor, rng: random.Random, noise: float, room: int = 144) -> list[tuple]:
+    """A caption and as many questions as fit into `room` tokens: (ids, weights by kind) of each segment.
+
+    kinds (per token): 0 question, not trained; 1 caption; 2 the Yes or No; 3 other answer tokens.
+    """
+    texts = [(scenes.CAPTION_PROMPT, scenes.caption(scene, rng, noise), "caption")]
+    texts += scenes.questions(scene, rng)
+    result, used = [], 0
+    for question, answer, kind in texts:
+        head = processor.prompt(question)[len(processor.prefix) :]
+        tail = processor.response(answer)
+        if kind == "exist":
+            kinds = [2] + [3] * (len(tail) - 1)
+        else:
+            kinds = [1 if kind == "caption" else 3] * len(tail)
+        used += len(head) + len(tail)
+        if used > room and result:
+            break
+        result.append((head + tail, [0] * len(head) + kinds))
+    return result
+
+
+def _llava_loss(scorer, processor, rows, features) -> tuple[Tensor, dict[str, str]]:
+    """2 mean(caption tokens) + mean(Yes / No tokens) + mean(other answer tokens): one decisive token in a dozen
+    would drown in a plain mean."""
+    prefix = tuple(processor.prefix)
+    sequences = [Sequence(i, prefix, tuple(ids)) for i, row in enumerate(rows) for ids, _ in row]
+    logps, mask = scorer(pack(sequences), features)  # (N, L)
+    kinds = torch.zeros_like(mask, dtype=torch.long)
+    for n, (_, kind) in enumerate(s for row in rows for s in row):
+        kinds[n, : len(kind)] = torch.tensor(kind)
+    caption, decisive, other = (-(logps * (kinds == k)).sum() / (kinds == k).sum().clamp(min=1) for k in (1, 2, 3))
+    parts = {"caption": f"{caption.item():.3f}", "yes/no": f"{decisive.item():.3f}", "other": f"{other.item():.3f}"}
+    return 2 * caption + decisive + other, parts
+
+
+def _cache_features(model: Llava, processor: Processor, seeds, show: bool) -> tuple[list, Tensor]:
+    pool = [scenes.sample_scene(scenes.TRAIN + s) for s in seeds]
+    features = []
+    for start in tqdm(range(0, len(pool), 64), desc="features", disable=not show):
+        part = pool[start : start + 64]
+        pixels = torch.stack([preprocess(scenes.render(s), processor.preprocessing) for s in part])
+        features.append(model.vision_features(pixels).bfloat16())
+    return pool, torch.cat(features)  # (scenes, P, C)
+
+
+def _init_llava(model: Llava) -> None:
+    """Normal with std 1/sqrt(width), residual outputs smaller: the usual 0.02 leaves attention blind at this width."""
+    width, layers = model.config.text.hidden_size, model.config.text.num_hidden_layers
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and not name.startswith("vision_tower"):
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=width**-0.5 * ((2 * layers) ** -0.5 if residual else 1.0))
+
+
+# ------------------------------------------------------------------------------------------------------- shared
+
+
+def _set_lr(optimizer, peak: float, step: int, steps: int, warmup: int) -> None:
+    """Linear warm-up, then cosine to zero."""
+    scale = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * scale
+
+
+def _update(optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+
+
+def _endless(n: int, seed: int):
+    """Indices 0..n-1 in a fresh random order, again and again."""
+    rng = random.Random(seed)
+    while True:
+        order = list(range(n))
+        rng.shuffle(order)
+        yield from order
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("tokenizer", "clip", "llava"))
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder that all stages share")
+    parser.add_argument("--steps", type=int, help="optimiser steps (clip 1200, llava 3150)")
+    parser.add_argument("--batch-size", type=int, help="pictures a step over all processes (clip 32, llava 16)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (clip 1e-3, llava 2e-3)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--caption-noise", type=float, default=0.5, help="share of captions with an absent object")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.stage == "tokenizer":
+        train_tokenizer(args.out)
+        write_configs(args.out, Tokenizer.from_file(str(args.out / "tokenizer.json")).get_vocab_size())
+    elif args.stage == "clip":
+        train_clip(args.out, args.steps or 1200, args.batch_size or 32, args.lr or 1e-3, args.seed)
+    else:
+        train_llava(args.out, args.steps or 3150, args.batch_size or 16, args.lr or 2e-3, args.seed,
+                    args.caption_noise)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Re-Align's pairs: hide what the chosen answer says about the picture, fill it in from a similar picture.
+
+Xing et al. 2025, "Re-Align: Aligning Vision Language Models via Retrieval-Augmented Direct Preference
+Optimization", EMNLP 2025, arXiv 2502.13146, section 3.1 and Algorithm 1. For a picture v with answer y_w:
+
+    1. mask       words of y_w that name objects, attributes or relations
+    2. retrieve   the k pictures of the set most similar to v (cosine, FAISS): v_1 .. v_k, best first
+    3. complete   the VLM fills the masks while looking at v_1: y_c
+    4. accept     if similarity(y_w, y_c) < tau, then y_l = y_c and v_l = v_1; otherwise complete with v_2,
+                  and so on; a record whose neighbours are used up is dropped
+
+    symbol       argument      type
+    masking      mask          text -> spans (start, end) in order
+    v_1 .. v_k   neighbours    k x (picture reference, cosine) for each record, from retrieval/index.py
+    completion   complete      (jobs, progress) -> completed texts; a job is (picture, prompt, text, spans)
+    similarity   similarity    two lists of texts -> cosines
+    tau          tau           .95 (project page; the paper's text gives no value)
+
+Departures from the paper, whose pair-making code is not public
+- Masking: the paper asks GPT-4o mini. `mask_words` goes by word lists: the objects of CHAIR, colours, sizes,
+  numbers, positions and other relations. Adjacent words make one span, and an article in front belongs to
+  it, because "an" would give the object away.
+- Completion: the paper asks a VLM to replace every [MASK]. Small models do not follow such a request, so
+  `infill` lets the model write each gap in turn, from the retrieved picture and the text so far, until the
+  word comes that follows the gap. For a model that follows instructions, pass another `complete`.
+- Similarity: the paper compares embeddings of all-mpnet-base-v2, which is not part of this repository.
+  `clip_similarity` compares the mean CLIP embeddings of the sentences. For a sentence encoder, pass another
+  `similarity`.
+- The paper gives neither k nor the image feature: k is an argument, the feature CLIP's projected embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.processor import ClipProcessor, Processor
+from metrics.chair import TWO_WORDS, load_synonyms, singularize
+from model.clip import CLIP
+from model.generate import generate
+from model.llava import Llava
+from pairs.adavip import sentences
+from retrieval.embed import embed_texts
+
+Span = tuple[int, int]
+
+ATTRIBUTES = """black white grey gray red green blue yellow orange brown pink purple beige golden silver dark
+    bright big large huge small little tiny tall short long wide round square wooden metal plastic glass
+    striped plain old new young open closed empty full""".split()
+COUNTS = "one two three four five six seven eight nine ten several many few multiple pair couple".split()
+RELATIONS = """left right middle center centre top bottom front back corner side above below under behind
+    beside between near next inside outside over across around standing sitting lying riding holding wearing
+    eating walking running playing parked""".split()
+WORDS = frozenset(ATTRIBUTES + COUNTS + RELATIONS)
+
+
+class Job(NamedTuple):
+    """One answer to be completed."""
+
+    image: str  # reference of the RETRIEVED picture
+    prompt: str
+    text: str
+    spans: list[Span]
+
+
+Complete = Callable[[list[Job], str], list[str]]
+Similarity = Callable[[list[str], list[str]], list[float]]
+
+
+@cache
+def object_names() -> frozenset[str]:
+    """What CHAIR takes for an object: words in the singular, and names of two words."""
+    return frozenset(load_synonyms()) | TWO_WORDS.keys()
+
+
+def mask_words(text: str) -> list[Span]:
+    """Spans of object, attribute and relation words; adjacent ones and a leading article are one span."""
+    words = list(re.finditer(r"[A-Za-z][\w'-]*", text))
+    plain = [word.group().lower() for word in words]
+    single = [singularize(word) for word in plain]
+    hidden = [word in WORDS or bool({word, one} & object_names()) for word, one in zip(plain, single)]
+    for i in range(len(words) - 1):
+        if {f"{first} {single[i + 1]}" for first in (plain[i], single[i])} & object_names():
+            hidden[i] = hidden[i + 1] = True
+    spans: list[Span] = []
+    for i, word in enumerate(words):
+        article = plain[i] in ("a", "an") and hidden[i + 1 : i + 2] == [True]
+        if (hidden[i] or article) and spans and not text[spans[-1][1] : word.start()].strip():
+            spans[-1] = (spans[-1][0], word.end())
+        elif hidden[i] or article:
+            spans.append(word.span())
+    return spans
+
+
+def infill(model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_size: int = 64,
+           root: Path | None = None) -> Complete:
+    """A `complete` that needs no instruction: gaps are written one after the other, greedily.
+
+    Args:
+        gap_tokens: reconstructed: the most that the model may write in a gap.
+        batch_size: answers at a time; the i-th gaps of all of them are written together.
+        root: folder that relative file paths start from.
+    """
+
+    def write(pixels: torch.Tensor, jobs: list[Job], prefixes: list[str]) -> list[str]:
+        ids = [processor.prompt(job.prompt) + processor.response(prefix)[:-1]
+               for job, prefix in zip(jobs, prefixes)]
+        out = generate(model, pixels, ids, eos_id=processor.eos_id, max_new_tokens=gap_tokens)
+        return [processor.decode(tokens) for (tokens,) in out]
+
+    def complete(jobs: list[Job], progress: str = "") -> list[str]:
+        texts = []
+        with tqdm(total=len(jobs), desc=progress, disable=None if progress else True, unit="answer") as bar:
+            for start in range(0, len(jobs), batch_size):
+                batch = jobs[start : start + batch_size]
+                texts += fill(batch, torch.stack([processor.image(job.image, root) for job in batch]), write)
+                bar.update(len(batch))
+        return texts
+
+    return complete
+
+
+def fill(jobs: list[Job], pixels: torch.Tensor, write) -> list[str]:
+    """Rewrite the spans of all jobs from left to right.
+
+    Args:
+        pixels: (B, 3, S, S) the pictures of the jobs.
+        write: (pixels, jobs, prefixes) -> what the model writes after each prefix.
+    """
+    done = [job.text[: job.spans[0][0]] if job.spans else job.text for job in jobs]
+    for gap in range(max((len(job.spans) for job in jobs), default=0)):
+        rows = [row for row, job in enumerate(jobs) if gap < len(job.spans)]
+        proposals = write(pixels[rows], [jobs[row] for row in rows], [done[row].rstrip() for row in rows])
+        for row, proposal in zip(rows, proposals):
+            text, spans = jobs[row].text, [*jobs[row].spans, (len(jobs[row].text), 0)]
+            (start, end), stop = spans[gap], spans[gap + 1][0]
+            done[row] += cut_gap(proposal, text[start:end], text[end:stop]) + text[end:stop]
+    return done
+
+
+def cut_gap(proposal: str, hidden: str, following: str) -> str:
+    """The part of a proposal that goes into a gap.
+
+    That is all before the next fixed word (before the full stop, when that comes next). If it does not come:
+    as many words as were hidden, from the proposal's first sentence. If there are none: the hidden words.
+    """
+    sentence, *rest = re.split(r"[.!?]", proposal, maxsplit=1)
+    words = list(re.finditer(r"[\w'-]+", sentence))
+    if not words:
+        return hidden
+    end = words[: len(hidden.split())][-1].end()
+    following = following.lstrip()
+    if following[:1] in (".", "!", "?"):
+        end = len(sentence) if rest else end
+    elif anchor := re.match(r"\w+|\S", following):
+        first = words[0].end()  # at least one word is written
+        found = re.search(rf"(?<!\w){re.escape(anchor[0])}(?!\w)", sentence[first:], re.IGNORECASE)
+        end = first + found.start() if found else end
+    return sentence[:end].strip()
+
+
+def clip_similarity(clip: CLIP, processor: ClipProcessor) -> Similarity:
+    """A `similarity`: cosine of the mean CLIP embeddings of the sentences of two texts."""
+
+    def vectors(texts: list[str]) -> np.ndarray:
+        said = [sentences(text) for text in texts]
+        rows = embed_texts([sentence for lines in said for sentence in lines], clip, processor)
+        ends = np.cumsum([len(lines) for lines in said])
+        means = np.stack([block.mean(axis=0) for block in np.split(rows, ends[:-1])])  # (N, E)
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+    return lambda left, right: (vectors(left) * vectors(right)).sum(axis=1).tolist() if left else []
+
+
+def retrieval_pairs(records: list[dict], neighbours: list[list[tuple[str, float]]], complete: Complete,
+                    similarity: Similarity, *, mask: Callable[[str], list[Span]] = mask_words,
+                    tau: float = 0.95, source: dict | None = None,
+                    progress: str = "") -> tuple[list[dict], Counter]:
+    """Steps 1, 3 and 4 of the module docstring, for records with a chosen answer.
+
+    Args:
+        records: `id`, `image`, `prompt`, `chosen`.
+        neighbours: retrieved (picture, cosine) of each record, best first; without the record's own picture.
+        source: what the pair records shall say about their origin.
+
+    Returns (pair records with `rejected` and `rejected_image`, how many were dropped for which reason).
+    """
+    spans = [mask(record["chosen"]) for record in records]
+    waiting = [row for row in range(len(records)) if spans[row]]
+    made: dict[int, dict] = {}
+    for rank in range(max((len(found) for found in neighbours), default=0)):
+        waiting = [row for row in waiting if row not in made and rank < len(neighbours[row])]
+        jobs = [Job(neighbours[row][rank][0], records[row]["prompt"], records[row]["chosen"], spans[row])
+                for row in waiting]
+        texts = complete(jobs, f"{progress} {rank + 1}" if progress else "")
+        alike = similarity([job.text for job in jobs], texts)
+        for row, text, score in zip(waiting, texts, alike):
+            if score < tau and text.strip() != records[row]["chosen"].strip():
+                found = {"rank": rank + 1, "cosine": round(neighbours[row][rank][1], 4),
+                         "similarity": round(score, 4)}
+                made[row] = _pair(records[row], text, neighbours[row][rank][0], {**(source or {}), **found})
+    unmasked = sum(not found for found in spans)
+    dropped = Counter({"nothing to mask": unmasked,
+                       f"no completion below similarity {tau}": len(records) - unmasked - len(made)})
+    return [made[row] for row in sorted(made)], +dropped
+
+
+def _pair(record: dict, rejected: str, image: str, source: dict) -> dict:
+    return {"id": record["id"], "image": record["image"], "prompt": record["prompt"],
+            "chosen": record["chosen"], "rejected": rejected, "rejected_image": image,
+            "source": {"method": "realign", **source, "text": record.get("source")}}

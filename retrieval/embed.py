@@ -1,0 +1,50 @@
+"""Unit vectors of pictures and texts in the space of a CLIP model, as numpy arrays for a search index.
+
+For retrieval Re-Align names openai/clip-vit-large-patch14 (224 px) but not the feature; this is the projected
+embedding, the one that CLIP's cosine is defined on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.processor import ClipProcessor
+from model.clip import CLIP
+
+
+@torch.no_grad()
+def embed_images(references: list[str], clip: CLIP, processor: ClipProcessor, *, batch_size: int = 64,
+                 root: Path | None = None, progress: str = "") -> np.ndarray:
+    """Picture references -> float32 (N, E), rows of length 1, in the given order.
+
+    Args:
+        root: folder that relative file paths start from.
+        progress: name of a progress bar with the remaining time; "" shows none.
+    """
+    weight = clip.visual_projection.weight  # (E, D)
+    rows = [np.zeros((0, len(weight)), np.float32)]
+    for batch in _batches(references, batch_size, progress):
+        pixels = torch.stack([processor.image(reference, root) for reference in batch])  # (B, 3, S, S)
+        rows.append(clip.image_embeddings(pixels.to(weight.device, weight.dtype)).float().cpu().numpy())
+    return np.concatenate(rows)
+
+
+@torch.no_grad()
+def embed_texts(texts: list[str], clip: CLIP, processor: ClipProcessor, *, batch_size: int = 256,
+                progress: str = "") -> np.ndarray:
+    """Texts -> float32 (N, E), rows of length 1. The processor cuts a text that is too long for the tower."""
+    rows = [np.zeros((0, len(clip.text_projection.weight)), np.float32)]
+    for batch in _batches(texts, batch_size, progress):
+        rows.append(clip.text_embeddings([processor.text(text) for text in batch]).float().cpu().numpy())
+    return np.concatenate(rows)
+
+
+def _batches(items: list[str], size: int, progress: str):
+    with tqdm(total=len(items), desc=progress, disable=None if progress else True) as bar:
+        for start in range(0, len(items), size):
+            yield items[start : start + size]
+            bar.update(len(items[start : start + size]))
