@@ -1,7 +1,7 @@
 """Measure object hallucination: CHAIR (captions) and POPE (yes/no questions).
 
     python evaluate.py --benchmark chair                        model/tiny on 300 held-out scenes
-    python evaluate.py --benchmark pope --model runs/dpo --out pope.json
+    python evaluate.py --benchmark pope --model runs/dpo/model --out pope.json
     python evaluate.py --benchmark chair --answers captions.jsonl --annotations objects.json
     python evaluate.py --benchmark chair --model FOLDER --images val2014 --annotations objects.json --num 500
     python evaluate.py --benchmark pope --answers answers.jsonl --annotations coco_pope_random.json
@@ -52,6 +52,7 @@ from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import answers
 from model.llava import Llava
 
+HOME = Path(__file__).resolve().parent
 FIRST_SEED = {"dev": scenes.DEV, "test": scenes.TEST}
 SCENES = 300
 PROMPTS = {"chair": CHAIR_PROMPT, "pope": POPE_PROMPT}
@@ -195,23 +196,25 @@ def protocol(args: argparse.Namespace, rows: Sequence[dict]) -> dict:
     if args.answers:
         return {**entries, "answers": str(args.answers)}
     decoding = {"decoding": "greedy", "max_new_tokens": args.max_new_tokens}
-    return {**entries, "model": str(args.model), "prompt": args.prompt, **decoding}
+    model = args.model.resolve()
+    name = model.relative_to(HOME) if model.is_relative_to(HOME) else model
+    return {**entries, "model": str(name), "prompt": args.prompt, **decoding}
 
 
 def table(result: dict) -> str:
     """The result for people: percentages and counts."""
     scores = result["scores"]
     if result["benchmark"] == "chair":
-        names = ("CHAIRs", "CHAIRi", "Recall")
-        lines = [(*names, "words", "captions", "mentions", "hallucinated")]
-        figures = [f"{100 * scores[name]:.1f}" for name in names]
+        lines = [("CHAIRs", "CHAIRi", "Recall", "words", "captions", "mentions", "hallucinated")]
+        figures = [f"{100 * scores[name]:.1f}" for name in ("chair_s", "chair_i", "recall")]
         counts = (scores[name] for name in ("n", "mentions", "hallucinated"))
-        lines += [(*figures, f"{scores['length']:.1f}", *counts)]
+        lines += [(*figures, f"{scores['words']:.1f}", *counts)]
     else:
         counts = ("n", "TP", "FP", "TN", "FN", "other")
         lines = [("", *pope_metric.FIGURES, *counts)]
         for name, row in {**scores["splits"], "mean": scores["mean"], **scores["controls"]}.items():
-            figures = [f"{100 * row[figure]:.2f}" for figure in pope_metric.FIGURES]
+            blank = ("precision", "recall", "f1") if name == "removed" else ()  # it has no "yes" to find
+            figures = ["" if key in blank else f"{100 * row[key]:.2f}" for key in pope_metric.FIGURES]
             lines.append((name, *figures, *(row.get(count, "") for count in counts)))
     widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
     return "\n".join("  ".join(f"{cell!s:>{width}}" for cell, width in zip(line, widths)) for line in lines)
@@ -224,7 +227,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--benchmark", choices=("chair", "pope"), required=True)
-    add("--model", type=Path, default=DEFAULT_MODEL, help="llava-hf folder (default: the embedded model/tiny)")
+    add("--model", type=Path, default=DEFAULT_MODEL, help="llava-hf folder (default: model/tiny)")
     add("--answers", type=Path, help="score this file instead of running a model")
     add("--annotations", type=Path, nargs="+", help="ground truth of photographs; without it: scenes")
     add("--questions", type=Path, help="pope: LLaVA's question file, if --answers has LLaVA's ids")

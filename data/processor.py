@@ -32,7 +32,8 @@ class Processor:
         self.tokenizer = read_tokenizer(self.folder)
         self.preprocessing = read_preprocessing(self.folder, config.vision.image_size)
         self.bos_id, self.eos_id = (_id(self.tokenizer, t, self.folder) for t in ("<s>", "</s>"))
-        self.image_tokens = [config.image_token_index] * config.vision.num_patches
+        self.image_id = config.image_token_index
+        self.image_tokens = [self.image_id] * config.vision.num_patches
         self.prefix = [self.bos_id, *self._encode(BEFORE_IMAGE), *self.image_tokens]
 
     def image(self, reference: str, root: Path | str | None = None) -> Tensor:
@@ -40,11 +41,11 @@ class Processor:
         return preprocess(open_image(reference, root), self.preprocessing)
 
     def prompt(self, text: str) -> list[int]:
-        """Question -> ids up to and including "ASSISTANT:", image tokens expanded."""
+        """Question -> ids up to and including "ASSISTANT:", image tokens expanded. ValueError on <image> in it."""
         return [*self.prefix, *self._encode(AFTER_IMAGE.format(prompt=text))]
 
     def response(self, text: str) -> list[int]:
-        """Answer -> ids, ending in EOS."""
+        """Answer -> ids, ending in EOS. ValueError on <image> or </s> inside."""
         return [*self._encode(text), self.eos_id]
 
     def decode(self, ids: list[int]) -> str:
@@ -52,7 +53,10 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        for token in {self.image_id, self.eos_id}.intersection(ids):
+            raise ValueError(f"text contains the special token {self.tokenizer.id_to_token(token)}: {text[:80]!r}")
+        return ids
 
 
 class ClipProcessor:
@@ -66,6 +70,10 @@ class ClipProcessor:
         self.limit = config.text.max_position_embeddings
         names = ("<s>", "</s>") if self.tokenizer.token_to_id("<s>") is not None else ("<|startoftext|>", "<|endoftext|>")
         self.bos_id, self.eos_id = (_id(self.tokenizer, t, folder) for t in names)
+        # eos_token_id = 2 is the old convention of pooling at the largest id (model/clip.py).
+        pooled = config.text.vocab_size - 1 if config.text.eos_token_id == 2 else config.text.eos_token_id
+        if self.eos_id != pooled:
+            raise ValueError(f"{folder}: the tokenizer ends a text with id {self.eos_id}, the tower pools at {pooled}")
 
     def image(self, reference: str, root: Path | str | None = None) -> Tensor:
         """Reference -> (3, S, S) fp32."""

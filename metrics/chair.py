@@ -122,8 +122,8 @@ def chair(
     """CHAIRs, CHAIRi and Recall of captions, joined with the classes shown by image id.
 
     captions: image id -> text; objects: image id -> COCO classes the picture shows. Every caption needs its
-    entry in `objects`; entries without a caption are ignored. Returns counts, fractions in [0, 1]
-    (unrounded), `length` (mean number of words per caption) and `percent` (one decimal, as usually printed).
+    entry in `objects`; entries without a caption are ignored. Returns counts, the fractions chair_s, chair_i
+    and recall in [0, 1] (unrounded), `words` (mean number per caption) and `percent` (one decimal, as usual).
     Raises ValueError naming the ids without objects, and the classes the synonym list does not know.
     """
     synonyms = load_synonyms() if synonyms is None else synonyms
@@ -132,7 +132,7 @@ def chair(
     known = set(synonyms.values())
     if unknown := {name for key in captions for name in objects[key]} - known:
         raise ValueError(f"object classes missing from the synonym list: {', '.join(sorted(unknown))}")
-    count = dict.fromkeys(("hallucinated_captions", "mentions", "hallucinated", "found", "shown", "words"), 0)
+    count = dict.fromkeys(("hallucinated_captions", "mentions", "hallucinated", "found", "shown"), 0)
     for key, text in captions.items():
         said, shown = [name for _, name in mentions(text, synonyms)], set(objects[key])
         wrong = sum(name not in shown for name in said)
@@ -141,14 +141,13 @@ def chair(
         count["hallucinated"] += wrong
         count["found"] += len(shown & set(said))
         count["shown"] += len(shown)
-        count["words"] += len(text.split())
     figures = {
-        "CHAIRs": ratio(count["hallucinated_captions"], len(captions)),
-        "CHAIRi": ratio(count["hallucinated"], count["mentions"]),
-        "Recall": ratio(count["found"], count["shown"]),
+        "chair_s": ratio(count["hallucinated_captions"], len(captions)),
+        "chair_i": ratio(count["hallucinated"], count["mentions"]),
+        "recall": ratio(count["found"], count["shown"]),
     }
-    length = ratio(count["words"], len(captions))
-    return {"n": len(captions), **count, **figures, "length": length, "percent": percent(figures)}
+    words = ratio(sum(len(text.split()) for text in captions.values()), len(captions))
+    return {"n": len(captions), **count, **figures, "words": words, "percent": percent(figures)}
 
 
 def ratio(part: int, whole: int) -> float:

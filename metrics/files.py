@@ -2,8 +2,8 @@
 
 Answers are JSONL with an id (`id`, `question_id` or `image_id`) and a text (`text`, or the names other tools
 give it). They are joined with the questions by id; an id that is missing, unknown or given twice is refused,
-because a shifted or shortened file would otherwise give a plausible, wrong score. POPE's own answer files carry
-no id; there the order counts, and each line's `question` must equal the question in the same place.
+because a shifted or shortened file would otherwise give a plausible, wrong score. POPE's own answer files
+have no id; there the order counts, and each line's `question` must equal the question in the same place.
 """
 
 from __future__ import annotations

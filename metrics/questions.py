@@ -26,6 +26,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
@@ -53,17 +54,18 @@ def pope_scenes(seeds: Iterable[int], prompt: str = POPE_PROMPT, seed: int = 0) 
     for row in scenes.pope_questions([scenes.sample_scene(s) for s in seeds], random.Random(seed)):
         ref, category = scenes.reference(row["seed"]), row["category"]
         text = scenes.exist_question(category)
-        question = {"prompt": prompt.replace("{question}", text), "label": row["label"]}
+        asked = {"prompt": prompt.replace("{question}", text), "label": row["label"]}
         name = f"{row['split']}-{ref}-{category}"
-        rows.append({**question, "id": name, "image": ref, "split": row["split"]})
+        rows.append({"id": name, "image": ref, "split": row["split"], **asked})
         other = scenes.reference(_same_place(row["seed"]))
-        rows.append({**question, "id": f"other_picture-{name}", "image": other, "split": "other_picture"})
+        rows.append({"id": f"other_picture-{name}", "image": other, "split": "other_picture", **asked})
         if row["label"] == "yes":  # the same ones in all splits
             key, without = f"removed-{ref}-{category}", scenes.reference(row["seed"], (category,))
-            removed[key] = {**question, "id": key, "image": without, "split": "removed", "label": "no"}
+            removed[key] = {"id": key, "image": without, "split": "removed", **asked, "label": "no"}
     return rows + list(removed.values())
 
 
+@lru_cache(maxsize=4096)
 def _same_place(seed: int) -> int:
     """The next seed whose scene is of the same place."""
     place = scenes.sample_scene(seed).place
@@ -79,8 +81,8 @@ def chair_photographs(
     Raises ValueError naming every bad entry and every image without a file.
     """
     table = read_json(path)
-    if not isinstance(table, dict):
-        raise ValueError(f"{path}: want an object {{image id: [classes]}}, found {type(table).__name__}")
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{path}: want a filled JSON object {{image id: [classes]}}")
     refuse(
         f"{path}: image {key!r}: want a list of class names"
         for key, names in table.items()

@@ -41,6 +41,10 @@ RENAMES = (
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+COMPANIONS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
@@ -113,7 +117,8 @@ def _fill(model: nn.Module, folder: Path, dtype, device, may_ignore) -> None:
                 problems.append(f"tensor {name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
             loaded[name] = tensor.to(device=device, dtype=dtype)
     if problems:
-        raise ValueError(f"{folder}: " + "; ".join(sorted(problems)))
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{folder}: " + "; ".join(sorted(problems)[:8]) + more)
     model.load_state_dict(loaded, assign=True)
 
 
@@ -134,9 +139,10 @@ def save_llava(model: Llava, folder: Path | str, source: Path | str, dtype: torc
     if model.config.text.tie_word_embeddings:
         tensors.pop("language_model.lm_head.weight", None)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+    for name in COMPANIONS:
         if (source / name).is_file() and source.resolve() != folder.resolve():
-            shutil.copyfile(source / name, folder / name)
+            shutil.copyfile(source / name, folder / f"{name}.tmp")
+            os.replace(folder / f"{name}.tmp", folder / name)
     save_tensors(tensors, folder / "model.safetensors", dtype)
 
 

@@ -73,6 +73,9 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
 
+MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8}  # defaults that are not LLaMA's
+
+
 @dataclass(frozen=True)
 class LlavaConfig:
     """CLIP tower -> two-layer MLP -> LLaMA."""
@@ -102,12 +105,20 @@ def _refuse(raw: dict, where: str, **required) -> None:
             raise ValueError(f"{where}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
 
 
+def _require(raw: dict, where: str, *sections: str) -> None:
+    """Raise ValueError when a section is missing."""
+    for name in sections:
+        if not isinstance(raw.get(name), dict):
+            raise ValueError(f"{where}: has no {name}")
+
+
 def llama_config(raw: dict, where: str = "config.json") -> LlamaConfig:
     """Read a LLaMA-type section. Raises ValueError on features that change the mathematics."""
     _refuse(raw, where, model_type=("llama", "mistral"), hidden_act=("silu",), attention_bias=(False, None),
             mlp_bias=(False, None))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     _refuse(rope, where, rope_type=("default",), type=("default",))
+    raw = {**MISTRAL, **raw} if raw.get("model_type") == "mistral" else raw
     base = _take(LlamaConfig, raw)
     heads = base.num_attention_heads
     return _take(
@@ -120,20 +131,25 @@ def llama_config(raw: dict, where: str = "config.json") -> LlamaConfig:
 
 def llava_config(raw: dict, where: str = "config.json") -> LlavaConfig:
     """Read llava-hf's config.json. Raises ValueError on an architecture that is not LLaVA-1.5's."""
+    _require(raw, where, "vision_config", "text_config")
     _refuse(raw, where, model_type=("llava",), projector_hidden_act=("gelu",),
             vision_feature_select_strategy=("default",), multimodal_projector_bias=(True,))
     _refuse(raw["vision_config"], where, model_type=("clip_vision_model",), hidden_act=("quick_gelu",))
     index = raw.get("image_token_index", raw.get("image_token_id", 32000))
+    layer, layers = raw.get("vision_feature_layer", -2), raw["vision_config"].get("num_hidden_layers", 12)
+    if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
+        raise ValueError(f"{where}: vision_feature_layer={layer!r} is not one of the tower's {layers + 1} states")
     return LlavaConfig(
         vision=_take(VisionConfig, raw["vision_config"]),
         text=llama_config(raw["text_config"], where),
         image_token_index=index,
-        vision_feature_layer=raw.get("vision_feature_layer", -2),
+        vision_feature_layer=layer,
     )
 
 
 def clip_config(raw: dict, where: str = "config.json") -> ClipConfig:
-    """Read a CLIP config.json (both towers)."""
+    """Read a CLIP config.json (both towers). Raises ValueError like `llava_config`."""
+    _require(raw, where, "vision_config", "text_config")
     _refuse(raw, where, model_type=("clip",))
     dim = raw.get("projection_dim", 512)
     for tower in ("vision_config", "text_config"):

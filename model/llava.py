@@ -66,12 +66,16 @@ class Llava(nn.Module):
             ids: (T,) token ids; runs of the image token stand for the images of `features`, in order.
             features: (M, P, C) output of `vision_features`.
         Returns: (T, D).
-        Raises ValueError when the number of image tokens is not M * P.
+        Raises ValueError when the image tokens are not M unbroken runs of P.
         """
         is_image = ids == self.config.image_token_index  # (T,)
         rows = is_image.nonzero()[:, 0]
-        if len(rows) != features.shape[0] * features.shape[1]:
-            raise ValueError(f"{len(rows)} image tokens for {features.shape[0]} images of {features.shape[1]} features")
+        M, P = features.shape[:2]
+        if len(rows) != M * P:
+            raise ValueError(f"{len(rows)} image tokens for {M} images of {P} features")
+        runs = rows.view(M, P)
+        if (runs[:, -1] - runs[:, 0] != P - 1).any():  # packing splits a prompt that ends in its picture
+            raise ValueError(f"the {P} tokens of an image do not follow one another; a prompt must not end in them")
         # The image token may lie outside the embedding table (original LLaVA), so it is never looked up.
         x = self.language_model.model.embed_tokens(ids.masked_fill(is_image, 0))  # (T, D)
         return x.index_copy(0, rows, self.multi_modal_projector(features).flatten(0, 1).to(x.dtype))

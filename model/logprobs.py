@@ -34,7 +34,7 @@ CHUNK_ELEMENTS = 2**23  # logits alive at a time: 32 MiB in fp32
 
 
 class Sequence(NamedTuple):
-    """One thing to score. `image` is the row of the batch's image tensor; `prompt` contains its image tokens."""
+    """One thing to score. `image` is the row of the batch's image tensor; `prompt` has its image tokens, not at the end."""
 
     image: int
     prompt: tuple[int, ...]
@@ -118,8 +118,8 @@ class Scorer(nn.Module):
     """Llava as a function from a packed batch to log-probs; an nn.Module so that DDP can wrap it.
 
     Args:
-        autocast: dtype of mixed-precision compute, or None. The context is opened per call, because autocast
-            remembers cast weights and `Reference` changes weights between two calls.
+        autocast: dtype of mixed-precision compute, or None. Its cache of cast weights is off, because `Reference`
+            changes weights between two calls.
     """
 
     def __init__(self, model: Llava, autocast: torch.dtype | None = None):
@@ -151,7 +151,7 @@ class Scorer(nn.Module):
     def _precision(self):
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast(self.model.device.type, self.autocast)
+        return torch.autocast(self.model.device.type, self.autocast, cache_enabled=False)
 
 
 class SelectedLogProbs(torch.autograd.Function):

@@ -46,7 +46,8 @@ from model.llava import Llava
 from model.logprobs import Scorer, Sequence, pack
 
 SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
-SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+# "</s>" is not 2: in a CLIP config, eos_token_id = 2 stands for an old bug that pools at the largest id instead.
+SPECIAL = ("<unk>", "<s>", "<pad>", "</s>", "<image>")
 CACHED_SCENES = 14_000  # pictures whose features are kept during the LLaVA stage (bf16, 230 MB)
 
 
@@ -105,12 +106,12 @@ def write_configs(out: Path, vocabulary: int) -> None:
                   layer_norm_eps=1e-5, projection_dim=128)
     clip_text = dict(model_type="clip_text_model", vocab_size=vocabulary, hidden_size=128, intermediate_size=512,
                      num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TEXT_LIMIT,
-                     hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=128, bos_token_id=1, eos_token_id=2)
-    clip_text["eos_token_id"] = SPECIAL.index("</s>")
+                     hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=128, bos_token_id=1,
+                     eos_token_id=SPECIAL.index("</s>"), pad_token_id=SPECIAL.index("<pad>"))
     llama = dict(model_type="llama", vocab_size=vocabulary, hidden_size=160, intermediate_size=432,
                  num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5, head_dim=32, rms_norm_eps=1e-5,
                  rope_theta=10000.0, max_position_embeddings=1024, tie_word_embeddings=False, hidden_act="silu",
-                 bos_token_id=1, eos_token_id=2, pad_token_id=SPECIAL.index("<pad>"))
+                 bos_token_id=1, eos_token_id=SPECIAL.index("</s>"), pad_token_id=SPECIAL.index("<pad>"))
     llava = dict(model_type="llava", architectures=["LlavaForConditionalGeneration"], vision_config=vision,
                  text_config=llama, image_token_index=SPECIAL.index("<image>"), projector_hidden_act="gelu",
                  vision_feature_layer=-2, vision_feature_select_strategy="default",
@@ -237,37 +238,45 @@ def train_llava(out: Path, steps: int, batch: int, lr: float, seed: int, noise: 
         dist.destroy_process_group()
 
 
-def segments(scene, processor: Processor, rng: random.Random, noise: float, room: int = 144) -> list[tuple]:
-    """A caption and as many questions as fit into `room` tokens: (ids, weights by kind) of each segment.
+def segments(scene, processor: Processor, rng: random.Random, noise: float, room: int = 160) -> list[tuple]:
+    """A caption and six questions in exactly `room` tokens: (ids, kind of each token) of each segment.
 
-    kinds (per token): 0 question, not trained; 1 caption; 2 the Yes or No; 3 other answer tokens.
+    kinds: 0 not trained (questions, filling), 1 caption, 2 the Yes or No, 3 other answer tokens. The last segment is
+    filled or cut, because matrix libraries prepare anew for every shape and equal steps spare them that.
     """
     texts = [(scenes.CAPTION_PROMPT, scenes.caption(scene, rng, noise), "caption")]
-    texts += scenes.questions(scene, rng)
-    result, used = [], 0
-    for question, answer, kind in texts:
-        head = processor.prompt(question)[len(processor.prefix) :]
+    while len(texts) < 7:  # a sparse scene does not have six questions at once
+        texts += scenes.questions(scene, rng)
+    result = []
+    for question, answer, kind in texts[:7]:
+        head = processor.prompt(question)[len(shared_prefix(processor)) :]
         tail = processor.response(answer)
         if kind == "exist":
             kinds = [2] + [3] * (len(tail) - 1)
         else:
             kinds = [1 if kind == "caption" else 3] * len(tail)
-        used += len(head) + len(tail)
-        if used > room and result:
-            break
         result.append((head + tail, [0] * len(head) + kinds))
-    return result
+    ids, kinds = result.pop()
+    left = room - sum(len(segment) for segment, _ in result)
+    filling = [processor.eos_id] * max(0, left - len(ids))
+    return result + [((ids + filling)[:left], (kinds + [0] * len(filling))[:left])]
+
+
+def shared_prefix(processor: Processor) -> tuple[int, ...]:
+    """What all prompts begin with: the picture and the line break behind it."""
+    return tuple(processor.prompt("")[: len(processor.prefix) + 1])
 
 
 def _llava_loss(scorer, processor, rows, features) -> tuple[Tensor, dict[str, str]]:
     """2 mean(caption tokens) + mean(Yes / No tokens) + mean(other answer tokens): one decisive token in a dozen
     would drown in a plain mean."""
-    prefix = tuple(processor.prefix)
-    sequences = [Sequence(i, prefix, tuple(ids)) for i, row in enumerate(rows) for ids, _ in row]
+    start = len(processor.prefix) + 1  # every question starts with the same token, a line break, behind the picture
+    prefix = tuple(processor.prompt("")[:start])
+    sequences = [Sequence(i, prefix, tuple(ids[1:])) for i, row in enumerate(rows) for ids, _ in row]
     logps, mask = scorer(pack(sequences), features)  # (N, L)
     kinds = torch.zeros_like(mask, dtype=torch.long)
     for n, (_, kind) in enumerate(s for row in rows for s in row):
-        kinds[n, : len(kind)] = torch.tensor(kind)
+        kinds[n, : len(kind) - 1] = torch.tensor(kind[1:])
     caption, decisive, other = (-(logps * (kinds == k)).sum() / (kinds == k).sum().clamp(min=1) for k in (1, 2, 3))
     parts = {"caption": f"{caption.item():.3f}", "yes/no": f"{decisive.item():.3f}", "other": f"{other.item():.3f}"}
     return 2 * caption + decisive + other, parts

@@ -162,7 +162,8 @@ def cut_gap(proposal: str, hidden: str, following: str) -> str:
         end = len(sentence) if rest else end
     elif anchor := re.match(r"\w+|\S", following):
         first = words[0].end()  # at least one word is written
-        found = re.search(rf"(?<!\w){re.escape(anchor[0])}(?!\w)", sentence[first:], re.IGNORECASE)
+        whole = r"\b" if anchor[0].isalnum() else ""
+        found = re.search(whole + re.escape(anchor[0]) + whole, sentence[first:], re.IGNORECASE)
         end = first + found.start() if found else end
     return sentence[:end].strip()
 
@@ -198,6 +199,8 @@ def retrieval_pairs(records: list[dict], neighbours: list[list[tuple[str, float]
     made: dict[int, dict] = {}
     for rank in range(max((len(found) for found in neighbours), default=0)):
         waiting = [row for row in waiting if row not in made and rank < len(neighbours[row])]
+        if not waiting:
+            break
         jobs = [Job(neighbours[row][rank][0], records[row]["prompt"], records[row]["chosen"], spans[row])
                 for row in waiting]
         texts = complete(jobs, f"{progress} {rank + 1}" if progress else "")

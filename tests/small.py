@@ -1,0 +1,107 @@
+"""Small checkpoints with awkward sizes, the same on every machine.
+
+Every number that could be confused with another is different: 3 vision heads of width 8, 6 query heads that share 2
+key-value heads of width 10 in a decoder of width 18, 17 pixels cut into 3 x 3 patches of 5, vocabulary 67. Weights
+are drawn per tensor from a generator seeded by the tensor's name, so nothing but these lines fixes them and the
+goldens need not store them.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.clip import CLIP, VisionTransformer
+from model.config import clip_config, llava_config
+from model.llava import Llava
+
+SIDE, PATCHES, VOCAB, IMAGE_TOKEN = 17, 9, 67, 64
+VISION = dict(
+    model_type="clip_vision_model", hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
+    image_size=SIDE, patch_size=5, projection_dim=10,
+)
+TEXT = dict(
+    model_type="llama", vocab_size=VOCAB, hidden_size=18, intermediate_size=30, num_hidden_layers=3,
+    num_attention_heads=6, num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-5, rope_theta=500.0,
+    max_position_embeddings=128,
+)
+LLAVA = dict(
+    model_type="llava", vision_config=VISION, text_config=TEXT, image_token_index=IMAGE_TOKEN,
+    vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu",
+)
+CLIP_TEXT = dict(
+    model_type="clip_text_model", vocab_size=VOCAB, hidden_size=18, intermediate_size=30, num_hidden_layers=2,
+    num_attention_heads=3, max_position_embeddings=12, projection_dim=10, bos_token_id=65, eos_token_id=40,
+    pad_token_id=1,
+)
+CLIP_BOTH = dict(model_type="clip", vision_config=VISION, text_config=CLIP_TEXT, projection_dim=10)
+
+
+def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The weight called `name`: norms around 1, matrices of gain about 1.5, embeddings and biases of visible size."""
+    draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
+    if name.endswith("logit_scale"):
+        return torch.tensor(2.5)
+    if "norm" in name or "layrnorm" in name:
+        return torch.from_numpy(draw * 0.2 + (1.0 if name.endswith("weight") else 0.0))
+    if len(shape) < 2 or "embed" in name:
+        return torch.from_numpy(draw * (0.2 if name.endswith("bias") else 0.6))
+    if name.endswith("lm_head.weight"):
+        draw[IMAGE_TOKEN] = 0  # as in a trained model, the image token is next to never generated
+    return torch.from_numpy(draw * (1.5 / np.prod(shape[1:]) ** 0.5)).float()
+
+
+def fill(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The weights for every name in a state dict."""
+    return {prefix + name: weight(prefix + name, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def write_llava(folder: Path, text: dict | None = None, **fields) -> Path:
+    """Write a llava-hf folder as first published, all vision layers included. `text`, `fields` change the config."""
+    raw = {**LLAVA, "text_config": {**TEXT, **(text or {})}, **fields}
+    config = llava_config(raw)
+    tensors = fill(Llava(config).state_dict())
+    tensors |= fill(VisionTransformer(config.vision).state_dict(), "vision_tower.vision_model.")
+    if config.text.tie_word_embeddings:
+        tensors.pop("language_model.lm_head.weight")
+    return write(folder, raw, tensors)
+
+
+def write_clip(folder: Path, **text) -> Path:
+    """Write a CLIP folder. `text` changes the text tower's config."""
+    raw = {**CLIP_BOTH, "text_config": {**CLIP_TEXT, **text}}
+    return write(folder, raw, fill(CLIP(clip_config(raw)).state_dict()))
+
+
+def write(folder: Path, raw: dict, tensors: dict[str, Tensor]) -> Path:
+    """config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def pictures(n: int, side: int = SIDE) -> Tensor:
+    """n distinct pictures (n, 3, side, side), about standard normal."""
+    draws = [np.random.default_rng(900 + i).standard_normal((3, side, side), dtype=np.float32) for i in range(n)]
+    return torch.from_numpy(np.stack(draws))
+
+
+def photo(width: int, height: int) -> np.ndarray:
+    """An RGB picture (height, width, 3) uint8: smooth waves and a noisy corner, so that resampling shows."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 3 + c) + np.cos(y / (2 + c)) for c in range(3)], axis=-1) * 60 + 128
+    noise = np.random.default_rng(width * 1000 + height).integers(0, 256, (height // 2, width // 2, 3))
+    waves[: height // 2, : width // 2] = noise
+    return waves.clip(0, 255).astype(np.uint8)
+
+
+def prompt(*text: int) -> tuple[int, ...]:
+    """BOS, a word, one picture, then `text`."""
+    return (1, 5, *[IMAGE_TOKEN] * PATCHES, *text)

@@ -1,0 +1,396 @@
+"""evaluate.py: questions, joining files by id, the command line, and the way to a model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+import evaluate
+from data import scenes
+from metrics.files import read_answers, read_jsonl
+from metrics.questions import chair_photographs, chair_scenes, pope_photographs, pope_scenes
+from model.checkpoint import DEFAULT_MODEL
+
+HOME = Path(__file__).resolve().parents[1]
+FIXTURES = HOME.parent / "shared" / "fixtures"
+needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="official predictions are not here")
+needs_model = pytest.mark.skipif(not (DEFAULT_MODEL / "config.json").is_file(), reason="no embedded model")
+SEEDS = range(scenes.TEST, scenes.TEST + 12)
+
+
+class Run:
+    """evaluate.py in this process; `shell` is the same in one of its own."""
+
+    def __init__(self, *args):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                evaluate.main([str(arg) for arg in args])
+                self.returncode = 0
+            except SystemExit as end:
+                self.returncode = end.code
+        self.stdout, self.stderr = out.getvalue(), err.getvalue()
+
+
+def shell(*args) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(HOME / "evaluate.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=HOME)
+
+
+def jsonl(path: Path, rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+# ------------------------------------------------------------------------------------- questions
+
+
+def test_pope_scenes_are_balanced_true_and_unique():
+    rows = pope_scenes(SEEDS)
+    assert len({row["id"] for row in rows}) == len(rows)
+    for name in ("random", "popular", "adversarial", "other_picture"):
+        labels = [row["label"] for row in rows if row["split"] == name]
+        assert labels.count("yes") == labels.count("no") > 0
+    for row in rows:
+        scene, without = scenes.parse_reference(row["image"])
+        category = next(c for c in scenes.CATEGORIES if row["prompt"] == scenes.exist_question(c))
+        if row["split"] != "other_picture":  # there the labels belong to another picture
+            shown = scenes.objects_present(scene, without)
+            assert row["label"] == ("yes" if category in shown else "no")
+        if row["split"] == "removed":
+            assert without == (category,) and category in scenes.objects_present(scene)
+
+
+def test_other_picture_is_another_one_of_the_same_place():
+    rows = {row["id"]: row for row in pope_scenes(SEEDS)}
+    others = [row for row in rows.values() if row["split"] == "other_picture"]
+    assert len(others) == sum(row["split"] in ("random", "popular", "adversarial") for row in rows.values())
+    for row in others:
+        original = rows[row["id"].removeprefix("other_picture-")]
+        here, there = (scenes.parse_reference(r["image"])[0] for r in (original, row))
+        assert here.seed != there.seed and here.place == there.place
+        assert (row["prompt"], row["label"]) == (original["prompt"], original["label"])
+
+
+def test_prompts_may_hold_braces():
+    rows = pope_scenes(SEEDS, "{question}\nAnswer {yes} or {no}.")
+    assert all(row["prompt"].endswith("in the image?\nAnswer {yes} or {no}.") for row in rows)
+
+
+def test_photographs_are_found_by_name_stem_and_coco_number(tmp_path):
+    folder = tmp_path / "val2014"
+    folder.mkdir()
+    for name in ("COCO_val2014_000000040468.jpg", "kitchen.png", "b.jpeg"):
+        (folder / name).touch()
+    table = tmp_path / "objects.json"
+    table.write_text(json.dumps({"40468": ["dog"], "kitchen": [], "b.jpeg": ["cup"]}))
+    rows = chair_photographs(table, folder)
+    assert [row["image"] for row in rows] == ["COCO_val2014_000000040468.jpg", "kitchen.png", "b.jpeg"]
+    table.write_text(json.dumps({"40468": ["dog"], "7": [], "8": []}))
+    with pytest.raises(ValueError, match=r"no file for image '7'\n.*no file for image '8'"):
+        chair_photographs(table, folder)
+
+
+def test_samples_are_reproducible(tmp_path):
+    table = tmp_path / "objects.json"
+    table.write_text(json.dumps({str(i): ["dog"] for i in range(100)}))
+    one, same, two = (chair_photographs(table, None, 20, seed) for seed in (1, 1, 2))
+    assert one == same != two
+    assert len({row["id"] for row in one}) == 20
+    with pytest.raises(ValueError, match="has 100 entries, 101 are asked for"):
+        chair_photographs(table, None, 101)
+
+
+def test_bad_annotations_are_all_named(tmp_path):
+    table = tmp_path / "objects.json"
+    table.write_text('{"1": ["dog"], "1": ["cat"], "2": "dog"}')
+    with pytest.raises(ValueError, match="'1' is given twice"):
+        chair_photographs(table, None)
+    table.write_text('{"1": ["dog"], "2": "dog", "3": [4]}')
+    with pytest.raises(ValueError, match=r"image '2': want a list.*\n.*image '3': want a list"):
+        chair_photographs(table, None)
+    row = {"question_id": 1, "image": "a", "text": "Q", "label": "yes"}
+    labels = jsonl(tmp_path / "labels_random.json", [row, row])
+    with pytest.raises(ValueError, match="question_id '1' is given 2 times"):
+        pope_photographs([labels], None)
+
+
+# ------------------------------------------------------------------------------------- answers in a file
+
+QUESTIONS = [{"id": "1", "text": "Is there a dog?"}, {"id": "2", "text": "Is there a cat?"}]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"question_id": 2, "text": "No"}, {"question_id": 1, "text": "Yes"}],
+        [{"id": "1", "answer": "Yes"}, {"id": "2", "response": "No"}],
+        [{"question": "Is there a dog?", "answer": "Yes"}, {"question": "Is there a cat?", "answer": "No"}],
+    ],
+)
+def test_answers_are_joined_by_id_or_by_the_question_in_place(tmp_path, rows):
+    assert read_answers(jsonl(tmp_path / "a.jsonl", rows), QUESTIONS, "pope") == {"1": "Yes", "2": "No"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "problems"),
+    [
+        ([{"id": 1, "text": "a"}], ["a.jsonl: no answer to id '2'"]),
+        ([{"id": i, "text": "a"} for i in (1, 2, 3, 4)],
+         ["a.jsonl:3: unknown id '3'", "a.jsonl:4: unknown id '4'"]),
+        ([{"id": i, "text": "a"} for i in (1, 2, 1, 1)],
+         ["a.jsonl:3: id '1' was already answered in line 1",
+          "a.jsonl:4: id '1' was already answered in line 1"]),
+        (["{", "[]", {"id": 1, "text": "a"}],
+         ["a.jsonl:1: not valid JSON (Expecting property name enclosed in double quotes at column 2)",
+          "a.jsonl:2: want a JSON object, found list"]),
+        ([{"id": 1}, {"text": "a"}, {"id": 2, "text": "Is there a dog?", "answer": "No"}],
+         ["a.jsonl:1: want one text (text, answer, response, caption, model_prediction), found 0",
+          "a.jsonl:2: no id (question_id, id)",
+          "a.jsonl:3: want one text (text, answer, response, caption, model_prediction), found 2"]),
+        ([{"question": "Is there a cat?", "answer": "No"}, {"question": "Is there a cat?", "answer": "No"}],
+         ["a.jsonl:1: no id, and not the question in the same place"]),
+        ([], ["a.jsonl: has no lines"]),
+    ],
+)  # fmt: skip
+def test_every_problem_of_an_answer_file_is_named(tmp_path, rows, problems):
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError) as error:
+        read_answers(path, QUESTIONS, "pope")
+    assert str(error.value).split("\n") == [f"{tmp_path}/{problem}" for problem in problems]
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def test_scoring_a_file_by_hand(tmp_path):
+    """1: dog right, cat wrong; 2: cup right, bed missed. CHAIRs 1/2, CHAIRi 1/3, Recall 2/3; first sentences
+    only: 0, 0, 2/3."""
+    table = tmp_path / "objects.json"
+    table.write_text(json.dumps({"1": ["dog"], "2": ["cup", "bed"]}))
+    said = jsonl(tmp_path / "said.jsonl", [{"image_id": 2, "caption": "A cup."},
+                                           {"image_id": 1, "caption": "A dog! A cat."}])  # fmt: skip
+    out = tmp_path / "out.json"
+    common = ("--benchmark", "chair", "--answers", said, "--annotations", table, "--out", out)
+    done = shell(*common)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    figures = [result["scores"][name] for name in ("chair_s", "chair_i", "recall")]
+    assert figures == pytest.approx([1 / 2, 1 / 3, 2 / 3])
+    assert "50.0" in done.stdout and "33.3" in done.stdout and "66.7" in done.stdout
+    assert Run(*common, "--max-sentences", 1).returncode == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [result["scores"][name] for name in ("chair_s", "chair_i", "recall")] == pytest.approx(
+        [0, 0, 2 / 3]
+    )
+    assert result["protocol"]["max_sentences"] == 1
+
+
+def test_bad_input_ends_with_one_line_a_problem_and_no_file(tmp_path):
+    table, out, again = tmp_path / "objects.json", tmp_path / "out.json", tmp_path / "again.jsonl"
+    table.write_text(json.dumps({"1": ["dog"], "2": []}))
+    for call, rows, expected in (
+        (shell, [{"id": "1", "text": "x"}], ["{}: no answer to id '2'"]),
+        (Run, [{"id": "1", "text": "x"}, {"id": "2", "text": "x"}, {"id": "2", "text": "x"}, "nonsense"],
+         ["{}:4: not valid JSON (Expecting value at column 1)"]),
+        (Run, [{"id": "1", "text": "x"}, {"id": "2", "text": "x"}, {"id": "2", "text": "x"}, {"id": "1"}],
+         ["{}:3: id '2' was already answered in line 2",
+          "{}:4: want one text (text, answer, response, caption, model_prediction), found 0"]),
+    ):  # fmt: skip
+        said = jsonl(tmp_path / "said.jsonl", rows)
+        done = call("--benchmark", "chair", "--answers", said, "--annotations", table, "--out", out,
+                    "--save-answers", again)  # fmt: skip
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.splitlines() == [line.format(said) for line in expected]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["objects.json", "said.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (("--benchmark", "pope", "--prompt", "Is it?"), "--prompt lacks {question}"),
+        (("--benchmark", "pope", "--max-sentences", "1"), "--max-sentences is for chair"),
+        (("--benchmark", "chair", "--annotations", "x.json"), "--annotations needs --images or --answers"),
+        (("--benchmark", "chair", "--images", "x"), "--questions, --images need --annotations"),
+        (("--benchmark", "chair", "--num", "0"), "0 is not positive"),
+        (("--benchmark", "chair", "--out", "/no/such/x.json"), "cannot write /no/such/x.json"),
+    ],
+)
+def test_arguments_that_do_not_go_together(args, reason, capsys):
+    with pytest.raises(SystemExit) as error:
+        evaluate.parse(args)
+    assert error.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+@needs_fixtures
+def test_llava_layout_through_the_command_line(tmp_path):
+    """LLaVA-1.5-13B: mean F1 85.95. A lost line is named by its id instead of shifting the rest."""
+    folder, out = FIXTURES / "pope", tmp_path / "out.json"
+    labels = [folder / f"labels_{split}.json" for split in ("random", "popular", "adversarial")]
+    said = folder / "answers_llava-v1.5-13b.jsonl"
+    common = ("--benchmark", "pope", "--annotations", *labels, "--questions", folder / "questions.jsonl")
+    done = Run(*common, "--answers", said, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["scores"]["mean"]["percent"]["f1"] == 85.95
+    rows = said.read_text().splitlines()
+    lost = jsonl(tmp_path / "lost.jsonl", rows[:41] + rows[42:])
+    done = Run(*common, "--answers", lost)
+    assert done.returncode == 2
+    assert done.stderr == f"{lost}: no answer to id '{json.loads(rows[41])['question_id']}'\n"
+
+
+@needs_fixtures
+def test_official_layout_without_ids(tmp_path):
+    """The random split alone, answers in label order: F1 .87136. Two lines swapped are both refused."""
+    folder = FIXTURES / "pope"
+    asked = [row for _, row in read_jsonl(folder / "questions.jsonl")]
+    said = [row["text"] for _, row in read_jsonl(folder / "answers_llava-v1.5-13b.jsonl")]
+    rows = [{"question": row["text"].split("\n")[0], "answer": text}
+            for row, text in zip(asked, said) if row["category"] == "random"]  # fmt: skip
+    questions = pope_photographs([folder / "labels_random.json"], None)
+    answers = read_answers(jsonl(tmp_path / "a.jsonl", rows), questions, "pope")
+    scores = evaluate.score_pope(questions, answers)
+    assert scores["mean"]["f1"] == pytest.approx(0.87136, abs=5e-6)
+    rows[5], rows[6] = rows[6], rows[5]
+    with pytest.raises(ValueError, match=r":6: no id, and not the question.*\n.*:7: no id, and not"):
+        read_answers(jsonl(tmp_path / "a.jsonl", rows), questions, "pope")
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+def seeing(model, processor, images, prompts, **options):
+    """A model that is always right about what the picture shows."""
+    texts = []
+    for ref, prompt in zip(images, prompts):
+        shown = scenes.objects_present(*scenes.parse_reference(ref))
+        asked = [name for name in scenes.CATEGORIES if prompt == scenes.exist_question(name)]
+        caption = " ".join(f"A {name}." for name in sorted(shown))
+        texts.append([caption if not asked else "Yes" if asked[0] in shown else "No"])
+    return texts
+
+
+def agreeing(model, processor, images, prompts, **options):
+    return [["Yes."] for _ in images]
+
+
+def test_a_model_that_sees_everything(monkeypatch):
+    """CHAIR 0, 0, 1; POPE 1 in all splits; nothing found where the object was removed; and about another
+    picture, whose labels are those of the first, it is wrong where the pictures differ."""
+    monkeypatch.setattr(evaluate, "answers", seeing)
+    chair = evaluate.evaluate_chair(None, None, SEEDS)
+    assert (chair["n"], chair["chair_s"], chair["chair_i"], chair["recall"]) == (12, 0, 0, 1)
+    scores = evaluate.evaluate_pope(None, None, SEEDS)
+    assert list(scores["splits"]) == ["random", "popular", "adversarial"]
+    assert all(split["accuracy"] == 1 and split["yes_ratio"] == 0.5 for split in scores["splits"].values())
+    assert scores["mean"]["f1"] == 1
+    assert scores["controls"]["removed"]["yes_ratio"] == 0 and scores["controls"]["removed"]["n"] > 12
+    assert 0.4 < scores["controls"]["other_picture"]["accuracy"] < 0.9
+
+
+def test_a_model_that_always_says_yes(monkeypatch):
+    """Balanced splits: accuracy 1/2, F1 2/3; it still finds what was removed."""
+    monkeypatch.setattr(evaluate, "answers", agreeing)
+    scores = evaluate.evaluate_pope(None, None, SEEDS)
+    assert scores["mean"]["accuracy"] == 0.5 and scores["mean"]["f1"] == pytest.approx(2 / 3)
+    assert scores["controls"]["other_picture"]["accuracy"] == 0.5
+    assert scores["controls"]["removed"]["yes_ratio"] == 1
+
+
+def test_a_question_is_computed_once_and_those_of_a_picture_stand_together(monkeypatch):
+    calls = []
+
+    def record(model, processor, images, prompts, **options):
+        calls.append(list(zip(images, prompts)))
+        return [[prompt] for prompt in prompts]
+
+    monkeypatch.setattr(evaluate, "answers", record)
+    rows = pope_scenes(SEEDS)
+    said = evaluate.ask(None, None, rows, 4)
+    assert said == {row["id"]: row["prompt"] for row in rows}
+    (asked,) = calls
+    assert len(asked) == len(set(asked)) < len(rows)
+    images = [image for image, _ in asked]
+    assert sum(a != b for a, b in zip(images, images[1:])) == len(set(images)) - 1
+
+
+@pytest.fixture(scope="module")
+def random_folder(llava_folder, tmp_path_factory) -> Path:
+    """The small random LLaVA with a tokenizer of single words."""
+    folder = tmp_path_factory.mktemp("words") / "model"
+    shutil.copytree(llava_folder, folder)
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "Yes",
+        "No",
+        "a",
+        "dog",
+        "cat",
+        "cup",
+        "Is",
+        "there",
+        "in",
+        "the",
+        "image",
+        "?",
+    ]
+    words += [f"w{i}" for i in range(small.VOCAB - len(words))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("benchmark", ["chair", "pope"])
+@pytest.mark.parametrize("which", ["random", pytest.param("embedded", marks=needs_model)])
+def test_model_through_the_command_line(tmp_path, random_folder, which, benchmark):
+    """Answers saved from a model score the same when read back, and the protocol says how they were made."""
+    model = {"random": ("--model", random_folder), "embedded": ()}[which]
+    said, out, again = (tmp_path / name for name in ("said", "out", "again"))
+    common = ("--benchmark", benchmark, "--split", "dev", "--num", 3)
+    done = Run(*common, *model, "--max-new-tokens", 6, "--save-answers", said, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert Run(*common, "--answers", said, "--out", again).returncode == 0
+    first, second = (json.loads(path.read_text()) for path in (out, again))
+    assert first["scores"] == second["scores"]
+    assert first["protocol"]["questions_sha256"] == second["protocol"]["questions_sha256"]
+    name = str(random_folder) if which == "random" else "model/tiny"
+    made = {"model": name, "decoding": "greedy", "max_new_tokens": 6, "pictures": "scenes, dev", "num": 3}
+    assert made.items() <= first["protocol"].items()
+    rows = [row for _, row in read_jsonl(said)]
+    expected = (chair_scenes if benchmark == "chair" else pope_scenes)(range(scenes.DEV, scenes.DEV + 3))
+    assert [row["id"] for row in rows] == [row["id"] for row in expected]
+    assert len({row["text"] for row in rows}) > 1 or which == "random"
+
+
+def test_model_on_photographs(tmp_path, random_folder):
+    """Pictures from a folder reach the model: the answers are those to the same scenes without the detour."""
+    table = {}
+    for seed in range(4):
+        scene = scenes.sample_scene(seed)
+        scenes.render(scene).save(tmp_path / f"COCO_val2014_{seed:012d}.png")
+        table[str(seed)] = sorted(scenes.objects_present(scene))
+    objects, said = tmp_path / "objects.json", tmp_path / "said"
+    objects.write_text(json.dumps(table))
+    pictures = ("--images", tmp_path, "--annotations", objects)
+    common = ("--benchmark", "chair", "--model", random_folder, "--max-new-tokens", 8)
+    done = Run(*common, *pictures, "--save-answers", said)
+    assert done.returncode == 0, done.stderr
+    model, processor = evaluate.load_llava(random_folder), evaluate.Processor(random_folder)
+    direct = evaluate.ask(model, processor, chair_scenes(range(4)), 8)
+    assert [row["text"] for _, row in read_jsonl(said)] == list(direct.values())
+    assert len(set(direct.values())) > 1

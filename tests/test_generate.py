@@ -1,0 +1,350 @@
+"""Generation: greedy search, sampling, batching, the cache, and the text interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import torch
+from goldens import make
+from safetensors.torch import load_file
+
+from model.checkpoint import load_llava
+from model.generate import Cache, answers, generate, pick
+from model.lora import add_lora, lora_layers, merge_lora
+
+NEVER = 999  # an EOS id that is never drawn
+PROMPTS = [list(small.prompt(*range(7, 7 + n))) for n in (3, 1, 5, 2, 3, 8)]
+SEEDS = [11, 12, 13, 14, 15, 16]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    return small.pictures(len(PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def model(llava_folder):
+    return load_llava(llava_folder)
+
+
+def naive(model, picture, prompt, tokens: int, eos_id: int, choose=lambda row, step: int(row.argmax())) -> list[int]:
+    """Token by token, the whole sequence anew each time."""
+    ids = list(prompt)
+    for step in range(tokens):
+        with torch.no_grad():
+            new = choose(model.logits(torch.tensor(ids), picture[None])[-1], step)
+        if new == eos_id:
+            break
+        ids.append(new)
+    return ids[len(prompt) :]
+
+
+def stopping_token(continuations: list[list[int]]) -> int:
+    """A token that, taken as EOS, ends at least half of the continuations within 8 steps, and at least one later
+    than 10: then finished prompts leave the batch while others go on."""
+    for token in range(small.VOCAB):
+        ends = [c.index(token) if token in c else len(c) for c in continuations]
+        if sum(e < 8 for e in ends) >= len(ends) / 2 and max(ends) > 10:
+            return token
+    raise AssertionError("no token fits; change the weights")
+
+
+# ------------------------------------------------------------------------------------------------------- greedy
+
+
+def test_greedy_equals_the_goldens(model):
+    """The tokens that `transformers` generated, three prompts of different length in one batch."""
+    golden = load_file(make.GOLDENS)
+    ours = generate(model, small.pictures(3), [list(p) for p in make.PROMPTS], eos_id=NEVER, max_new_tokens=make.TOKENS)
+    assert [group[0] for group in ours] == [golden[f"llava.greedy.{i}"].tolist() for i in range(3)]
+
+
+def test_greedy_equals_argmax_of_naive_logits(model, pictures):
+    ours = generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=20)
+    expected = [[naive(model, p, ids, 20, NEVER)] for p, ids in zip(pictures, PROMPTS)]
+    assert ours == expected and len({tuple(group[0]) for group in ours}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("cut", ["eos at once", "one token", "never"])
+def test_ends(model, pictures, cut):
+    first = generate(model, pictures[:1], PROMPTS[:1], eos_id=NEVER, max_new_tokens=5)[0][0]
+    eos_id, tokens, expected = {
+        "eos at once": (first[0], 5, []), "one token": (NEVER, 1, first[:1]), "never": (NEVER, 5, first),
+    }[cut]
+    assert generate(model, pictures[:1], PROMPTS[:1], eos_id=eos_id, max_new_tokens=tokens) == [[expected]]
+
+
+def test_finished_prompts_leave_the_batch(model, pictures, monkeypatch):
+    """With EOS at different times the batch shrinks; what remains is what each prompt gives alone."""
+    free = [naive(model, p, ids, 30, NEVER) for p, ids in zip(pictures, PROMPTS)]
+    eos_id = stopping_token(free)
+    kept = []
+    keep = Cache.keep
+    monkeypatch.setattr(Cache, "keep", lambda self, prompts: (kept.append(len(prompts)), keep(self, prompts)))
+    ours = generate(model, pictures, PROMPTS, eos_id=eos_id, max_new_tokens=30)
+    assert ours == [[c[: c.index(eos_id)] if eos_id in c else c] for c in free]
+    assert kept and kept[0] < len(PROMPTS)
+
+
+def test_stops_early_when_all_are_done(model, pictures, monkeypatch):
+    """EOS is asked for every 8 steps: ending in step 1 costs 8 steps, not 1000."""
+    first = generate(model, pictures[:1], PROMPTS[:1], eos_id=NEVER, max_new_tokens=1)[0][0][0]
+    steps = []
+    head = model.language_model.lm_head
+    hook = head.register_forward_hook(lambda *_: steps.append(1))
+    generate(model, pictures[:1], PROMPTS[:1], eos_id=first, max_new_tokens=1000)
+    hook.remove()
+    assert len(steps) == 8
+
+
+def test_one_picture_for_several_prompts(model, pictures):
+    shows = [2, 0, 2]
+    ours = generate(model, pictures[:3], PROMPTS[:3], shows=shows, eos_id=NEVER, max_new_tokens=8)
+    assert ours == generate(model, pictures[shows], PROMPTS[:3], eos_id=NEVER, max_new_tokens=8)
+
+
+# ----------------------------------------------------------------------------------------------------- sampling
+
+
+def sample(model, pictures, prompts, seeds, **options) -> list[list[list[int]]]:
+    settings = dict(eos_id=NEVER, max_new_tokens=30, temperature=0.8, top_p=0.95, seeds=seeds) | options
+    return generate(model, pictures, prompts, **settings)
+
+
+def test_batch_composition_does_not_matter(model, pictures):
+    """All together, one at a time, and in another order: the same samples."""
+    free = sample(model, pictures, PROMPTS, SEEDS)
+    eos_id = stopping_token([group[0] for group in free])
+    together = sample(model, pictures, PROMPTS, SEEDS, eos_id=eos_id)
+    assert len({len(group[0]) for group in together}) > 2
+    for i in range(len(PROMPTS)):
+        assert sample(model, pictures[i : i + 1], PROMPTS[i : i + 1], SEEDS[i : i + 1], eos_id=eos_id)[0] == together[i]
+    order = [4, 1, 0]
+    part = sample(model, pictures[order], [PROMPTS[i] for i in order], [SEEDS[i] for i in order], eos_id=eos_id)
+    assert part == [together[i] for i in order]
+
+
+def test_several_answers_share_a_prefix_and_nothing_else(model, pictures, monkeypatch):
+    """n = 4 equals n = 2 for the first two answers, a longer limit only appends, and the answers differ."""
+    free = sample(model, pictures, PROMPTS, SEEDS, n=4)
+    eos_id = stopping_token([min(group, key=lambda c: -len(c)) for group in free])
+    four = sample(model, pictures, PROMPTS, SEEDS, n=4, eos_id=eos_id)
+    two = sample(model, pictures, PROMPTS, SEEDS, n=2, eos_id=eos_id)
+    longer = sample(model, pictures, PROMPTS, SEEDS, n=4, eos_id=eos_id, max_new_tokens=40)
+    assert [group[:2] for group in four] == two
+    assert [[answer[:30] for answer in group] for group in longer] == four
+    assert all(len(set(map(tuple, group))) > 1 for group in four)
+
+
+def test_n_answers_equal_n_single_ones(model, pictures):
+    """Each answer of a prompt, drawn naively from its own stream of random numbers."""
+    from model.generate import _uniforms
+
+    n, steps = 3, 12
+    streams = _uniforms(SEEDS[:2], n, steps).view(2, n, steps)
+    ours = sample(model, pictures[:2], PROMPTS[:2], SEEDS[:2], n=n, max_new_tokens=steps)
+    for i in range(2):
+        for j in range(n):
+            choose = lambda row, step: int(pick(row[None], 0.8, 0.95, streams[i, j, step : step + 1]))  # noqa: E731
+            assert ours[i][j] == naive(model, pictures[i], PROMPTS[i], steps, NEVER, choose)
+
+
+def test_seeds_decide(model, pictures):
+    one, same, other = (sample(model, pictures[:1], PROMPTS[:1], [s]) for s in (5, 5, 6))
+    assert one == same != other
+
+
+def test_equal_prompts_with_different_seeds_differ(model, pictures):
+    rows = sample(model, pictures[:1], [PROMPTS[0]] * 4, [1, 2, 3, 4], shows=[0] * 4)
+    assert len({tuple(group[0]) for group in rows}) == 4
+
+
+def test_compaction_with_several_answers(model, pictures, monkeypatch):
+    """A prompt leaves only when all its answers are done; the others are not disturbed."""
+    free = sample(model, pictures, PROMPTS, SEEDS, n=2, max_new_tokens=60)
+    kept = []
+    keep = Cache.keep
+    monkeypatch.setattr(Cache, "keep", lambda self, prompts: (kept.append(len(prompts)), keep(self, prompts)))
+    tried = 0
+    for eos_id in range(small.VOCAB):
+        ends = [max(a.index(eos_id) if eos_id in a else 60 for a in group) for group in free]
+        if sum(e < 32 for e in ends) >= 2 and max(ends) > 48:
+            ours = sample(model, pictures, PROMPTS, SEEDS, n=2, max_new_tokens=60, eos_id=eos_id)
+            assert ours == [[a[: a.index(eos_id)] if eos_id in a else a for a in group] for group in free]
+            tried += 1
+    assert tried and kept
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(seeds=None), "one seed per prompt"),
+        (dict(seeds=[1, 2]), "one seed per prompt"),
+        (dict(temperature=-1.0), "temperature -1.0"),
+        (dict(top_p=0.0), "top_p 0.0"),
+        (dict(top_p=1.5), "top_p 1.5"),
+        (dict(prompts=[[1]]), "at least two tokens"),
+    ],
+)
+def test_refusals(model, pictures, options, reason):
+    settings = dict(prompts=PROMPTS[:1], eos_id=2, temperature=1.0, seeds=[1]) | options
+    with pytest.raises(ValueError, match=reason):
+        generate(model, pictures[:1], **settings)
+
+
+# --------------------------------------------------------------------------------------------------------- pick
+
+
+LOGITS = torch.tensor([0.125, 0.5, 0.125, 0.25]).log()[None]  # tokens 1, 3, then 0 and 2 tied, first come first
+
+
+@pytest.mark.parametrize(
+    "top_p, u, token",
+    [
+        # 0.5 reaches 0.5: token 1 alone
+        (0.5, 0.0, 1), (0.5, 0.999, 1),
+        # 0.6 needs tokens 1 and 3 of total 0.75: shares 2/3 and 1/3
+        (0.6, 0.0, 1), (0.6, 0.66, 1), (0.6, 0.67, 3), (0.6, 0.999, 3),
+        # 0.8 needs one more, token 0, total 0.875: borders at 4/7 = 0.571 and 6/7 = 0.857
+        (0.8, 0.57, 1), (0.8, 0.575, 3), (0.8, 0.856, 3), (0.8, 0.858, 0), (0.8, 0.999, 0),
+        # everything: borders at 1/2, 3/4, 7/8
+        (1.0, 0.499, 1), (1.0, 0.501, 3), (1.0, 0.749, 3), (1.0, 0.751, 0), (1.0, 0.874, 0), (1.0, 0.876, 2),
+        (1.0, 1 - 2**-24, 2),
+    ],
+)
+def test_top_p_by_hand(top_p, u, token):
+    assert pick(LOGITS, 1.0, top_p, torch.tensor([u])).tolist() == [token]
+
+
+def test_temperature_by_hand():
+    """Temperature 1/2 squares probabilities: 16 : 4 : 1 : 1 of 22, so token 1 ends at 16/22 = 0.727."""
+    u = torch.tensor([0.72, 0.73, 0.90, 0.92, 0.98])
+    assert pick(LOGITS.expand(5, -1), 0.5, 1.0, u).tolist() == [1, 3, 3, 0, 2]
+
+
+def test_greedy_is_the_argmax():
+    assert pick(torch.tensor([[0.0, 3.0, 2.0], [5.0, 3.0, 2.0]]), 0, 1.0, None).tolist() == [1, 0]
+
+
+def test_nothing_outside_the_nucleus_is_ever_drawn():
+    """The largest uniform below 1 stays inside, for random distributions and cut-offs."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(2000, 50, generator=draw) * 3
+    for top_p in (0.1, 0.5, 0.9, 0.99):
+        tokens = pick(logits, 1.0, top_p, torch.full((2000,), 1 - 2**-24))
+        probs, order = logits.softmax(-1).sort(descending=True, stable=True)
+        smallest = (probs.cumsum(-1) < top_p).sum(-1)  # index of the token that reaches top_p
+        rank = (order == tokens[:, None]).int().argmax(-1)
+        assert (rank <= smallest).all() and (rank == smallest).float().mean() > 0.99
+
+
+def test_frequencies_follow_the_softmax(model, pictures):
+    """4000 draws of one token: total variation from the naive softmax about sqrt(V / (2 pi N)) = 0.05 by chance."""
+    tokens = sample(model, pictures[:1], PROMPTS[:1], [3], n=4000, max_new_tokens=1, temperature=0.7, top_p=1.0)[0]
+    counts = np.bincount([t[0] for t in tokens], minlength=small.VOCAB) / len(tokens)
+    with torch.no_grad():
+        logits = model.logits(torch.tensor(PROMPTS[0]), pictures[:1])[-1]
+    for temperature, near in ((0.7, True), (1.4, False)):
+        expected = (logits / temperature).softmax(-1).numpy()
+        assert (np.abs(counts - expected).sum() / 2 < 0.07) == near
+
+
+# ----------------------------------------------------------------------------------------------- other models, text
+
+
+def test_adapters_take_part(llava_folder, pictures):
+    """A model with LoRA generates what the merged model generates, and not what the base does."""
+    model = load_llava(llava_folder)
+    base = generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=12)
+    add_lora(model.language_model.model, rank=3, alpha=6.0)
+    torch.manual_seed(0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    adapted = generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=12)
+    merge_lora(model)
+    assert adapted == generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=12) != base
+
+
+def test_bf16_generates(llava_folder, pictures):
+    model = load_llava(llava_folder, dtype=torch.bfloat16)
+    rows = generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=6, n=2, temperature=1.0, seeds=SEEDS)
+    assert [[len(a) for a in group] for group in rows] == [[6, 6]] * len(PROMPTS)
+
+
+class Words:
+    """Stands for data.processor.Processor: pictures by number, prompts and answers as numbers in text."""
+
+    eos_id = NEVER
+
+    def __init__(self):
+        self.opened: list[str] = []
+
+    def image(self, reference: str, root: Path | None) -> torch.Tensor:
+        self.opened.append(reference)
+        return small.pictures(int(reference) + 1)[-1]
+
+    def prompt(self, text: str) -> list[int]:
+        return list(small.prompt(*map(int, text.split())))
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_answers(model, batch_size):
+    """Order, seeds and pictures do not depend on the batch size; a picture is opened once per batch."""
+    references, texts = ["0", "1", "0", "0", "2"], ["7", "8 9", "8", "7", "10 11 12"]
+    settings = dict(max_new_tokens=6, temperature=1.0, n=2, seed=40)
+    words = Words()
+    ours = answers(model, words, references, texts, batch_size=batch_size, **settings)
+    expected = [
+        generate(model, words.image(r, None)[None], [words.prompt(t)], eos_id=NEVER, max_new_tokens=6, n=2,
+                 temperature=1.0, seeds=[40 + i])[0]
+        for i, (r, t) in enumerate(zip(references, texts))
+    ]
+    assert ours == [[words.decode(a) for a in group] for group in expected]
+    assert ours[0] != ours[3]  # the same question twice: two seeds
+    opened = words.opened[: -len(references)]
+    assert len(opened) == {1: 5, 2: 4, 5: 3}[batch_size]
+
+
+def test_answers_switches_dropout_off(llava_folder):
+    model = load_llava(llava_folder)
+    add_lora(model.language_model.model, rank=3, alpha=6.0, dropout=0.9)
+    for layer in lora_layers(model).values():
+        torch.nn.init.constant_(layer.lora_B, 0.3)
+    model.train()
+    runs = [answers(model, Words(), ["0"], ["7 8"], max_new_tokens=10) for _ in range(3)]
+    assert runs[0] == runs[1] == runs[2] and model.training
+    assert answers(model, Words(), [], []) == []
+
+
+# --------------------------------------------------------------------------------------------------------- live
+
+
+def test_live_greedy_equals_transformers(model, pictures, llava_folder):
+    """Token for token, EOS at different times."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(llava_folder).eval()
+    eos_id = stopping_token([naive(model, p, ids, 30, NEVER) for p, ids in zip(pictures, PROMPTS)])
+    ours = generate(model, pictures, PROMPTS, eos_id=eos_id, max_new_tokens=30)
+    for picture, prompt, group in zip(pictures, PROMPTS, ours):
+        ids = torch.tensor([prompt])
+        inputs = dict(input_ids=ids, pixel_values=picture[None], attention_mask=torch.ones_like(ids))
+        expected = make.greedy(theirs, inputs, 30, eos_id).tolist()
+        assert group[0] == (expected[: expected.index(eos_id)] if eos_id in expected else expected)
+
+
+def test_live_top_p_keeps_what_transformers_keeps():
+    """The set that can be drawn, read off with a fine grid of uniforms, against TopPLogitsWarper."""
+    transformers = pytest.importorskip("transformers")
+    logits = torch.randn(20, 12, generator=torch.Generator().manual_seed(4)) * 2
+    grid = (torch.arange(4096) + 0.5) / 4096
+    for top_p in (0.2, 0.7, 0.95):
+        kept = transformers.TopPLogitsWarper(top_p)(None, logits.clone()).softmax(-1)
+        for row, expected in zip(logits, kept):
+            drawn = pick(row.expand(len(grid), -1), 1.0, top_p, grid).bincount(minlength=12) / len(grid)
+            torch.testing.assert_close(drawn, expected, rtol=0, atol=1 / 1024)

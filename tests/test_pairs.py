@@ -1,0 +1,385 @@
+"""Pair making: ranking, masking and filling in, removal, and the command line."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import scenes
+from data.processor import ClipProcessor, Processor
+from data.records import read_pairs, write_jsonl
+from generate_pairs import main, make_pairs, read_arguments, relocate, run
+from metrics.chair import load_synonyms, mentions
+from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
+from pairs.adavip import candidate_scores, scene_candidates, sentences, vision_pairs
+from pairs.rank import Judgement, best_answers, judge_scene, rank_pairs
+from pairs.realign import Job, clip_similarity, cut_gap, fill, infill, mask_words, retrieval_pairs
+
+HOME = Path(__file__).resolve().parents[1]
+SEEDS = range(scenes.PAIRS, scenes.PAIRS + 12)
+
+
+def record(seed: int = 1_000_000, **more) -> dict:
+    return {"id": f"scene-{seed}", "image": f"scene:{seed}", "prompt": scenes.CAPTION_PROMPT, **more}
+
+
+# ---------------------------------------------------------------------------------------- ranking
+
+
+def annotator(judgements: dict[str, tuple[int, int]]):
+    return lambda _, answers: [Judgement(*judgements[answer]) for answer in answers]
+
+
+def test_best_against_worst():
+    """(wrong, right): a and c have the fewest wrong claims, c more right; b and d the most, b fewer right."""
+    judge = annotator({"a": (0, 1), "b": (2, 0), "c": (0, 2), "d": (2, 3)})
+    (pair,), dropped = rank_pairs([record()], [["a", "b", "c", "d"]], judge, {"seed": 3})
+    assert (pair["chosen"], pair["rejected"], pair["rejected_image"]) == ("c", "b", None)
+    assert pair["source"] == {"method": "rank", "seed": 3, "samples": 4, "chosen": {"wrong": 0, "right": 2},
+                              "rejected": {"wrong": 2, "right": 0}}
+    assert not dropped and best_answers([record()], [["a", "b", "c", "d"]], judge) == ["c"]
+
+
+def test_pictures_without_a_useful_pair_are_counted():
+    judge = annotator({"good": (0, 2), "poor": (0, 1), "bad": (1, 1), "bad too": (1, 1), " ": (0, 0),
+                       "": (0, 0)})
+    answers = [["good", "poor"], ["bad", "bad too"], ["bad", " ", ""], ["bad", "good"]]
+    pairs, dropped = rank_pairs([record(seed) for seed in range(4)], answers, judge)
+    assert [pair["id"] for pair in pairs] == ["scene-3"]
+    assert dropped == {"no answer hallucinates": 1, "all answers judged equal": 1,
+                       "fewer than two non-empty answers": 1}
+    assert best_answers([record()], [["", " "]], judge) == [""]
+
+
+def test_scene_annotator():
+    scene = scenes.sample_scene(1_000_000)
+    shown = sorted(scenes.objects_present(scene))
+    absent = next(name for name in scenes.CATEGORIES if name not in shown)
+    text = f"There is a {shown[0]} and a {shown[0]} and a {absent}. A {absent} again."
+    assert judge_scene(record(), [text, "", f"A {shown[0]}, a {shown[1]}."]) == [(2, 1), (0, 0), (0, 2)]
+    removed = record(image=scenes.reference(1_000_000, [shown[0]]))
+    assert judge_scene(removed, [f"A {shown[0]}."]) == [(1, 0)]
+    with pytest.raises(ValueError, match="p1: nobody knows what 'photo.jpg' shows"):
+        judge_scene({"id": "p1", "image": "photo.jpg"}, [])
+
+
+# ---------------------------------------------------------------------------------------- masking
+
+
+@pytest.mark.parametrize(("text", "hidden"), [
+    ("There is a large dog on the left.", ["a large dog", "left"]),
+    ("Two small cats are next to an apple, a red potted plant.", ["Two small cats", "next", "an apple",
+                                                                 "a red potted plant"]),
+    ("Sports balls and a traffic light; A hot dog", ["Sports balls", "a traffic light", "A hot dog"]),
+    ("It is nice and it is an idea a", []),
+    ("", []),
+])
+def test_mask_words(text, hidden):
+    spans = mask_words(text)
+    assert [text[start:end] for start, end in spans] == hidden
+    assert all(one[1] < two[0] for one, two in zip(spans, spans[1:]))
+
+
+def test_no_object_of_a_scene_caption_stays_in_sight():
+    for seed in SEEDS:
+        text = scenes.caption(scenes.sample_scene(seed), random.Random(seed), noise=0.5)
+        kept = list(text)
+        for start, end in mask_words(text):
+            kept[start:end] = "-" * (end - start)
+        assert mentions(text, load_synonyms()) and not mentions("".join(kept), load_synonyms())
+
+
+# ---------------------------------------------------------------------------------------- filling in
+
+
+@pytest.mark.parametrize(("proposal", "hidden", "following", "kept"), [
+    ("a small cat on the right.", "a dog", " on the left.", "a small cat"),  # until the word that comes next
+    ("On on the", "a dog", " on the", "On"),  # at least one word
+    ("a cat sleeping", "a dog", " on the left.", "a cat"),  # it does not come: as many words as were hidden
+    ("a cat. It is on", "a dog", " on the", "a cat"),  # nor later, in another sentence
+    ("right side. A cat", "left", ".", "right side"),  # a full stop comes next
+    ("right side of the", "left", ".", "right"),
+    ("a small cat, a dog", "a fork", ", a knife", "a small cat"),
+    ("a cat only once", "a dog", " on the", "a cat"),  # "only" is not "on"
+    ("a cat in a", "a dog", "", "a cat"),  # nothing comes next
+    (". There is", "a dog", " on", "a dog"),  # nothing written: the hidden words stay
+    ("", "a dog", " on", "a dog"),
+])
+def test_cut_gap(proposal, hidden, following, kept):
+    assert cut_gap(proposal, hidden, following) == kept
+
+
+def writer(words: dict[str, str], log: list):
+    """A model that looks at the picture (one number) and names the animal that belongs to it."""
+
+    def write(pixels, jobs, prefixes):
+        log.append([(float(pixel), prefix) for pixel, prefix in zip(pixels, prefixes)])
+        return [f"{words[job.image]} on the floor. More" for job in jobs]
+
+    return write
+
+
+def test_fill_goes_from_left_to_right_and_batches_equal_gaps():
+    """Answers with two gaps and with one: the second round has the first only, its first gap filled."""
+    texts = ["A dog on a bed.", "My cat on it"]
+    spans = [[(0, 5), (9, 14)], [(3, 6)]]
+    jobs = [Job(image, "p", text, found) for image, text, found in zip("xy", texts, spans)]
+    log: list = []
+    done = fill([*jobs, Job("x", "p", "Nothing.", [])], torch.tensor([7.0, 8.0, 9.0]),
+                writer({"x": "a fox", "y": "hen"}, log))
+    assert done == ["a fox on a fox on the floor.", "My hen on it", "Nothing."]
+    assert log == [[(7.0, ""), (8.0, "My")], [(7.0, "a fox on")]]
+
+
+def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95):
+    """Run the acceptance rule with a completion that is the neighbour's name and a similarity table."""
+    asked: list[list[str]] = []
+
+    def complete(jobs, progress):
+        asked.append([job.image for job in jobs])
+        return [f"A {job.image}." for job in jobs]
+
+    def similarity(left, right):
+        assert all(text == "A dog." for text in left)
+        return [alike[text] for text in right]
+
+    records = [record(seed, chosen="A dog.") for seed in range(len(neighbours))]
+    found = [[(name, 0.5) for name in names] for names in neighbours]
+    return *retrieval_pairs(records, found, complete, similarity, tau=tau), asked
+
+
+def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
+    """tau .95 is a strict bound: .95 is too similar. Record 2 runs out of neighbours, record 3 has none."""
+    alike = {"A hound.": 0.97, "A wolf.": 0.95, "A cat.": 0.94, "A car.": 0.2}
+    pairs, dropped, asked = retrieve(alike, [["car", "cat"], ["hound", "wolf", "cat", "car"], ["wolf"], []])
+    assert [(p["id"], p["rejected"], p["rejected_image"]) for p in pairs] == [
+        ("scene-0", "A car.", "car"), ("scene-1", "A cat.", "cat")]
+    assert [p["source"]["rank"] for p in pairs] == [1, 3] and pairs[1]["source"]["similarity"] == 0.94
+    assert dropped == {"no completion below similarity 0.95": 2}
+    assert asked == [["car", "hound", "wolf"], ["wolf"], ["cat"]]
+
+
+def test_an_unchanged_answer_is_never_a_rejected_one():
+    pairs, dropped, _ = retrieve({"A dog.": 0.9999, "A cat.": 0.9999}, [["dog", "cat"]], tau=1.0)
+    assert [pair["rejected"] for pair in pairs] == ["A cat."] and not dropped
+
+
+def test_answers_without_visual_words_are_dropped():
+    nothing = [record(chosen="It is nice.")]
+    pairs, dropped = retrieval_pairs(nothing, [[("x", 0.9)]], lambda *_: [], lambda *_: [])
+    assert pairs == [] and dropped == {"nothing to mask": 1}
+
+
+# ---------------------------------------------------------------------------------------- removal
+
+
+def test_candidate_scores_by_hand():
+    """c_1 = (1, 0), c_2 = (.6, .8); s_1 = (1, 0), s_2 = (0, 1): Score_1 = 1 + 0, Score_2 = .6 + .8."""
+    scores = candidate_scores(np.array([[1, 0], [0.6, 0.8]]), np.eye(2))
+    assert scores == pytest.approx([1.0, 1.4])
+
+
+def test_the_candidate_of_least_score_is_taken(monkeypatch):
+    """Summed cosines with s_1 = (1, 0), s_2 = (0, 1): a .6 + .8 = 1.4, b 0 + 1 = 1, c .8 + .6 = 1.4: b.
+
+    The second record has one candidate, the third none.
+    """
+    table = {"a": (0.6, 0.8), "b": (0, 1), "c": (0.8, 0.6), "One dog.": (1, 0), "One cat!": (0, 1)}
+    for name in ("embed_images", "embed_texts"):
+        monkeypatch.setattr(f"pairs.adavip.{name}", lambda x, *_, **__: np.array([table[item] for item in x]))
+    options = {"x": [("dog", "a"), ("cat", "b"), ("cow", "c")], "y": [("cow", "c")], "z": []}
+    pairs = [{"id": name, "image": name, "chosen": "One dog. One cat!", "rejected": "No."} for name in "xyz"]
+    made, dropped = vision_pairs(pairs, None, None, candidates=lambda pair: options[pair["image"]])
+    assert [(pair["id"], pair["rejected_image"], pair["rejected"]) for pair in made] == [
+        ("x", "b", "No."), ("y", "c", "No.")]
+    assert made[0]["source"]["candidates"] == [
+        {"removed": "dog", "image": "a", "score": 1.4}, {"removed": "cat", "image": "b", "score": 1.0},
+        {"removed": "cow", "image": "c", "score": 1.4}]
+    assert dropped == {"nothing to remove": 1}
+
+
+def test_scene_candidates_lack_one_class_each():
+    scene = scenes.sample_scene(1_000_000)
+    shown = scenes.objects_present(scene)
+    found = scene_candidates(record())
+    assert {label for label, _ in found} == shown
+    for label, reference in found:
+        assert scenes.objects_present(*scenes.parse_reference(reference)) == shown - {label}
+    with pytest.raises(ValueError, match="cannot remove objects from 'photo.jpg'"):
+        scene_candidates({"id": "p", "image": "photo.jpg"})
+
+
+def test_sentences():
+    assert sentences(" A dog. Is it?  Yes! At 3.5 m\n") == ["A dog.", "Is it?", "Yes!", "At 3.5 m"]
+
+
+# ---------------------------------------------------------------------------------------- all together
+
+
+@pytest.fixture(scope="module")
+def models():
+    return (load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL),
+            load_clip(DEFAULT_CLIP), ClipProcessor(DEFAULT_CLIP))
+
+
+@pytest.fixture(scope="module")
+def made(models):
+    options = dict(samples=3, seed=5, progress=False)
+    return {method: make_pairs(method, *models, scene_seeds=SEEDS, **options)
+            for method in ("rank", "realign", "adavip")}
+
+
+def test_pairs_of_scenes(made, tmp_path):
+    for method, (pairs, report) in made.items():
+        assert len(pairs) + sum(report["dropped"].values()) == report["pictures"] == len(SEEDS)
+        assert report["pairs"] == len(pairs) >= 3
+        needs = () if method == "rank" else ("rejected_image",)
+        write_jsonl(tmp_path / "pairs.jsonl", pairs)
+        assert read_pairs(tmp_path / "pairs.jsonl", needs) == pairs
+
+
+def test_ranked_pairs_tell_truth_from_hallucination(made):
+    pairs, report = made["rank"]
+    assert report["hallucinating"]["rejected"] == 1.0 > report["hallucinating"]["chosen"]
+    for pair in pairs:
+        best, worst = judge_scene(pair, [pair["chosen"], pair["rejected"]])
+        assert (best.wrong, -best.right) < (worst.wrong, -worst.right)
+
+
+def test_adavip_keeps_the_text_pairs_and_takes_the_least_score(made, models):
+    assert [(p["chosen"], p["rejected"]) for p in made["adavip"][0]] == [
+        (p["chosen"], p["rejected"]) for p in made["rank"][0]]
+    for pair in made["adavip"][0]:
+        listing = pair["source"]["candidates"]
+        least = min(listing, key=lambda candidate: candidate["score"])
+        taken = next(c for c in listing if c["image"] == pair["rejected_image"])
+        assert taken["score"] == least["score"] and pair["source"]["text"]["method"] == "rank"
+    again, _ = make_pairs("adavip", *models, pairs=made["rank"][0], progress=False)
+    assert [p["rejected_image"] for p in again] == [p["rejected_image"] for p in made["adavip"][0]]
+
+
+def test_realign_takes_another_picture_and_an_unlike_answer(made, models):
+    similarity = clip_similarity(*models[2:])
+    for pair in made["realign"][0]:
+        assert pair["rejected_image"] != pair["image"] and pair["rejected_image"].startswith("scene:")
+        (alike,) = similarity([pair["chosen"]], [pair["rejected"]])
+        assert alike < 0.95 and alike == pytest.approx(pair["source"]["similarity"], abs=1e-3)
+
+
+def test_the_same_text_is_entirely_similar(models):
+    assert clip_similarity(*models[2:])(["A dog. A cat."], ["A dog. A cat."]) == pytest.approx([1.0])
+
+
+def test_infill_keeps_what_is_not_masked(models):
+    text = "There is a dog on the left. There are two cats."
+    job = Job(scenes.reference(SEEDS[0]), scenes.CAPTION_PROMPT, text, mask_words(text))
+    other = Job(scenes.reference(SEEDS[1]), scenes.CAPTION_PROMPT, "A dog.", [(0, 5)])
+    model, processor = models[:2]
+    (alone,) = infill(model, processor)([job], "")
+    assert re.fullmatch(r"There is .+ on the .+\. There are .+\.", alone)
+    for size in (1, 2):
+        assert infill(model, processor, batch_size=size)([other, job], "")[1] == alone
+
+
+def test_same_seed_same_pairs_whatever_the_batch_size(made, models):
+    options = dict(scene_seeds=SEEDS, samples=3, progress=False)
+    for method in ("rank", "realign"):
+        again, _ = make_pairs(method, *models, **options, seed=5, batch_size=5)
+        texts = [[(p["id"], p["chosen"], p["rejected"], p["rejected_image"]) for p in pairs]
+                 for pairs in (again, made[method][0])]
+        assert texts[0] == texts[1]
+    other, _ = make_pairs("rank", *models, **options, seed=99)
+    assert [p["rejected"] for p in other] != [p["rejected"] for p in made["rank"][0]]
+
+
+def test_input_that_a_method_cannot_use(models):
+    photo = {"id": "p", "image": "photo.jpg", "prompt": "What?"}
+    pair = {**photo, "chosen": "a", "rejected": "b"}
+    for method, given, reason in [
+        ("none", {"images": [photo]}, "unknown method 'none', there are rank, realign, adavip"),
+        ("rank", {}, "exactly one of"),
+        ("rank", {"images": [photo], "scene_seeds": SEEDS}, "exactly one of"),
+        ("rank", {"images": []}, "no pictures"),
+        ("rank", {"images": [photo]}, "nobody knows"),
+        ("realign", {"images": [photo]}, "nobody knows"),
+        ("realign", {"images": [photo, {**photo, "chosen": "A dog."}]}, "'chosen' is missing in 1 of 2"),
+        ("rank", {"pairs": [pair]}, "rank makes the text pairs itself"),
+        ("adavip", {"pairs": [pair]}, "cannot remove objects"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            make_pairs(method, *models, **given)
+
+
+def test_relative_paths_follow_the_output_file(tmp_path):
+    rows = [{"image": "a/x.png", "rejected_image": "/y.png"}, {"image": "scene:1", "rejected_image": None}]
+    moved = relocate(rows, tmp_path / "in", tmp_path / "out" / "deep")
+    assert moved == [{"image": "../../in/a/x.png", "rejected_image": "/y.png"}, rows[1]]
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def test_command_line(tmp_path):
+    """The file is the same from another process; the summary counts what is in it; AdaViP builds on it."""
+    command = [sys.executable, str(HOME / "generate_pairs.py"), "--scenes", "6", "--samples", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "runs" / "pairs-rank.jsonl"
+    pairs = read_pairs(file)
+    counts = re.findall(r"(\d+) (?:pairs of|dropped)", done.stdout)
+    assert int(counts[0]) == len(pairs) and sum(map(int, counts)) == 6
+    assert "100.0 % of the rejected answers" in done.stdout and pairs[0]["source"]["model"] == "model/tiny"
+    run(read_arguments([*command[2:], "--out", str(tmp_path / "again.jsonl")]))
+    assert (tmp_path / "again.jsonl").read_bytes() == file.read_bytes()
+    new = tmp_path / "new" / "a.jsonl"
+    run(read_arguments(["--method", "adavip", "--pairs", str(file), "--out", str(new)]))
+    assert len(read_pairs(new, {"rejected_image"})) == len(pairs)
+
+
+def test_photographs_with_given_answers(tmp_path, monkeypatch):
+    """Six pictures on disk, listed with relative paths; the output lies in another folder and finds them."""
+    (tmp_path / "in").mkdir()
+    rows = []
+    for seed in range(6):
+        scenes.render(scenes.sample_scene(seed)).resize((120, 100), Image.Resampling.BICUBIC).save(
+            tmp_path / "in" / f"{seed}.png")
+        rows.append({"id": str(seed), "image": f"{seed}.png", "prompt": "Describe it.",
+                     "chosen": "There is a large dog on the left. There are two cups next to a cat."})
+    write_jsonl(tmp_path / "in" / "photos.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--method", "realign", "--images", "in/photos.jsonl", "--out", "out/p.jsonl", "--tau", "1"]
+    report = run(read_arguments(arguments))
+    pairs = read_pairs(tmp_path / "out" / "p.jsonl", {"rejected_image"})
+    assert {pair["chosen"] for pair in pairs} == {rows[0]["chosen"]} and "hallucinating" not in report
+    assert all(pair["image"].startswith("../in/") != pair["rejected_image"] for pair in pairs)
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (["--method", "none"], "invalid choice: 'none'"),
+    (["--scenes", "0"], "'0' is not a whole number above 0"),
+    (["--tau", "1.5"], "1.5 is not between -1 and 1"),
+    (["--temperature", "hot"], "invalid number value: 'hot'"),
+    (["--scene-split", "test"], "invalid choice: 'test'"),
+    (["--scenes", "3", "--pairs", "x.jsonl"], "not allowed with"),
+    (["--sample", "3"], "unrecognized arguments"),
+    (["--pairs", "x.jsonl"], "x.jsonl: not found"),
+    (["--images", "bad.jsonl"], "bad.jsonl:1: 'prompt' is missing\nbad.jsonl:2: not valid JSON"),
+    (["--model", "nowhere"], "nowhere"),
+])
+def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, reason):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"id": "a", "image": "scene:1"}) + "\n{\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["generate_pairs.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and reason in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]

@@ -1,0 +1,101 @@
+"""Prompt template, special tokens and decoding, on a small tokenizer built like LLaMA's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import small
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+from data.processor import ClipProcessor, Processor
+
+QUESTION, ANSWER = "Is there a dog in {the} image?", "Yes, a dog."
+SPECIAL = ["<unk>", "<s>", "<pad>", "</s>", "<image>"]
+
+
+def tokenizer() -> Tokenizer:
+    """Byte-fallback BPE, a blank before every piece of text, as in LLaMA's tokenizer.json."""
+    result = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    result.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    result.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL + [f"<0x{i:02X}>" for i in range(256)], show_progress=False
+    )
+    result.train_from_iterator([f"USER: \n{QUESTION} ASSISTANT: {ANSWER}"] * 9, trainer)
+    return result
+
+
+@pytest.fixture
+def processor(tmp_path) -> Processor:
+    (tmp_path / "config.json").write_text(json.dumps({**small.LLAVA, "image_token_index": 4}))
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    return Processor(tmp_path)
+
+
+def test_template_equals_tokenising_the_whole_text(processor):
+    """Pieces tokenised apart give the ids of the whole, with the image token repeated once per patch."""
+    whole = f"<s>USER: <image>\n{QUESTION} ASSISTANT: {ANSWER}</s>"
+    expected = processor.tokenizer.encode(whole, add_special_tokens=False).ids
+    at = expected.index(4)
+    expected[at : at + 1] = [4] * small.PATCHES
+    assert processor.prompt(QUESTION) + processor.response(ANSWER) == expected
+    assert processor.response(ANSWER)[-1] == processor.eos_id == 3
+
+
+def test_prompts_of_different_text_share_their_start(processor):
+    a, b = processor.prompt("a dog"), processor.prompt("Yes")
+    assert a[: len(processor.prefix)] == b[: len(processor.prefix)] == processor.prefix
+    assert a.count(4) == small.PATCHES and a[-1] != 4
+
+
+@pytest.mark.parametrize("text", [ANSWER, "naïve 犬 dog", "  two  blanks", "line\nbreak", ""])
+def test_decode_undoes_response(processor, text):
+    assert processor.decode(processor.response(text)) == text
+
+
+@pytest.mark.parametrize("token", ["<image>", "</s>"])
+def test_special_tokens_in_text_are_refused(processor, token):
+    with pytest.raises(ValueError, match=f"special token {token}: 'a dog {token}"):
+        processor.response(f"a dog {token} here")
+    with pytest.raises(ValueError, match=f"special token {token}"):
+        processor.prompt(f"a {token}")
+
+
+def test_image(processor, tmp_path):
+    """Side from the model's config, mean and standard deviation from the preprocessor's: (v / 255 - 0.5) / 0.25."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5] * 3, image_std=[0.25] * 3)))
+    Image.new("RGB", (30, 50), (255, 0, 51)).save(tmp_path / "red.png")
+    pixels = Processor(tmp_path).image("red.png", tmp_path)
+    assert pixels.shape == (3, small.SIDE, small.SIDE)
+    torch.testing.assert_close(pixels[:, 3, 5], torch.tensor([2.0, -2.0, -1.2]))
+
+
+def test_a_folder_without_the_tokens_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(small.LLAVA))
+    with pytest.raises(ValueError, match="tokenizer.json: not found"):
+        Processor(tmp_path)
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has no token <s>"):
+        Processor(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a readable tokenizer"):
+        Processor(tmp_path)
+
+
+@pytest.mark.parametrize("vocabulary, eos_in_config, fits", [(400, 3, True), (400, 2, False), (4, 2, True), (400, 5, False)])
+def test_clip_must_pool_where_its_tokenizer_ends(tmp_path, vocabulary, eos_in_config, fits):
+    """eos_token_id 2 stands for the largest id, which must then be the tokenizer's EOS (3 here)."""
+    text = {**small.CLIP_TEXT, "vocab_size": vocabulary, "eos_token_id": eos_in_config}
+    (tmp_path / "config.json").write_text(json.dumps({**small.CLIP_BOTH, "text_config": text}))
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    if not fits:
+        with pytest.raises(ValueError, match="ends a text with id 3"):
+            ClipProcessor(tmp_path)
+    else:
+        ids = ClipProcessor(tmp_path).text("Is there a dog in the image? " * 5)
+        assert len(ids) == 12 and ids[0] == 1 and ids[-1] == 3  # cut to the tower's 12 positions
