@@ -61,7 +61,6 @@ LOSSES = {
     "adavip": (adavip.adavip_loss, adavip.SEQUENCES, "adavip"),
 }
 
-
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
@@ -315,7 +314,7 @@ def train(args, model, processor, records, root, rank: int, world: int, device, 
                         world=world, seed=args.seed, steps=args.steps)
     loader = iter(DataLoader(data, batch_size=None, sampler=range(start * parts, len(data)),
                              num_workers=args.workers, pin_memory=device.type == "cuda"))
-    log, stop = Log(args, rank, world, device, start), StopRequest(world)
+    log, stop, done = Log(args, rank, world, device, start), StopRequest(world), start
     model.train()
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.loss,
                      disable=True if rank else None):
@@ -340,9 +339,10 @@ def train(args, model, processor, records, root, rank: int, world: int, device, 
         if rank == 0 and (halt or done % args.save_every == 0 or done == args.steps):
             save_checkpoint(path, model, optimizer, done, config)
         if halt and done < args.steps:
-            return False
+            break
+    stop.close()
     model.eval()
-    return True
+    return done == args.steps
 
 
 class StopRequest:
@@ -350,8 +350,8 @@ class StopRequest:
 
     def __init__(self, world: int):
         self.world, self.flag = world, torch.zeros(1)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.flag.fill_(1))
+        handler = lambda *_: self.flag.fill_(1)  # noqa: E731
+        self.before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def asked(self) -> bool:
         """A collective call: every process must make it."""
@@ -359,13 +359,19 @@ class StopRequest:
             dist.all_reduce(self.flag, dist.ReduceOp.MAX)  # a CPU tensor: no device synchronisation
         return bool(self.flag)
 
+    def close(self) -> None:
+        """Put the former signal handlers back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
 
 def measure(args, model, processor) -> dict[str, float]:
     """Hallucination on held-out scenes; every figure in percent, `words` the mean length of a caption."""
-    first = scenes.TEST if args.eval_split == "test" else scenes.DEV
+    first = evaluate.FIRST_SEED[args.eval_split]
     seeds = range(first, first + args.eval_scenes)
-    captions = evaluate.evaluate_chair(model, processor, seeds)
-    yes_no = evaluate.evaluate_pope(model, processor, seeds)
+    captions = evaluate.evaluate_chair(model, processor, seeds, progress="captions")
+    asked = [row for row in evaluate.pope_scenes(seeds) if row["split"] not in evaluate.CONTROLS]
+    yes_no = evaluate.evaluate_pope(model, processor, asked, progress="POPE")
     figures = {"CHAIR_s": 100 * captions["chair_s"], "CHAIR_i": 100 * captions["chair_i"],
                "recall": 100 * captions["recall"], "words": captions["words"]}
     return figures | {f"POPE {name}": 100 * split["accuracy"] for name, split in yes_no["splits"].items()}
@@ -397,8 +403,8 @@ def main(argv: list[str] | None = None) -> int:
     if rank == 0 and finished:
         save_llava(model, args.out / "model", args.model)
         after = measure(args, model, processor) if measured else {}
-        save_json({"config": config, "before": before, "after": after}, args.out / "result.json")
         minutes = (time.perf_counter() - started) / 60
+        save_json({"config": config, "before": before, "after": after, "minutes": minutes}, args.out / "result.json")
         print(table(before, after) if measured else "", f"{args.out}/model written, {minutes:.1f} minutes", sep="\n")
     elif rank == 0:
         print(f"interrupted; go on with --resume --out {args.out}")

@@ -42,7 +42,7 @@ def open_image(reference: str, root: Path | str | None = None) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 

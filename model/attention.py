@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import ops
+
 
 class Causal:
     """Every token sees itself and what came before: one sequence."""
@@ -76,15 +78,18 @@ class SharedPrefix:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), or (T - skip, H, d) where only the tail is asked for; k, v (T, K, d) -> like q."""
-        kb, vb = (self.body.pad(x[: self.skip]) for x in (k, v))  # (G, b, K, d)
-        kt, vt = (torch.cat([xb, self.tail.pad(x[self.skip :])], 1) for xb, x in ((kb, k), (vb, v)))  # (G, b+t, K, d)
-        body_too = len(q) == len(k)
-        qt = self.tail.pad(q[self.skip :] if body_too else q)  # (G, t, H, d)
-        y = self.tail.unpad(mix(qt, kt, vt, mask=self.mask))  # (tail tokens, H, d)
-        if body_too:
-            qb = self.body.pad(q[: self.skip])  # (G, b, H, d)
-            y = torch.cat([self.body.unpad(mix(qb, kb, vb, causal=True)), y])
-        return y
+        (kb, kt), (vb, vt) = self._split(k), self._split(v)  # (G, b, K, d), (G, t, K, d)
+        kt, vt = torch.cat([kb, kt], 1), torch.cat([vb, vt], 1)  # (G, b + t, K, d)
+        if len(q) < len(k):
+            return self.tail.unpad(mix(self.tail.pad(q), kt, vt, mask=self.mask))
+        qb, qt = self._split(q)  # (G, b, H, d), (G, t, H, d)
+        body, tail = mix(qb, kb, vb, causal=True), mix(qt, kt, vt, mask=self.mask)
+        return torch.cat([self.body.unpad(body), self.tail.unpad(tail)])
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, heads, d) -> padded bodies and padded tails."""
+        body, tail = x.split([self.skip, len(x) - self.skip])
+        return self.body.pad(body), self.tail.pad(tail)
 
 
 def _tail_mask(bodies: list[int], responses: list[list[int]], b: int, t: int) -> Tensor:
@@ -102,11 +107,11 @@ def _tail_mask(bodies: list[int], responses: list[list[int]], b: int, t: int) ->
 
 def mix(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Softmax attention: q (G, n, H, d), k and v (G, m, K, d) -> (G, n, H, d); K divides H (grouped queries)."""
-    dtype = q.dtype
-    # On a CPU the backward of bf16 attention is up to four times slower than that of fp32.
-    wide = q.device.type == "cpu" and dtype == torch.bfloat16
-    q, k, v = (x.transpose(1, 2).float() if wide else x.transpose(1, 2) for x in (q, k, v))  # (G, heads, tokens, d)
-    with torch.autocast(q.device.type, enabled=False):
-        gqa = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
-    return y.transpose(1, 2).to(dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (G, heads, tokens, d)
+    share = q.shape[1] // k.shape[1]
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and (causal or mask is not None):
+        k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
+        y = ops.Attention.apply(q, k, v, mask)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share > 1)
+    return y.transpose(1, 2)

@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model import ops
 from model.config import LlamaConfig
 
 Rope = tuple[Tensor, Tensor]
@@ -33,9 +33,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return ops.RMSNorm.apply(x, self.weight, self.eps)
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> Rope:
@@ -49,8 +47,12 @@ def rope_table(positions: Tensor, head_dim: int, theta: float) -> Rope:
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x_i, x_{i+d/2}) of x (T, H, d) by its position's angle."""
     cos, sin = (r.to(x.dtype) for r in rope)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return ops.Rotate.apply(x, cos, sin)
+
+
+def _drop(x: Tensor, skip: int) -> Tensor:
+    """x without its first `skip` rows. A slice that drops nothing would still cost a copy in the backward."""
+    return x[skip:] if skip else x
 
 
 class Attention(nn.Module):
@@ -65,7 +67,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, attend: Callable, layer: int, skip: int) -> Tensor:
         heads = (-1, self.head_dim)
-        q = self.q_proj(x[skip:]).unflatten(-1, heads)  # (T - skip, H, d)
+        q = self.q_proj(_drop(x, skip)).unflatten(-1, heads)  # (T - skip, H, d)
         k = self.k_proj(x).unflatten(-1, heads)  # (T, K, d)
         v = self.v_proj(x).unflatten(-1, heads)  # (T, K, d)
         q, k = rotate(q, (rope[0][skip:], rope[1][skip:])), rotate(k, rope)
@@ -80,7 +82,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -93,7 +95,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, attend: Callable, layer: int, skip: int) -> Tensor:
         """x (T, D) -> (T - skip, D): the first `skip` tokens serve as keys and values only."""
-        x = x[skip:] + self.self_attn(self.input_layernorm(x), rope, attend, layer, skip)
+        x = _drop(x, skip) + self.self_attn(self.input_layernorm(x), rope, attend, layer, skip)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

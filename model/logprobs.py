@@ -30,11 +30,11 @@ from torch.nn.utils.rnn import pad_sequence
 from model.attention import SharedPrefix
 from model.llava import Llava
 
-CHUNK_ELEMENTS = 2**23  # logits alive at a time: 32 MiB in fp32
+CHUNK_ELEMENTS = 2**22  # logits alive at a time: 16 MiB in fp32
 
 
 class Sequence(NamedTuple):
-    """One thing to score. `image` is the row of the batch's image tensor; `prompt` has its image tokens, not at the end."""
+    """One thing to score. `image` is the row of the batch's image tensor; `prompt` has the image tokens, not last."""
 
     image: int
     prompt: tuple[int, ...]
@@ -180,10 +180,11 @@ class SelectedLogProbs(torch.autograd.Function):
             if any_competitor:
                 labels[part] = _best_competitor(logits, labels[part], competitor[part])
             picked = logits.gather(1, labels[part, None])  # (c, 1)
-            total = logits.logsumexp(1, keepdim=True)  # (c, 1)
-            logps[part] = (picked - total)[:, 0]
+            odds, total, log_total = _softmax(logits)
+            logps[part] = (picked - log_total)[:, 0]
             if grad_hidden is not None:
-                grad_hidden[part] = _error(logits, total, labels[part]).to(matrix.dtype) @ matrix
+                error = _error(odds, total, labels[part])  # (c, V)
+                grad_hidden[part] = (error.to(matrix.dtype) @ matrix) / -total
         ctx.weight_dtype = weight.dtype
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(grad_hidden, hidden, matrix, labels)
@@ -203,21 +204,29 @@ class SelectedLogProbs(torch.autograd.Function):
 
 def _head_gradient(grad: Tensor, hidden: Tensor, matrix: Tensor, labels: Tensor) -> Tensor:
     """d(sum grad * logp) / dW = (grad * (onehot - softmax))^T h, chunk by chunk, summed in fp32."""
-    total = torch.zeros(matrix.shape, device=matrix.device)  # (V, D)
+    result = torch.zeros(matrix.shape, device=matrix.device)  # (V, D)
     for part in _chunks(len(hidden), len(matrix)):
         logits = (hidden[part] @ matrix.T).float()  # (c, V)
-        error = _error(logits, logits.logsumexp(1, keepdim=True), labels[part])
-        total += ((grad[part, None] * error).to(matrix.dtype).T @ hidden[part]).float()
-    return total
+        odds, total, _ = _softmax(logits)
+        error = _error(odds, total, labels[part]).mul_(grad[part, None] / -total)
+        result += (error.to(matrix.dtype).T @ hidden[part]).float()
+    return result
 
 
-def _error(logits: Tensor, total: Tensor, labels: Tensor) -> Tensor:
-    """d logp / d logits = onehot - softmax, in place of the logits. (c, V)
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax times its denominator, in place of the logits (c, V); the denominator (c, 1); log sum exp (c, 1)."""
+    top = logits.amax(1, keepdim=True)
+    odds = logits.sub_(top).exp_()
+    total = odds.sum(1, keepdim=True)
+    return odds, total, top + total.log()
+
+
+def _error(odds: Tensor, total: Tensor, labels: Tensor) -> Tensor:
+    """d logp / d logits = onehot - softmax, times -total, in place of the odds. (c, V)
 
     Subtracted in fp32: where the model is sure, what is left is far below a bf16 rounding of the softmax.
     """
-    error = logits.sub_(total).exp_().neg_()
-    return error.scatter_add_(1, labels[:, None], torch.ones_like(total))
+    return odds.scatter_add_(1, labels[:, None], -total)
 
 
 def _best_competitor(logits: Tensor, labels: Tensor, competitor: Tensor) -> Tensor:

@@ -47,12 +47,8 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
-        low = F.linear(self.dropout(x).to(self._compute_dtype(y)), self.lora_A)  # (T, r)
-        return y + F.linear(low, self.lora_B * self.scale).to(y.dtype)
-
-    def _compute_dtype(self, y: Tensor) -> torch.dtype:
-        """Under autocast the layer's own dtype; without it the adapters' fp32."""
-        return y.dtype if torch.is_autocast_enabled(y.device.type) else self.lora_A.dtype
+        low = F.linear(self.dropout(x).to(y.dtype), self.lora_A.to(y.dtype))  # (T, r)
+        return y.addmm_(low, self.lora_B.T.to(y.dtype), alpha=self.scale)
 
     def update(self) -> Tensor:
         """The full-size update (alpha / r) B A, (out, in), fp32."""

@@ -2,7 +2,8 @@
 
     python -m model.pretrain tokenizer                              (seconds)
     python -m model.pretrain clip                                   (about 7 minutes on one core)
-    torchrun --nproc-per-node 2 -m model.pretrain llava             (about 15 minutes on two cores)
+    torchrun --nproc-per-node 2 -m model.pretrain llava             (about 19 minutes on two cores)
+    torchrun --nproc-per-node 2 -m model.pretrain captions          (about 11 minutes on two cores)
 
 Each stage writes into --out (default runs/tiny) and reads what the stage before left there.
 
@@ -13,8 +14,9 @@ Radford et al. 2021, arXiv 2103.00020).
 
 LLaVA then learns to describe and to answer, with the vision tower frozen. One row is one picture with a caption and
 several questions, which share the picture and do not see each other: the scoring core's shared prefix, used for
-supervised training. Captions mention an absent object with probability --caption-noise: the habit of real caption
-data that preference alignment is there to cure.
+supervised training. Yes / no questions are learnt long before captions, so the last stage goes on with three captions
+and one question a picture. Captions mention an absent object with probability --caption-noise: the habit of real
+caption data that preference alignment is there to cure.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ import random
 import time
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -39,7 +42,7 @@ from tqdm import tqdm
 from data import scenes
 from data.images import Preprocessing, preprocess
 from data.processor import AFTER_IMAGE, BEFORE_IMAGE, ClipProcessor, Processor
-from model.checkpoint import load_clip, save_json, save_tensors
+from model.checkpoint import load_clip, load_llava, save_json, save_tensors
 from model.clip import CLIP
 from model.config import clip_config, llava_config
 from model.llava import Llava
@@ -48,7 +51,6 @@ from model.logprobs import Scorer, Sequence, pack
 SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
 # "</s>" is not 2: in a CLIP config, eos_token_id = 2 stands for an old bug that pools at the largest id instead.
 SPECIAL = ("<unk>", "<s>", "<pad>", "</s>", "<image>")
-CACHED_SCENES = 14_000  # pictures whose features are kept during the LLaVA stage (bf16, 230 MB)
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer
@@ -71,6 +73,9 @@ def train_tokenizer(out: Path) -> None:
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=[*SPECIAL, *bytes_], show_progress=False)
     tokenizer.train_from_iterator(_corpus(), trainer)
+    spec = json.loads(tokenizer.to_str())  # the trainer marks the bytes as special too, and decoding would skip them
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in SPECIAL]
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
     for folder in (out, out / "clip"):
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -130,7 +135,7 @@ def write_configs(out: Path, vocabulary: int) -> None:
 # --------------------------------------------------------------------------------------------------------- CLIP
 
 
-def train_clip(out: Path, steps: int, batch: int, lr: float, seed: int) -> None:
+def train_clip(out: Path, steps: int, batch: int, seed: int, lr: float = 1e-3) -> None:
     """Train both towers and write out/clip."""
     torch.manual_seed(seed)
     config = clip_config(json.loads((out / "clip" / "config.json").read_text()))
@@ -196,36 +201,59 @@ def _init_clip(clip: CLIP) -> None:
 # -------------------------------------------------------------------------------------------------------- LLaVA
 
 
-def train_llava(out: Path, steps: int, batch: int, lr: float, seed: int, noise: float) -> None:
-    """Train projector and decoder on captions and questions and write out/model.safetensors."""
+class Stage(NamedTuple):
+    """Settings of a stage of LLaVA training; captions and questions are those of one picture."""
+
+    steps: int
+    lr: float
+    captions: int
+    questions: int
+    room: int  # tokens of one row behind the picture
+    noise: float
+    first: int  # scene seed
+
+
+STAGES = {
+    "llava": Stage(3150, 2e-3, captions=1, questions=6, room=160, noise=0.5, first=0),
+    "captions": Stage(1600, 1.5e-3, captions=3, questions=1, room=200, noise=0.6, first=100_000),
+}
+
+
+def train_llava(out: Path, stage: Stage, batch: int, seed: int, cached: int, resume: bool) -> None:
+    """Train projector and decoder on captions and questions and write out/model.safetensors.
+
+    Args:
+        cached: scenes whose patch features are kept in memory.
+        resume: go on from out/model.safetensors instead of random weights.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(seed)
-    config = llava_config(json.loads((out / "config.json").read_text()))
-    clip, processor = load_clip(out / "clip"), Processor(out)
-    model = Llava(config)
-    _init_llava(model)
-    kept = len(model.vision_tower.vision_model.encoder.layers)
-    vision = clip.vision_model.state_dict()
-    used = {k: v for k, v in vision.items() if k in model.vision_tower.vision_model.state_dict()}
-    assert len(clip.vision_model.encoder.layers) > kept
-    model.vision_tower.vision_model.load_state_dict(used)
+    processor, vision = Processor(out), load_clip(out / "clip").vision_model.state_dict()
+    if resume:
+        model = load_llava(out).train()
+    else:
+        model = Llava(llava_config(json.loads((out / "config.json").read_text())))
+        _init_llava(model)
+        tower = model.vision_tower.vision_model
+        tower.load_state_dict({k: v for k, v in vision.items() if k in tower.state_dict()})
     model.vision_tower.requires_grad_(False)
 
-    pool, features = _cache_features(model, processor, range(rank, CACHED_SCENES, world), show=rank == 0)
+    seeds = range(stage.first + rank, stage.first + cached, world)
+    pool, features = _cache_features(model, processor, seeds, show=rank == 0)
     scorer = Scorer(model, torch.bfloat16)
     wrapped = DistributedDataParallel(scorer) if world > 1 else scorer
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(trained, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.02)
     order = _endless(len(pool), seed + rank)
     rng = random.Random(1000 * seed + rank)
     started = time.time()
-    bar = tqdm(range(steps), desc="llava", disable=rank > 0)
+    bar = tqdm(range(stage.steps), desc="steps", disable=rank > 0)
     for step in bar:
-        _set_lr(optimizer, lr, step, steps, warmup=60)
+        _set_lr(optimizer, stage.lr, step, stage.steps, warmup=60)
         chosen = [next(order) for _ in range(batch // world)]
-        rows = [segments(pool[i], processor, rng, noise) for i in chosen]
+        rows = [segments(pool[i], processor, rng, stage) for i in chosen]
         loss, parts = _llava_loss(wrapped, processor, rows, features[chosen].float())
         _update(optimizer, loss)
         if step % 20 == 0:
@@ -233,22 +261,23 @@ def train_llava(out: Path, steps: int, batch: int, lr: float, seed: int, noise: 
     if rank == 0:
         tower = {f"vision_tower.vision_model.{k}": v for k, v in vision.items()}
         save_tensors({**model.state_dict(), **tower}, out / "model.safetensors", torch.float16)
-        print(f"trained {steps} steps of {batch} pictures in {time.time() - started:.0f} s")
+        print(f"trained {stage.steps} steps of {batch} pictures in {time.time() - started:.0f} s")
     if world > 1:
         dist.destroy_process_group()
 
 
-def segments(scene, processor: Processor, rng: random.Random, noise: float, room: int = 160) -> list[tuple]:
-    """A caption and six questions in exactly `room` tokens: (ids, kind of each token) of each segment.
+def segments(scene, processor: Processor, rng: random.Random, stage: Stage) -> list[tuple]:
+    """Captions and questions in exactly `stage.room` tokens: (ids, kind of each token) of each segment.
 
-    kinds: 0 not trained (questions, filling), 1 caption, 2 the Yes or No, 3 other answer tokens. The last segment is
-    filled or cut, because matrix libraries prepare anew for every shape and equal steps spare them that.
+    kinds: 0 not trained (questions, filling), 1 caption, 2 the Yes or No, 3 other answer tokens. The longest segment
+    is filled or cut, because matrix libraries prepare anew for every shape and equal steps spare them that.
     """
-    texts = [(scenes.CAPTION_PROMPT, scenes.caption(scene, rng, noise), "caption")]
-    while len(texts) < 7:  # a sparse scene does not have six questions at once
+    prompt, count = scenes.CAPTION_PROMPT, stage.captions + stage.questions
+    texts = [(prompt, scenes.caption(scene, rng, stage.noise), "caption") for _ in range(stage.captions)]
+    while len(texts) < count:  # a sparse scene does not have six questions at once
         texts += scenes.questions(scene, rng)
     result = []
-    for question, answer, kind in texts[:7]:
+    for question, answer, kind in texts[:count]:
         head = processor.prompt(question)[len(shared_prefix(processor)) :]
         tail = processor.response(answer)
         if kind == "exist":
@@ -256,10 +285,12 @@ def segments(scene, processor: Processor, rng: random.Random, noise: float, room
         else:
             kinds = [1 if kind == "caption" else 3] * len(tail)
         result.append((head + tail, [0] * len(head) + kinds))
-    ids, kinds = result.pop()
-    left = room - sum(len(segment) for segment, _ in result)
-    filling = [processor.eos_id] * max(0, left - len(ids))
-    return result + [((ids + filling)[:left], (kinds + [0] * len(filling))[:left])]
+    longest = max(range(count), key=lambda i: len(result[i][0]))
+    ids, kinds = result[longest]
+    size = len(ids) + stage.room - sum(len(segment) for segment, _ in result)
+    filling = [processor.eos_id] * max(0, size - len(ids))
+    result[longest] = ((ids + filling)[:size], (kinds + [0] * len(filling))[:size])
+    return result
 
 
 def shared_prefix(processor: Processor) -> tuple[int, ...]:
@@ -270,13 +301,12 @@ def shared_prefix(processor: Processor) -> tuple[int, ...]:
 def _llava_loss(scorer, processor, rows, features) -> tuple[Tensor, dict[str, str]]:
     """2 mean(caption tokens) + mean(Yes / No tokens) + mean(other answer tokens): one decisive token in a dozen
     would drown in a plain mean."""
-    start = len(processor.prefix) + 1  # every question starts with the same token, a line break, behind the picture
-    prefix = tuple(processor.prompt("")[:start])
-    sequences = [Sequence(i, prefix, tuple(ids[1:])) for i, row in enumerate(rows) for ids, _ in row]
+    prefix = shared_prefix(processor)
+    sequences = [Sequence(i, prefix, tuple(ids)) for i, row in enumerate(rows) for ids, _ in row]
     logps, mask = scorer(pack(sequences), features)  # (N, L)
     kinds = torch.zeros_like(mask, dtype=torch.long)
     for n, (_, kind) in enumerate(s for row in rows for s in row):
-        kinds[n, : len(kind) - 1] = torch.tensor(kind[1:])
+        kinds[n, : len(kind)] = torch.tensor(kind)
     caption, decisive, other = (-(logps * (kinds == k)).sum() / (kinds == k).sum().clamp(min=1) for k in (1, 2, 3))
     parts = {"caption": f"{caption.item():.3f}", "yes/no": f"{decisive.item():.3f}", "other": f"{other.item():.3f}"}
     return 2 * caption + decisive + other, parts
@@ -329,23 +359,25 @@ def _endless(n: int, seed: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("tokenizer", "clip", "llava"))
+    parser.add_argument("stage", choices=("tokenizer", "clip", *STAGES))
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder that all stages share")
-    parser.add_argument("--steps", type=int, help="optimiser steps (clip 1200, llava 3150)")
-    parser.add_argument("--batch-size", type=int, help="pictures a step over all processes (clip 32, llava 16)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (clip 1e-3, llava 2e-3)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (clip 1200, llava 3150, captions 1600)")
+    parser.add_argument("--batch-size", type=int, help="pictures a step over all processes (clip 32, others 16)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--caption-noise", type=float, default=0.5, help="share of captions with an absent object")
+    parser.add_argument("--scenes", type=int, default=14_000, help="pictures whose features are kept (230 MB)")
+    parser.add_argument("--caption-noise", type=float, help="share of captions with an absent object (.5, then .6)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.stage == "tokenizer":
         train_tokenizer(args.out)
         write_configs(args.out, Tokenizer.from_file(str(args.out / "tokenizer.json")).get_vocab_size())
     elif args.stage == "clip":
-        train_clip(args.out, args.steps or 1200, args.batch_size or 32, args.lr or 1e-3, args.seed)
+        train_clip(args.out, args.steps or 1200, args.batch_size or 32, args.seed)
     else:
-        train_llava(args.out, args.steps or 3150, args.batch_size or 16, args.lr or 2e-3, args.seed,
-                    args.caption_noise)
+        stage = STAGES[args.stage]
+        noise = stage.noise if args.caption_noise is None else args.caption_noise
+        stage = stage._replace(steps=args.steps or stage.steps, noise=noise)
+        train_llava(args.out, stage, args.batch_size or 16, args.seed, args.scenes, resume=args.stage == "captions")
 
 
 if __name__ == "__main__":

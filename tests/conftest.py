@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository root on the path, one thread, and small random models (tests/small.py)."""
+"""Shared by all tests: the repository root on the path, one thread, small random models (tests/small.py)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Small checkpoints with awkward sizes, the same on every machine.
 
-Every number that could be confused with another is different: 3 vision heads of width 8, 6 query heads that share 2
-key-value heads of width 10 in a decoder of width 18, 17 pixels cut into 3 x 3 patches of 5, vocabulary 67. Weights
-are drawn per tensor from a generator seeded by the tensor's name, so nothing but these lines fixes them and the
-goldens need not store them.
+Every number that could be confused with another is different: 3 vision heads of width 8, 6 query heads that
+share 2 key-value heads of width 10 in a decoder of width 18, 17 pixels cut into 3 x 3 patches of 5, and 67
+tokens. Weights are drawn per tensor from a generator seeded by the tensor's name, so nothing but these lines
+fixes them and the goldens need not store them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from model.llava import Llava
 
 SIDE, PATCHES, VOCAB, IMAGE_TOKEN = 17, 9, 67, 64
 VISION = dict(
-    model_type="clip_vision_model", hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
-    image_size=SIDE, patch_size=5, projection_dim=10,
+    model_type="clip_vision_model", hidden_size=24, intermediate_size=40, num_hidden_layers=3,
+    num_attention_heads=3, image_size=SIDE, patch_size=5, projection_dim=10,
 )
 TEXT = dict(
     model_type="llama", vocab_size=VOCAB, hidden_size=18, intermediate_size=30, num_hidden_layers=3,
@@ -44,7 +44,7 @@ CLIP_BOTH = dict(model_type="clip", vision_config=VISION, text_config=CLIP_TEXT,
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The weight called `name`: norms around 1, matrices of gain about 1.5, embeddings and biases of visible size."""
+    """The weight called `name`: norms near 1, matrices of gain 1.5, embeddings and biases of visible size."""
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
     if name.endswith("logit_scale"):
         return torch.tensor(2.5)
@@ -63,7 +63,7 @@ def fill(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
 
 
 def write_llava(folder: Path, text: dict | None = None, **fields) -> Path:
-    """Write a llava-hf folder as first published, all vision layers included. `text`, `fields` change the config."""
+    """Write a llava-hf folder as first published, vision layers complete; `text`, `fields` change it."""
     raw = {**LLAVA, "text_config": {**TEXT, **(text or {})}, **fields}
     config = llava_config(raw)
     tensors = fill(Llava(config).state_dict())
@@ -89,8 +89,8 @@ def write(folder: Path, raw: dict, tensors: dict[str, Tensor]) -> Path:
 
 def pictures(n: int, side: int = SIDE) -> Tensor:
     """n distinct pictures (n, 3, side, side), about standard normal."""
-    draws = [np.random.default_rng(900 + i).standard_normal((3, side, side), dtype=np.float32) for i in range(n)]
-    return torch.from_numpy(np.stack(draws))
+    streams = [np.random.default_rng(900 + i) for i in range(n)]
+    return torch.from_numpy(np.stack([s.standard_normal((3, side, side), dtype=np.float32) for s in streams]))
 
 
 def photo(width: int, height: int) -> np.ndarray:

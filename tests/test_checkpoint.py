@@ -1,4 +1,4 @@
-"""Checkpoints: what is refused, with which words; what may be absent or surplus; round trips; atomic writes."""
+"""Checkpoints: what is refused and with which words, what may be surplus, round trips, atomic writes."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def assert_state(model, tensors) -> None:
         assert torch.equal(value, tensors[name]), name
 
 
-# ------------------------------------------------------------------------------------------------------ strictness
+# ------------------------------------------------------------------------------------------------- strictness
 
 
-NAME = "language_model.model.layers.1.mlp.up_proj.weight"
+NAME, TOWER = "language_model.model.layers.1.mlp.up_proj.weight", "vision_tower.vision_model"
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ NAME = "language_model.model.layers.1.mlp.up_proj.weight"
         (lambda t: t.update({NAME: torch.zeros(18, 30)}), f"tensor {NAME} is (18, 30), expected (30, 18)"),
         (lambda t: t.pop("language_model.lm_head.weight"), "missing tensor language_model.lm_head.weight"),
         (lambda t: t.update({NAME.replace("layers.1", "layers.3"): t[NAME].clone()}), "unexpected tensor"),
-        (lambda t: t.pop("vision_tower.vision_model.encoder.layers.1.mlp.fc1.bias"), "missing tensor vision_tower"),
-        (lambda t: t.update({"vision_tower.vision_model.encoder.layers.3.mlp.fc1.bias": torch.zeros(40)}),
-         "unexpected tensor vision_tower.vision_model.encoder.layers.3"),
+        (lambda t: t.pop(f"{TOWER}.encoder.layers.1.mlp.fc1.bias"), f"missing tensor {TOWER}.encoder"),
+        (lambda t: t.update({f"{TOWER}.encoder.layers.3.mlp.fc1.bias": torch.zeros(40)}),
+         f"unexpected tensor {TOWER}.encoder.layers.3"),
         (lambda t: t.update({NAME + "_scale": torch.zeros(1)}), f"unexpected tensor {NAME}_scale"),
     ],
 )
@@ -113,7 +113,7 @@ def test_what_may_be_surplus(folder):
     """Vision layers behind the feature layer, the tower's last norm, and index buffers of old writers."""
     names = tensors_of(folder).keys()
     unused = {n for n in names if "post_layernorm" in n or "vision_model.encoder.layers.2." in n}
-    assert len(unused) == 2 + 16  # two norms, four attention projections and two MLP layers, weight and bias each
+    assert len(unused) == 2 + 16  # two norms, four attention projections, two MLP layers, each with a bias
     expected = logits(load_llava(folder))
     old = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(5),
            "vision_tower.vision_model.embeddings.position_ids": torch.zeros(1, 10)}
@@ -124,8 +124,8 @@ def test_what_may_be_surplus(folder):
 def test_used_vision_layers_follow_the_config(tmp_path):
     """With feature layer -1 the third layer is needed."""
     folder = small.write_llava(tmp_path, vision_feature_layer=-1)
-    rewrite(folder, lambda t: t.pop("vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias"))
-    with pytest.raises(ValueError, match="missing tensor vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias"):
+    rewrite(folder, lambda t: t.pop(f"{TOWER}.encoder.layers.2.mlp.fc1.bias"))
+    with pytest.raises(ValueError, match=f"missing tensor {TOWER}.encoder.layers.2.mlp.fc1.bias"):
         load_llava(folder)
 
 
@@ -153,7 +153,7 @@ def test_shards(folder):
         save_file({n: expected[n] for n in names[i::3]}, folder / f"model-0000{i + 1}-of-00003.safetensors")
     assert_state(load_llava(folder), expected)
     save_file({names[0]: expected[names[0]]}, folder / "more.safetensors")
-    with pytest.raises(ValueError, match=f"more.safetensors: tensor {names[0]} is also in model-00001-of-00003"):
+    with pytest.raises(ValueError, match=f"more.safetensors: tensor {names[0]} is also in model-00001"):
         load_llava(folder)
 
 
@@ -197,7 +197,8 @@ def test_round_trip(folder, tmp_path):
     save_llava(load_llava(folder), tmp_path / "out", folder)
     before, after = tensors_of(folder), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == small.LLAVA
 
 

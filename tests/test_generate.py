@@ -30,7 +30,11 @@ def model(llava_folder):
     return load_llava(llava_folder)
 
 
-def naive(model, picture, prompt, tokens: int, eos_id: int, choose=lambda row, step: int(row.argmax())) -> list[int]:
+def best(row: torch.Tensor, step: int) -> int:
+    return int(row.argmax())
+
+
+def naive(model, picture, prompt, tokens: int, eos_id: int, choose=best) -> list[int]:
     """Token by token, the whole sequence anew each time."""
     ids = list(prompt)
     for step in range(tokens):
@@ -43,8 +47,8 @@ def naive(model, picture, prompt, tokens: int, eos_id: int, choose=lambda row, s
 
 
 def stopping_token(continuations: list[list[int]]) -> int:
-    """A token that, taken as EOS, ends at least half of the continuations within 8 steps, and at least one later
-    than 10: then finished prompts leave the batch while others go on."""
+    """A token that, taken as EOS, ends at least half of the continuations within 8 steps, and one later than
+    10: then finished prompts leave the batch while others go on."""
     for token in range(small.VOCAB):
         ends = [c.index(token) if token in c else len(c) for c in continuations]
         if sum(e < 8 for e in ends) >= len(ends) / 2 and max(ends) > 10:
@@ -52,13 +56,14 @@ def stopping_token(continuations: list[list[int]]) -> int:
     raise AssertionError("no token fits; change the weights")
 
 
-# ------------------------------------------------------------------------------------------------------- greedy
+# ----------------------------------------------------------------------------------------------------- greedy
 
 
 def test_greedy_equals_the_goldens(model):
     """The tokens that `transformers` generated, three prompts of different length in one batch."""
     golden = load_file(make.GOLDENS)
-    ours = generate(model, small.pictures(3), [list(p) for p in make.PROMPTS], eos_id=NEVER, max_new_tokens=make.TOKENS)
+    prompts = [list(p) for p in make.PROMPTS]
+    ours = generate(model, small.pictures(3), prompts, eos_id=NEVER, max_new_tokens=make.TOKENS)
     assert [group[0] for group in ours] == [golden[f"llava.greedy.{i}"].tolist() for i in range(3)]
 
 
@@ -106,7 +111,7 @@ def test_one_picture_for_several_prompts(model, pictures):
     assert ours == generate(model, pictures[shows], PROMPTS[:3], eos_id=NEVER, max_new_tokens=8)
 
 
-# ----------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 
 
 def sample(model, pictures, prompts, seeds, **options) -> list[list[list[int]]]:
@@ -120,11 +125,10 @@ def test_batch_composition_does_not_matter(model, pictures):
     eos_id = stopping_token([group[0] for group in free])
     together = sample(model, pictures, PROMPTS, SEEDS, eos_id=eos_id)
     assert len({len(group[0]) for group in together}) > 2
-    for i in range(len(PROMPTS)):
-        assert sample(model, pictures[i : i + 1], PROMPTS[i : i + 1], SEEDS[i : i + 1], eos_id=eos_id)[0] == together[i]
-    order = [4, 1, 0]
-    part = sample(model, pictures[order], [PROMPTS[i] for i in order], [SEEDS[i] for i in order], eos_id=eos_id)
-    assert part == [together[i] for i in order]
+    for order in ([0], [1], [2], [3], [4], [5], [4, 1, 0]):
+        prompts, seeds = [PROMPTS[i] for i in order], [SEEDS[i] for i in order]
+        part = sample(model, pictures[order], prompts, seeds, eos_id=eos_id)
+        assert part == [together[i] for i in order]
 
 
 def test_several_answers_share_a_prefix_and_nothing_else(model, pictures, monkeypatch):
@@ -148,7 +152,9 @@ def test_n_answers_equal_n_single_ones(model, pictures):
     ours = sample(model, pictures[:2], PROMPTS[:2], SEEDS[:2], n=n, max_new_tokens=steps)
     for i in range(2):
         for j in range(n):
-            choose = lambda row, step: int(pick(row[None], 0.8, 0.95, streams[i, j, step : step + 1]))  # noqa: E731
+            def choose(row, step):
+                return int(pick(row[None], 0.8, 0.95, streams[i, j, step : step + 1]))
+
             assert ours[i][j] == naive(model, pictures[i], PROMPTS[i], steps, NEVER, choose)
 
 
@@ -195,10 +201,10 @@ def test_refusals(model, pictures, options, reason):
         generate(model, pictures[:1], **settings)
 
 
-# --------------------------------------------------------------------------------------------------------- pick
+# ------------------------------------------------------------------------------------------------------- pick
 
 
-LOGITS = torch.tensor([0.125, 0.5, 0.125, 0.25]).log()[None]  # tokens 1, 3, then 0 and 2 tied, first come first
+LOGITS = torch.tensor([0.125, 0.5, 0.125, 0.25]).log()[None]  # order: 1, 3, then 0 before 2, which are tied
 
 
 @pytest.mark.parametrize(
@@ -242,8 +248,9 @@ def test_nothing_outside_the_nucleus_is_ever_drawn():
 
 
 def test_frequencies_follow_the_softmax(model, pictures):
-    """4000 draws of one token: total variation from the naive softmax about sqrt(V / (2 pi N)) = 0.05 by chance."""
-    tokens = sample(model, pictures[:1], PROMPTS[:1], [3], n=4000, max_new_tokens=1, temperature=0.7, top_p=1.0)[0]
+    """4000 draws of one token: total variation from the softmax about sqrt(V / (2 pi N)) = 0.05 by chance."""
+    settings = dict(n=4000, max_new_tokens=1, temperature=0.7, top_p=1.0)
+    tokens = sample(model, pictures[:1], PROMPTS[:1], [3], **settings)[0]
     counts = np.bincount([t[0] for t in tokens], minlength=small.VOCAB) / len(tokens)
     with torch.no_grad():
         logits = model.logits(torch.tensor(PROMPTS[0]), pictures[:1])[-1]
@@ -252,7 +259,7 @@ def test_frequencies_follow_the_softmax(model, pictures):
         assert (np.abs(counts - expected).sum() / 2 < 0.07) == near
 
 
-# ----------------------------------------------------------------------------------------------- other models, text
+# ----------------------------------------------------------------------------------------- other models, text
 
 
 def test_adapters_take_part(llava_folder, pictures):
@@ -270,7 +277,7 @@ def test_adapters_take_part(llava_folder, pictures):
 
 def test_bf16_generates(llava_folder, pictures):
     model = load_llava(llava_folder, dtype=torch.bfloat16)
-    rows = generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=6, n=2, temperature=1.0, seeds=SEEDS)
+    rows = sample(model, pictures, PROMPTS, SEEDS, max_new_tokens=6, n=2)
     assert [[len(a) for a in group] for group in rows] == [[6, 6]] * len(PROMPTS)
 
 
@@ -322,7 +329,7 @@ def test_answers_switches_dropout_off(llava_folder):
     assert answers(model, Words(), [], []) == []
 
 
-# --------------------------------------------------------------------------------------------------------- live
+# ------------------------------------------------------------------------------------------------------- live
 
 
 def test_live_greedy_equals_transformers(model, pictures, llava_folder):

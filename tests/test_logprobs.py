@@ -100,14 +100,16 @@ def assert_same(actual, expected, tolerance: float = 1e-5) -> None:
     for name, grad in grads_expected.items():
         scale = grad.abs().max().item()
         assert scale > 0, f"{name} gets no gradient"
-        torch.testing.assert_close(grads[name], grad, rtol=0, atol=tolerance * scale, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            grads[name], grad, rtol=0, atol=tolerance * scale, msg=lambda message: f"{name}: {message}"
+        )
 
 
 def both(model, rows) -> tuple:
     return [r.detach() for r in rows], gradients(model, rows)
 
 
-# ------------------------------------------------------------------------------------------------- equal to naive
+# --------------------------------------------------------------------------------------------- equal to naive
 
 
 @pytest.mark.parametrize("trains", TRAINS)
@@ -205,7 +207,21 @@ def test_competitor_is_the_best_other_token(policy, pixels):
         assert (own != rival).all()
 
 
-# ---------------------------------------------------------------------------------------------------- precision
+def test_scoring_leaves_the_batch_as_it_was(policy, pixels):
+    """Policy and reference score the same packed batch, and each picks its own competitors."""
+    packed, reference = pack(SETS["rdpo released"]), Reference(policy)
+    features, labels = policy.vision_features(pixels), packed.labels.clone()
+    first = Scorer(policy)(packed, features)[0]
+    with reference():
+        inside = Scorer(policy)(packed, features)[0]
+    assert torch.equal(packed.labels, labels) and torch.equal(Scorer(policy)(packed, features)[0], first)
+    with reference():
+        expected = naive_logprobs(policy, SETS["rdpo released"], pixels)
+    for row, row_expected in zip(inside, expected):
+        torch.testing.assert_close(row[: len(row_expected)], row_expected, rtol=0, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- precision
 
 
 def test_autocast_stays_within_the_error_of_bf16(policy, pixels):
@@ -265,7 +281,7 @@ def test_bf16_weights(llava_folder, pixels):
     assert 0 < error.norm() < 0.05 * torch.cat(rows).norm()
 
 
-# ------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 class Shapes(TorchDispatchMode):
@@ -320,7 +336,7 @@ def test_the_last_layer_runs_on_the_tail_only(policy, pixels):
     assert seen == {0: 25, 1: 25, 2: 12} and len(packed.ids) == 25
 
 
-# ------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 def test_pack_refuses_what_it_cannot_score():
@@ -331,13 +347,13 @@ def test_pack_refuses_what_it_cannot_score():
 
 
 def test_a_prompt_that_ends_in_its_picture_is_refused(policy, pixels):
-    """Its last image token would be packed behind the other groups' prefixes and get another picture's features."""
+    """Its last image token would be packed behind the other prefixes and get another picture's features."""
     ends = small.prompt()
     with pytest.raises(ValueError, match="must not end"):
         score(policy, [Sequence(0, ends, (3, 4)), Sequence(1, ends, (3, 4))], pixels[:2])
 
 
-# ---------------------------------------------------------------------------------------------------- reference
+# -------------------------------------------------------------------------------------------------- reference
 
 
 def train(model, reference, pixels, steps: int, autocast=None) -> None:
@@ -358,7 +374,7 @@ def train(model, reference, pixels, steps: int, autocast=None) -> None:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("adapters", [True, False])
 def test_reference_is_the_start_model(model, pixels, adapters, autocast):
-    """After training, inside `reference()` scores equal bit for bit those of a copy made at the start; outside not."""
+    """After training, scores inside `reference()` equal bit for bit those of a copy made at the start."""
     if adapters:
         model.requires_grad_(False)
         add_lora(model.language_model.model, rank=3, alpha=6.0)

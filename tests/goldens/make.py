@@ -1,4 +1,4 @@
-"""Regenerate tests/goldens/transformers.safetensors: what `transformers` computes on the checkpoints of small.py.
+"""Regenerate transformers.safetensors: what `transformers` computes on the checkpoints of tests/small.py.
 
     python tests/goldens/make.py
 

@@ -1,0 +1,121 @@
+"""Four steps of the decoder with hand-written gradients: the same mathematics in fewer passes over memory.
+
+Autograd keeps every intermediate of a formula and differentiates it term by term. For these steps that is what the
+time and the memory outside the matrix products go to, so each one keeps its inputs only and has its gradient
+written out.
+
+    step        formula                                    gradient
+    rms_norm    y = w x / r,  r = sqrt(mean x^2 + eps)     dx = (u - n mean(u n)) / r,  u = w dy,  n = x / r
+    rotate      y = R x,  R turns pairs by an angle        dx = R^T dy: turn back by the same angle
+    swiglu      y = silu(a) b                              da = silu'(a) b dy,  db = silu(a) dy
+    attention   y = P v,  P = softmax(q k^T / sqrt d)      dv = P^T dy,  dS = P (dy v^T - row sums),  dq, dk from dS
+
+`attention` is for bf16 on CPUs only: torch's kernel for the backward is up to four times slower there than the same
+products written out (torch 2.14). It recomputes P, 128 query rows at a time, and keeps none of it.
+
+Shapes: T tokens, D width, H heads, d head width; G groups, n queries and m keys of each.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 128  # query rows whose attention weights are alive at a time in the backward
+
+
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x (.., D), weight (D,) -> (.., D); the mean square is taken in fp32."""
+        wide = x.float()
+        inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps)  # (.., 1)
+        ctx.save_for_backward(x, weight, inverse)
+        return weight * (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, inverse = ctx.saved_tensors
+        normal = x.float() * inverse  # (.., D)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.float() * normal).flatten(0, -2).sum(0).to(weight.dtype)  # (D,)
+        inner = (grad * weight).float()  # (.., D)
+        mean = torch.linalg.vecdot(inner, normal)[..., None] / x.shape[-1]  # (.., 1)
+        return inner.sub_(normal.mul_(mean)).mul_(inverse).to(x.dtype), grad_weight, None
+
+
+class Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (T, H, d), cos and sin (T, 1, d) of x's dtype -> (T, H, d)."""
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (x_i, x_{i+d/2}) by their angle."""
+    (first, second), (_, half) = x.chunk(2, -1), sin.chunk(2, -1)
+    y = x * cos
+    y_first, y_second = y.chunk(2, -1)
+    y_first.addcmul_(second, half, value=-1)
+    y_second.addcmul_(first, half)
+    return y
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        """gate and up (.., F) -> silu(gate) * up (.., F)."""
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q (G, H, n, d), k and v (G, H, m, d), mask (G, 1, n, m) bool or None for causal -> (G, H, n, d)."""
+        ctx.save_for_backward(q, k, v, mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, mask = ctx.saved_tensors
+        q, k, v, grad = (x.contiguous() for x in (q * q.shape[-1] ** -0.5, k, v, grad))
+        grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        minus = torch.zeros((), dtype=q.dtype, device=q.device).fill_(float("-inf"))
+        if mask is None:
+            bias = minus.expand(ROWS, ROWS).triu(1)  # (ROWS, ROWS) of the block on the diagonal
+        else:
+            bias = torch.where(mask, 0.0, minus)  # (G, 1, n, m); adding is faster than masked_fill
+        for i in range(0, q.shape[2], ROWS):
+            rows = slice(i, i + ROWS)
+            keys = slice(0, i + ROWS if mask is None else k.shape[2])
+            scores = q[:, :, rows] @ k[:, :, keys].mT  # (G, H, rows, keys)
+            if mask is None:
+                size = scores.shape[2]
+                scores[..., i:] += bias[:size, :size]
+            else:
+                scores += bias[:, :, rows]
+            _attention_block(scores.softmax(-1), q, k, v, grad, grads, rows, keys)
+        return grads[0] * q.shape[-1] ** -0.5, grads[1], grads[2], None
+
+
+def _attention_block(weights: Tensor, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grads, rows, keys) -> None:
+    """Add one block of queries to the gradients of q (scaled), k and v."""
+    grad, q = grad[:, :, rows], q[:, :, rows]
+    grads[2][:, :, keys] += weights.mT @ grad
+    inner = torch._softmax_backward_data(grad @ v[:, :, keys].mT, weights, -1, weights.dtype)
+    grads[0][:, :, rows] = inner @ k[:, :, keys]
+    grads[1][:, :, keys] += inner.mT @ q
