@@ -17,12 +17,13 @@ Optimization", EMNLP 2025, arXiv 2502.13146, section 3.1 and Algorithm 1. For a 
     tau          tau           .95 (project page; the paper's text gives no value)
 
 Departures from the paper, whose pair-making code is not public
-- Masking: the paper asks GPT-4o mini. `mask_words` goes by word lists: the objects of CHAIR, colours, sizes,
-  numbers, positions and other relations. Adjacent words make one span, and an article in front belongs to
-  it, because "an" would give the object away.
+- Masking: the paper asks GPT-4o mini. `mask_words` goes by word lists: the objects of CHAIR, attributes,
+  numbers, positions, relations, actions. A noun phrase is one span; its article belongs to it, because "an"
+  would give the object away.
 - Completion: the paper asks a VLM to replace every [MASK]. Small models do not follow such a request, so
-  `infill` lets the model write each gap in turn, from the retrieved picture and the text so far, until the
-  word comes that follows the gap. For a model that follows instructions, pass another `complete`.
+  `infill` goes through the gaps from left to right: given the retrieved picture and the text so far, the
+  model writes on, and the first expression in that which is of the hidden one's kind goes into the gap. For
+  a model that follows instructions, pass another `complete`.
 - Similarity: the paper compares embeddings of all-mpnet-base-v2, which is not part of this repository.
   `clip_similarity` compares the mean CLIP embeddings of the sentences. For a sentence encoder, pass another
   `similarity`.
@@ -52,14 +53,25 @@ from retrieval.embed import embed_texts
 
 Span = tuple[int, int]
 
-ATTRIBUTES = """black white grey gray red green blue yellow orange brown pink purple beige golden silver dark
-    bright big large huge small little tiny tall short long wide round square wooden metal plastic glass
-    striped plain old new young open closed empty full""".split()
-COUNTS = "one two three four five six seven eight nine ten several many few multiple pair couple".split()
-RELATIONS = """left right middle center centre top bottom front back corner side above below under behind
-    beside between near next inside outside over across around standing sitting lying riding holding wearing
-    eating walking running playing parked""".split()
-WORDS = frozenset(ATTRIBUTES + COUNTS + RELATIONS)
+KINDS = {
+    "attribute": """black white grey gray red green blue yellow brown pink purple beige golden silver dark
+        bright big large huge small little tiny tall short long wide round square wooden metal plastic striped
+        plain old new young open closed empty full""",
+    "count": "one two three four five six seven eight nine ten several many few multiple",
+    "position": "left right middle center centre top bottom front back corner side",
+    "relation": "above below under behind beside between near inside outside over across around",
+    "action": "standing sitting lying riding holding wearing eating walking running playing parked",
+}
+KIND = {word: kind for kind, words in KINDS.items() for word in words.split()}
+NOUN_PHRASE = ("attribute", "count", "object")  # kinds that grow together
+
+
+class Expression(NamedTuple):
+    """A word or noun phrase that says something about a picture."""
+
+    start: int
+    end: int
+    kind: tuple[str, bool]  # that of its last word, and whether an article leads
 
 
 class Job(NamedTuple):
@@ -82,22 +94,39 @@ def object_names() -> frozenset[str]:
 
 
 def mask_words(text: str) -> list[Span]:
-    """Spans of object, attribute and relation words; adjacent ones and a leading article are one span."""
+    """Spans of what a text says about a picture."""
+    return [(found.start, found.end) for found in expressions(text)]
+
+
+def expressions(text: str) -> list[Expression]:
+    """Object, attribute, count, position, relation and action words; a noun phrase is one expression."""
     words = list(re.finditer(r"[A-Za-z][\w'-]*", text))
     plain = [word.group().lower() for word in words]
-    single = [singularize(word) for word in plain]
-    hidden = [word in WORDS or bool({word, one} & object_names()) for word, one in zip(plain, single)]
+    kinds = word_kinds(plain)
+    result: list[Expression] = []
+    for i, (word, kind) in enumerate(zip(words, kinds)):
+        article = plain[i] in ("a", "an") and i + 1 < len(words) and kinds[i + 1] in NOUN_PHRASE
+        before = kinds[i - 1] if i else ""
+        grows = kind in NOUN_PHRASE and before in (*NOUN_PHRASE, "article") or kind == before == "relation"
+        if grows and not text[words[i - 1].end() : word.start()].strip():
+            result[-1] = Expression(result[-1].start, word.end(), (kind, result[-1].kind[1]))
+        elif kind or article:
+            result.append(Expression(*word.span(), (kind, article)))
+            kinds[i] = kind or "article"
+    return result
+
+
+def word_kinds(words: list[str]) -> list[str]:
+    """Kind of each lower-case word; "" for words that say nothing about a picture."""
+    single = [singularize(word) for word in words]
+    kinds = ["object" if {word, one} & object_names() else KIND.get(word, "")
+             for word, one in zip(words, single)]
     for i in range(len(words) - 1):
-        if {f"{first} {single[i + 1]}" for first in (plain[i], single[i])} & object_names():
-            hidden[i] = hidden[i + 1] = True
-    spans: list[Span] = []
-    for i, word in enumerate(words):
-        article = plain[i] in ("a", "an") and hidden[i + 1 : i + 2] == [True]
-        if (hidden[i] or article) and spans and not text[spans[-1][1] : word.start()].strip():
-            spans[-1] = (spans[-1][0], word.end())
-        elif hidden[i] or article:
-            spans.append(word.span())
-    return spans
+        if {f"{first} {single[i + 1]}" for first in (words[i], single[i])} & object_names():
+            kinds[i] = kinds[i + 1] = "object"
+        if words[i : i + 2] == ["next", "to"]:
+            kinds[i] = kinds[i + 1] = "relation"
+    return kinds
 
 
 def infill(model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_size: int = 64,
@@ -105,7 +134,7 @@ def infill(model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_siz
     """A `complete` that needs no instruction: gaps are written one after the other, greedily.
 
     Args:
-        gap_tokens: reconstructed: the most that the model may write in a gap.
+        gap_tokens: reconstructed: how much the model writes before an expression is looked for in it.
         batch_size: answers at a time; the i-th gaps of all of them are written together.
         root: folder that relative file paths start from.
     """
@@ -142,30 +171,18 @@ def fill(jobs: list[Job], pixels: torch.Tensor, write) -> list[str]:
         for row, proposal in zip(rows, proposals):
             text, spans = jobs[row].text, [*jobs[row].spans, (len(jobs[row].text), 0)]
             (start, end), stop = spans[gap], spans[gap + 1][0]
-            done[row] += cut_gap(proposal, text[start:end], text[end:stop]) + text[end:stop]
+            done[row] += suit(proposal, text[start:end]) + text[end:stop]
     return done
 
 
-def cut_gap(proposal: str, hidden: str, following: str) -> str:
-    """The part of a proposal that goes into a gap.
-
-    That is all before the next fixed word (before the full stop, when that comes next). If it does not come:
-    as many words as were hidden, from the proposal's first sentence. If there are none: the hidden words.
-    """
-    sentence, *rest = re.split(r"[.!?]", proposal, maxsplit=1)
-    words = list(re.finditer(r"[\w'-]+", sentence))
-    if not words:
-        return hidden
-    end = words[: len(hidden.split())][-1].end()
-    following = following.lstrip()
-    if following[:1] in (".", "!", "?"):
-        end = len(sentence) if rest else end
-    elif anchor := re.match(r"\w+|\S", following):
-        first = words[0].end()  # at least one word is written
-        whole = r"\b" if anchor[0].isalnum() else ""
-        found = re.search(whole + re.escape(anchor[0]) + whole, sentence[first:], re.IGNORECASE)
-        end = first + found.start() if found else end
-    return sentence[:end].strip()
+def suit(proposal: str, hidden: str) -> str:
+    """The first expression of a proposal that is of the hidden one's kind, or else the hidden one."""
+    wanted = expressions(hidden)
+    for found in expressions(proposal):
+        if wanted and found.kind == wanted[-1].kind:
+            new = proposal[found.start : found.end]
+            return (new[0].upper() if hidden[0].isupper() else new[0].lower()) + new[1:]
+    return hidden
 
 
 def clip_similarity(clip: CLIP, processor: ClipProcessor) -> Similarity:

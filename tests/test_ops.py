@@ -1,0 +1,116 @@
+"""The hand-written gradients of model/ops.py against autograd on the plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import attention, ops
+
+
+def both(fast, plain, *inputs: Tensor) -> None:
+    """Values and all gradients of two functions agree, for a random incoming gradient."""
+    results = []
+    for function in (fast, plain):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = function(*leaves)
+        incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, incoming.to(y.dtype))])
+    assert all(g.abs().max() > 1e-3 for g in results[1])  # nothing is compared with zero
+    for got, expected in zip(*results):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("shape", [(7, 10), (2, 3, 10)])
+def test_rms_norm(shape):
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return weight * x / (x.pow(2).mean(-1, keepdim=True) + 0.1).sqrt()
+
+    both(lambda x, w: ops.RMSNorm.apply(x, w, 0.1), plain, normal(*shape), normal(10))
+
+
+def test_rms_norm_by_hand():
+    """x = (1, 7), w = (1, 2), eps = 0: mean square 25, y = (0.2, 2.8). For L = y_1, u = (1, 0), n = (0.2, 1.4):
+    dx = (u - n mean(u n)) / 5 = ((1, 0) - (0.02, 0.14)) / 5 = (0.196, -0.028)."""
+    x = torch.tensor([[1.0, 7.0]], requires_grad=True)
+    y = ops.RMSNorm.apply(x, torch.tensor([1.0, 2.0]), 0.0)
+    torch.testing.assert_close(y, torch.tensor([[0.2, 2.8]]))
+    y[0, 0].backward()
+    torch.testing.assert_close(x.grad, torch.tensor([[0.196, -0.028]]))
+
+
+def test_rms_norm_in_bf16_rounds_once():
+    """The normalised value is computed in fp32 and rounded to bf16, then multiplied by the weight in bf16."""
+    x, weight = normal(5, 64).bfloat16(), normal(64).bfloat16()
+    wide = x.float()
+    expected = weight * (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16()
+    got = ops.RMSNorm.apply(x, weight, 1e-5)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
+    assert (got == expected).float().mean() > 0.99
+
+
+def test_rotate():
+    angle = normal(7, 1, 3)
+    cos, sin = (torch.cat([f(angle), f(angle)], -1) for f in (torch.cos, torch.sin))
+
+    def plain(x: Tensor) -> Tensor:
+        pairs = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    both(lambda x: ops.Rotate.apply(x, cos, sin), plain, normal(7, 2, 6))
+
+
+def test_swiglu():
+    both(ops.SwiGLU.apply, lambda a, b: a * torch.sigmoid(a) * b, normal(5, 9), normal(5, 9) + 1)
+
+
+@pytest.mark.parametrize("n", [1, ops.ROWS, 2 * ops.ROWS + 5])
+def test_causal_attention(n):
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT / 8**0.5).masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("-inf"))
+        return scores.softmax(-1) @ v
+
+    q, k, v = normal(2, 3, n, 8), normal(2, 3, n, 8) + 0.1, normal(2, 3, n, 8) - 0.1
+    if n == 1:  # one key: the weights are constant, q and k have no gradient
+        leaf = q.clone().requires_grad_()
+        assert torch.equal(ops.Attention.apply(leaf, k, v, None), v)
+        assert torch.autograd.grad(ops.Attention.apply(leaf, k, v, None).sum(), leaf)[0].abs().max() < 1e-6
+    else:
+        both(lambda *x: ops.Attention.apply(*x, None), plain, q, k, v)
+
+
+def test_masked_attention():
+    n, m = ops.ROWS + 9, 40
+    mask = torch.rand(2, 1, n, m, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[..., 0] = True
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / 8**0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+    both(lambda *x: ops.Attention.apply(*x, mask), plain, normal(2, 3, n, 8), normal(2, 3, m, 8), normal(2, 3, m, 8) + 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_bf16_attention_on_a_cpu(monkeypatch, masked):
+    """With gradients on, `mix` takes the hand-written path, with grouped heads too, and stays near fp32."""
+    n, m, heads = 70, 70, 4
+    mask = torch.ones(2, 1, n, m, dtype=torch.bool).tril() if masked else None
+    q, k, v = normal(2, n, heads, 16), normal(2, m, 2, 16), normal(2, m, 2, 16) + 1
+    calls, apply = [], ops.Attention.apply
+    monkeypatch.setattr(ops.Attention, "apply", lambda *x: calls.append(1) or apply(*x))
+    grads = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        y = attention.mix(*leaves, causal=not masked, mask=mask)
+        grads.append([y.detach().float(), *(g.float() for g in torch.autograd.grad(y.float().square().sum(), leaves))])
+    assert len(calls) == 1
+    for got, expected in zip(*grads):
+        assert F.mse_loss(got, expected).sqrt() < 0.02 * expected.square().mean().sqrt()
