@@ -1,6 +1,6 @@
 """Seconds and memory of one DPO step: Plumbline, the naive way, and TRL's DPOTrainer, on the same weights and pairs.
 
-    python benchmarks/step.py --size small
+    python benchmarks/step.py --size small --dtype bfloat16 --measure seconds
 
 A step is: policy forward, reference forward (every step, adapters off), DPO loss, backward, clipping, AdamW. All
 sides start from pixels on the CPU that are already preprocessed, so reading and resizing pictures is not counted.
@@ -14,10 +14,10 @@ One llava-hf checkpoint with random weights is written to a temporary folder and
 same LoRA weights (B ~ N(0, 0.01), so that policy and reference differ). The learning rate is 0: every round repeats
 the same arithmetic, AdamW included, and the losses and gradient norms of all sides must agree.
 
-Seconds are CPU seconds of one thread, the median over rounds in which the variants take turns. Peak memory is the
-kernel's high-water mark of resident memory during a step (/proc, so Linux only) above what was resident before it:
-weights and optimiser state do not count, activations and gradients do. bf16 means weights in bf16, LoRA weights in
-fp32, autocast.
+`seconds`: CPU seconds of one thread, the median over rounds in which the variants take turns. `memory`: the kernel's
+high-water mark of resident memory during a step (/proc, so Linux only) above what was resident before it; weights
+and optimiser state do not count, activations and gradients do. bfloat16 means weights in bf16, LoRA weights in fp32,
+autocast.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import os
 import statistics
 import sys
 import tempfile
@@ -45,16 +46,19 @@ from model.logprobs import Scorer, Sequence, naive_logprobs, pack  # noqa: E402
 from model.lora import TARGETS, Reference, add_lora, lora_layers  # noqa: E402
 
 try:
+    import peft
     import transformers
+    import trl
     import trl.trainer.utils as trl_utils
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     from tokenizers import Tokenizer, models
     from trl import DPOConfig, DPOTrainer
 except ImportError as error:
     sys.exit(f"This benchmark needs the peers it compares with: pip install transformers peft trl ({error})")
 
 BETA, CLIP = 0.1, 1.0
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 OURS, NAIVE, COMPACT, STOCK = VARIANTS = ("Plumbline", "naive", "TRL compact", "TRL stock")
 Step = Callable[[], tuple[float, float]]  # runs one step; loss and gradient norm before clipping
 
@@ -253,11 +257,10 @@ def _status(field: str) -> int:
 
 
 def return_freed_memory() -> None:
-    """Serve blocks of 1 MiB and more by mmap from now on, so that a freed tensor leaves the resident set at once.
-
-    Only for the memory pass: it makes allocation slower than the default, which adapts its threshold.
-    """
-    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+    """Start again with an allocator that gives blocks of 1 MiB and more back at once, so that freed tensors do not
+    count as resident. It is slower than the default, hence only where memory is measured."""
+    if THRESHOLD not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {THRESHOLD: str(2**20)})
 
 
 def check(results: dict[str, tuple[float, float]], exact: bool) -> None:
@@ -271,53 +274,48 @@ def check(results: dict[str, tuple[float, float]], exact: bool) -> None:
             sys.exit(f"{name} and {peer} disagree: this would compare different computations")
 
 
-def compare(folder: str, size: Size, dtype: torch.dtype, rounds: int, only: list[str]) -> list[str]:
-    """Measure every variant with and without checkpointing; table rows."""
-    steps, results = {}, {}
+def build(folder: str, size: Size, dtype: torch.dtype, only: list[str]) -> dict[tuple[str, bool], Step]:
+    """(variant, checkpointing) -> step; every step has run once and agrees with the others."""
+    steps = {}
     for checkpointing in (False, True):
         own, layers = our_steps(folder, size, dtype, checkpointing)
         peers = trl_steps(folder, size, dtype, checkpointing, layers) if {COMPACT, STOCK} & set(only) else {}
-        steps |= {(name, checkpointing): step for name, step in (own | peers).items() if name in only}
-        results = {name: steps[name, checkpointing]() for name in only}  # also the warm-up
-        print(f"{dtype}, checkpointing {checkpointing}")
-        check(results, exact=dtype is torch.float32)
-    turns = [{key: cpu_seconds(step) for key, step in steps.items()} for _ in range(rounds)]
-    seconds = {key: statistics.median(turn[key] for turn in turns) for key in steps}
-    return_freed_memory()
-    memory = {key: peak_mebibytes(step) for key, step in steps.items()}
-    rows = []
-    for key in steps:
-        ours = (OURS, key[1])
-        ratios = f"{seconds[key] / seconds[ours]:.2f}x | {memory[key]:.0f} | {memory[key] / memory[ours]:.1f}x"
-        kind = str(dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
-        rows.append(f"| {kind} | {'on' if key[1] else 'off'} | {key[0]} | {seconds[key]:.2f} | {ratios} |")
-    return rows
+        chosen = {name: step for name, step in (own | peers).items() if name in only}
+        print(f"checkpointing {'on' if checkpointing else 'off'}")
+        check({name: step() for name, step in chosen.items()}, exact=dtype is torch.float32)
+        steps |= {(name, checkpointing): step for name, step in chosen.items()}
+    return steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", choices=("seconds", "memory"), default="seconds")
+    parser.add_argument("--rounds", type=int, default=3, help="of seconds; memory is measured once")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help=f"always with {OURS}")
     args = parser.parse_args()
+    if args.measure == "memory":
+        return_freed_memory()
     only = [v for v in VARIANTS if v in args.only or v == OURS]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    size = SIZES[args.size]
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(size, folder)
-        rows = compare(folder, size, getattr(torch, args.dtype), args.rounds, only)
-    print(f"\n{args.size}, torch {torch.__version__}, transformers {transformers.__version__}, trl {trl_version()}")
-    print(f"\n| precision | checkpointing | step | CPU s | vs {OURS} | peak MiB | vs {OURS} |")
-    print("|---|---|---|---|---|---|---|", *rows, sep="\n")
-
-
-def trl_version() -> str:
-    import trl
-
-    return trl.__version__
+        write_checkpoint(SIZES[args.size], folder)
+        steps = build(folder, SIZES[args.size], getattr(torch, args.dtype), only)
+        if args.measure == "memory":
+            values = {key: peak_mebibytes(step) for key, step in steps.items()}
+        else:
+            turns = [{key: cpu_seconds(step) for key, step in steps.items()} for _ in range(args.rounds)]
+            values = {key: statistics.median(turn[key] for turn in turns) for key in steps}
+    unit, digits = ("peak MiB", 0) if args.measure == "memory" else ("CPU s", 2)
+    print(f"\n{args.size}, {args.dtype}, torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"trl {trl.__version__}, peft {peft.__version__}\n")
+    print(f"| step | checkpointing | {unit} | vs {OURS} |\n|---|---|---|---|")
+    for (name, checkpointing), value in values.items():
+        ratio = value / values[OURS, checkpointing]
+        print(f"| {name} | {'on' if checkpointing else 'off'} | {value:.{digits}f} | {ratio:.2f}x |")
 
 
 if __name__ == "__main__":

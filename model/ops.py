@@ -5,7 +5,7 @@ time and the memory outside the matrix products go to, so each one keeps its inp
 written out.
 
     step        formula                                    gradient
-    rms_norm    y = w x / r,  r = sqrt(mean x^2 + eps)     dx = (u - n mean(u n)) / r,  u = w dy,  n = x / r
+    rms_norm    y = w x / r,  r = sqrt(mean x^2 + eps)     dx = u / r - x mean(u x) / r^3,  u = w dy
     rotate      y = R x,  R turns pairs by an angle        dx = R^T dy: turn back by the same angle
     swiglu      y = silu(a) b                              da = silu'(a) b dy,  db = silu(a) dy
     attention   y = P v,  P = softmax(q k^T / sqrt d)      dv = P^T dy,  dS = P (dy v^T - row sums),  dq, dk from dS
@@ -37,13 +37,13 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, inverse = ctx.saved_tensors
-        normal = x.float() * inverse  # (.., D)
+        wide = x.float()
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.float() * normal).flatten(0, -2).sum(0).to(weight.dtype)  # (D,)
-        inner = (grad * weight).float()  # (.., D)
-        mean = torch.linalg.vecdot(inner, normal)[..., None] / x.shape[-1]  # (.., 1)
-        return inner.sub_(normal.mul_(mean)).mul_(inverse).to(x.dtype), grad_weight, None
+            grad_weight = (grad.float() * wide).mul_(inverse).flatten(0, -2).sum(0).to(weight.dtype)  # (D,)
+        u = (grad * weight).float()  # (.., D)
+        along = torch.linalg.vecdot(u, wide)[..., None] * inverse**3 / x.shape[-1]  # (.., 1)
+        return torch.addcmul(u * inverse, wide, along, value=-1).to(x.dtype), grad_weight, None
 
 
 class Rotate(torch.autograd.Function):

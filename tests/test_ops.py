@@ -37,8 +37,8 @@ def test_rms_norm(shape):
 
 
 def test_rms_norm_by_hand():
-    """x = (1, 7), w = (1, 2), eps = 0: mean square 25, y = (0.2, 2.8). For L = y_1, u = (1, 0), n = (0.2, 1.4):
-    dx = (u - n mean(u n)) / 5 = ((1, 0) - (0.02, 0.14)) / 5 = (0.196, -0.028)."""
+    """x = (1, 7), w = (1, 2), eps = 0: mean square 25, y = (0.2, 2.8). For L = y_1, u = (1, 0):
+    dx = u / 5 - x mean(u x) / 125 = (0.2, 0) - (1, 7) 0.5 / 125 = (0.196, -0.028)."""
     x = torch.tensor([[1.0, 7.0]], requires_grad=True)
     y = ops.RMSNorm.apply(x, torch.tensor([1.0, 2.0]), 0.0)
     torch.testing.assert_close(y, torch.tensor([[0.2, 2.8]]))
