@@ -211,6 +211,7 @@ def trl_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool, 
     rows = Dataset.from_list([{"image": 0, "prompt": "", "chosen": "", "rejected": ""}] * size.pairs)
     trainer = DPOTrainer(base, args=config, train_dataset=rows, data_collator=lambda _: dict(batch),
                          processing_class=trl_processor(size), peft_config=lora)
+    trainer.remove_callback(transformers.PrinterCallback)
     copied = 0
     for name, parameter in trainer.model.named_parameters():
         if ".lora_" in name:

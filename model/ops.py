@@ -91,31 +91,23 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, mask = ctx.saved_tensors
-        q, k, v, grad = (x.contiguous() for x in (q * q.shape[-1] ** -0.5, k, v, grad))
-        grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        minus = torch.zeros((), dtype=q.dtype, device=q.device).fill_(float("-inf"))
-        if mask is None:
-            bias = minus.expand(ROWS, ROWS).triu(1)  # (ROWS, ROWS) of the block on the diagonal
-        else:
-            bias = torch.where(mask, 0.0, minus)  # (G, 1, n, m); adding is faster than masked_fill
-        for i in range(0, q.shape[2], ROWS):
-            rows = slice(i, i + ROWS)
-            keys = slice(0, i + ROWS if mask is None else k.shape[2])
-            scores = q[:, :, rows] @ k[:, :, keys].mT  # (G, H, rows, keys)
+        *saved, mask = ctx.saved_tensors
+        q, k, v, grad = (x.contiguous() for x in (*saved, grad))
+        n, m, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        minus = torch.full((), float("-inf"), dtype=q.dtype, device=q.device)
+        bias = minus.expand(ROWS, ROWS).triu(1) if mask is None else torch.where(mask, 0.0, minus)
+        for i in range(0, n, ROWS):
+            rows, keys = slice(i, min(i + ROWS, n)), slice(0, min(i + ROWS, n) if mask is None else m)
+            q_rows, grad_rows = q[:, :, rows] * scale, grad[:, :, rows]
+            weights = q_rows @ k[:, :, keys].mT  # (G, H, rows, keys)
             if mask is None:
-                size = scores.shape[2]
-                scores[..., i:] += bias[:size, :size]
+                weights[..., i:] += bias[: rows.stop - i, : rows.stop - i]  # only the diagonal block needs it
             else:
-                scores += bias[:, :, rows]
-            _attention_block(scores.softmax(-1), q, k, v, grad, grads, rows, keys)
-        return grads[0] * q.shape[-1] ** -0.5, grads[1], grads[2], None
-
-
-def _attention_block(weights: Tensor, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grads, rows, keys) -> None:
-    """Add one block of queries to the gradients of q (scaled), k and v."""
-    grad, q = grad[:, :, rows], q[:, :, rows]
-    grads[2][:, :, keys] += weights.mT @ grad
-    inner = torch._softmax_backward_data(grad @ v[:, :, keys].mT, weights, -1, weights.dtype)
-    grads[0][:, :, rows] = inner @ k[:, :, keys]
-    grads[1][:, :, keys] += inner.mT @ q
+                weights += bias[:, :, rows]
+            weights = weights.softmax(-1)
+            inner = torch._softmax_backward_data(grad_rows @ v[:, :, keys].mT, weights, -1, weights.dtype)
+            grad_q[:, :, rows] = (inner @ k[:, :, keys]).mul_(scale)
+            grad_k[:, :, keys] += inner.mT @ q_rows
+            grad_v[:, :, keys] += weights.mT @ grad_rows
+        return grad_q, grad_k, grad_v, None
