@@ -7,17 +7,18 @@
     python train.py --loss adavip --out runs/adavip --resume            go on after an interruption
     python train.py --loss dpo --help                                   the options of one loss
 
-With no --data it makes its pairs from the scene world (data/scenes.py), with the method that fits the loss, and as
-long as the pictures are scenes it measures hallucination on held-out scenes before and after: CHAIR_s (share of
-captions that mention an absent object), CHAIR_i (share of mentions that are of absent objects), recall (share of
-present objects that are mentioned) and POPE (accuracy of yes / no answers).
+With no --data it makes its pairs from the scene world (data/scenes.py), with the method that fits the loss,
+and as long as the pictures are scenes it measures hallucination on held-out scenes before and after: CHAIR_s
+(share of captions that mention an absent object), CHAIR_i (share of mentions that are of absent objects),
+recall (share of present objects that are mentioned) and POPE (accuracy of yes / no answers).
 
-One step: records -> batch (data/batch.py) -> token log-probs of policy and reference (model/logprobs.py) -> loss
-(losses/) -> AdamW. The reference is the model itself with its adapters off. A loss is a pure function; its argument
-names say which log-probs it gets, its keyword arguments become options here (--beta, ...).
+One step: records -> batch (data/batch.py) -> token log-probs of policy and reference (model/logprobs.py) ->
+loss (losses/) -> AdamW. The reference is the model itself with its adapters off. A loss is a pure function;
+its argument names say which log-probs it gets, its keyword arguments become options here (--beta, ...).
 
---out receives: config.json (the resolved configuration), pairs.jsonl (if made here), metrics.jsonl (one line an
-interval), checkpoint.pt (to resume), model/ (llava-hf folder, adapters merged), result.json (before and after).
+--out receives: config.json (the resolved configuration), pairs.jsonl (if made here), metrics.jsonl (one line
+an interval), checkpoint.pt (to resume), model/ (llava-hf folder, adapters merged), result.json (before and
+after).
 """
 
 from __future__ import annotations
@@ -60,12 +61,14 @@ LOSSES = {
     "rdpo_released": (rdpo.rdpo_loss, rdpo.SEQUENCES_RELEASED, "realign"),
     "adavip": (adavip.adavip_loss, adavip.SEQUENCES, "adavip"),
 }
-# The embedded model is small and its answers are short, so it takes larger steps and a stronger pull towards the
-# reference than the models of the papers; chosen on the dev split. With --model the defaults are those in brackets.
+# The embedded model is small and its answers are short, so it takes larger steps and a stronger pull towards
+# the reference than the models of the papers; chosen on the dev split. With --model the defaults are those in
+# brackets.
 EMBEDDED = {"lr": 1e-3, "beta": 1.0}
+SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
+# -------------------------------------------------------------------------------------------------- arguments
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +80,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     known, _ = first.parse_known_args(argv)
     embedded = EMBEDDED if known.model.resolve() == DEFAULT_MODEL.resolve() else {}
     parser = argparse.ArgumentParser(
-        description=__doc__, parents=[first], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, parents=[first], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--data", type=Path, metavar="FILE", help="pair records; left out, pairs are made from scenes")
@@ -87,10 +91,10 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="pairs a step, over all processes (default: %(default)s)")
     add("--micro-batch-size", type=int, help="pairs a forward pass and process (default: all of the process)")
     add("--lr", type=float, default=1e-6, help="peak learning rate (default: 1e-3, with --model 1e-6)")
-    add("--warmup", type=float, default=0.1, help="share of the steps with rising rate (default: %(default)s)")
+    add("--warmup", type=float, default=0.1, help="share of steps with rising rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
     add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--lora-rank", type=int, default=32, help="0 trains decoder and projector in full (default: %(default)s)")
+    add("--lora-rank", type=int, default=32, help="0: decoder and projector in full (default: %(default)s)")
     add("--lora-alpha", type=float, help="(default: twice the rank)")
     add("--lora-dropout", type=float, default=0.0, help="(default: %(default)s)")
     add("--train-projector", action="store_true", help="with LoRA, train the projector too")
@@ -99,7 +103,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of scenes, sampling, adapters and order (default: %(default)s)")
     add("--scenes", type=int, default=600, help="scenes that pairs are made from (default: %(default)s)")
     add("--eval-scenes", type=int, default=300, help="held-out scenes, 0 for none (default: %(default)s)")
-    add("--eval-split", choices=("test", "dev"), default="test", help="choose settings on dev (default: %(default)s)")
+    add("--eval-split", choices=("test", "dev"), default="test",
+        help="choose settings on dev (default: %(default)s)")
     add("--log-every", type=int, default=5, help="steps between log lines (default: %(default)s)")
     add("--save-every", type=int, default=20, help="steps between checkpoints (default: %(default)s)")
     add("--workers", type=int, default=0, help="processes that prepare batches (default: %(default)s)")
@@ -107,7 +112,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     own = loss_options(LOSSES[known.loss][0])
     for name, (kind, default) in own.items():
         tuned = f"{embedded[name]}, with --model {default}" if name in embedded else default
-        options.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"(default: {tuned})")
+        options.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default,
+                             help=f"(default: {tuned})")
     parser.set_defaults(**{name: value for name, value in embedded.items() if name in {"lr", *own}})
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.loss
@@ -125,13 +131,16 @@ def loss_options(function) -> dict[str, tuple[type, object]]:
 
 def check(args: argparse.Namespace, world: int) -> None:
     """Refuse impossible settings before anything is loaded. Raises ValueError."""
-    args.micro_batch_size = args.micro_batch_size or args.batch_size // world
+    if args.micro_batch_size is None:
+        args.micro_batch_size = max(1, args.batch_size // world)
+    for name in ("steps", "batch_size", "micro_batch_size", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch_size % (world * args.micro_batch_size):
-        raise ValueError(
-            f"--batch-size {args.batch_size} is not a multiple of {world} processes x micro-batch {args.micro_batch_size}"
-        )
-    if min(args.steps, args.log_every, args.save_every, args.batch_size) < 1:
-        raise ValueError("--steps, --batch-size, --log-every and --save-every must be at least 1")
+        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes"
+                         f" x micro-batch {args.micro_batch_size}")
+    if args.data is None and args.scenes > SCENES_OF_A_SEED:
+        raise ValueError(f"--scenes {args.scenes} is more than the {SCENES_OF_A_SEED} of a seed")
     if args.resume and not (args.out / "checkpoint.pt").is_file():
         raise ValueError(f"--resume: there is no {args.out / 'checkpoint.pt'}")
 
@@ -169,15 +178,20 @@ def load_policy(args: argparse.Namespace, device: torch.device):
     return model
 
 
-def find_pairs(args, method: str, needs: set[str], model, processor, rank: int, world: int) -> tuple[list[dict], Path]:
-    """(records, folder that their paths start from): those of --data, or made from scenes once and kept in --out."""
+def find_pairs(
+    args, method: str, needs: set[str], model, processor, rank: int, world: int
+) -> tuple[list[dict], Path]:
+    """(records, folder that their paths start from): those of --data, or made from scenes and kept in --out.
+
+    Only a resumed run uses what --out holds: a new one may have another seed, method or model.
+    """
     path = args.data or args.out / "pairs.jsonl"
-    if args.data is None and not path.exists() and rank == 0:
-        first = scenes.PAIRS + args.seed * 100_000
+    if args.data is None and not (args.resume and path.exists()) and rank == 0:
+        first = scenes.PAIRS + args.seed % 10 * SCENES_OF_A_SEED  # never reaches the scenes of dev and test
         clip, clip_processor = load_clip(DEFAULT_CLIP, device=model.device), ClipProcessor(DEFAULT_CLIP)
         records, report = generate_pairs.make_pairs(
             method, model, processor, clip, clip_processor,
-            scene_seeds=range(first, first + args.scenes), seed=args.seed * 100_000,
+            scene_seeds=range(first, first + args.scenes), seed=args.seed * SCENES_OF_A_SEED,
         )
         write_jsonl(path, records)
         print(f"pairs: {json.dumps(report)}", flush=True)
@@ -193,7 +207,7 @@ def find_pairs(args, method: str, needs: set[str], model, processor, rank: int, 
 
 
 def score(scorer, model, reference: Reference, batch, device, needs_reference: bool) -> tuple:
-    """Token log-probs (N, L) of policy and, if needed, reference, and their mask; the vision tower runs once."""
+    """Token log-probs (N, L) of policy and, if needed, reference, and their mask; one vision tower pass."""
     packed = batch.packed.to(device)
     features = model.vision_features(batch.pixels.to(device, non_blocking=True))  # (M, P, C)
     expected = None
@@ -228,21 +242,22 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
 
 
-# ------------------------------------------------------------------------------------------------ state on disk
+# ---------------------------------------------------------------------------------------------- state on disk
 
 
 def save_checkpoint(path: Path, model, optimizer, step: int, config: dict) -> None:
     """Everything that a resumed run needs; order of data and dropout follow from seed and step."""
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     temporary = path.with_name(path.name + ".tmp")
-    torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict(), "config": config}, temporary)
+    state = {"step": step, "trained": trained, "optimizer": optimizer.state_dict(), "config": config}
+    torch.save(state, temporary)
     os.replace(temporary, path)
 
 
 def load_checkpoint(path: Path, model, optimizer, config: dict, device) -> int:
-    """Restore weights and optimiser; returns the next step. Raises ValueError if the run was set up differently."""
+    """Restore weights and optimiser; returns the next step. ValueError if the run was set up differently."""
     state = torch.load(path, map_location=device, weights_only=True)
-    different = [k for k in config if config[k] != state["config"].get(k)]
+    different = [k for k in config if k not in HARMLESS and config[k] != state["config"].get(k)]
     if different:
         pairs = ", ".join(f"{k} was {state['config'].get(k)!r}, is {config[k]!r}" for k in different)
         raise ValueError(f"{path} belongs to another run: {pairs}")
@@ -306,28 +321,29 @@ def peak_memory(device: torch.device) -> float:
 
 
 def train(args, model, processor, records, root, rank: int, world: int, device, config: dict) -> bool:
-    """Run the steps that are left. False when it was interrupted; the checkpoint then holds all finished steps."""
+    """Run the steps that are left. False when interrupted; the checkpoint then holds all finished steps."""
     function, sequences, _ = LOSSES[args.loss]
     hyper = {name: getattr(args, name) for name in loss_options(function)}
     needs_reference = any(name.startswith("reference_") for name in inspect.signature(function).parameters)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-    reference = Reference(model)
+    reference = Reference(model) if needs_reference else None  # it may hold a copy of the weights
     path = args.out / "checkpoint.pt"
     start = load_checkpoint(path, model, optimizer, config, device) if args.resume else 0
     scorer = Scorer(model, torch.bfloat16 if args.precision == "bf16" else None)
     if world > 1:
         scorer = DistributedDataParallel(scorer)
     parts = args.batch_size // (world * args.micro_batch_size)
-    data = MicroBatches(records, sequences, processor, root, batch_size=args.batch_size, parts=parts, rank=rank,
-                        world=world, seed=args.seed, steps=args.steps)
+    data = MicroBatches(records, sequences, processor, root, batch_size=args.batch_size, parts=parts,
+                        rank=rank, world=world, seed=args.seed, steps=args.steps)
+    log, stop, done = Log(args, rank, world, device, start), StopRequest(world), start
+    # Behind StopRequest, whose signal handlers the loader's processes inherit: Ctrl-C must not end them.
     loader = iter(DataLoader(data, batch_size=None, sampler=range(start * parts, len(data)),
                              num_workers=args.workers, pin_memory=device.type == "cuda"))
-    log, stop, done = Log(args, rank, world, device, start), StopRequest(world), start
     model.train()
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.loss,
                      disable=True if rank else None):
-        torch.manual_seed(hash((args.seed, step, rank)))  # dropout; a hash of integers is the same in every run
+        torch.manual_seed(hash((args.seed, step, rank)))  # dropout; integers always hash alike
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
         for part in range(parts):
@@ -335,7 +351,8 @@ def train(args, model, processor, records, root, rank: int, world: int, device, 
             if world > 1:
                 scorer.require_backward_grad_sync = part == parts - 1
             policy, expected, mask = score(scorer, model, reference, batch, device, needs_reference)
-            losses, metrics = function(**loss_arguments(function, batch.names, policy, expected, mask), **hyper)
+            logps = loss_arguments(function, batch.names, policy, expected, mask)
+            losses, metrics = function(**logps, **hyper)
             (losses.mean() / parts).backward()
             log.add({"loss": losses, **metrics}, len(batch.packed.ids))
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_norm)
@@ -345,8 +362,11 @@ def train(args, model, processor, records, root, rank: int, world: int, device, 
         if done % args.log_every == 0 or done == args.steps:
             log.write(done, {"grad_norm": norm.item(), "lr": learning_rate(args, step)})
         halt = stop.asked()
-        if rank == 0 and (halt or done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(path, model, optimizer, done, config)
+        if halt or done % args.save_every == 0 or done == args.steps:
+            if not math.isfinite(norm.item()):  # the same in every process
+                raise ValueError(f"step {done}: the gradient is not finite; {path} keeps the last good state")
+            if rank == 0:
+                save_checkpoint(path, model, optimizer, done, config)
         if halt and done < args.steps:
             break
     stop.close()
@@ -400,10 +420,13 @@ def main(argv: list[str] | None = None) -> int:
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
     args.out.mkdir(parents=True, exist_ok=True)
     _, sequences, method = LOSSES[args.loss]
+    if args.data:
+        read_pairs(args.data, fields_of(sequences))  # bad records are named before a large model is loaded
     model, processor = load_policy(args, device), Processor(args.model)
     if rank == 0:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(json.dumps({**config, "processes": world, "device": str(device), "trained_parameters": count}, indent=1))
+        facts = {"processes": world, "device": str(device), "trained_parameters": count}
+        print(json.dumps({**config, **facts}, indent=1))
         save_json(config, args.out / "config.json")
     records, root = find_pairs(args, method, fields_of(sequences), model, processor, rank, world)
     measured = args.eval_scenes > 0 and all(r["image"].startswith("scene:") for r in records)
@@ -413,8 +436,10 @@ def main(argv: list[str] | None = None) -> int:
         save_llava(model, args.out / "model", args.model)
         after = measure(args, model, processor) if measured else {}
         minutes = (time.perf_counter() - started) / 60
-        save_json({"config": config, "before": before, "after": after, "minutes": minutes}, args.out / "result.json")
-        print(table(before, after) if measured else "", f"{args.out}/model written, {minutes:.1f} minutes", sep="\n")
+        result = {"config": config, "before": before, "after": after, "minutes": minutes}
+        save_json(result, args.out / "result.json")
+        print(table(before, after) if measured else "")
+        print(f"{args.out}/model written, {minutes:.1f} minutes")
     elif rank == 0:
         print(f"interrupted; go on with --resume --out {args.out}")
     if world > 1:

@@ -44,7 +44,9 @@ COLUMNS = ("CHAIR_s", "CHAIR_i", "recall", "words", "POPE random", "POPE popular
 def measure(folder: Path, split: str, number: int, out: Path) -> dict:
     """Figures of a checkpoint on held-out scenes and its captions, computed once and kept in `out`."""
     if out.is_file():
-        return json.loads(out.read_text())
+        kept = json.loads(out.read_text())
+        if (kept["split"], kept["scenes"]) == (split, number):
+            return kept
     first = evaluate.FIRST_SEED[split]
     seeds = range(first, first + number)
     model, processor = load_llava(folder), Processor(folder)
@@ -73,7 +75,7 @@ def chair_figures(scores: dict) -> dict[str, float]:
 def run(loss: str, seed: int, args: argparse.Namespace) -> dict:
     """Train one loss with one seed, measure it; the figures, with the minutes of pairs and training."""
     out = args.out / f"{loss}-{seed}"
-    if not (out / "model" / "model.safetensors").is_file():
+    if not (out / "result.json").is_file():  # written last
         out.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(HOME / "train.py"), "--loss", loss, "--seed", str(seed), "--out", str(out)]
         command += ["--eval-scenes", "0", *args.options]

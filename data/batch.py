@@ -1,13 +1,15 @@
-"""Records -> batch: the sequences that a loss asks for, tokenised and packed, with each distinct picture once.
+"""Records -> batch: the sequences that a loss asks for, tokenised and packed, with each distinct picture
+once.
 
-A loss file declares its sequences as {name: (image field, response field)}; a third entry "competitor" asks for the
-log-probs of the model's best other tokens (losses/rdpo.py).
+A loss file declares its sequences as {name: (image field, response field)}; a third entry "competitor" asks
+for the log-probs of the model's best other tokens (losses/rdpo.py).
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Mapping
 
@@ -60,9 +62,10 @@ def collate(
 class MicroBatches(Dataset):
     """Micro-batch i of this process, for any i: a pure function of (records, seed, i).
 
-    Each epoch is a fresh permutation of the records. A step takes `batch_size` consecutive records of that order,
-    cut into equal parts for the processes and then for gradient accumulation. Since nothing is remembered, a resumed
-    run continues exactly where it stopped, and one process sees the same global batches as many.
+    Each epoch is a fresh permutation of the records. A step takes `batch_size` consecutive records of that
+    order, cut into equal parts for the processes and then for gradient accumulation. Since nothing is
+    remembered, a resumed run continues exactly where it stopped, and one process sees the same global batches
+    as many.
 
     Args:
         parts: micro-batches per step and process.
@@ -85,6 +88,11 @@ class MicroBatches(Dataset):
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.records))
-        order = list(range(len(self.records)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)  # a string seed is stable across Python versions
-        return order[place]
+        return _order(self.seed, epoch, len(self.records))[place]
+
+
+@lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def _order(seed: int, epoch: int, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # a string seed is stable across Python versions
+    return order

@@ -1,10 +1,10 @@
 """Pictures: where they come from and how CLIP wants them.
 
-A picture is named by a reference: a file path, or `scene:SEED` / `scene:SEED?without=dog,cat` for a picture of the
-scene world (data/scenes.py), drawn on the spot.
+A picture is named by a reference: a file path, or `scene:SEED` / `scene:SEED?without=dog,cat` for a picture
+of the scene world (data/scenes.py), drawn on the spot.
 
-Preprocessing follows CLIP and equals the slow image processor of `transformers` pixel for pixel: shorter side to the
-target size (Pillow, bicubic), centre crop, scale to [0, 1], normalise each channel.
+Preprocessing follows CLIP and equals the slow image processor of `transformers` pixel for pixel: shorter side
+to the target size (Pillow, bicubic), centre crop, scale to [0, 1], normalise each channel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Preprocessing:
 
 
 def open_image(reference: str, root: Path | str | None = None) -> Image.Image:
-    """The picture behind a reference, in RGB. Relative paths start at `root`. Raises ValueError naming the reference."""
+    """The picture behind a reference, in RGB; relative paths start at `root`. ValueError naming it."""
     if reference.startswith("scene:"):
         return open_scene(reference)
     path = Path(root or ".") / reference
@@ -51,9 +51,10 @@ def preprocess(image: Image.Image, how: Preprocessing) -> Tensor:
     width, height = image.size
     if min(width, height) < 1:
         raise ValueError(f"image of {width} x {height} pixels")
-    scale = how.size / min(width, height)
-    resized = (how.size, int(how.size * height / width)) if width <= height else (int(how.size * width / height), how.size)
-    if scale != 1:
+    short, long = sorted((width, height))
+    sides = how.size, int(how.size * long / short)
+    resized = sides if width <= height else sides[::-1]
+    if short != how.size:
         image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (image.width - how.size) // 2, (image.height - how.size) // 2
     image = image.crop((left, top, left + how.size, top + how.size))

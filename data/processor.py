@@ -4,9 +4,10 @@ The prompt template is that of the llava-hf model cards (it has no system senten
 
     USER: <image>\\n{prompt} ASSISTANT: {answer}</s>
 
-The text is cut at <image> and its pieces are tokenised separately, as LLaVA does, with P image tokens between them
-(P = patches), so the count of image tokens can never depend on the tokenizer. Prompt and answer are tokenised
-separately too: the prompt's ids are then the same whatever the answer, which prefix sharing relies on.
+The text is cut at <image> and its pieces are tokenised separately, as LLaVA does, with P image tokens between
+them (P = patches), so the count of image tokens can never depend on the tokenizer. Prompt and answer are
+tokenised separately too: the prompt's ids are then the same whatever the answer, which prefix sharing relies
+on.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Checkpoints on disk: llava-hf and CLIP folders, read strictly, written atomically.
 
-A folder holds config.json, one or more *.safetensors, tokenizer.json and preprocessor_config.json. A tensor that is
-missing, unexpected or of another shape is an error that names it. Only two kinds of extra tensors are passed over,
-and only when the configuration says why: vision layers behind the chosen feature layer, and index buffers that old
-versions of `transformers` wrote.
+A folder holds config.json, one or more *.safetensors, tokenizer.json and preprocessor_config.json. A tensor
+that is missing, unexpected or of another shape is an error that names it. Only two kinds of extra tensors are
+passed over, and only when the configuration says why: vision layers behind the chosen feature layer, and
+index buffers that old versions of `transformers` wrote.
 
-llava-hf folders come in several layouts, as first published (left) and as later `transformers` re-save them; each
-name is translated by itself, so mixtures load too:
+llava-hf folders come in several layouts, as first published (left) and as later `transformers` re-save them;
+each name is translated by itself, so mixtures load too:
 
     language_model.model.X          model.language_model.X                             decoder
     language_model.lm_head          lm_head                                            head

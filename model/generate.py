@@ -1,11 +1,11 @@
 """Generation with a key-value cache: greedy, temperature, top-p; batched; n continuations share one prefix.
 
-A prompt with its picture is computed once however many answers are drawn from it, and its keys and values are kept
-once: at each step the n answers of a prompt are n queries against the same prefix, followed by each answer's own
-short cache.
+A prompt with its picture is computed once however many answers are drawn from it, and its keys and values are
+kept once: at each step the n answers of a prompt are n queries against the same prefix, followed by each
+answer's own short cache.
 
-Random numbers are drawn per answer, not per batch: answer j of a prompt with seed s gets its own stream, so what is
-sampled does not depend on what else is in the batch or on how many processes share the work.
+Random numbers are drawn per answer, not per batch: answer j of a prompt with seed s gets its own stream, so
+what is sampled does not depend on what else is in the batch or on how many processes share the work.
 
 Shapes: M prompts, n answers each, N = M n, b longest prefix body, S steps so far, H heads, K key-value heads,
 d head width, V vocabulary.

@@ -3,8 +3,9 @@
 Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning", arXiv 2310.03744 (LLaVA-1.5).
 
 An image stands in the token sequence as P copies of the image token (P = patches); `embed` puts the projected
-patch features there. The vision tower is frozen in all four papers, so its output does not depend on the policy:
-callers run `vision_features` once per distinct image and hand the result to policy and reference alike.
+patch features there. The vision tower is frozen in the papers, so its output does not depend on the
+policy: callers run `vision_features` once per distinct image and hand the result to policy and reference
+alike.
 
 Shapes: M images, S pixels a side, P patches, C vision width, D decoder width, T tokens, V vocabulary.
 """
@@ -78,6 +79,7 @@ class Llava(nn.Module):
             raise ValueError(f"the {P} tokens of an image do not follow one another; a prompt must not end in them")
         # The image token may lie outside the embedding table (original LLaVA), so it is never looked up.
         x = self.language_model.model.embed_tokens(ids.masked_fill(is_image, 0))  # (T, D)
+        features = features.to(self.multi_modal_projector.linear_1.weight.dtype)  # fp32 where it trains
         return x.index_copy(0, rows, self.multi_modal_projector(features).flatten(0, 1).to(x.dtype))
 
     def logits(self, ids: Tensor, pixels: Tensor) -> Tensor:

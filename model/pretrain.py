@@ -7,16 +7,16 @@
 
 Each stage writes into --out (default runs/tiny) and reads what the stage before left there.
 
-CLIP learns three things at once: to name the class of each patch (a linear head on the layer that LLaVA reads, thrown
-away afterwards; without it a transformer this small needs far more pictures), to tell which "a photo of a dog" is
-true of a picture (a sigmoid loss, Zhai et al. 2023, arXiv 2303.15343), and to match pictures with captions (InfoNCE,
-Radford et al. 2021, arXiv 2103.00020).
+CLIP learns three things at once: to name the class of each patch (a linear head on the layer that LLaVA
+reads, thrown away afterwards; without it a transformer this small needs far more pictures), to tell which "a
+photo of a dog" is true of a picture (a sigmoid loss, Zhai et al. 2023, arXiv 2303.15343), and to match
+pictures with captions (InfoNCE, Radford et al. 2021, arXiv 2103.00020).
 
-LLaVA then learns to describe and to answer, with the vision tower frozen. One row is one picture with a caption and
-several questions, which share the picture and do not see each other: the scoring core's shared prefix, used for
-supervised training. Yes / no questions are learnt long before captions, so the last stage goes on with three captions
-and one question a picture. Captions mention an absent object with probability --caption-noise: the habit of real
-caption data that preference alignment is there to cure.
+LLaVA then learns to describe and to answer, with the vision tower frozen. One row is one picture with a
+caption and several questions, which share the picture and do not see each other: the scoring core's shared
+prefix, used for supervised training. Yes / no questions are learnt long before captions, so the last stage
+goes on with three captions and one question a picture. Captions mention an absent object with probability
+--caption-noise: the habit of real caption data that preference alignment is there to cure.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ from model.llava import Llava
 from model.logprobs import Scorer, Sequence, pack
 
 SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
-# "</s>" is not 2: in a CLIP config, eos_token_id = 2 stands for an old bug that pools at the largest id instead.
+# "</s>" is not 2: in a CLIP config, eos_token_id = 2 stands for an old bug that pools at the largest id
+# instead.
 SPECIAL = ("<unk>", "<s>", "<pad>", "</s>", "<image>")
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------------------------------- tokenizer
 
 
 def train_tokenizer(out: Path) -> None:
@@ -101,7 +102,7 @@ def phrase(category: str) -> str:
     return f"a photo of {'an' if category[0] in 'aeiou' else 'a'} {category}"
 
 
-# ------------------------------------------------------------------------------------------------------ configs
+# ---------------------------------------------------------------------------------------------------- configs
 
 
 def write_configs(out: Path, vocabulary: int) -> None:
@@ -132,7 +133,7 @@ def write_configs(out: Path, vocabulary: int) -> None:
         save_json(images, folder / "preprocessor_config.json")
 
 
-# --------------------------------------------------------------------------------------------------------- CLIP
+# ------------------------------------------------------------------------------------------------------- CLIP
 
 
 def train_clip(out: Path, steps: int, batch: int, seed: int, lr: float = 1e-3) -> None:
@@ -198,7 +199,7 @@ def _init_clip(clip: CLIP) -> None:
     nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=0.02)
 
 
-# -------------------------------------------------------------------------------------------------------- LLaVA
+# ------------------------------------------------------------------------------------------------------ LLaVA
 
 
 class Stage(NamedTuple):
@@ -331,7 +332,7 @@ def _init_llava(model: Llava) -> None:
             nn.init.normal_(p, std=width**-0.5 * ((2 * layers) ** -0.5 if residual else 1.0))
 
 
-# ------------------------------------------------------------------------------------------------------- shared
+# ----------------------------------------------------------------------------------------------------- shared
 
 
 def _set_lr(optimizer, peak: float, step: int, steps: int, warmup: int) -> None:

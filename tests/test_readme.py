@@ -37,7 +37,7 @@ def split(command: str) -> tuple[list[str], str]:
     words = shlex.split(command)
     script = next(w for w in words if w.endswith(".py") or w.startswith("model."))
     launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-    port = ["--master-port", "29533"] if words[0] == "torchrun" else []
+    port = ["--standalone"] if words[0] == "torchrun" else []
     return [*launcher, *port, *words[1:]], script
 
 

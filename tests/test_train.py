@@ -96,7 +96,7 @@ def test_two_processes_equal_one(pairs, tmp_path):
     """The same global batches in two processes: the same losses at every step, and the same weights."""
     one, two = tmp_path / "one", tmp_path / "two"
     assert train.main(arguments(pairs, one, "--loss", "adavip")) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
                str(HOME / "train.py"), *arguments(pairs, two, "--loss", "adavip")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
