@@ -65,6 +65,9 @@ LOSSES = {
 # the reference than the models of the papers; chosen on the dev split. With --model the defaults are those in
 # brackets.
 EMBEDDED = {"lr": 1e-3, "beta": 1.0}
+
+# Settings that may change when a run is resumed: they touch nothing that is computed.
+HARMLESS = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_split"}
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
 
 
