@@ -78,12 +78,12 @@ class SharedPrefix:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), or (T - skip, H, d) where only the tail is asked for; k, v (T, K, d) -> like q."""
-        (kb, kt), (vb, vt) = self._split(k), self._split(v)  # (G, b, K, d), (G, t, K, d)
-        kt, vt = torch.cat([kb, kt], 1), torch.cat([vb, vt], 1)  # (G, b + t, K, d)
-        if len(q) < len(k):
-            return self.tail.unpad(mix(self.tail.pad(q), kt, vt, mask=self.mask))
-        qb, qt = self._split(q)  # (G, b, H, d), (G, t, H, d)
-        body, tail = mix(qb, kb, vb, causal=True), mix(qt, kt, vt, mask=self.mask)
+        tail_only = len(q) < len(k)
+        k, v = (torch.cat(self._split(x), 1) for x in (k, v))  # (G, b + t, K, d)
+        if tail_only:
+            return self.tail.unpad(mix(self.tail.pad(q), k, v, mask=self.mask))
+        body, tail = self._split(q)  # (G, b, H, d), (G, t, H, d)
+        body, tail = mix(body, k, v, causal=True), mix(tail, k, v, mask=self.mask)
         return torch.cat([self.body.unpad(body), self.tail.unpad(tail)])
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,12 +106,16 @@ def _tail_mask(bodies: list[int], responses: list[list[int]], b: int, t: int) ->
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention: q (G, n, H, d), k and v (G, m, K, d) -> (G, n, H, d); K divides H (grouped queries)."""
+    """Softmax attention: q (G, n, H, d), k and v (G, m, K, d) -> (G, n, H, d); K divides H (grouped queries).
+
+    Query i sees the keys 0..i if `causal`, those that the mask (G, 1, n, m) allows if there is one, else all.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (G, heads, tokens, d)
     share = q.shape[1] // k.shape[1]
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and (causal or mask is not None):
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
-        y = ops.Attention.apply(q, k, v, mask)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share > 1)
+        return ops.Attention.apply(q, k, v, causal, mask).transpose(1, 2)
+    if causal and q.shape[2] < k.shape[2]:
+        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share > 1)
     return y.transpose(1, 2)

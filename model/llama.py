@@ -33,7 +33,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.RMSNorm.apply(x, self.weight, self.eps)
+        y = ops.RMSNorm.apply(x, self.weight, self.eps)
+        # Only linear layers read y. Under autocast each would cast it: q, k and v once, not three times.
+        device = x.device.type
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> Rope:

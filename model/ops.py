@@ -79,15 +79,23 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        grad_gate = grad * up
+        torch.ops.aten.silu_backward(grad_gate, gate, grad_input=grad_gate)
+        return grad_gate, F.silu(gate).mul_(grad)
 
 
 class Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q (G, H, n, d), k and v (G, H, m, d), mask (G, 1, n, m) bool or None for causal -> (G, H, n, d)."""
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+        """q (G, H, n, d), k and v (G, H, m, d), mask (G, 1, n, m) bool -> (G, H, n, d).
+
+        Query i sees the keys 0..i if `causal`, those that the mask allows if there is one, else all.
+        """
         ctx.save_for_backward(q, k, v, mask)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        ctx.causal = causal
+        if causal:
+            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -96,18 +104,20 @@ class Attention(torch.autograd.Function):
         n, m, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         minus = torch.full((), float("-inf"), dtype=q.dtype, device=q.device)
-        bias = minus.expand(ROWS, ROWS).triu(1) if mask is None else torch.where(mask, 0.0, minus)
+        future = minus.expand(ROWS, ROWS).triu(1)  # (ROWS, ROWS)
+        hidden = None if mask is None else torch.where(mask, 0.0, minus)  # (G, 1, n, m); masked_fill is slower
         for i in range(0, n, ROWS):
-            rows, keys = slice(i, min(i + ROWS, n)), slice(0, min(i + ROWS, n) if mask is None else m)
+            rows = slice(i, min(i + ROWS, n))
+            keys = slice(0, rows.stop if ctx.causal else m)
             q_rows, grad_rows = q[:, :, rows] * scale, grad[:, :, rows]
             weights = q_rows @ k[:, :, keys].mT  # (G, H, rows, keys)
-            if mask is None:
-                weights[..., i:] += bias[: rows.stop - i, : rows.stop - i]  # only the diagonal block needs it
-            else:
-                weights += bias[:, :, rows]
+            if ctx.causal:
+                weights[..., i:] += future[: rows.stop - i, : rows.stop - i]  # the block on the diagonal
+            elif mask is not None:
+                weights += hidden[:, :, rows]
             weights = weights.softmax(-1)
             inner = torch._softmax_backward_data(grad_rows @ v[:, :, keys].mT, weights, -1, weights.dtype)
             grad_q[:, :, rows] = (inner @ k[:, :, keys]).mul_(scale)
             grad_k[:, :, keys] += inner.mT @ q_rows
             grad_v[:, :, keys] += weights.mT @ grad_rows
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None, None

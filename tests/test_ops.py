@@ -72,19 +72,24 @@ def test_swiglu():
     both(ops.SwiGLU.apply, lambda a, b: a * torch.sigmoid(a) * b, normal(5, 9), normal(5, 9) + 1)
 
 
-@pytest.mark.parametrize("n", [1, ops.ROWS, 2 * ops.ROWS + 5])
-def test_causal_attention(n):
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = (q @ k.mT / 8**0.5).masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("-inf"))
-        return scores.softmax(-1) @ v
+@pytest.mark.parametrize("n, m", [(5, 5), (ops.ROWS, ops.ROWS), (2 * ops.ROWS + 5, 2 * ops.ROWS + 5), (150, 180)])
+def test_causal_attention(n, m):
+    """Query i sees the keys 0..i, so that keys from n on are not seen at all."""
+    visible = torch.ones(n, m, dtype=torch.bool).tril()
 
-    q, k, v = normal(2, 3, n, 8), normal(2, 3, n, 8) + 0.1, normal(2, 3, n, 8) - 0.1
-    if n == 1:  # one key: the weights are constant, q and k have no gradient
-        leaf = q.clone().requires_grad_()
-        assert torch.equal(ops.Attention.apply(leaf, k, v, None), v)
-        assert torch.autograd.grad(ops.Attention.apply(leaf, k, v, None).sum(), leaf)[0].abs().max() < 1e-6
-    else:
-        both(lambda *x: ops.Attention.apply(*x, None), plain, q, k, v)
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / 8**0.5).masked_fill(~visible, float("-inf")).softmax(-1) @ v
+
+    inputs = normal(2, 3, n, 8), normal(2, 3, m, 8) + 0.1, normal(2, 3, m, 8) - 0.1
+    both(lambda *x: ops.Attention.apply(*x, True, None), plain, *inputs)
+
+
+def test_full_attention():
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / 8**0.5).softmax(-1) @ v
+
+    inputs = normal(2, 3, 140, 8), normal(2, 3, 30, 8), normal(2, 3, 30, 8) + 1
+    both(lambda *x: ops.Attention.apply(*x, False, None), plain, *inputs)
 
 
 def test_masked_attention():
@@ -95,21 +100,22 @@ def test_masked_attention():
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT / 8**0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
-    both(lambda *x: ops.Attention.apply(*x, mask), plain, normal(2, 3, n, 8), normal(2, 3, m, 8), normal(2, 3, m, 8) + 1)
+    inputs = normal(2, 3, n, 8), normal(2, 3, m, 8), normal(2, 3, m, 8) + 1
+    both(lambda *x: ops.Attention.apply(*x, False, mask), plain, *inputs)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_bf16_attention_on_a_cpu(monkeypatch, masked):
+@pytest.mark.parametrize("rule", ["causal", "masked", "full"])
+def test_bf16_attention_on_a_cpu(monkeypatch, rule):
     """With gradients on, `mix` takes the hand-written path, with grouped heads too, and stays near fp32."""
-    n, m, heads = 70, 70, 4
-    mask = torch.ones(2, 1, n, m, dtype=torch.bool).tril() if masked else None
+    n, m, heads = 70, 80, 4
+    mask = torch.ones(2, 1, n, m, dtype=torch.bool).tril(10) if rule == "masked" else None
     q, k, v = normal(2, n, heads, 16), normal(2, m, 2, 16), normal(2, m, 2, 16) + 1
     calls, apply = [], ops.Attention.apply
     monkeypatch.setattr(ops.Attention, "apply", lambda *x: calls.append(1) or apply(*x))
     grads = []
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        y = attention.mix(*leaves, causal=not masked, mask=mask)
+        y = attention.mix(*leaves, causal=rule == "causal", mask=mask)
         grads.append([y.detach().float(), *(g.float() for g in torch.autograd.grad(y.float().square().sum(), leaves))])
     assert len(calls) == 1
     for got, expected in zip(*grads):
