@@ -1,0 +1,85 @@
+"""A folder's tokenizer, whichever of the three forms it comes in.
+
+    tokenizer.json             Hugging Face's one-file form (llava-hf, CLIP)           read by `tokenizers`
+    tokenizer.model            SentencePiece (original LLaVA, Vicuna, Mistral, Yi)     data/sentencepiece.py
+    vocab.json + merges.txt    CLIP's first form                                       `clip_bpe`
+
+The first that is there counts. Nothing is added, cut or padded here: text in, ids of that text out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from data.sentencepiece import read_sentencepiece
+
+CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # a digit is a word
+
+
+class TextTokenizer:
+    """Text <-> ids of a folder. Raises ValueError naming an unusable or missing file."""
+
+    def __init__(self, folder: Path | str):
+        self.path, self.core, self.escape = _read(Path(folder))
+        self.core.no_truncation()
+        self.core.no_padding()
+        added = self.core.get_added_tokens_decoder().values()
+        self.special = {token.content for token in added if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids, without tokens that begin or end a text."""
+        return self.core.encode(self.escape(text), add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text without special tokens."""
+        return self.core.decode(ids, skip_special_tokens=True)
+
+    def id(self, token: str) -> int:
+        """Id of one token. Raises ValueError naming the file when it is not in the vocabulary."""
+        found = self.core.token_to_id(token)
+        if found is None:
+            raise ValueError(f"{self.path}: has no token {token}")
+        return found
+
+
+def clip_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
+    """CLIP's byte-level BPE: lower case, one blank for any, "</w>" behind a word's last piece."""
+    options = dict(unk_token=CLIP_SPECIAL[1], end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges), **options))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in CLIP_SPECIAL])
+    return tokenizer
+
+
+def _read(folder: Path) -> tuple[Path, Tokenizer, Callable[[str], str]]:
+    """The file that decided, the tokenizer, and what turns a text into what it takes."""
+    fast, sentencepiece, vocabulary, merges = (
+        folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+    )
+    if fast.is_file():
+        return fast, _load(Tokenizer.from_file, fast), str
+    if sentencepiece.is_file():
+        return sentencepiece, *read_sentencepiece(sentencepiece)
+    if vocabulary.is_file() and merges.is_file():
+        return vocabulary, _load(clip_bpe, vocabulary, merges), str
+    raise ValueError(f"{folder}: has no tokenizer.json, no tokenizer.model and no vocab.json with merges.txt")
+
+
+def _load(read: Callable[..., Tokenizer], *paths: Path) -> Tokenizer:
+    try:
+        return read(*map(str, paths))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{paths[0]}: not a readable tokenizer ({error})") from None
