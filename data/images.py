@@ -4,13 +4,25 @@ A picture is named by a reference: a file path, or `scene:SEED` / `scene:SEED?wi
 of the scene world (data/scenes.py), drawn on the spot.
 
 Preprocessing follows CLIP and equals the slow image processor of `transformers` pixel for pixel: shorter side
-to the target size (Pillow, bicubic), centre crop, scale to [0, 1], normalise each channel.
+to the target size (Pillow, bicubic), centre crop, scale to [0, 1], normalise each channel. What comes before
+depends on the checkpoint (`aspect` in model/config.py):
+
+    crop     nothing: what lies outside the centre square is lost           llava-hf's LLaVA-1.5
+    pad      centred on a square of the mean colour (122, 116, 104)         original LLaVA-1.5; Re-Align also 1.6
+    anyres   an overview and tiles of a higher resolution (data/anyres.py)  LLaVA-1.6
+
+Colours are what Pillow's `convert("RGB")` gives, as in LLaVA: greyscale is copied to the three channels, CMYK
+converted, transparency dropped (hidden colours show). Pictures are not rotated by their EXIF tag;
+`transformers.load_image` does rotate. One departure: 16-bit greyscale keeps its high byte, as Pillow does in
+16-bit RGB files, where `convert` would clip nearly everything to white.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +33,9 @@ from data.scenes import open_scene
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 2**26  # 8192 x 8192; a larger picture is a mistake or a decompression bomb
+MAX_SIDE = 2**14  # padded to a square, a longer side would take gigabytes
+MAX_RATIO = 200  # of the sides; resizing the short one of a thinner picture would make a huge one
 
 
 @dataclass(frozen=True)
@@ -32,22 +47,75 @@ class Preprocessing:
     std: tuple[float, ...] = CLIP_STD
 
 
+class View(NamedTuple):
+    """A picture as the model sees it.
+
+    `rows` has one entry for each image token of the prompt: which of the n P patch features of the tiles (tile
+    after tile) stands there, or -1 for the embedding that ends a row of patches (LLaVA-1.6).
+    """
+
+    pixels: Tensor  # (n, 3, S, S) tiles, the whole picture first
+    rows: Tensor  # (image tokens,) long
+
+
+def single(pixels: Tensor, patches: int) -> View:
+    """One tile (3, S, S), all its patches in order."""
+    return View(pixels[None], torch.arange(patches))
+
+
+def stack(views: list[View], patches: int) -> tuple[Tensor, list[Tensor]]:
+    """Views -> all tiles (tiles, 3, S, S), and each view's rows among all their (tiles * patches) features."""
+    rows, first = [], 0
+    for view in views:
+        rows.append(torch.where(view.rows < 0, view.rows, view.rows + first))
+        first += len(view.pixels) * patches
+    return torch.cat([view.pixels for view in views]), rows
+
+
 def open_image(reference: str, root: Path | str | None = None) -> Image.Image:
-    """The picture behind a reference, in RGB; relative paths start at `root`. ValueError naming it."""
+    """The picture behind a reference, in RGB; relative paths start at `root`.
+
+    Raises ValueError naming the file when it is missing, no picture, truncated, empty, larger than MAX_PIXELS,
+    longer than MAX_SIDE, thinner than 1 : MAX_RATIO, or of numbers without a known range (32-bit, floats).
+    """
     if reference.startswith("scene:"):
         return open_scene(reference)
     path = Path(root or ".") / reference
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on sizes checked here and on dropped transparency
+            with Image.open(path) as image:
+                _check_size(*image.size)
+                return _rgb(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a readable image (no format that Pillow knows)") from None
+    except Exception as error:  # Pillow's decoders raise almost anything on broken files
+        raise ValueError(f"{path}: not a readable image ({str(error) or type(error).__name__})") from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise ValueError(f"{width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels: one side is longer than {MAX_SIDE}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # old Pillow says "I"
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"values of mode {image.mode}, whose range is not known")
+    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image, how: Preprocessing) -> Tensor:
-    """RGB image -> (3, size, size) fp32."""
+    """RGB image -> (3, size, size) fp32: short side to `size`, centre crop, normalise."""
     width, height = image.size
     if min(width, height) < 1:
         raise ValueError(f"image of {width} x {height} pixels")
@@ -57,6 +125,18 @@ def preprocess(image: Image.Image, how: Preprocessing) -> Tensor:
     if short != how.size:
         image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (image.width - how.size) // 2, (image.height - how.size) // 2
-    image = image.crop((left, top, left + how.size, top + how.size))
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)) / 255  # (size, size, 3)
+    return normalise(image.crop((left, top, left + how.size, top + how.size)), how)
+
+
+def normalise(image: Image.Image, how: Preprocessing) -> Tensor:
+    """RGB image -> (3, height, width) fp32, scaled to [0, 1], each channel with mean and deviation of `how`."""
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)) / 255  # (height, width, 3)
     return ((pixels - torch.tensor(how.mean)) / torch.tensor(how.std)).permute(2, 0, 1).contiguous()
+
+
+def pad_to_square(image: Image.Image, mean: tuple[float, ...] = CLIP_MEAN) -> Image.Image:
+    """The picture centred on a square of the mean colour, as LLaVA's `image_aspect_ratio` "pad" does."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

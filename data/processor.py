@@ -1,63 +1,113 @@
 """Between people and tensors: texts to token ids, picture references to pixels, and back.
 
-The prompt template is that of the llava-hf model cards (it has no system sentence):
+The template (data/templates.py) is the one that the checkpoint was trained with, for example llava-hf's
 
     USER: <image>\\n{prompt} ASSISTANT: {answer}</s>
 
-The text is cut at <image> and its pieces are tokenised separately, as LLaVA does, with P image tokens between
-them (P = patches), so the count of image tokens can never depend on the tokenizer. Prompt and answer are
-tokenised separately too: the prompt's ids are then the same whatever the answer, which prefix sharing relies
-on.
+The text is cut at <image> and at special tokens and its pieces are tokenised separately, as LLaVA does, with
+the picture's image tokens put between them, so their count can never depend on the tokenizer. The answer's ids
+are those that follow the prompt's when both are tokenised as one text; the prompt's ids are the same whatever
+the answer, which prefix sharing relies on.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from PIL import Image
 from torch import Tensor
 
-from data.images import CLIP_MEAN, CLIP_STD, Preprocessing, open_image, preprocess
-from model.config import clip_config, llava_config, read_config
+from data.anyres import anyres
+from data.images import CLIP_MEAN, CLIP_STD, Preprocessing, View, open_image, pad_to_square, preprocess, single
+from data.templates import SPECIAL, cut, find_template
+from data.tokenizer import CLIP_SPECIAL, TextTokenizer
+from model.config import LlavaConfig, clip_config, read_config, read_llava_config
 
-BEFORE_IMAGE, AFTER_IMAGE = "USER: ", "\n{prompt} ASSISTANT:"
 
 
 class Processor:
-    """Tokenizer, template and image handling of a llava-hf folder. Raises ValueError naming an unusable file."""
+    """Tokenizer, template and image handling of a LLaVA folder.
 
-    def __init__(self, folder: Path | str):
+    Args:
+        template: a name of data/templates.py; None: the one that belongs to the checkpoint.
+        aspect: "crop", "pad" or "anyres" (data/images.py); None: what belongs to the checkpoint. "pad" on a LLaVA-1.6
+            checkpoint shows one tile without a newline, as Re-Align does.
+    Raises ValueError naming an unusable file, the unknown template or aspect.
+    """
+
+    def __init__(self, folder: Path | str, template: str | None = None, aspect: str | None = None):
         self.folder = Path(folder)
-        config = llava_config(read_config(self.folder), str(self.folder / "config.json"))
-        self.tokenizer = read_tokenizer(self.folder)
+        config = read_llava_config(self.folder)
+        self.tokenizer = TextTokenizer(self.folder)
+        self.template = find_template(template or config.template)
         self.preprocessing = read_preprocessing(self.folder, config.vision.image_size)
-        self.bos_id, self.eos_id = (_id(self.tokenizer, t, self.folder) for t in ("<s>", "</s>"))
+        self.aspect, self.pinpoints = find_aspect(self.folder, config, aspect), config.image_grid_pinpoints
+        self.eos_id = self.tokenizer.id(self.template.stop)
         self.image_id = config.image_token_index
-        self.image_tokens = [self.image_id] * config.vision.num_patches
-        self.prefix = [self.bos_id, *self._encode(BEFORE_IMAGE), *self.image_tokens]
+        self.patches = config.vision.num_patches
+        self.before = self._encode(self.template.before)
+        self.prefix = [*self.before, *[self.image_id] * self.patches]
+        self.tag = cut(self.template.after)[-1].rpartition("{prompt}")[2]  # " ASSISTANT:", before the answer
+        self.tag_ids = self.tokenizer.encode(self.tag)
+        refused = sorted({"<image>", *SPECIAL, *self.tokenizer.special}, reverse=True)  # the longer first
+        self.refused = re.compile("|".join(map(re.escape, refused)))
 
-    def image(self, reference: str, root: Path | str | None = None) -> Tensor:
-        """Reference -> (3, S, S) fp32."""
-        return preprocess(open_image(reference, root), self.preprocessing)
+    def image(self, reference: str, root: Path | str | None = None) -> View:
+        """Reference -> tiles and rows."""
+        return self.view(open_image(reference, root))
 
-    def prompt(self, text: str) -> list[int]:
-        """Question -> ids up to and including "ASSISTANT:", image tokens expanded. ValueError on <image> in it."""
-        return [*self.prefix, *self._encode(AFTER_IMAGE.format(prompt=text))]
+    def view(self, image: Image.Image) -> View:
+        """RGB image -> tiles and rows, by `aspect`."""
+        if self.aspect == "anyres":
+            return anyres(image, self.pinpoints, self.preprocessing, self.patches)
+        image = pad_to_square(image, self.preprocessing.mean) if self.aspect == "pad" else image
+        return single(preprocess(image, self.preprocessing), self.patches)
+
+    def prompt(self, text: str, count: int | None = None) -> list[int]:
+        """Question -> ids of everything in front of the answer.
+
+        Args:
+            count: image tokens, len(view.rows) of the picture; None: those of one tile.
+        Raises ValueError on <image> or another special token in the text: the template places the picture.
+        """
+        image_tokens = [self.image_id] * (self.patches if count is None else count)
+        after = self.template.after.format(prompt=self._plain(text))
+        return [*self.before, *image_tokens, *self._encode(after)]
 
     def response(self, text: str) -> list[int]:
-        """Answer -> ids, ending in EOS. ValueError on <image> or </s> inside."""
-        return [*self._encode(text), self.eos_id]
+        """Answer -> ids, ending in the stop token; that alone for the empty answer. ValueError as in `prompt`."""
+        ids = self._follow(self.template.answer.format(answer=self._plain(text))) if text else []
+        return [*ids, self.eos_id]
+
+    def opening(self, text: str) -> list[int]:
+        """Beginning of an answer that is to be continued -> ids. ValueError as in `prompt`."""
+        return self._follow(self.template.answer.partition("{answer}")[0] + self._plain(text)) if text else []
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Ids -> text without special tokens and without what the template puts behind an answer."""
+        text = self.tokenizer.decode([i for i in ids if i != self.eos_id])
+        return text.removesuffix(self.template.answer.partition("{answer}")[2])
+
+    def _plain(self, text: str) -> str:
+        """The text; ValueError when it holds a special token."""
+        if found := self.refused.search(text):
+            raise ValueError(f"text contains the special token {found.group()}: {text[:80]!r}")
+        return text
 
     def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        for token in {self.image_id, self.eos_id}.intersection(ids):
-            raise ValueError(f"text contains the special token {self.tokenizer.id_to_token(token)}: {text[:80]!r}")
-        return ids
+        """Text with the template's special tokens -> ids; every part has its own dummy prefix."""
+        read = self.tokenizer
+        parts = [[read.id(part)] if part in SPECIAL else read.encode(part) for part in cut(text)]
+        return sum(parts, [])
+
+    def _follow(self, text: str) -> list[int]:
+        """Ids of a text that stands behind the prompt: no dummy prefix of its own."""
+        ids, count = self.tokenizer.encode(self.tag + text), len(self.tag_ids)
+        if ids[:count] != self.tag_ids:
+            raise ValueError(f"answer merges with the {self.tag!r} in front of it: {text[:80]!r}")
+        return ids[count:]
 
 
 class ClipProcessor:
@@ -66,11 +116,11 @@ class ClipProcessor:
     def __init__(self, folder: Path | str):
         folder = Path(folder)
         config = clip_config(read_config(folder), str(folder / "config.json"))
-        self.tokenizer = read_tokenizer(folder)
+        self.tokenizer = TextTokenizer(folder)
         self.preprocessing = read_preprocessing(folder, config.vision.image_size)
         self.limit = config.text.max_position_embeddings
-        names = ("<s>", "</s>") if self.tokenizer.token_to_id("<s>") is not None else ("<|startoftext|>", "<|endoftext|>")
-        self.bos_id, self.eos_id = (_id(self.tokenizer, t, folder) for t in names)
+        names = ("<s>", "</s>") if self.tokenizer.core.token_to_id("<s>") is not None else CLIP_SPECIAL
+        self.bos_id, self.eos_id = map(self.tokenizer.id, names)
         # eos_token_id = 2 is the old convention of pooling at the largest id (model/clip.py).
         pooled = config.text.vocab_size - 1 if config.text.eos_token_id == 2 else config.text.eos_token_id
         if self.eos_id != pooled:
@@ -82,35 +132,42 @@ class ClipProcessor:
 
     def text(self, text: str) -> list[int]:
         """Text -> ids with BOS and EOS; text beyond the tower's limit is cut, as CLIP's own tokenizer does."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text)
         return [self.bos_id, *ids[: self.limit - 2], self.eos_id]
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer.json, truncation and padding off."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: not found")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+def find_aspect(folder: Path, config: LlavaConfig, asked: str | None) -> str:
+    """How pictures are shown: as asked for, or as the folder's two configurations say. ValueError if it cannot be."""
+    aspect = asked or config.aspect
+    raw = _preprocessor_config(folder)
+    if not asked and aspect == "crop" and raw.get("do_pad") and "Llava" in raw.get("image_processor_type", ""):
+        aspect = "pad"  # transformers' LlavaImageProcessor; CLIP's does not know the field
+    if aspect not in ("crop", "pad", "anyres"):
+        raise ValueError(f"aspect {aspect!r} is none of crop, pad, anyres")
+    if aspect == "anyres":
+        odd = [pair for pair in config.image_grid_pinpoints if any(x % config.vision.image_size for x in pair)]
+        if odd or not config.anyres:
+            reason = f"{odd[0]} is no multiple of {config.vision.image_size}" if odd else "there are none"
+            raise ValueError(f"{folder / 'config.json'}: anyres needs image_grid_pinpoints, {reason}")
+    return aspect
 
 
 def read_preprocessing(folder: Path, size: int) -> Preprocessing:
-    """Mean and standard deviation from preprocessor_config.json (CLIP's where it is absent), side from the model."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return Preprocessing(size)
-    raw = json.loads(path.read_text())
+    """Mean and standard deviation from preprocessor_config.json (CLIP's where it is absent), side from the model.
+
+    Raises ValueError when the file leaves out a step or resamples in another way than bicubic.
+    """
+    raw = _preprocessor_config(folder)
+    steps = dict(do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True, resample=3)
+    for key, supported in steps.items():
+        if raw.get(key, supported) != supported:
+            raise ValueError(f"{folder / 'preprocessor_config.json'}: {key}={raw[key]!r} is not supported")
     return Preprocessing(size, tuple(raw.get("image_mean", CLIP_MEAN)), tuple(raw.get("image_std", CLIP_STD)))
 
 
-def _id(tokenizer: Tokenizer, token: str, folder: Path) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
-        raise ValueError(f"{folder / 'tokenizer.json'}: has no token {token}")
-    return found
+def _preprocessor_config(folder: Path) -> dict:
+    path = folder / "preprocessor_config.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None

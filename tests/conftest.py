@@ -46,3 +46,11 @@ def pixels() -> torch.Tensor:
     import small
 
     return small.pictures(4)
+
+
+@pytest.fixture(scope="session")
+def views() -> list:
+    """The same pictures as views of one tile."""
+    import small
+
+    return small.views(4)

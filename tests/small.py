@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.images import View, single
 from model.clip import CLIP, VisionTransformer
 from model.config import clip_config, llava_config
 from model.llava import Llava
@@ -91,6 +92,11 @@ def pictures(n: int, side: int = SIDE) -> Tensor:
     """n distinct pictures (n, 3, side, side), about standard normal."""
     streams = [np.random.default_rng(900 + i) for i in range(n)]
     return torch.from_numpy(np.stack([s.standard_normal((3, side, side), dtype=np.float32) for s in streams]))
+
+
+def views(n: int) -> list[View]:
+    """Those pictures, one tile each."""
+    return [single(picture, PATCHES) for picture in pictures(n)]
 
 
 def photo(width: int, height: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import small
@@ -43,11 +44,19 @@ def processor(tmp_path) -> Processor:
 def test_template_equals_tokenising_the_whole_text(processor):
     """Pieces tokenised apart give the ids of the whole, with the image token repeated once per patch."""
     whole = f"<s>USER: <image>\n{QUESTION} ASSISTANT: {ANSWER}</s>"
-    expected = processor.tokenizer.encode(whole, add_special_tokens=False).ids
+    expected = processor.tokenizer.core.encode(whole, add_special_tokens=False).ids
     at = expected.index(4)
     expected[at : at + 1] = [4] * small.PATCHES
     assert processor.prompt(QUESTION) + processor.response(ANSWER) == expected
     assert processor.response(ANSWER)[-1] == processor.eos_id == 3
+
+
+def test_the_embedded_model_reads_what_it_was_trained_on():
+    """Ids that model/tiny learned: <s> ▁USER : ▁ <image> ▁⏎ ▁Is … ▁ASSISTANT : | ▁Yes , ▁there … ▁dog . </s>"""
+    tiny = Processor(Path(__file__).parents[1] / "model" / "tiny")
+    question = [317, 327, 325, 308, 428, 324, 307, 323, 264, 321, 263]
+    assert tiny.prompt("Is there a dog in the image?", 1) == [1, 373, 263, 303, 4, *question]
+    assert tiny.response("Yes, there is a dog.") == [340, 49, 325, 328, 308, 428, 262, 3]
 
 
 def test_prompts_of_different_text_share_their_start(processor):
@@ -61,7 +70,7 @@ def test_decode_undoes_response(processor, text):
     assert processor.decode(processor.response(text)) == text
 
 
-@pytest.mark.parametrize("token", ["<image>", "</s>"])
+@pytest.mark.parametrize("token", ["<image>", "</s>", "<s>", "<pad>"])
 def test_special_tokens_in_text_are_refused(processor, token):
     with pytest.raises(ValueError, match=f"special token {token}: 'a dog {token}"):
         processor.response(f"a dog {token} here")
@@ -74,17 +83,17 @@ def test_image(processor, tmp_path):
     raw = dict(image_mean=[0.5] * 3, image_std=[0.25] * 3)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw))
     Image.new("RGB", (30, 50), (255, 0, 51)).save(tmp_path / "red.png")
-    pixels = Processor(tmp_path).image("red.png", tmp_path)
-    assert pixels.shape == (3, small.SIDE, small.SIDE)
-    torch.testing.assert_close(pixels[:, 3, 5], torch.tensor([2.0, -2.0, -1.2]))
+    view = Processor(tmp_path).image("red.png", tmp_path)
+    assert view.pixels.shape == (1, 3, small.SIDE, small.SIDE) and view.rows.tolist() == list(range(small.PATCHES))
+    torch.testing.assert_close(view.pixels[0, :, 3, 5], torch.tensor([2.0, -2.0, -1.2]))
 
 
 def test_a_folder_without_the_tokens_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(small.LLAVA))
-    with pytest.raises(ValueError, match="tokenizer.json: not found"):
+    with pytest.raises(ValueError, match="has no tokenizer.json, no tokenizer.model and no vocab.json"):
         Processor(tmp_path)
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="has no token <s>"):
+    with pytest.raises(ValueError, match="tokenizer.json: has no token </s>"):
         Processor(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a readable tokenizer"):
