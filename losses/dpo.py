@@ -9,16 +9,29 @@ R. Rafailov, A. Sharma, E. Mitchell, S. Ermon, C. D. Manning, C. Finn, NeurIPS 2
 with x the prompt, v the image, y_w the chosen and y_l the rejected response, sigma the logistic function.
 If policy and reference agree, L_DPO = ln 2.
 
+Labels may be noisy: y_w and y_l swapped with probability eps. With the margin d = r(v, y_w) - r(v, y_l), and
+because log sigma(-d) = log sigma(d) - d, both known corrections are L_DPO and a term linear in d:
+
+    conservative  -(1 - eps) log sigma(d) - eps log sigma(-d)                 = L_DPO + eps d
+    robust        [-(1 - eps) log sigma(d) + eps log sigma(-d)] / (1 - 2 eps) = L_DPO - eps d / (1 - 2 eps)
+
+Conservative: E. Mitchell, A note on DPO with noisy preferences and relationship to IPO, 2023. Its minimum is
+at sigma(d) = 1 - eps. Robust: S. Ray Chowdhury, A. Kini, N. Natarajan, ICML 2024, arXiv 2403.00409; averaged
+over the swaps it equals L_DPO on clean labels, and it has no lower bound.
+
     symbol                    argument                   shape
     log pi(y_w | x, v)        policy_chosen_logps        (B,)   sum over the response tokens, EOS included
     log pi(y_l | x, v)        policy_rejected_logps      (B,)
     log pi_ref(y_w | x, v)    reference_chosen_logps     (B,)
     log pi_ref(y_l | x, v)    reference_rejected_logps   (B,)
     beta                      beta                       float  strength of the pull towards the reference
+    eps                       label_smoothing            float  in [0, 0.5); 0: labels are taken as they are
+                              smoothing                  str    "conservative" or "robust"
 
 Departures
 - From the paper: none but the image v, which is part of the condition, like the prompt.
-- From the released code: its label smoothing, IPO and reference-free variants are left out.
+- From the released code: its label smoothing is the conservative one; its IPO variant is losses/ipo.py; its
+  reference-free variant is left out.
 """
 
 from __future__ import annotations
@@ -42,14 +55,21 @@ def dpo_loss(
     reference_rejected_logps: torch.Tensor,
     *,
     beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    smoothing: str = "conservative",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response.
 
     Args: summed log-probs, (B,) each; gradient flows through the policy's.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive.
-    Raises ValueError or RuntimeError if the shapes differ.
+    Raises ValueError or RuntimeError if the shapes differ, ValueError on an impossible option.
     """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
+    slopes = {"conservative": label_smoothing, "robust": -label_smoothing / (1 - 2 * label_smoothing)}
+    if smoothing not in slopes:
+        raise ValueError(f"smoothing must be one of {list(slopes)}, not {smoothing!r}")
     policy = torch.stack([policy_chosen_logps, policy_rejected_logps])  # (2, B)
     reference = torch.stack([reference_chosen_logps, reference_rejected_logps])  # (2, B)
     if policy.ndim != 2 or policy.shape != reference.shape:
@@ -59,12 +79,15 @@ def dpo_loss(
     precision = torch.promote_types(policy.dtype, torch.float32)  # at least fp32: differences of large sums
     rewards = beta * (policy.to(precision) - reference)  # (2, B)
     chosen, rejected = rewards
-    loss = -F.logsigmoid(chosen - rejected)  # (B,)  Eq. 7, https://arxiv.org/abs/2305.18290
+    margin = chosen - rejected  # (B,)
+    loss = -F.logsigmoid(margin)  # (B,)  Eq. 7, https://arxiv.org/abs/2305.18290
+    if label_smoothing:
+        loss = loss + slopes[smoothing] * margin
 
     metrics = {
         "reward/chosen": chosen,
         "reward/rejected": rejected,
-        "margin": chosen - rejected,
+        "margin": margin,
         "accuracy": (chosen > rejected).float(),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}

@@ -23,8 +23,11 @@ from losses.dpo import dpo_loss
 from losses.rdpo import rdpo_loss
 from losses.sft import sft_loss
 
+ONLINE = {"bdhs", "fisao", "ppo", "rloo"}  # score what the model generates; they have tests of their own
 LOSSES = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "losses").glob("*.py")
-                if path.stem != "__init__")
+                if path.stem not in ONLINE | {"__init__"})
+PUBLIC = {"slic": ["slic_hf_loss", "slic_loss"], "dpo_weighted": ["changed_tokens", "dpo_weighted_loss"]}
+IMAGES = ("image", "rejected_image", "image:crop", "image:noise")
 PREFERENCE = [(dpo_loss, 2, math.log(2)), (rdpo_loss, 3, 2 * math.log(2)), (adavip_loss, 3, math.log(3))]
 EXACT = dict(rtol=0, atol=1e-12)
 
@@ -359,51 +362,52 @@ def test_dpo_equals_trl():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_skeleton(name):
-    """One public function NAME_loss; tensors follow from SEQUENCES and hyper-parameters can become flags."""
+    """Public functions NAME_loss; tensors follow from SEQUENCES and hyper-parameters can become flags."""
     module = importlib.import_module(f"losses.{name}")
     public = [key for key, value in inspect.getmembers(module, inspect.isfunction)
               if value.__module__ == module.__name__ and not key.startswith("_")]
-    assert public == [f"{name}_loss"]
-    function = getattr(module, f"{name}_loss")
+    assert public == PUBLIC.get(name, [f"{name}_loss"])
 
+    kinds = ("mask", "changed", "rewards")
     inputs = {f"{model}_{sequence}_{kind}" for sequence in module.SEQUENCES
               for model in ("policy", "reference") for kind in ("logps", "token_logps")}
-    inputs |= {f"{sequence}_mask" for sequence in module.SEQUENCES}
-    hints = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters.values()
-    tensors = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    assert len(tensors) + len(options) == len(parameters)
-    assert set(tensors) <= inputs and all(hints[tensor] is torch.Tensor for tensor in tensors)
-    for sequence in module.SEQUENCES:
-        assert any(f"policy_{sequence}_" in tensor for tensor in tensors), f"{sequence} is not used"
-    for option in options:
-        kind = hints[option.name]
-        assert kind in (float, int, bool) or typing.get_origin(kind) is typing.Literal, option
-        assert option.default is not option.empty, option
+    inputs |= {f"{sequence}_{kind}" for sequence in module.SEQUENCES for kind in kinds} | {"margin"}
+    for function in (getattr(module, key) for key in public if key.endswith("_loss")):
+        hints = typing.get_type_hints(function)
+        parameters = inspect.signature(function).parameters.values()
+        tensors = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        assert len(tensors) + len(options) == len(parameters)
+        assert set(tensors) <= inputs
+        assert all(hints[tensor] in (torch.Tensor, torch.Tensor | None) for tensor in tensors)
+        for sequence in module.SEQUENCES:
+            assert any(f"_{sequence}_" in f"_{tensor}" for tensor in tensors), f"{sequence} is not used"
+        for option in options:
+            assert hints[option.name] in (float, int, str), option
+            assert type(option.default) is hints[option.name], option
+        for argument in (*tensors, *(option.name for option in options)):
+            assert argument in module.__doc__, f"the header's table has no {argument}"
 
     for needle in ("arXiv", "Departures", "symbol", "argument", "shape"):
         assert needle in module.__doc__, f"the header of losses/{name}.py has no {needle!r}"
-    for argument in (*tensors, *(option.name for option in options)):
-        assert argument in module.__doc__, f"the header's table has no {argument}"
 
 
-@pytest.mark.parametrize("name", ["dpo", "rdpo", "adavip"])
+@pytest.mark.parametrize("name", ["dpo", "rdpo", "adavip", "mdpo", "povid", "slic"])
 def test_preference_signature(name):
-    """Policy then reference log-probs in the order of SEQUENCES, and beta = 0.1."""
+    """Policy then reference log-probs in the order of SEQUENCES, then beta = 0.1."""
     module = importlib.import_module(f"losses.{name}")
     parameters = inspect.signature(getattr(module, f"{name}_loss")).parameters
     expected = [f"{model}_{sequence}_logps"
                 for model in ("policy", "reference") for sequence in module.SEQUENCES]
-    assert list(parameters) == [*expected, "beta"] and parameters["beta"].default == 0.1
+    assert list(parameters)[: len(expected) + 1] == [*expected, "beta"] and parameters["beta"].default == 0.1
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_sequences_name_fields_of_a_pair(name):
     sequences = importlib.import_module(f"losses.{name}").SEQUENCES
     assert sequences["chosen"] == ("image", "chosen")
-    assert all(image in ("image", "rejected_image") and response in ("chosen", "rejected")
-               for image, response in sequences.values())
+    assert all(image in IMAGES and response in ("chosen", "rejected")
+               for image, response, *_ in sequences.values())
     assert len(set(sequences.values())) == len(sequences)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = sorted(path for path in (ROOT / "losses").glob("*.py") if path.name != "__init__.py")
-ALLOWED = {"torch", "math", "typing", "__future__"}
+ALLOWED = {"torch", "math", "difflib", "typing", "__future__"}
 PROJECT = ("losses", "model", "data", "retrieval", "pairs", "metrics", "benchmarks", "tests",
            "train", "generate_pairs", "evaluate")
 
@@ -70,7 +70,7 @@ def test_the_runner_refuses_project_imports(statement, tmp_path):
 def test_a_wrong_self_check_fails(tmp_path):
     """The self-check can fail: a copy of dpo.py with the margin's sign turned over does not pass."""
     source = (ROOT / "losses" / "dpo.py").read_text(encoding="utf-8")
-    broken = source.replace("F.logsigmoid(chosen - rejected)", "F.logsigmoid(rejected - chosen)")
+    broken = source.replace("F.logsigmoid(margin)", "F.logsigmoid(-margin)")
     assert broken != source
     script = tmp_path / "dpo.py"
     script.write_text(broken, encoding="utf-8")
