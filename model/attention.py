@@ -13,6 +13,9 @@ responses to it. The prefix is computed once; each response sees the prefix and 
                      c1     x  x  x   x   x  x
                      r1     x  x  x   x          x  x
 
+A prefix may have *hidden* tokens, which are keys for nobody, not even for themselves: BDHS (pairs/bdhs.py) hides image
+tokens. As queries they go on, and every position keeps its number.
+
 The prefix minus its last token is the *body*: ordinary causal attention among equals. The last prefix token and the
 responses are the *tail*: they are the positions that predict response tokens, so in the last layer only the tail is
 computed. Packed order: all bodies, then all tails.
@@ -67,14 +70,25 @@ class SharedPrefix:
     Args:
         prefixes: prefix length of each group, at least 2 tokens.
         responses: for each group the input length of each response (its last token predicts nothing and is no input).
+        hidden: for each group (prefix,) bool, True at tokens that nobody may look at; None hides nothing. The first
+            token of all and the last of the prefix must be visible, so that no query is left without a key.
     """
 
-    def __init__(self, prefixes: list[int], responses: list[list[int]], device: torch.device | str = "cpu"):
+    def __init__(self, prefixes: list[int], responses: list[list[int]], device: torch.device | str = "cpu",
+                 hidden: list[Tensor] | None = None):
         bodies = [p - 1 for p in prefixes]
         tails = [1 + sum(r) for r in responses]
         self.skip = sum(bodies)
         self.body, self.tail = Ragged(bodies, device), Ragged(tails, device)
-        self.mask = _tail_mask(bodies, responses, *self.body.shape[1:], *self.tail.shape[1:]).to(device)
+        (_, b), (_, t) = self.body.shape, self.tail.shape
+        mask = _tail_mask(bodies, responses, b, t)  # (G, 1, t, b + t)
+        self.body_mask = None  # causal
+        if hidden is not None and any(h.any() for h in hidden):
+            visible = _visible(prefixes, hidden, b)[:, None, None]  # (G, 1, 1, b)
+            mask[..., :b] &= visible
+            causal = torch.ones(b, b, dtype=torch.bool).tril()
+            self.body_mask = (causal & visible).to(device)  # (G, 1, b, b)
+        self.mask = mask.to(device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), or (T - skip, H, d) where only the tail is asked for; k, v (T, K, d) -> like q."""
@@ -83,7 +97,11 @@ class SharedPrefix:
         if tail_only:
             return self.tail.unpad(mix(self.tail.pad(q), k, v, mask=self.mask))
         body, tail = self._split(q)  # (G, b, H, d), (G, t, H, d)
-        body, tail = mix(body, k, v, causal=True), mix(tail, k, v, mask=self.mask)
+        tail = mix(tail, k, v, mask=self.mask)
+        if self.body_mask is None:
+            body = mix(body, k, v, causal=True)
+        else:
+            body = mix(body, k[:, : body.shape[1]], v[:, : body.shape[1]], mask=self.body_mask)
         return torch.cat([self.body.unpad(body), self.tail.unpad(tail)])
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +121,16 @@ def _tail_mask(bodies: list[int], responses: list[list[int]], b: int, t: int) ->
     tail = own | ((key == 0) & (query >= 0))  # (G, t, t)
     body = (torch.arange(b) < torch.tensor(bodies)[:, None])[:, None, :].expand(-1, t, -1)  # (G, t, b)
     return torch.cat([body, tail & (query >= 0)], dim=2)[:, None]
+
+
+def _visible(prefixes: list[int], hidden: list[Tensor], b: int) -> Tensor:
+    """(G, b) bool, False at the hidden tokens of the bodies. ValueError when they do not fit."""
+    visible = torch.ones(len(prefixes), b, dtype=torch.bool)
+    for g, (length, row) in enumerate(zip(prefixes, hidden, strict=True)):
+        if row.shape != (length,) or row[0] or row[-1]:
+            raise ValueError(f"hidden tokens of prefix {g}: need {length} flags, the first and the last of them False")
+        visible[g, : length - 1] = ~row[:-1]
+    return visible
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:

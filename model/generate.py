@@ -2,101 +2,157 @@
 
 A prompt with its picture is computed once however many answers are drawn from it, and its keys and values are
 kept once: at each step the n answers of a prompt are n queries against the same prefix, followed by each
-answer's own short cache.
+answer's own short cache. Answers may begin with given tokens, different ones for each: they are computed
+together with the prompt, side by side behind it.
 
 Random numbers are drawn per answer, not per batch: answer j of a prompt with seed s gets its own stream, so
 what is sampled does not depend on what else is in the batch or on how many processes share the work.
 
-Shapes: M prompts, n answers each, N = M n, b longest prefix body, S steps so far, H heads, K key-value heads,
-d head width, V vocabulary.
+Shapes: M prompts, n answers each (or at most), N answers in all, b longest prefix body, S longest
+continuation so far, H heads, K key-value heads, d head width, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.attention import SharedPrefix
+from data.images import View, stack
+from model.attention import Ragged, SharedPrefix
 from model.llava import Llava
+
+Stop = Callable[[int, int, list[int]], bool]
 
 
 class Cache:
     """Keys and values of every layer: one prefix per prompt, one continuation per answer.
 
-    It is both attention rules of generation. While the prefix is computed it records what `SharedPrefix` sees; then
-    each call mixes one new token per answer over its prompt's prefix and its own continuation.
+    It is both attention rules of generation. While prompts and answer beginnings are computed it records what
+    `SharedPrefix` sees; then each call mixes one new token per answer over its prompt's prefix and its own
+    continuation. Continuations of different length end in the same column, so that all grow by the same one.
+
+    Args:
+        lengths: tokens of each prompt.
+        starts: for each prompt the tokens that each of its answers begins with.
+        steps: tokens to come.
+        hidden: as for `SharedPrefix`; holds for the new tokens, too.
     """
 
-    def __init__(self, lengths: list[int], n: int, steps: int, layers: int, device: torch.device):
-        self.n, self.steps, self.step = n, steps, -1
-        self.prefill = SharedPrefix(lengths, [[] for _ in lengths], device)
-        longest = torch.arange(max(lengths), device=device)
-        self.hidden = longest >= torch.tensor(lengths, device=device)[:, None]  # (M, b + 1) padding of the prefix
-        self.lengths = lengths
+    def __init__(self, lengths: list[int], starts: list[list[int]], steps: int, layers: int, device: torch.device,
+                 hidden: list[Tensor] | None = None):
+        self.prefill = SharedPrefix(lengths, starts, device, hidden)
+        self.lengths, self.answers = lengths, Ragged([len(s) for s in starts], device)
+        blocked = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (M, b + 1) padding of the prefix
+        for row, flags in zip(blocked, hidden or ()):
+            row[: len(flags)] |= flags
+        self.blocked = blocked.to(device)
+
+        counts = torch.tensor([n for s in starts for n in s])  # (N,) lengths of the answer beginnings
+        self.column, self.width = int(counts.max()) - 1, int(counts.max()) + steps  # last filled, all
+        self.unused = None  # (N, width) columns before an answer's beginning
+        if counts.min() < counts.max():
+            self.unused = (torch.arange(self.width) < self.column + 1 - counts[:, None]).to(device)
+        self.anchors, self.ends, self.begun = _tail_rows(starts)
+        self.slots = torch.cat([torch.arange(self.column + 1 - n, self.column + 1) for n in counts])
+        self.owners = torch.arange(len(counts)).repeat_interleave(counts)
         self.prefix: list[tuple[Tensor, Tensor]] = [()] * layers
         self.own: list[tuple[Tensor, Tensor]] = [()] * layers
+        self.filling = True
 
     @property
     def skip(self) -> int:
-        """Tokens whose last-layer state nobody needs: in the prefill all but the last of each prompt."""
-        return self.prefill.skip if self.step < 0 else 0
+        """Tokens whose last-layer state nobody needs: while prompts are computed all but the tails."""
+        return self.prefill.skip if self.filling else 0
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Prefill: q, k, v packed as in SharedPrefix. Decoding: q (N, H, d), k and v (N, K, d). -> like q."""
-        if self.step < 0:
+        if self.filling:
             self.prefix[layer] = (self._prefix_rows(k), self._prefix_rows(v))
+            self.own[layer] = (self._own_rows(k), self._own_rows(v))
             return self.prefill(layer, q, k, v)
         return self._decode(layer, q, k, v)
 
     def _prefix_rows(self, x: Tensor) -> Tensor:
-        """Packed bodies and last tokens (T, K, d) -> (M, K, b + 1, d), each prefix contiguous, padding behind."""
-        body, last = self.prefill.body.pad(x[: self.prefill.skip]), x[self.prefill.skip :]  # (M, b, K, d), (M, K, d)
-        rows = torch.cat([body, torch.zeros_like(body[:, :1])], 1)
+        """Packed bodies and tails (T, K, d) -> (M, K, b + 1, d), each prefix contiguous, padding behind."""
+        body, last = self.prefill.body.pad(x[: self.prefill.skip]), x[self.prefill.skip :][self.anchors]
+        rows = torch.cat([body, torch.zeros_like(body[:, :1])], 1)  # (M, b + 1, K, d)
         rows[torch.arange(len(last)), torch.tensor(self.lengths) - 1] = last
         return rows.transpose(1, 2)
 
+    def _own_rows(self, x: Tensor) -> Tensor:
+        """Packed bodies and tails (T, K, d) -> (N, K, width, d): the answer beginnings, space before and behind."""
+        rows = x.new_zeros(len(self.ends), x.shape[1], self.width, x.shape[2])
+        rows[self.owners, :, self.slots] = x[self.prefill.skip :][self.begun]
+        return rows
+
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        M, n, (N, H, d), K = len(self.lengths), self.n, q.shape, k.shape[1]
-        if not self.own[layer]:
-            self.own[layer] = (q.new_zeros(N, K, self.steps, d), q.new_zeros(N, K, self.steps, d))
+        (N, H, d), K, now = q.shape, k.shape[1], self.column
         keys, values = self.own[layer]
-        keys[:, :, self.step], values[:, :, self.step] = k, v
-        keys, values = keys[:, :, : self.step + 1], values[:, :, : self.step + 1]  # (N, K, S, d)
+        keys[:, :, now], values[:, :, now] = k, v
+        keys, values = keys[:, :, : now + 1], values[:, :, : now + 1]  # (N, K, S, d)
         prefix_keys, prefix_values = self.prefix[layer]  # (M, K, b + 1, d)
 
         q = q.view(N, K, H // K, d) * d**-0.5
-        shared = q.view(M, n, K, H // K, d).transpose(1, 2).reshape(M, K, -1, d)  # (M, K, n H/K, d)
+        shared = self.answers.pad(q)  # (M, n, K, H/K, d)
+        M, n = shared.shape[:2]
+        shared = shared.transpose(1, 2).reshape(M, K, -1, d)  # (M, K, n H/K, d)
         to_prefix = (shared @ prefix_keys.transpose(2, 3)).float()  # (M, K, n H/K, b + 1)
-        to_prefix = to_prefix.masked_fill(self.hidden[:, None, None], float("-inf"))
-        to_prefix = to_prefix.view(M, K, n, H // K, -1).transpose(1, 2).reshape(N, K, H // K, -1)
+        to_prefix = to_prefix.masked_fill(self.blocked[:, None, None], float("-inf"))
+        to_prefix = self.answers.unpad(to_prefix.view(M, K, n, H // K, -1).transpose(1, 2))  # (N, K, H/K, b + 1)
         to_own = (q @ keys.transpose(2, 3)).float()  # (N, K, H/K, S)
+        if self.unused is not None:
+            to_own = to_own.masked_fill(self.unused[:, None, None, : now + 1], float("-inf"))
 
         weights = torch.cat([to_prefix, to_own], -1).softmax(-1).to(v.dtype)
         on_prefix, on_own = weights.split([to_prefix.shape[-1], to_own.shape[-1]], -1)
-        on_prefix = on_prefix.view(M, n, K, H // K, -1).transpose(1, 2).reshape(M, K, n * (H // K), -1)
-        y = (on_prefix @ prefix_values).view(M, K, n, H // K, d).transpose(1, 2).reshape(N, K, H // K, d)
+        on_prefix = self.answers.pad(on_prefix).transpose(1, 2).reshape(M, K, n * (H // K), -1)
+        y = self.answers.unpad((on_prefix @ prefix_values).view(M, K, n, H // K, d).transpose(1, 2))  # (N, K, H/K, d)
         return (y + on_own @ values).reshape(N, H, d)
 
-    def keep(self, prompts: Tensor) -> None:
-        """Go on with these prompts only (M',) and forget the others."""
-        answers = (prompts[:, None] * self.n + torch.arange(self.n, device=prompts.device)).flatten()
-        self.lengths = [self.lengths[i] for i in prompts.tolist()]
-        self.hidden = self.hidden[prompts]
-        self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
+    def keep(self, answers: Tensor) -> None:
+        """Go on with these answers only, (N',) in order, and forget the others, and prompts that have none left."""
+        M, n = self.answers.shape
+        prompts = self.answers.unpad(torch.arange(M, device=answers.device)[:, None].expand(M, n))[answers]
+        left, counts = prompts.unique_consecutive(return_counts=True)
+        self.answers = Ragged(counts.tolist(), answers.device)
+        self.lengths = [self.lengths[i] for i in left.tolist()]
+        self.blocked = self.blocked[left]
+        self.unused = self.unused[answers] if self.unused is not None else None
+        if len(left) < M:
+            self.prefix = [(k[left], v[left]) for k, v in self.prefix]
         self.own = [(k[answers], v[answers]) for k, v in self.own]
+
+
+def _tail_rows(starts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the tails: last prefix tokens (M,), those that predict each answer's first new token (N,), and all
+    tokens of answer beginnings."""
+    anchors, ends, begun, row = [], [], [], 0
+    for lengths in starts:
+        anchors.append(row)
+        row += 1
+        for length in lengths:
+            begun += range(row, row + length)
+            row += length
+            ends.append(row - 1 if length else anchors[-1])
+    return tuple(torch.tensor(x, dtype=torch.long) for x in (anchors, ends, begun))
 
 
 @torch.no_grad()
 def generate(
     model: Llava,
-    pixels: Tensor,
+    views: list[View],
     prompts: list[list[int]],
     *,
     eos_id: int,
     shows: list[int] | None = None,
     n: int = 1,
+    starts: list[list[list[int]]] | None = None,
+    hidden: list[Tensor] | None = None,
+    stop: Stop | None = None,
     max_new_tokens: int = 96,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -105,14 +161,21 @@ def generate(
     """Continue each prompt n times.
 
     Args:
-        pixels: (I, 3, S, S) distinct pictures.
-        prompts: M lists of token ids with expanded image tokens.
-        shows: for each prompt the row of its picture; left out, prompt i shows picture i.
+        views: distinct pictures.
+        prompts: M lists of token ids with as many image tokens as their picture has rows.
+        shows: for each prompt the number of its picture; left out, prompt i shows picture i.
+        starts: for each prompt the beginnings of its answers, each a list of token ids (or none); left out, n
+            answers that begin with nothing. All of a prompt share it, whatever they begin with.
+        hidden: for each prompt (len(prompt),) bool, True at tokens that nobody may look at (model/attention.py).
+        stop: (prompt, answer, new tokens so far) -> whether this answer needs no more; asked every 8 steps, so it
+            may come back longer than needed.
+        max_new_tokens: at most so many are added to each beginning.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of tokens whose probability reaches top_p.
         seeds: one (>= 0) per prompt; needed when temperature > 0.
-    Returns: [M][n] lists of new token ids, without EOS.
-    Raises ValueError on missing seeds, a temperature or top_p out of range, or a prompt of fewer than two tokens.
+    Returns: [M][n] lists of new token ids, without EOS. One of max_new_tokens has been cut off.
+    Raises ValueError on missing seeds, a temperature or top_p out of range, a prompt of fewer than two
+    tokens, one whose image tokens are not those of its picture, beginnings or hidden flags that do not fit.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} and top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
@@ -120,24 +183,23 @@ def generate(
         raise ValueError("sampling needs one seed per prompt")
     if min(len(p) for p in prompts) < 2:
         raise ValueError("a prompt needs at least two tokens")
-    device = model.device
-    lengths = [len(p) for p in prompts]
-    decoder, head = model.language_model.model, model.language_model.lm_head
-    cache = Cache(lengths, n, max_new_tokens, len(decoder.layers), device)
-    noise = _uniforms(seeds, n, max_new_tokens).to(device) if temperature > 0 else None  # (N, steps)
+    starts = [[[]] * n for _ in prompts] if starts is None else starts
+    if len(starts) != len(prompts) or not all(starts):
+        raise ValueError("each prompt needs at least one answer beginning, be it an empty one")
+    names = [(i, j) for i, group in enumerate(starts) for j in range(len(group))]  # (N,)
+    lengths, begun = [len(p) for p in prompts], [[len(ids) for ids in group] for group in starts]
+    device, decoder, head = model.device, model.language_model.model, model.language_model.lm_head
+    cache = Cache(lengths, begun, max_new_tokens, len(decoder.layers), device, hidden)
+    noise = None
+    if temperature > 0:
+        noise = torch.cat([_uniforms([seed], len(g), max_new_tokens) for seed, g in zip(seeds, starts)]).to(device)
 
-    ids = torch.tensor([t for p in prompts for t in p[:-1]] + [p[-1] for p in prompts], device=device)
-    positions = torch.cat([torch.arange(x - 1) for x in lengths] + [torch.tensor(lengths) - 1]).to(device)
-    features = model.vision_features(pixels.to(device))
-    features = features[shows] if shows is not None else features  # (M, P, C)
-    states = decoder(model.embed(ids, features), positions, cache)  # (M, D)
-    states = states.repeat_interleave(n, 0)  # (N, D): all answers start from the prompt's last state
-
-    tokens = torch.full((len(prompts) * n, max_new_tokens), eos_id, device=device)  # (N, steps)
-    alive = torch.arange(len(prompts), device=device)  # prompts with an unfinished answer
-    finished = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
-    rows = torch.arange(len(prompts) * n, device=device)  # answers of the alive prompts
-    position = torch.tensor(lengths, device=device).repeat_interleave(n)
+    states = decoder(*_prefill(model, views, prompts, starts, shows or range(len(prompts))), cache)  # (tails, D)
+    states, cache.filling = states[cache.ends.to(device)], False  # (N, D)
+    tokens = torch.full((len(names), max_new_tokens), eos_id, device=device)  # (N, steps)
+    finished = torch.zeros(len(names), dtype=torch.bool, device=device)
+    rows = torch.arange(len(names), device=device)  # answers that are going on, and some that are finished
+    position = torch.tensor([x + y for x, group in zip(lengths, begun) for y in group], device=device)
     for step in range(max_new_tokens):
         u = noise[rows, step] if noise is not None else None
         new = pick(head(states).float(), temperature, top_p, u)  # (N,)
@@ -147,17 +209,47 @@ def generate(
         if step + 1 == max_new_tokens:
             break
         if step % 8 == 7:  # asking costs a device synchronisation, so not at every step
-            if finished.all():
+            if stop is not None:
+                finished = finished | _stopped(stop, names, rows, finished, tokens[:, : step + 1])
+            going = (~finished).nonzero()[:, 0]
+            if not len(going):
                 break
-            going = (~finished.view(-1, n).all(1)).nonzero()[:, 0]
-            if len(going) <= 0.75 * len(alive):
+            if len(going) <= 0.75 * len(finished):
                 cache.keep(going)
-                picked = (going[:, None] * n + torch.arange(n, device=device)).flatten()
-                alive, rows, new, finished = alive[going], rows[picked], new[picked], finished[picked]
-                position = position[picked]
-        cache.step = step
+                rows, new, finished, position = rows[going], new[going], finished[going], position[going]
+        cache.column += 1
         states = decoder(decoder.embed_tokens(new), position + step, cache)  # (N, D)
-    return _cut(tokens.tolist(), n, eos_id)
+    answers = iter(_cut(row, eos_id) for row in tokens.tolist())
+    return [[next(answers) for _ in group] for group in starts]
+
+
+def _prefill(model: Llava, views: list[View], prompts: list[list[int]], starts: list[list[list[int]]],
+             shows: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """Embedded prompts and answer beginnings (T, D) and their positions (T,), laid out as in SharedPrefix."""
+    image_id, device = model.config.image_token_index, model.device
+    pixels, rows = stack(views, model.config.vision.num_patches)
+    skip = sum(len(prompt) - 1 for prompt in prompts)
+    bodies, tails, body_positions, tail_positions, slots, shown = [], [], [], [], [], []
+    for i, (prompt, group, picture) in enumerate(zip(prompts, starts, shows, strict=True)):
+        if prompt.count(image_id) != len(rows[picture]):
+            raise ValueError(f"prompt {i} has {prompt.count(image_id)} image tokens, its picture {len(rows[picture])}")
+        places = [*range(len(bodies), len(bodies) + len(prompt) - 1), skip + len(tails)]
+        slots += [place for place, token in zip(places, prompt) if token == image_id]
+        shown.append(rows[picture])
+        bodies += prompt[:-1]
+        body_positions += range(len(prompt) - 1)
+        tails += [prompt[-1], *(token for ids in group for token in ids)]
+        tail_positions += [len(prompt) - 1, *(len(prompt) + t for ids in group for t in range(len(ids)))]
+    features = model.vision_features(pixels.to(device))  # (tiles, P, C)
+    ids, positions, slots = (torch.tensor(x, dtype=torch.long).to(device)
+                             for x in (bodies + tails, body_positions + tail_positions, slots))
+    return model.embed(ids, features, torch.cat(shown).to(device), slots), positions
+
+
+def _stopped(stop: Stop, names: list[tuple[int, int]], rows: Tensor, finished: Tensor, tokens: Tensor) -> Tensor:
+    """Which of the answers going on (N',) need no more tokens; `tokens` (N, steps so far) of all."""
+    written = zip(rows.tolist(), finished.tolist(), tokens[rows].tolist())
+    return torch.tensor([not done and stop(*names[row], ids) for row, done, ids in written], device=rows.device)
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor | None) -> Tensor:
@@ -178,9 +270,8 @@ def _uniforms(seeds: list[int], n: int, steps: int) -> Tensor:
     return torch.from_numpy(np.stack([stream.random(steps, dtype=np.float32) for stream in streams]))
 
 
-def _cut(tokens: list[list[int]], n: int, eos_id: int) -> list[list[list[int]]]:
-    answers = [row[: row.index(eos_id)] if eos_id in row else row for row in tokens]
-    return [answers[i : i + n] for i in range(0, len(answers), n)]
+def _cut(tokens: list[int], eos_id: int) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
 
 
 def answers(
@@ -195,6 +286,8 @@ def answers(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    seeds: list[int] | None = None,
+    finished: bool = False,
     root=None,
     progress: str = "",
 ) -> list[list[str]]:
@@ -203,30 +296,34 @@ def answers(
     Args:
         processor: data.processor.Processor of the model's folder.
         images, prompts: M references and M questions.
-        seed: the sampling seed of item i is `seed + i`, in the order given.
+        seed: the sampling seed of item i is `seed + i`, in the order given; `seeds` names them one by one.
+        finished: an answer that was cut at `max_new_tokens` becomes "".
         progress: label of a progress bar; empty for none.
     Returns: [M][n] answers.
     """
     result: list[list[str]] = []
+    seeds = seeds if seeds is not None else [seed + i for i in range(len(images))]
     bar = tqdm(total=len(images), desc=progress, disable=None if progress else True, unit="image")
     training = model.training
     model.eval()
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         distinct = list(dict.fromkeys(images[part]))  # a picture asked about twice is encoded once
+        views = {ref: processor.image(ref, root) for ref in distinct}
         batch = generate(
             model,
-            torch.stack([processor.image(ref, root) for ref in distinct]),
-            [processor.prompt(text) for text in prompts[part]],
+            list(views.values()),
+            [processor.prompt(text, len(views[ref].rows)) for ref, text in zip(images[part], prompts[part])],
             eos_id=processor.eos_id,
             shows=[distinct.index(ref) for ref in images[part]],
             n=n,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            seeds=[seed + i for i in range(len(images))[part]],
+            seeds=seeds[part],
         )
-        result += [[processor.decode(ids) for ids in group] for group in batch]
+        result += [["" if finished and len(ids) == max_new_tokens else processor.decode(ids) for ids in group]
+                   for group in batch]
         bar.update(len(batch))
     bar.close()
     model.train(training)

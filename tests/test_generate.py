@@ -11,6 +11,7 @@ import torch
 from goldens import make
 from safetensors.torch import load_file
 
+from data.images import View
 from model.checkpoint import load_llava
 from model.generate import Cache, answers, generate, pick
 from model.lora import add_lora, lora_layers, merge_lora
@@ -21,8 +22,8 @@ SEEDS = [11, 12, 13, 14, 15, 16]
 
 
 @pytest.fixture(scope="module")
-def pictures() -> torch.Tensor:
-    return small.pictures(len(PROMPTS))
+def pictures() -> list[View]:
+    return small.views(len(PROMPTS))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def naive(model, picture, prompt, tokens: int, eos_id: int, choose=best) -> list
     ids = list(prompt)
     for step in range(tokens):
         with torch.no_grad():
-            new = choose(model.logits(torch.tensor(ids), picture[None])[-1], step)
+            new = choose(model.logits(torch.tensor(ids), picture.pixels)[-1], step)
         if new == eos_id:
             break
         ids.append(new)
@@ -63,7 +64,7 @@ def test_greedy_equals_the_goldens(model):
     """The tokens that `transformers` generated, three prompts of different length in one batch."""
     golden = load_file(make.GOLDENS)
     prompts = [list(p) for p in make.PROMPTS]
-    ours = generate(model, small.pictures(3), prompts, eos_id=NEVER, max_new_tokens=make.TOKENS)
+    ours = generate(model, small.views(3), prompts, eos_id=NEVER, max_new_tokens=make.TOKENS)
     assert [group[0] for group in ours] == [golden[f"llava.greedy.{i}"].tolist() for i in range(3)]
 
 
@@ -108,7 +109,7 @@ def test_stops_early_when_all_are_done(model, pictures, monkeypatch):
 def test_one_picture_for_several_prompts(model, pictures):
     shows = [2, 0, 2]
     ours = generate(model, pictures[:3], PROMPTS[:3], shows=shows, eos_id=NEVER, max_new_tokens=8)
-    assert ours == generate(model, pictures[shows], PROMPTS[:3], eos_id=NEVER, max_new_tokens=8)
+    assert ours == generate(model, [pictures[i] for i in shows], PROMPTS[:3], eos_id=NEVER, max_new_tokens=8)
 
 
 # --------------------------------------------------------------------------------------------------- sampling
@@ -127,7 +128,7 @@ def test_batch_composition_does_not_matter(model, pictures):
     assert len({len(group[0]) for group in together}) > 2
     for order in ([0], [1], [2], [3], [4], [5], [4, 1, 0]):
         prompts, seeds = [PROMPTS[i] for i in order], [SEEDS[i] for i in order]
-        part = sample(model, pictures[order], prompts, seeds, eos_id=eos_id)
+        part = sample(model, [pictures[i] for i in order], prompts, seeds, eos_id=eos_id)
         assert part == [together[i] for i in order]
 
 
@@ -193,6 +194,7 @@ def test_compaction_with_several_answers(model, pictures, monkeypatch):
         (dict(top_p=0.0), "top_p 0.0"),
         (dict(top_p=1.5), "top_p 1.5"),
         (dict(prompts=[[1]]), "at least two tokens"),
+        (dict(prompts=[[1, *[small.IMAGE_TOKEN] * 8, 4]]), "prompt 0 has 8 image tokens, its picture 9"),
     ],
 )
 def test_refusals(model, pictures, options, reason):
@@ -253,7 +255,7 @@ def test_frequencies_follow_the_softmax(model, pictures):
     tokens = sample(model, pictures[:1], PROMPTS[:1], [3], **settings)[0]
     counts = np.bincount([t[0] for t in tokens], minlength=small.VOCAB) / len(tokens)
     with torch.no_grad():
-        logits = model.logits(torch.tensor(PROMPTS[0]), pictures[:1])[-1]
+        logits = model.logits(torch.tensor(PROMPTS[0]), pictures[0].pixels)[-1]
     for temperature, near in ((0.7, True), (1.4, False)):
         expected = (logits / temperature).softmax(-1).numpy()
         assert (np.abs(counts - expected).sum() / 2 < 0.07) == near
@@ -289,11 +291,12 @@ class Words:
     def __init__(self):
         self.opened: list[str] = []
 
-    def image(self, reference: str, root: Path | None) -> torch.Tensor:
+    def image(self, reference: str, root: Path | None) -> View:
         self.opened.append(reference)
-        return small.pictures(int(reference) + 1)[-1]
+        return small.views(int(reference) + 1)[-1]
 
-    def prompt(self, text: str) -> list[int]:
+    def prompt(self, text: str, count: int = small.PATCHES) -> list[int]:
+        assert count == small.PATCHES
         return list(small.prompt(*map(int, text.split())))
 
     def decode(self, ids: list[int]) -> str:
@@ -308,7 +311,7 @@ def test_answers(model, batch_size):
     words = Words()
     ours = answers(model, words, references, texts, batch_size=batch_size, **settings)
     expected = [
-        generate(model, words.image(r, None)[None], [words.prompt(t)], eos_id=NEVER, max_new_tokens=6, n=2,
+        generate(model, [words.image(r, None)], [words.prompt(t)], eos_id=NEVER, max_new_tokens=6, n=2,
                  temperature=1.0, seeds=[40 + i])[0]
         for i, (r, t) in enumerate(zip(references, texts))
     ]
@@ -340,7 +343,7 @@ def test_live_greedy_equals_transformers(model, pictures, llava_folder):
     ours = generate(model, pictures, PROMPTS, eos_id=eos_id, max_new_tokens=30)
     for picture, prompt, group in zip(pictures, PROMPTS, ours):
         ids = torch.tensor([prompt])
-        inputs = dict(input_ids=ids, pixel_values=picture[None], attention_mask=torch.ones_like(ids))
+        inputs = dict(input_ids=ids, pixel_values=picture.pixels, attention_mask=torch.ones_like(ids))
         expected = make.greedy(theirs, inputs, 30, eos_id).tolist()
         assert group[0] == (expected[: expected.index(eos_id)] if eos_id in expected else expected)
 
