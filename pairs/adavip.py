@@ -18,9 +18,18 @@ and (x, v_l, y_w) becomes the vision-rejected sample.
 Departures
 - Eq. 9 prints n (the number of candidates) as upper limit; the sum runs over the m sentences.
 - Sentences are split at punctuation (`sentences`); the paper has LLaMA-3 write self-contained ones.
-- Eq. 5-8 stand behind one seam, `candidates`, a function from a pair record to labelled pictures. In the
-  scene world it is `scene_candidates`: the scene drawn without one class, exactly. For photographs it is the
-  place of RAM, GroundingDINO, SAM and LaMa: save each inpainted picture and return its path.
+- Eq. 5-8 are `candidates`, a function from a pair record to labelled pictures. In the scene world it is
+  `scene_candidates`: the scene drawn without one class, exactly. For any other picture it is
+
+      photo_candidates(detect, fill, folder)
+
+      detect   Eq. 5-7   data/detect.py: Mask R-CNN, COCO's ground truth; in the paper RAM, GroundingDINO, SAM
+      fill     Eq. 8     LaMa as in the paper (model/lama.py), or data/inpaint.py, which needs no weights
+
+- Eq. 6 gives each tag one box. Where a class has several objects, all of them are removed: with one dog of
+  two gone, "a dog" would still be true. instances="best" removes only the most certain one.
+- The paper says nothing about dilating masks or about objects that fill the picture: `dilation` and
+  `max_area` are reconstructed.
 - The paper does not name its CLIP; any that the loader reads will do. There is no public code of the paper.
 """
 
@@ -32,7 +41,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
+from data.corrupt import to_image, to_pixels
+from data.derived import store
+from data.detect import Detect, Detection
+from data.images import open_image
+from data.inpaint import Fill, dilate, fill
 from data.processor import ClipProcessor
 from data.scenes import objects_present, parse_reference, reference
 from model.clip import CLIP
@@ -45,10 +60,55 @@ def scene_candidates(record: dict) -> list[tuple[str, str]]:
     """The record's scene without each of its classes: (class, reference). ValueError when it is no scene."""
     if not record["image"].startswith("scene:"):
         raise ValueError(f"{record['id']}: cannot remove objects from {record['image']!r}; only scenes are "
-                         "drawn again, photographs need a `candidates` function (see pairs/adavip.py)")
+                         "drawn again, photographs need a detector (photo_candidates)")
     scene, without = parse_reference(record["image"])
     return [(category, reference(scene.seed, (*without, category)))
             for category in sorted(objects_present(scene, without))]
+
+
+def photo_candidates(detect: Detect, folder: Path, *, fill: Fill = fill, dilation: int = 15,
+                     max_area: float = 0.8, instances: str = "all", root: Path | None = None) -> Candidates:
+    """A `candidates` for pictures that cannot be drawn again: find each class, cut it out, fill the hole.
+
+    Args:
+        detect: (reference, picture) -> detections.
+        folder: where the filled pictures are written, one PNG file for each picture and class.
+        fill: (pixels, hole) -> pixels.
+        dilation: reconstructed: side of the square by which masks grow, so that no rim of the object stays.
+        max_area: reconstructed: classes whose holes take a larger share of the picture are passed over.
+        instances: "all" objects of a class, or the "best": that of the highest score.
+        root: folder that relative file paths start from, also those of the filled pictures.
+    """
+    known: dict[str, list[tuple[str, str]]] = {}  # pictures repeat
+
+    def candidates(record: dict) -> list[tuple[str, str]]:
+        reference = record["image"]
+        if reference not in known:
+            image = open_image(reference, root)
+            pixels = to_pixels(image)  # (3, H, W)
+            holes = removable(detect(reference, image), dilation=dilation, max_area=max_area,
+                              instances=instances)
+            known[reference] = [
+                (label, store(to_image(fill(pixels, hole)), folder, f"{reference} without {label}", root))
+                for label, hole in holes]
+        return known[reference]
+
+    return candidates
+
+
+def removable(detections: list[Detection], *, dilation: int = 15, max_area: float = 0.8,
+              instances: str = "all") -> list[tuple[str, Tensor]]:
+    """One hole for each class: (class, (H, W) bool), classes in alphabetical order."""
+    if instances not in ("all", "best"):
+        raise ValueError(f"instances {instances!r}: want 'all' or 'best'")
+    masks: dict[str, Tensor] = {}
+    for found in sorted(detections, key=lambda found: -found.score):
+        if found.label not in masks:
+            masks[found.label] = found.mask
+        elif instances == "all":
+            masks[found.label] = masks[found.label] | found.mask
+    holes = [(label, dilate(mask, dilation)) for label, mask in sorted(masks.items()) if mask.any()]
+    return [(label, hole) for label, hole in holes if hole.float().mean() <= max_area]
 
 
 def sentences(text: str) -> list[str]:

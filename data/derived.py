@@ -1,0 +1,43 @@
+"""Changed pictures on disk: PNG files (lossless, so that only the change differs) and their references."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+
+def file_name(name: str) -> str:
+    """A file name for any text, distinct for distinct texts: what is not a word character becomes `_`, and a
+    digest then keeps the names apart."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[-120:]
+    digest = "" if plain == name else "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{plain}{digest}.png"
+
+
+def store(image: Image.Image, folder: Path, name: str, root: Path | None = None) -> str:
+    """Write a picture into `folder`; the file appears whole or not at all.
+
+    Args:
+        name: what tells the picture from the others in the folder; need not be a file name.
+        root: folder that relative references start from (None: the working folder).
+
+    Returns the reference of the file, relative to `root`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file_name(name)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG")
+        os.chmod(temporary, 0o644)  # mkstemp makes it private to the user
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return os.path.relpath(path, root or ".")
