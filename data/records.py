@@ -83,9 +83,9 @@ def _read(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> l
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
-        row, reasons = _parse(line)
+        row, reasons = parse_line(line)
         if row is not None:
-            reasons += _check_fields(row, required, optional) + _check_images(row, path.parent, checked)
+            reasons += problems(row, required, optional, path.parent, checked)
             name = row.get("id")
             if isinstance(name, str) and first_line.setdefault(name, number) != number:
                 reasons.append(f"id {name!r} already used in line {first_line[name]}")
@@ -98,7 +98,7 @@ def _read(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> l
     return rows
 
 
-def _parse(line: bytes) -> tuple[dict | None, list[str]]:
+def parse_line(line: bytes) -> tuple[dict | None, list[str]]:
     """One line -> (object, problems); (None, problems) when there is no object to look into."""
     twice: list[str] = []
 
@@ -116,6 +116,12 @@ def _parse(line: bytes) -> tuple[dict | None, list[str]]:
     if not isinstance(row, dict):
         return None, [f"a JSON object is wanted, found {type(row).__name__}"]
     return row, [f"key {key!r} is given twice" for key in twice]
+
+
+def problems(row: dict, required: tuple[str, ...], optional: tuple[str, ...], root: Path,
+             checked: dict[str, str]) -> list[str]:
+    """What is wrong with a record; relative pictures start at `root`, `checked` is kept from row to row."""
+    return _check_fields(row, required, optional) + _check_images(row, root, checked)
 
 
 def _check_fields(row: dict, required: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:

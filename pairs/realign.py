@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from data.images import View
 from data.processor import ClipProcessor, Processor
 from metrics.chair import TWO_WORDS, load_synonyms, singularize
 from model.clip import CLIP
@@ -139,10 +139,10 @@ def infill(model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_siz
         root: folder that relative file paths start from.
     """
 
-    def write(pixels: torch.Tensor, jobs: list[Job], prefixes: list[str]) -> list[str]:
-        ids = [processor.prompt(job.prompt) + processor.response(prefix)[:-1]
-               for job, prefix in zip(jobs, prefixes)]
-        out = generate(model, pixels, ids, eos_id=processor.eos_id, max_new_tokens=gap_tokens)
+    def write(views: list[View], jobs: list[Job], prefixes: list[str]) -> list[str]:
+        ids = [processor.prompt(job.prompt, len(view.rows)) + processor.opening(prefix)
+               for view, job, prefix in zip(views, jobs, prefixes)]
+        out = generate(model, views, ids, eos_id=processor.eos_id, max_new_tokens=gap_tokens)
         return [processor.decode(tokens) for (tokens,) in out]
 
     def complete(jobs: list[Job], progress: str = "") -> list[str]:
@@ -150,24 +150,24 @@ def infill(model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_siz
         with tqdm(total=len(jobs), desc=progress, disable=None if progress else True, unit="answer") as bar:
             for start in range(0, len(jobs), batch_size):
                 batch = jobs[start : start + batch_size]
-                texts += fill(batch, torch.stack([processor.image(job.image, root) for job in batch]), write)
+                texts += fill(batch, [processor.image(job.image, root) for job in batch], write)
                 bar.update(len(batch))
         return texts
 
     return complete
 
 
-def fill(jobs: list[Job], pixels: torch.Tensor, write) -> list[str]:
+def fill(jobs: list[Job], views: list[View], write) -> list[str]:
     """Rewrite the spans of all jobs from left to right.
 
     Args:
-        pixels: (B, 3, S, S) the pictures of the jobs.
-        write: (pixels, jobs, prefixes) -> what the model writes after each prefix.
+        views: the picture of each job.
+        write: (views, jobs, prefixes) -> what the model writes after each prefix.
     """
     done = [job.text[: job.spans[0][0]] if job.spans else job.text for job in jobs]
     for gap in range(max((len(job.spans) for job in jobs), default=0)):
         rows = [row for row, job in enumerate(jobs) if gap < len(job.spans)]
-        proposals = write(pixels[rows], [jobs[row] for row in rows], [done[row].rstrip() for row in rows])
+        proposals = write([views[row] for row in rows], [jobs[row] for row in rows], [done[row].rstrip() for row in rows])
         for row, proposal in zip(rows, proposals):
             text, spans = jobs[row].text, [*jobs[row].spans, (len(jobs[row].text), 0)]
             (start, end), stop = spans[gap], spans[gap + 1][0]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model.clip import CLIP
 from model.config import ClipConfig, ClipTextConfig, VisionConfig
+from data.images import Preprocessing
+from data.processor import ClipProcessor
+from model.checkpoint import DEFAULT_CLIP, load_clip
+from retrieval import cache
+from retrieval.cache import cached_images, fingerprint
 from retrieval.embed import embed_images, embed_texts
-from retrieval.index import build_index, neighbours, search
+from retrieval.index import (approximate_neighbours, build_approximate_index, build_index, neighbours, recall,
+                             search)
 
 
 def unit(n: int, width: int, seed: int = 0) -> np.ndarray:
@@ -95,3 +104,107 @@ def test_embeddings_are_unit_vectors_whatever_the_batch_size(size):
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         assert np.allclose(vectors, embed(names, clip, FakeProcessor(), batch_size=5), atol=1e-5)
         assert embed([], clip, FakeProcessor()).shape == (0, 12)
+
+
+def test_approximate_index_finds_all_when_it_looks_everywhere():
+    vectors = unit(2000, 16)
+    index = build_approximate_index(vectors, nprobe=20, lists=20)
+    assert index.nlist == 20 and recall(index, vectors, 5) == 1
+    assert search(index, vectors[:50], 5, [{i} for i in range(50)]) == [
+        [(row, pytest.approx(score, abs=1e-6)) for row, score in hits]
+        for hits in search(build_index(vectors), vectors[:50], 5, [{i} for i in range(50)])]
+
+
+def test_recall_is_what_the_approximate_index_misses():
+    """More probes find more; the reported recall equals a count by hand over the same queries."""
+    vectors = unit(2000, 16)
+    found = [recall(build_approximate_index(vectors, nprobe, lists=40), vectors, 10) for nprobe in (1, 3, 40)]
+    assert 0.2 < found[0] < found[1] < found[2] == 1
+    index = build_approximate_index(vectors, 1, lists=40)
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -2)
+    hits = search(index, vectors, 10, [{i} for i in range(2000)])
+    shares = [len({row for row, _ in found} & set(np.argsort(-line)[:10].tolist())) / 10
+              for found, line in zip(hits, cosines)]
+    assert recall(index, vectors, 10, queries=2000) == pytest.approx(np.mean(shares), abs=1e-3)
+
+
+def test_approximate_neighbours():
+    vectors = unit(1000, 16)
+    names = [f"p{i}" for i in range(1000)] + ["p0", "p7"]
+    vectors = np.concatenate([vectors, vectors[[0, 7]]])
+    hits, share = approximate_neighbours(names, vectors, 4, nprobe=10, lists=10)
+    exact = neighbours(names, vectors, 4)
+    assert share == 1
+    assert [[name for name, _ in each] for each in hits] == [[name for name, _ in each] for each in exact]
+    first = approximate_neighbours(names, vectors, 4, nprobe=2)
+    assert first[1] < 1 and first == approximate_neighbours(names, vectors, 4, nprobe=2)
+    with pytest.raises(ValueError, match="nprobe 99: must be between 1 and the number of cells, 25"):
+        approximate_neighbours(names, vectors, 4, nprobe=99)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_clip(DEFAULT_CLIP), ClipProcessor(DEFAULT_CLIP)
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """The pictures that were really embedded, and after how many calls the run is interrupted."""
+    log = {"pictures": [], "stop": None}
+
+    def spy(references, *arguments, **options):
+        if log["stop"] == 0:
+            raise KeyboardInterrupt
+        log["stop"] = log["stop"] and log["stop"] - 1
+        log["pictures"] += references
+        return embed_images(references, *arguments, **options)
+
+    monkeypatch.setattr(cache, "embed_images", spy)
+    return log
+
+
+def test_embeddings_are_computed_once(tiny, tmp_path, embedded):
+    scenes = [f"scene:{i}" for i in range(10)]
+    asked = [*scenes, scenes[3]]
+    embedded["stop"] = 2
+    with pytest.raises(KeyboardInterrupt):
+        cached_images(asked, *tiny, tmp_path / "c", shard=4)
+    assert embedded["pictures"] == scenes[:8]
+    embedded["stop"] = None
+    vectors = cached_images(asked, *tiny, tmp_path / "c", shard=4)
+    assert embedded["pictures"] == scenes  # the interrupted run's eight were kept
+    assert vectors.dtype == np.float32 and np.allclose(vectors, embed_images(asked, *tiny), atol=1e-6)
+    again = cached_images(asked[::-1], *tiny, tmp_path / "c")
+    assert embedded["pictures"] == scenes and np.array_equal(again, vectors[::-1])
+    assert cached_images([], *tiny, tmp_path / "c").shape == (0, vectors.shape[1])
+    assert all(name.endswith(".safetensors") for name in os.listdir(tmp_path / "c"))
+
+
+def test_a_changed_picture_or_model_is_embedded_again(tiny, tmp_path, embedded):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "p.png")
+    first = cached_images(["p.png"], *tiny, tmp_path / "c", root=tmp_path)
+    Image.new("RGB", (50, 30), "blue").save(tmp_path / "p.png")
+    assert not np.allclose(cached_images(["p.png"], *tiny, tmp_path / "c", root=tmp_path), first)
+    os.utime(tmp_path / "p.png", ns=(1, 1))
+    cached_images(["p.png"], *tiny, tmp_path / "c", root=tmp_path)
+    assert len(embedded["pictures"]) == 3
+    cached_images(["p.png"], tiny[0].bfloat16(), tiny[1], tmp_path / "c", root=tmp_path)
+    tiny[0].float()
+    assert len(embedded["pictures"]) == 4
+    with pytest.raises(ValueError, match="none.png: no such image"):
+        cached_images(["none.png"], *tiny, tmp_path / "c", root=tmp_path)
+
+
+def test_fingerprint(tiny):
+    clip, processor = load_clip(DEFAULT_CLIP), ClipProcessor(DEFAULT_CLIP)
+    first = fingerprint(clip, processor)
+    assert first == fingerprint(clip, ClipProcessor(DEFAULT_CLIP)) != fingerprint(clip.bfloat16(), processor)
+    processor.preprocessing = Preprocessing(processor.preprocessing.size, (0.5, 0.5, 0.5))
+    assert fingerprint(load_clip(DEFAULT_CLIP), processor) != first
+
+
+def test_a_broken_shard(tiny, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="x.safetensors: not a shard"):
+        cached_images(["scene:1"], *tiny, tmp_path)

@@ -1,0 +1,227 @@
+"""Ask a model about pictures: the policy, another local LLaVA, or any server that speaks OpenAI's protocol.
+
+Judges (pairs/judge.py) and writers (pairs/corrupt.py) see one interface, a `Model`: a name that goes into
+the records, and a function from requests to replies in the same order. A reply has a text or a problem,
+never both: a text that was cut at the token limit is no answer.
+
+    local_model    a LLaVA in memory; greedy, so the same requests give the same replies
+    server_model   POST {url}/chat/completions; the picture goes along as a base64 data URL
+
+A server is asked again, after 1, 2, 4, ... seconds times a random factor in [.5, 1.5], on time-outs, broken
+connections, answers that are no chat completion, and status 408, 409, 429 and 5xx; `Retry-After` is obeyed.
+Status 401, 403, 404 and redirects stop the run, as every request would meet them. Other refusals concern
+one request and become its problem. Every reply is kept on disk under the SHA-256 of its request, so a run
+that is repeated or goes on after an interruption pays for nothing twice. The key comes from an environment
+variable, is sent to that server only and written nowhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import io
+import json
+import os
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from data.images import open_image
+from data.processor import Processor
+from model.generate import generate
+from model.llava import Llava
+
+RETRY = (408, 409, 429)  # and 5xx
+STOP = (401, 403, 404)  # and 3xx
+CUT = "cut at the token limit"
+
+
+class Request(NamedTuple):
+    """One question."""
+
+    image: str  # picture reference
+    text: str
+
+
+class Reply(NamedTuple):
+    """Its answer: `text`, or "" and why there is none."""
+
+    text: str
+    problem: str = ""
+
+
+class Model(NamedTuple):
+    """Something to ask."""
+
+    name: str  # what records say about who answered
+    ask: Callable[[list[Request]], list[Reply]]
+
+
+def local_model(model: Llava, processor: Processor, name: str, *, batch_size: int = 64,
+                max_new_tokens: int = 256, root: Path | None = None, progress: str = "") -> Model:
+    """A LLaVA in memory, decoding greedily. Relative paths of pictures start at `root`."""
+
+    def ask(requests: list[Request]) -> list[Reply]:
+        replies: list[Reply] = []
+        training = model.training
+        model.eval()
+        with tqdm(total=len(requests), desc=progress, disable=None if progress else True) as bar:
+            for start in range(0, len(requests), batch_size):
+                batch = requests[start : start + batch_size]
+                replies += _answer(model, processor, batch, max_new_tokens, root)
+                bar.update(len(batch))
+        model.train(training)
+        return replies
+
+    return Model(name, ask)
+
+
+def _answer(model: Llava, processor: Processor, batch: list[Request], limit: int,
+            root: Path | None) -> list[Reply]:
+    names = list(dict.fromkeys(request.image for request in batch))  # each picture is encoded once
+    views = [processor.image(name, root) for name in names]
+    shows = [names.index(request.image) for request in batch]
+    prompts = [processor.prompt(request.text, len(views[i].rows)) for request, i in zip(batch, shows)]
+    out = generate(model, views, prompts, eos_id=processor.eos_id, shows=shows, max_new_tokens=limit)
+    return [Reply("", CUT) if len(ids) == limit else Reply(processor.decode(ids).strip()) for (ids,) in out]
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to reach a model and how it is asked; every default is reconstructed."""
+
+    url: str  # base, e.g. http://127.0.0.1:8000/v1
+    model: str
+    key_variable: str = "OPENAI_API_KEY"  # environment variable of the key; unset: no key is sent
+    temperature: float = 0.0
+    max_tokens: int = 512
+    seed: int = 0  # of the server's sampling, where it has one
+    pictures: bool = True  # False: a language model that sees no pictures
+    side: int = 1024  # longest side of a picture in pixels; larger ones are made smaller
+    timeout: float = 120.0  # seconds for one try
+    tries: int = 6
+    wait: float = 1.0  # seconds before the second try
+    workers: int = 8  # requests at a time
+
+
+def server_model(server: Server, *, cache: Path, root: Path | None = None, progress: str = "") -> Model:
+    """A model behind an OpenAI-compatible server.
+
+    Args:
+        cache: folder of the replies, one file each; may be shared by runs and servers.
+        root: folder that relative paths of pictures start from.
+
+    Its `ask` raises RuntimeError when the server stays unreachable after all tries or refuses every request;
+    what was answered before is in the cache.
+    """
+
+    def ask(requests: list[Request]) -> list[Reply]:
+        with ThreadPoolExecutor(server.workers) as pool:
+            jobs = [pool.submit(_cached, server, request, cache, root) for request in requests]
+            try:
+                return [job.result() for job in tqdm(jobs, desc=progress, disable=None if progress else True)]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    return Model(server.model, ask)
+
+
+def _cached(server: Server, request: Request, cache: Path, root: Path | None) -> Reply:
+    body = _body(server, request, root)
+    key = hashlib.sha256(json.dumps([server.url, body], sort_keys=True).encode()).hexdigest()
+    path = cache / key[:2] / f"{key}.json"
+    if path.exists():
+        return Reply(**json.loads(path.read_text(encoding="utf-8"))["reply"])
+    reply = _read_reply(_post(server, body))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{random.getrandbits(32):08x}")
+    row = {"model": server.model, "image": request.image, "text": request.text, "reply": reply._asdict()}
+    temporary.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, path)
+    return reply
+
+
+def _body(server: Server, request: Request, root: Path | None) -> dict:
+    parts: list[dict] = [{"type": "text", "text": request.text}]
+    if server.pictures:
+        url = data_url(request.image, root, server.side)
+        parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    return {"model": server.model, "messages": [{"role": "user", "content": parts}],
+            "temperature": server.temperature, "max_tokens": server.max_tokens, "seed": server.seed}
+
+
+def data_url(reference: str, root: Path | None, side: int) -> str:
+    """A picture as PNG in a URL, at most `side` pixels long."""
+    image = open_image(reference, root)
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_) -> None:  # urllib would send the key along, wherever it leads
+        return None
+
+
+def _post(server: Server, body: dict) -> dict | str:
+    """The completion, or why the server refuses this request. RuntimeError when asking again is no use."""
+    address = f"{server.url.rstrip('/')}/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(server.key_variable):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+    opener = urllib.request.build_opener(_NoRedirect)
+    for attempt in range(server.tries):
+        wait = server.wait * 2**attempt * random.uniform(0.5, 1.5)  # so that many do not come back at once
+        try:
+            with opener.open(request, timeout=server.timeout) as response:
+                answer = json.load(response)
+            if _choice(answer) is not None:
+                return answer
+            problem = "the answer is no chat completion"
+        except urllib.error.HTTPError as error:
+            problem = f"status {error.code}: {error.read(300).decode('utf-8', 'replace')}"
+            if error.code in STOP or error.code < 400:
+                hint = f" (is {server.key_variable} set?)" if error.code in (401, 403) else ""
+                raise RuntimeError(f"{address}: {problem}{hint}") from None
+            if error.code not in RETRY and error.code < 500:
+                return f"refused by the server, status {error.code}"
+            wait = max(wait, _seconds(error.headers.get("Retry-After")))
+        except (OSError, http.client.HTTPException, ValueError) as error:  # time-outs are OSErrors
+            problem = f"{type(error).__name__}: {error}"
+        if attempt + 1 < server.tries:
+            time.sleep(min(wait, 120))
+    raise RuntimeError(f"{address}: no answer after {server.tries} tries; the last one: {problem}")
+
+
+def _seconds(header: str | None) -> float:
+    return float(header) if header and header.strip().isdigit() else 0.0
+
+
+def _choice(answer: object) -> dict | None:
+    try:
+        choice = answer["choices"][0]
+        return choice if isinstance(choice["message"]["content"], str | None) else None
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _read_reply(answer: dict | str) -> Reply:
+    if isinstance(answer, str):
+        return Reply("", answer)
+    choice = _choice(answer)
+    if choice.get("finish_reason") == "length":
+        return Reply("", CUT)
+    text = (choice["message"]["content"] or "").strip()
+    return Reply(text) if text else Reply("", "empty answer")

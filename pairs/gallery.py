@@ -1,0 +1,153 @@
+"""A page to look at preference pairs: pictures side by side, differences between the answers marked.
+
+    python -m pairs.gallery runs/pairs-adavip.jsonl        -> runs/pairs-adavip.html
+    python -m pairs.gallery PAIRS.jsonl PAGE.html --limit 50
+
+One HTML file that needs nothing else: the pictures are inside it as small JPEGs, there is no script, and its
+Content-Security-Policy forbids to load anything. Whatever a record says is escaped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import re
+import sys
+from difflib import SequenceMatcher
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+
+from data.images import open_image
+from data.records import read_pairs
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --bad: #d33; --good: #283; --soft: #888; }
+@media (prefers-color-scheme: dark) { :root { --bad: #f77; --good: #6c8; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.3rem; } h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
+section { border-top: 1px solid var(--line); padding: 1.2rem 0; display: grid; gap: .6rem 1.2rem;
+          grid-template-columns: auto minmax(0, 1fr); }
+figcaption, .note { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
+figure { margin: 0 0 .6rem; } figcaption { max-width: 15rem; }
+.pictures { display: flex; gap: .8rem; } img { display: block; max-width: 15rem; border-radius: 4px; }
+h3 { font-size: .8rem; margin: .7rem 0 0; font-weight: 600; }
+p { margin: .1rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.chosen { color: var(--good); } .rejected { color: var(--bad); }
+ins, del { text-decoration: none; border-radius: 3px; padding: 0 2px; }
+ins { background: color-mix(in srgb, var(--good) 25%, transparent); }
+del { background: color-mix(in srgb, var(--bad) 25%, transparent); }
+pre { font-size: .75rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
+@media (max-width: 800px) { section { display: block; } figure { flex: 0 1 15rem; min-width: 0; }
+                           img { max-width: 100%; height: auto; } }
+"""
+HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>{style}</style></head><body>
+<h1>{title}</h1><p class="note">{note}</p>
+"""
+
+
+def write_gallery(path: Path | str, pairs: list[dict], *, root: Path | str | None = None,
+                  title: str = "Pairs", limit: int = 200, side: int = 240) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        pairs: pair records; with more than `limit`, so many of them, evenly spaced.
+        root: folder that relative paths of pictures start from.
+        side: longest side of a shown picture in pixels.
+
+    Raises ValueError naming a picture that cannot be opened.
+    """
+    path = Path(path)
+    count = min(limit, len(pairs))
+    shown = [pairs[i * len(pairs) // count] for i in range(count)]
+    note = f"{len(pairs)} pairs" + (f", {count} of them shown, evenly spaced" if count < len(pairs) else "")
+    picture = lru_cache(64)(lambda reference: thumbnail(reference, root, side))
+    page = HEAD.format(title=escape(title), style=STYLE, note=note)
+    page += "".join(_section(pair, picture) for pair in shown) + "</body></html>\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def marked(chosen: str, rejected: str) -> tuple[str, str]:
+    """Both texts as HTML, with the words that only the chosen one has in <ins>, the other's in <del>."""
+    left, right = (re.findall(r"\w+(?:['’-]\w+)*|\s+|[^\w\s]", text) for text in (chosen, rejected))
+    sides: tuple[list[str], list[str]] = ([], [])
+    for kind, a, b, c, d in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+        for side, tag, words in ((sides[0], "ins", left[a:b]), (sides[1], "del", right[c:d])):
+            text = "".join(words)
+            inner = escape(text.strip())
+            side.append(escape(text) if kind == "equal" or not inner else
+                        escape(text[: len(text) - len(text.lstrip())]) + f"<{tag}>{inner}</{tag}>"
+                        + escape(text[len(text.rstrip()) :]))
+    return "".join(sides[0]), "".join(sides[1])
+
+
+def thumbnail(reference: str, root: Path | str | None, side: int) -> tuple[str, int, int]:
+    """A picture as small JPEG in a data URL, and the width and height to show it in."""
+    image = open_image(reference, root)
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    image.thumbnail((2 * side, 2 * side))  # twice as fine, for fine screens
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), width, height
+
+
+def _section(pair: dict, picture) -> str:
+    pictures = _figure("image", pair["image"], picture)
+    if pair.get("rejected_image"):
+        pictures += _figure("rejected image", pair["rejected_image"], picture)
+    chosen, rejected = marked(pair["chosen"], pair["rejected"])
+    return (f'<section><div class="pictures">{pictures}</div><div><h2>{escape(pair["id"])}</h2>'
+            f'<h3>Prompt</h3><p>{escape(pair["prompt"])}</p><h3 class="chosen">Chosen</h3><p>{chosen}</p>'
+            f'<h3 class="rejected">Rejected</h3><p>{rejected}</p>{_source(pair.get("source") or {})}</div>'
+            '</section>\n')
+
+
+def _figure(name: str, reference: str, picture) -> str:
+    url, width, height = picture(reference)
+    return (f'<figure><img src="{url}" width="{width}" height="{height}" alt="{escape(name)}">'
+            f'<figcaption>{escape(name)}: {escape(reference)}</figcaption></figure>')
+
+
+def _source(source: dict) -> str:
+    """Plain values in one line, everything in a fold."""
+    if not source:
+        return ""
+    plain = " · ".join(f"{key} {value}" for key, value in source.items()
+                       if isinstance(value, str | int | float) and not isinstance(value, bool))
+    whole = json.dumps(source, indent=1, ensure_ascii=False)
+    return (f'<details class="note"><summary>{escape(plain) or "source"}</summary>'
+            f'<pre>{escape(whole)}</pre></details>')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", type=Path, metavar="PAIRS.jsonl")
+    parser.add_argument("page", type=Path, nargs="?", metavar="PAGE.html", help="(default: beside the pairs)")
+    parser.add_argument("--limit", type=int, default=200, metavar="N",
+                        help="pairs to show (default: %(default)s)")
+    arguments = parser.parse_args()
+    page = arguments.page or arguments.pairs.with_suffix(".html")
+    try:
+        write_gallery(page, read_pairs(arguments.pairs), root=arguments.pairs.parent,
+                      title=arguments.pairs.name, limit=arguments.limit)
+    except ValueError as error:
+        print(f"pairs.gallery: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

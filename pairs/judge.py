@@ -1,0 +1,95 @@
+"""A model as judge: which of two answers about a picture hallucinates less?
+
+"Understanding Alignment in Multimodal LLMs" (Apple 2024, arXiv 2407.02477), on online preference data: a
+stronger VLM, or the policy itself (self-rewarding), is shown the picture, the question and two answers. The
+prompt says what the paper's does (its Table 14), in other words. The verdict is free text: see `verdict`.
+
+With n answers every two of them are compared once (n (n - 1) / 2 requests) and
+
+    score of an answer = comparisons won - comparisons lost
+
+Judges like one place better than the other, so which answer stands first is drawn for each comparison, from
+the seed, the record's id and the two places: neither the batch nor the order of the records matters. A
+comparison without a clear verdict counts for neither; a record without any is dropped by the ranking
+(pairs/rank.py) and counted there.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import combinations
+
+from pairs.ask import Model, Request
+from pairs.rank import Judge, Score
+
+JUDGE_PROMPT = """Two answers to a question about the picture follow. Decide which one hallucinates less.
+
+- Whatever an answer states must be visible in the picture: objects, their number, attributes, colours, \
+actions and where things are.
+- What the picture leaves open should not be stated as certain.
+- Between equally accurate answers, prefer the one that is shorter, answers what was asked and adds nothing \
+beside the point.
+- The order of the answers means nothing.
+
+Question: {question}
+
+Response 1: {first}
+
+Response 2: {second}
+
+Which response hallucinates less? Begin with "Response 1" or "Response 2", then say why in one sentence."""
+
+
+FIRST = re.compile(r"(?:(?:the |my )?(?:final |better |best )?(?:answer|verdict|choice|response)(?: is\b:?|:)"
+                   r"\s*)?(?:(?:response|answer) ?)?([12])(?=\s*(?:$|[.:,;)\n-]|because|since|as\b|is better"
+                   r"|is preferable|is more|hallucinates less|has fewer))")
+LIKED = re.compile(r"(?:prefer|choose|pick|select|favou?r) response ([12])\b"
+                   r"|response ([12]) (?:is|seems|was) (?:clearly |slightly |much |the )*"
+                   r"(?:better|preferable|right|correct|accurate|more accurate|winner)\b"
+                   r"|response ([12]) (?:hallucinates less|has fewer)"
+                   r"|(?:better|best|preferred) (?:one |response |answer )?(?:is|:) (?:response )?([12])\b")
+
+
+def verdict(text: str) -> int | None:
+    """0 when the text prefers Response 1, 1 when Response 2, None when that is not clear.
+
+    A text that opens with one of them ("Response 2, because ...") means it. Otherwise its phrases of
+    preference ("I prefer response 2", "response 2 is better") decide, if all of them name the same one.
+    """
+    plain = re.sub(r"[*_#`\"'“”]", "", text).strip().lower()
+    if opening := FIRST.match(plain):
+        return int(opening.group(1)) - 1
+    liked = {number for found in LIKED.findall(plain) for number in found if number}
+    return int(liked.pop()) - 1 if len(liked) == 1 else None
+
+
+def model_judge(model: Model, *, seed: int = 0) -> Judge:
+    """A judge for pairs/rank.py that compares every two answers of a record."""
+
+    def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score] | None]:
+        duels = [(row, *(pair if _draw(seed, record, pair) else pair[::-1]))
+                 for row, (record, texts) in enumerate(zip(records, answers, strict=True))
+                 for pair in combinations([i for i, text in enumerate(texts) if text.strip()], 2)]
+        replies = model.ask([
+            Request(records[row]["image"], JUDGE_PROMPT.format(
+                question=records[row]["prompt"], first=answers[row][one], second=answers[row][two]))
+            for row, one, two in duels])
+        scores = [[0] * len(texts) for texts in answers]
+        decided = [0] * len(records)
+        for (row, one, two), reply in zip(duels, replies, strict=True):
+            choice = verdict(reply.text)
+            if choice is not None:
+                decided[row] += 1
+                scores[row][one] += 1 - 2 * choice
+                scores[row][two] -= 1 - 2 * choice
+        fought = {row for row, _, _ in duels}
+        return [None if row in fought and not decided[row] else [Score(value) for value in scores[row]]
+                for row in range(len(records))]
+
+    return judge
+
+
+def _draw(seed: int, record: dict, pair: tuple[int, int]) -> bool:
+    """Whether the pair keeps its order."""
+    return random.Random(f"{seed}:{record['id']}:{pair[0]}:{pair[1]}").random() < 0.5

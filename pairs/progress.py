@@ -1,0 +1,121 @@
+"""Long runs that can be stopped anywhere and shared by processes, with the same result as one run in one go.
+
+Records are worked on in chunks. What a chunk gave is appended to a part file beside the output, one JSON
+line a chunk, and flushed to the disk before the next chunk begins:
+
+    pairs.jsonl.part-0    {"settings": ...}                                        first line
+                          {"ids": [...], "made": [...], "dropped": {reason: count}}
+
+A run that starts again reads the part files of all processes and leaves out the records they have; a line
+that the interruption cut off is taken away first. So no record is lost, and none is worked on twice.
+Process r of `world` takes the records r, r + world, ...; when all are done, process 0 puts the results in
+the order of the records. The number of processes may change between start and continuation.
+
+That the result is the same holds if `work` treats each record on its own: its random numbers must come from
+the record (its id or its row in the whole list), never from its place in the chunk.
+
+    found = in_chunks(ids, work, out, settings, rank=rank, world=world, barrier=torch.distributed.barrier)
+    if rank == 0:
+        made, dropped = found
+        write_jsonl(out, made)
+        forget(out)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+Work = Callable[[list[int]], tuple[list[dict], Counter]]
+
+
+def in_chunks(ids: list[str], work: Work, out: Path, settings: dict, *, chunk: int = 64, rank: int = 0,
+              world: int = 1, barrier: Callable[[], object] = lambda: None,
+              progress: str = "") -> tuple[list[dict], Counter] | None:
+    """Work on all records that are not done yet.
+
+    Args:
+        ids: unique ids of all records, in order; the same in all processes.
+        work: rows of `ids` -> (records made, each with one of these ids; how many were dropped for which
+        reason).
+        out: the file that will hold the result; the part files stand beside it.
+        settings: everything the result depends on, as JSON; part files with other settings are refused.
+        chunk: rows for one call of `work`; an interruption loses one chunk of each process.
+        barrier: waits until all processes have called it.
+
+    Returns (records made, in the order of `ids`; dropped) in process 0, None in the others. Raises ValueError
+    naming a part file of other settings.
+    """
+    if len(set(ids)) != len(ids):
+        raise ValueError("ids are not unique")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"settings": settings, "records": len(ids)}, sort_keys=True)
+    done = {name for part in _parts(out) for line in _lines(part, header) for name in line["ids"]}
+    barrier()  # all have read before any writes
+    rows = [row for row in range(rank, len(ids), world) if ids[row] not in done]
+    with (_open(_part(out, rank), header) as file,
+          tqdm(total=len(rows), desc=progress, disable=None if progress and not rank else True) as bar):
+        for start in range(0, len(rows), chunk):
+            some = rows[start : start + chunk]
+            made, dropped = work(some)
+            _append(file, {"ids": [ids[row] for row in some], "made": made, "dropped": dict(dropped)})
+            bar.update(len(some))
+    barrier()
+    return None if rank else _merge(ids, [line for part in _parts(out) for line in _lines(part, header)])
+
+
+def forget(out: Path) -> None:
+    """Delete the part files, once the result is written."""
+    for part in _parts(out):
+        part.unlink()
+
+
+def _part(out: Path, rank: int) -> Path:
+    return out.with_name(f"{out.name}.part-{rank}")
+
+
+def _parts(out: Path) -> list[Path]:
+    return sorted(path for path in out.parent.iterdir()
+                  if path.name.startswith(f"{out.name}.part-") and path.name.rpartition("-")[2].isdigit())
+
+
+def _lines(part: Path, header: str) -> list[dict]:
+    """The complete lines of a part file behind its first."""
+    first, *rest = part.read_bytes().split(b"\n")
+    if not rest:  # interrupted within the first line
+        return []
+    if first.decode("utf-8", "replace") != header:
+        raise ValueError(f"{part}: is of a run with other settings or records; delete it, or write elsewhere")
+    return [json.loads(line) for line in rest[:-1]]
+
+
+def _open(part: Path, header: str):
+    """The part file, open behind its last complete line."""
+    file = part.open("ab+")
+    file.seek(0)
+    end = file.read().rfind(b"\n") + 1
+    file.truncate(end)
+    if not end:
+        file.write(header.encode() + b"\n")
+    return file
+
+
+def _append(file, row: dict) -> None:
+    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _merge(ids: list[str], lines: list[dict]) -> tuple[list[dict], Counter]:
+    place = {name: row for row, name in enumerate(ids)}
+    finished = [name for line in lines for name in line["ids"]]
+    if sorted(finished) != sorted(ids):
+        raise ValueError(f"the part files hold {len(finished)} records, {len(ids)} were to be done")
+    made = [record for line in lines for record in line["made"]]
+    made.sort(key=lambda record: place[record["id"]])
+    return made, sum((Counter(line["dropped"]) for line in lines), Counter())

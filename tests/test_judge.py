@@ -1,0 +1,289 @@
+"""Models that are asked: a real server with failures, the embedded model; verdicts, ranking, corruption."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import scenes
+from data.processor import Processor
+from model.checkpoint import DEFAULT_MODEL, load_llava
+from pairs.ask import CUT, Model, Reply, Request, Server, local_model, server_model
+from pairs.corrupt import (Corruption, _change_count, _change_position, corrupt_pairs, model_corrupt,
+                           scene_corrupt)
+from pairs.judge import model_judge, verdict
+from pairs.rank import Score, best_answers, clip_judge, judge_scene, rank_pairs
+
+SECRET = "sk-very-secret"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Fails as often as the server's `failures` say, then answers with the text after "Question: "."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            server.seen.append((self.path, dict(self.headers), body))
+            failure = server.failures.pop(0) if server.failures else None
+        if failure == "hang up":
+            return self.close()
+        text = next(p["text"] for p in body["messages"][0]["content"] if p["type"] == "text")
+        reply = {"choices": [{"message": {"role": "assistant", "content": f" said: {text} "},
+                              "finish_reason": "length" if failure == "cut" else "stop"}]}
+        data = b"<html>busy</html>" if failure == "html" else json.dumps(reply).encode()
+        self.send_response(failure if isinstance(failure, int) else 200)
+        if failure == 307:
+            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def close(self):
+        self.close_connection = True
+        self.connection.close()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.seen, http.failures, http.lock = [], [], threading.Lock()
+    http.handle_error = lambda *_: None  # the hang-ups
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    yield http
+    http.shutdown()
+    http.server_close()
+
+
+def asker(server, cache, **more) -> Model:
+    url = f"http://127.0.0.1:{server.server_port}/v1/"
+    return server_model(Server(url, "judge-7b", wait=0.005, timeout=10, **more), cache=cache)
+
+
+def test_what_is_sent(server, tmp_path):
+    Image.new("RGB", (300, 150), "red").save(tmp_path / "p.jpg")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    model = server_model(Server(url, "judge-7b", side=100), cache=tmp_path / "c", root=tmp_path)
+    assert model.name == "judge-7b" and model.ask([Request("p.jpg", "Why?")]) == [Reply("said: Why?")]
+    (path, headers, body), = server.seen
+    assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {SECRET}"
+    picture, text = body["messages"][0]["content"]
+    assert text == {"type": "text", "text": "Why?"}
+    assert body["model"] == "judge-7b" and body["temperature"] == 0
+    head, data = picture["image_url"]["url"].split(",")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert head == "data:image/png;base64" and image.size == (100, 50) and image.getpixel((9, 9))[0] > 250
+
+
+def test_transient_failures_are_tried_again(server, tmp_path):
+    server.failures += [429, 503, "hang up", "html"]
+    assert asker(server, tmp_path).ask([Request("scene:1", "a")]) == [Reply("said: a")]
+    assert len(server.seen) == 5
+
+
+def test_a_server_that_stays_down(server, tmp_path):
+    server.failures += [500] * 3
+    with pytest.raises(RuntimeError, match="no answer after 3 tries; the last one: status 500"):
+        asker(server, tmp_path, tries=3).ask([Request("scene:1", "a")])
+    assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize("status", [401, 404, 307])
+def test_no_second_try_where_none_can_help(server, tmp_path, status):
+    server.failures += [status]
+    with pytest.raises(RuntimeError, match=f"status {status}") as caught:
+        asker(server, tmp_path, workers=1).ask([Request("scene:1", "a")])
+    assert len(server.seen) == 1 and SECRET not in str(caught.value)
+
+
+def test_what_concerns_one_request_is_its_problem(server, tmp_path):
+    server.failures += [400, "cut"]
+    replies = asker(server, tmp_path, workers=1).ask([Request("scene:1", name) for name in "abc"])
+    assert replies == [Reply("", "refused by the server, status 400"), Reply("", CUT), Reply("said: c")]
+
+
+def test_replies_are_kept(server, tmp_path):
+    """Ten requests, the server breaks in the middle: the second run asks only for what is missing."""
+    requests = [Request(f"scene:{i}", f"q{i}") for i in range(10)]
+    server.failures += [None] * 6 + [401]
+    with pytest.raises(RuntimeError):
+        asker(server, tmp_path, workers=1).ask(requests)
+    assert 7 <= len(server.seen) <= 8  # one more may have been under way
+    replies = asker(server, tmp_path).ask(requests)
+    assert replies == [Reply(f"said: q{i}") for i in range(10)] and len(server.seen) == 11
+    assert asker(server, tmp_path).ask(requests) == replies and len(server.seen) == 11
+    asker(server, tmp_path, temperature=0.5).ask(requests[:1])
+    asker(server, tmp_path, pictures=False).ask(requests[:1])
+    assert len(server.seen) == 13 and len(server.seen[-1][2]["messages"][0]["content"]) == 1
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 12 and not any(path.name.startswith(".") for path in files)
+    assert not any(SECRET in path.read_text() for path in files)
+
+
+@pytest.mark.parametrize(("text", "choice"), [
+    ("Response 1. It names only what is there.", 0), ("**Response 2** is better.", 1), ("2", 1),
+    ("Answer: 1", 0),
+    ("response 2: because response 1 invents a dog", 1), ("The final answer is response 1.", 0),
+    ("Final answer: Response 1", 0), ("I prefer response 2, as response 1 invents a cat.", 1),
+    ("After comparing both, response 1 is more accurate than response 2.", 0),
+    ("Only response 2 is right.", 1), ("Response 1 and Response 2 are equal.", None),
+    ("Both are wrong.", None), ("", None),
+    ("Response 1 and 2 are equally good.", None), ("Response 1 is right. Response 2 is right.", None),
+    ("Response 1 hallucinates more.", None), ("Response 1 invents a dog. Response 2 is better.", 1),
+    ("Response 2 is not better.", None), ("Response 1\nIt is shorter.", 0),
+    ("Response 2 hallucinates less.", 1),
+    ("I cannot see the picture.", None), ("Response 12", None), ("Neither response 1 nor the other.", None),
+    ("The better response is Response 2, not response 1.", 1),
+])
+def test_verdicts(text, choice):
+    assert verdict(text) == choice
+
+
+def record(name: str = "a", **more) -> dict:
+    return {"id": name, "image": "scene:1000000", "prompt": "What?", **more}
+
+
+def honest(texts: dict[str, float]) -> Model:
+    """A judge that knows how good each text is, and says nothing clear about equals."""
+
+    def ask(requests):
+        replies = []
+        for request in requests:
+            one, two = (request.text.split(f"Response {i}: ")[1].split("\n")[0] for i in (1, 2))
+            better = np.sign(texts[two] - texts[one])
+            replies.append(Reply({-1: "Response 1.", 0: "Hard to say.", 1: "Response 2."}[better]))
+        return replies
+
+    return Model("honest", ask)
+
+
+def test_model_judge_ranks():
+    """a, b, c, d are worth 1, 3, 2, 3: b = d undecided, so wins - losses are -3, 2, -1, 2; "" is left out."""
+    judge = model_judge(honest({"a": 1, "b": 3, "c": 2, "d": 3, "e": 3}))
+    answers = [["a", "b", "c", "d", ""], ["b", "d"], ["a", " "]]
+    records = [record(name) for name in "xyz"]
+    assert judge(records, answers) == [[(-3,), (2,), (-1,), (2,), (0,)], None, [(0,), (0,)]]
+    (pair,), dropped = rank_pairs(records, answers, source={"judge": "honest"}, judge=judge)
+    assert (pair["chosen"], pair["rejected"]) == ("b", "a") and pair["source"]["rejected"] == {"score": -3}
+    assert pair["source"]["judge"] == "honest"
+    assert dropped == {"no verdict of the judge": 1, "fewer than two non-empty answers": 1}
+    assert best_answers(records, answers, judge=judge) == ["b", "", "a"]
+
+
+def test_the_order_is_random_and_depends_on_the_record_only():
+    asked = []
+
+    def ask(requests):
+        asked.extend(requests)
+        return [Reply("Response 1")] * len(requests)
+
+    judge = model_judge(Model("first", ask), seed=1)
+    records, answers = [record(str(i)) for i in range(200)], [["good", "bad"]] * 200
+    together = judge(records, answers)
+    first = Counter(request.text.split("Response 1: ")[1].split("\n")[0] for request in asked)
+    assert 70 < first["good"] < 130  # a judge that always takes the first one favours neither answer
+    alone = [judge([one], [texts])[0] for one, texts in reversed(list(zip(records, answers)))]
+    assert alone[::-1] == together
+    assert model_judge(Model("first", ask), seed=2)(records, answers) != together
+
+
+def test_clip_judge(monkeypatch):
+    """cosines with the picture (1, 0): "A dog." 1, "A cat." .6: means 1, .6 and .8."""
+    table = {"scene:1000000": (1, 0), "A dog.": (1, 0), "A cat.": (0.6, 0.8), "": (0, 1)}
+    for name in ("embed_images", "embed_texts"):
+        monkeypatch.setattr(f"pairs.rank.{name}", lambda x, *_, **__: np.array([table[item] for item in x]))
+    answers = [["A cat.", "A dog.", "A dog. A cat.", ""], ["A dog."]]
+    judged = clip_judge(None, None)([record(), record("b")], answers)
+    assert judged == [[Score(0.6), Score(1), Score(0.8), Score(0)], [Score(1)]]
+    (pair,), _ = rank_pairs([record()], answers[:1], judge=clip_judge(None, None))
+    assert (pair["chosen"], pair["rejected"]) == ("A dog.", "A cat.")
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL)
+
+
+def test_the_policy_answers(policy):
+    model = local_model(*policy, "model/tiny", batch_size=2)
+    dog = next(seed for seed in range(100) if "dog" in scenes.objects_present(scenes.sample_scene(seed)))
+    no = next(seed for seed in range(100) if "dog" not in scenes.objects_present(scenes.sample_scene(seed)))
+    question = "Is there a dog in the image?"
+    replies = model.ask([Request(f"scene:{seed}", question) for seed in (dog, no, dog)])
+    assert [reply.text[:2] for reply in replies] == ["Ye", "No", "Ye"]
+    short = local_model(*policy, "model/tiny", max_new_tokens=2)
+    assert short.ask([Request("scene:0", scenes.CAPTION_PROMPT)]) == [Reply("", CUT)]
+
+
+def captioned(seeds=range(1_000_000, 1_000_120)) -> list[dict]:
+    return [{"id": f"s{seed}", "image": f"scene:{seed}", "prompt": scenes.CAPTION_PROMPT,
+             "chosen": scenes.caption(scenes.sample_scene(seed), random.Random(seed))} for seed in seeds]
+
+
+def test_scene_corruption_is_wrong_by_the_ground_truth():
+    """Captions without noise name no absent object; an added object is always one, other kinds name none."""
+    records = captioned()
+    pairs, dropped = corrupt_pairs(records, scene_corrupt(seed=1), {"seed": 1})
+    assert len(pairs) == len(records) and not dropped
+    kinds = Counter(pair["source"]["how"] for pair in pairs)
+    assert min(kinds[how] for how in ("object", "count", "position")) > 20
+    for pair in pairs:
+        chosen, rejected = judge_scene(pair, [pair["chosen"], pair["rejected"]])
+        assert chosen.wrong == 0 and rejected.wrong == (pair["source"]["how"] == "object")
+        same = set(pair["chosen"].lower().split()) ^ set(pair["rejected"].lower().split())
+        assert same and (pair["source"]["how"] == "object" or len(same) <= 8)
+    alone, _ = corrupt_pairs(records[7:8], scene_corrupt(seed=1), {"seed": 1})
+    assert alone == pairs[7:8]
+    other, _ = corrupt_pairs(records, scene_corrupt(seed=2))
+    assert [p["rejected"] for p in other] != [p["rejected"] for p in pairs]
+
+
+def test_scene_corruption_by_hand():
+    """Scene with one dog on the left: "on the left" can only become middle or right; "a dog" two or three."""
+    item = scenes.Object("dog", 0, 0, 5, 2)
+    scene = scenes.Scene(0, "park", (item, scenes.Object("dog", 0, 6, 5, 2)))
+    text = "On the left there is a dog."
+    drawn = {_change_position(text, scene, (), random.Random(i)) for i in range(30)}
+    assert drawn == {"In the middle there is a dog."}  # the other dog is on the right
+    alone = scenes.Scene(0, "park", (item,))
+    drawn = {_change_position(text, alone, (), random.Random(i)) for i in range(30)}
+    assert drawn == {"In the middle there is a dog.", "On the right there is a dog."}
+    drawn = {_change_count(text, scene, (), random.Random(i)) for i in range(30)}
+    assert drawn == {"On the left there are three dogs."}  # there are two
+    assert _change_count("Nothing here.", scene, (), random.Random(0)) == ""
+
+
+def test_scene_corruption_wants_scenes():
+    with pytest.raises(ValueError, match="nobody knows what 'p.jpg' shows"):
+        scene_corrupt()([{"id": "a", "image": "p.jpg", "chosen": "A."}])
+    assert scene_corrupt()([record(chosen="Hm.") | {"image": "scene:1?without=dog"}])[0].how == "object"
+
+
+def test_a_model_corrupts():
+    said = {"A red bus.": Reply('Rewritten: "A blue bus."'), "One cat.": Reply("One cat."),
+            "A dog.": Reply("", CUT), "A cow.": Reply("Sorry, I cannot help with rewriting this text.")}
+
+    def ask(requests):
+        return [said[request.text.rpartition("Answer: ")[2].split("\n")[0]] for request in requests]
+
+    records = [record(f"r{i}", chosen=text) for i, text in enumerate(said)]
+    corrupt = model_corrupt(Model("writer", ask))
+    assert corrupt(records)[0] == Corruption("A blue bus.", "model")
+    (pair,), dropped = corrupt_pairs(records, corrupt, {"model": "writer"})
+    assert (pair["chosen"], pair["rejected"]) == ("A red bus.", "A blue bus.")
+    assert pair["source"] == {"method": "corrupt", "model": "writer", "how": "model", "text": None}
+    assert dropped == {"the corruption changes nothing": 1, CUT: 1, "the corruption has another length": 1}
