@@ -42,6 +42,7 @@ import torch
 
 from data import scenes
 from data.processor import Processor
+from data.templates import TEMPLATES
 from data.records import write_jsonl
 from metrics import chair as chair_metric
 from metrics import pope as pope_metric
@@ -160,7 +161,8 @@ def run(args: argparse.Namespace) -> tuple[dict, dict[str, str], list[dict]]:
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model, processor = load_llava(args.model, dtype, device), Processor(args.model)
+        model = load_llava(args.model, dtype, device)
+        processor = Processor(args.model, template=args.template, aspect=args.aspect)
         said = ask(model, processor, rows, args.max_new_tokens, args.batch_size, args.images, args.benchmark)
     if args.benchmark == "chair":
         scores = score_chair(rows, said, args.max_sentences)
@@ -198,7 +200,7 @@ def protocol(args: argparse.Namespace, rows: Sequence[dict]) -> dict:
     decoding = {"decoding": "greedy", "max_new_tokens": args.max_new_tokens}
     model = args.model.resolve()
     name = model.relative_to(HOME) if model.is_relative_to(HOME) else model
-    return {**entries, "model": str(name), "prompt": args.prompt, **decoding}
+    return {**entries, "model": str(name), "prompt": args.prompt, "template": args.template, "aspect": args.aspect, **decoding}
 
 
 def table(result: dict) -> str:
@@ -228,6 +230,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--benchmark", choices=("chair", "pope"), required=True)
     add("--model", type=Path, default=DEFAULT_MODEL, help="llava-hf folder (default: model/tiny)")
+    add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
+    add("--aspect", choices=("crop", "pad", "anyres"), help="how pictures are shown (default: the checkpoint's way)")
     add("--answers", type=Path, help="score this file instead of running a model")
     add("--annotations", type=Path, nargs="+", help="ground truth of photographs; without it: scenes")
     add("--questions", type=Path, help="pope: LLaVA's question file, if --answers has LLaVA's ids")

@@ -1,10 +1,12 @@
-"""Align a LLaVA-type model with preference pairs.
+"""Align a LLaVA-type model with preferences: given ones, or made of what it says while it trains.
 
     torchrun train.py --loss adavip                                     the embedded model, one process
     torchrun --nproc-per-node 2 train.py --loss dpo                     two processes, same losses
     python train.py --loss rdpo --steps 20                              without torchrun
-    python train.py --loss adavip --data pairs.jsonl --model DIR        your pairs, your llava-hf checkpoint
+    python train.py --loss adavip --data pairs.jsonl --model DIR        your pairs, your LLaVA checkpoint
     python train.py --loss adavip --out runs/adavip --resume            go on after an interruption
+    python train.py --loss reward_model                                 a reward model, for the next line
+    python train.py --loss ppo --reward runs/reward_model               reinforcement; rloo alike, fisao needs none
     python train.py --loss dpo --help                                   the options of one loss
 
 With no --data it makes its pairs from the scene world (data/scenes.py), with the method that fits the loss,
@@ -15,10 +17,11 @@ recall (share of present objects that are mentioned) and POPE (accuracy of yes /
 One step: records -> batch (data/batch.py) -> token log-probs of policy and reference (model/logprobs.py) ->
 loss (losses/) -> AdamW. The reference is the model itself with its adapters off. A loss is a pure function;
 its argument names say which log-probs it gets, its keyword arguments become options here (--beta, ...).
+Losses that need samples draw them first: pairs from pairs/online.py, rollouts from model/rollout.py.
 
 --out receives: config.json (the resolved configuration), pairs.jsonl (if made here), metrics.jsonl (one line
 an interval), checkpoint.pt (to resume), model/ (llava-hf folder, adapters merged), result.json (before and
-after).
+after), and from fisao scores.svg (what the verifier says of words and sentences, before and after).
 """
 
 from __future__ import annotations
@@ -28,71 +31,141 @@ import inspect
 import json
 import math
 import os
+import random
 import resource
 import signal
 import sys
 import time
 import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
 import generate_pairs
 from data import scenes
-from data.batch import MicroBatches, fields_of
+from data.batch import Batch, MicroBatches, collate, fields_of
 from data.processor import ClipProcessor, Processor
-from data.records import read_pairs, write_jsonl
-from losses import adavip, dpo, rdpo, sft
+from data.records import read_images, read_pairs, write_jsonl
+from data.templates import TEMPLATES
+from losses import adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic
+from metrics.score_plot import write_histograms
+from model import reference, rollout
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_json, save_llava
 from model.logprobs import Scorer
 from model.lora import Reference, add_lora
+from model.reward import RewardModel, load_reward_model, save_reward_head
+from model.verifier import Verifier
+from pairs import online
+from pairs.ask import Server, server_model
+from pairs.judge import model_judge
+from pairs.rank import clip_judge, judge_scene, one_by_one
+from pairs.realign import clip_similarity
 
-# name -> (loss function, sequences it needs scored, method of pairs/ that makes fitting data)
+
+class Recipe(typing.NamedTuple):
+    """What a --loss consists of."""
+
+    loss: Callable  # of losses/
+    sequences: dict  # what it needs scored
+    pairs: str = ""  # method of generate_pairs.py that makes fitting records; "": pictures and questions suffice
+    online: Callable | None = None  # makes the records of a step anew from what the policy says
+    advantages: Callable | None = None  # reinforcement: what a step's rollouts teach
+
+
 LOSSES = {
-    "sft": (sft.sft_loss, sft.SEQUENCES, "rank"),
-    "dpo": (dpo.dpo_loss, dpo.SEQUENCES, "rank"),
-    "rdpo": (rdpo.rdpo_loss, rdpo.SEQUENCES, "realign"),
-    "rdpo_released": (rdpo.rdpo_loss, rdpo.SEQUENCES_RELEASED, "realign"),
-    "adavip": (adavip.adavip_loss, adavip.SEQUENCES, "adavip"),
+    "sft": Recipe(sft.sft_loss, sft.SEQUENCES, "rank"),
+    "dpo": Recipe(dpo.dpo_loss, dpo.SEQUENCES, "rank"),
+    "ipo": Recipe(ipo.ipo_loss, ipo.SEQUENCES, "rank"),
+    "slic": Recipe(slic.slic_loss, slic.SEQUENCES, "rank"),
+    "slic_hf": Recipe(slic.slic_hf_loss, slic.SEQUENCES, "rank"),
+    "dpo_weighted": Recipe(dpo_weighted.dpo_weighted_loss, dpo_weighted.SEQUENCES, "rank"),
+    "rdpo": Recipe(rdpo.rdpo_loss, rdpo.SEQUENCES, "realign"),
+    "rdpo_released": Recipe(rdpo.rdpo_loss, rdpo.SEQUENCES_RELEASED, "realign"),
+    "mdpo": Recipe(mdpo.mdpo_loss, mdpo.SEQUENCES, "rank"),
+    "adavip": Recipe(adavip.adavip_loss, adavip.SEQUENCES, "adavip"),
+    "povid": Recipe(povid.povid_loss, povid.SEQUENCES, "rank"),
+    "povid_released": Recipe(povid.povid_loss, povid.SEQUENCES_RELEASED, "rank"),
+    "reward_model": Recipe(reward_model.reward_model_loss, reward_model.SEQUENCES, "rank"),
+    "online_dpo": Recipe(dpo.dpo_loss, dpo.SEQUENCES, online=online.ranked_pairs),
+    "mixed_dpo": Recipe(dpo.dpo_loss, dpo.SEQUENCES, "rank", online=online.mixed_pairs),
+    "bdhs_online": Recipe(bdhs.bdhs_loss, bdhs.SEQUENCES, "rank", online=online.bdhs_triples),
+    "ppo": Recipe(ppo.ppo_loss, rollout.SEQUENCES, advantages=rollout.ppo_advantages),
+    "rloo": Recipe(rloo.rloo_loss, rollout.SEQUENCES, advantages=rollout.rloo_advantages),
+    "fisao": Recipe(ppo.ppo_loss, rollout.SEQUENCES, advantages=rollout.fisao_advantages),
 }
 # The embedded model is small and its answers are short, so it takes larger steps and a stronger pull towards
 # the reference than the models of the papers; chosen on the dev split. With --model the defaults are those in
 # brackets.
 EMBEDDED = {"lr": 1e-3, "beta": 1.0}
+EMBEDDED_OF = {  # of single losses, where these differ
+    "ipo": {"beta": 0.1},
+    "dpo_weighted": {"beta": 3.0},
+    "bdhs_online": {"rho_th": 0.9},  # of 64 image tokens, .99 mostly leaves none
+    "ppo": {"lr": 3e-4, "kl_coef": 0.4, "steps": 30},
+    "rloo": {"lr": 5e-4, "kl_coef": 0.4, "steps": 30},
+    "fisao": {"lr": 3e-4, "kl_coef": 0.05, "steps": 30},
+}
 
 # Settings that may change when a run is resumed: they touch nothing that is computed.
 HARMLESS = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_split"}
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
+CALIBRATION = 256  # records whose answers by the untrained model set the scale of scores
 
 
 # -------------------------------------------------------------------------------------------------- arguments
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line -> settings. The options of the chosen loss are those of its function."""
+    """Command line -> settings. The options of the chosen loss are those of its functions."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--loss", choices=LOSSES, default="adavip", help="(default: %(default)s)")
     first.add_argument("--model", type=Path, default=DEFAULT_MODEL, metavar="DIR",
-                       help="llava-hf folder (default: model/tiny)")
+                       help="LLaVA folder or hub id (default: model/tiny)")
     known, _ = first.parse_known_args(argv)
-    embedded = EMBEDDED if known.model.resolve() == DEFAULT_MODEL.resolve() else {}
     parser = argparse.ArgumentParser(
         description=__doc__, parents=[first], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_general_options(parser)
+    tuned = embedded_defaults(known.loss) if known.model.resolve() == DEFAULT_MODEL.resolve() else {}
+    recipe = LOSSES[known.loss]
+    group = parser.add_argument_group(f"options of {known.loss}")
+    own = loss_options(*recipe_functions(recipe))
+    for name, (kind, default) in own.items():
+        shown = f"{tuned[name]}, with --model {default}" if name in tuned else default
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(default) if choices else kind, default=default,
+                           choices=choices, help=f"(default: {shown})")
+    if recipe.online or recipe.advantages:
+        add_online_options(group, recipe)
+    parser.set_defaults(**tuned)
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs") / args.loss
+    args.lora_alpha = args.lora_alpha or 2.0 * args.lora_rank
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    return args
+
+
+def add_general_options(parser: argparse.ArgumentParser) -> None:
+    """Those that every loss has."""
     add = parser.add_argument
-    add("--data", type=Path, metavar="FILE", help="pair records; left out, pairs are made from scenes")
+    add("--data", type=Path, metavar="FILE", help="records; left out, they are made from scenes")
+    add("--pairs", choices=generate_pairs.METHODS, help="method that makes pairs of scenes (default: the loss's own)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     add("--steps", type=int, default=60, help="optimiser steps (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="pairs a step, over all processes (default: %(default)s)")
-    add("--micro-batch-size", type=int, help="pairs a forward pass and process (default: all of the process)")
+    add("--batch-size", type=int, default=16, help="records a step, over all processes (default: %(default)s)")
+    add("--micro-batch-size", type=int, help="records a forward pass and process (default: all of the process)")
     add("--lr", type=float, default=1e-6, help="peak learning rate (default: 1e-3, with --model 1e-6)")
     add("--warmup", type=float, default=0.1, help="share of steps with rising rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
@@ -103,33 +176,66 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-projector", action="store_true", help="with LoRA, train the projector too")
     add("--precision", choices=("fp32", "bf16"), help="(default: bf16 on CUDA, else fp32)")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--reference-cache", type=Path, metavar="FILE",
+        help="compute the reference's log-probs once and keep them here; refused if they are not this run's")
+    add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
+    add("--aspect", choices=("crop", "pad", "anyres"), help="how pictures are shown (default: the checkpoint's way)")
     add("--seed", type=int, default=0, help="of scenes, sampling, adapters and order (default: %(default)s)")
-    add("--scenes", type=int, default=600, help="scenes that pairs are made from (default: %(default)s)")
+    add("--scenes", type=int, default=600, help="scenes that records are made from (default: %(default)s)")
     add("--eval-scenes", type=int, default=300, help="held-out scenes, 0 for none (default: %(default)s)")
     add("--eval-split", choices=("test", "dev"), default="test",
         help="choose settings on dev (default: %(default)s)")
     add("--log-every", type=int, default=5, help="steps between log lines (default: %(default)s)")
     add("--save-every", type=int, default=20, help="steps between checkpoints (default: %(default)s)")
     add("--workers", type=int, default=0, help="processes that prepare batches (default: %(default)s)")
-    options = parser.add_argument_group(f"options of {known.loss}")
-    own = loss_options(LOSSES[known.loss][0])
-    for name, (kind, default) in own.items():
-        tuned = f"{embedded[name]}, with --model {default}" if name in embedded else default
-        options.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default,
-                             help=f"(default: {tuned})")
-    parser.set_defaults(**{name: value for name, value in embedded.items() if name in {"lr", *own}})
-    args = parser.parse_args(argv)
-    args.out = args.out or Path("runs") / args.loss
-    args.lora_alpha = args.lora_alpha or 2.0 * args.lora_rank
-    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    return args
 
 
-def loss_options(function) -> dict[str, tuple[type, object]]:
-    """Keyword-only arguments of a loss: name -> (type, default)."""
-    types = typing.get_type_hints(function)
-    keywords = (p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
-    return {p.name: (types[p.name], p.default) for p in keywords}
+def add_online_options(group, recipe: Recipe) -> None:
+    """Who judges what is sampled, and how often a sample is used."""
+    add = group.add_argument
+    if recipe.advantages is not rollout.fisao_advantages and recipe.online is not online.bdhs_triples:
+        add("--judge", choices=("scene", "clip", "reward", "server"), default="reward" if recipe.advantages else "scene",
+            help="the scene's own record, a CLIP model, a reward model, a VLM behind a server (default: %(default)s)")
+        add("--reward", type=Path, metavar="DIR", help="for --judge reward: what train.py --loss reward_model wrote")
+        add("--server", metavar="URL", help="for --judge server: base address of an OpenAI-compatible API")
+        add("--server-model", metavar="NAME", help="for --judge server")
+    add("--clip-model", type=Path, default=DEFAULT_CLIP, metavar="DIR", help="CLIP folder (default: model/tiny/clip)")
+    if recipe.advantages:
+        add("--samples", type=int, default=4, help="answers to each picture (default: %(default)s)")
+        add("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
+        add("--max-new-tokens", type=int, default=96, help="of an answer (default: %(default)s)")
+        add("--inner-epochs", type=int, default=1 if recipe.loss is rloo.rloo_loss else 4,
+            help="times that a step's samples are gone through (default: %(default)s)")
+        add("--minibatches", type=int, default=1, help="optimiser steps in each of them (default: %(default)s)")
+        add("--kl-target", type=float, default=0.0,
+            help="nats an answer that the KL coefficient is steered to; 0: it is fixed (default: %(default)s)")
+
+
+def recipe_functions(recipe: Recipe) -> list[Callable]:
+    """The functions whose keyword arguments are options."""
+    return [function for function in (recipe.loss, recipe.online, recipe.advantages) if function]
+
+
+def uses_reference(recipe: Recipe) -> bool:
+    """Whether the loss compares with the model as it was."""
+    names = inspect.signature(recipe.loss).parameters
+    return recipe.advantages is not None or any(name.startswith("reference_") for name in names)
+
+
+def loss_options(*functions: Callable) -> dict[str, tuple[type, object]]:
+    """Keyword-only arguments: name -> (type, default)."""
+    found = {}
+    for function in functions:
+        types = typing.get_type_hints(function)
+        keywords = (p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
+        found |= {p.name: (types[p.name], p.default) for p in keywords}
+    return found
+
+
+def embedded_defaults(loss: str) -> dict[str, object]:
+    """What differs for the embedded model, of the options that this loss has."""
+    own = loss_options(*recipe_functions(LOSSES[loss]))
+    return {k: v for k, v in (EMBEDDED | EMBEDDED_OF.get(loss, {})).items() if k in own or k not in {"beta"}}
 
 
 def check(args: argparse.Namespace, world: int) -> None:
@@ -142,10 +248,28 @@ def check(args: argparse.Namespace, world: int) -> None:
     if args.batch_size % (world * args.micro_batch_size):
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes"
                          f" x micro-batch {args.micro_batch_size}")
+    parts = args.batch_size // (world * args.micro_batch_size)
+    if parts % getattr(args, "minibatches", 1):
+        raise ValueError(f"--minibatches {args.minibatches} does not divide the {parts} micro-batches of a process")
+    if args.pairs and (args.data or not LOSSES[args.loss].pairs):
+        raise ValueError("--pairs is for losses that learn from pairs, where there is no --data")
     if args.data is None and args.scenes > SCENES_OF_A_SEED:
         raise ValueError(f"--scenes {args.scenes} is more than the {SCENES_OF_A_SEED} of a seed")
     if args.resume and not (args.out / "checkpoint.pt").is_file():
         raise ValueError(f"--resume: there is no {args.out / 'checkpoint.pt'}")
+    if getattr(args, "judge", "") == "reward" and not args.reward:
+        raise ValueError("--judge reward needs --reward DIR; python train.py --loss reward_model makes one")
+    if getattr(args, "judge", "") == "scene" and LOSSES[args.loss].advantages:
+        raise ValueError("--judge scene compares answers, it does not score them: reinforcement needs another")
+    if getattr(args, "judge", "") == "server" and not (args.server and args.server_model):
+        raise ValueError("--judge server needs --server URL and --server-model NAME")
+    if args.reference_cache and not uses_reference(LOSSES[args.loss]):
+        raise ValueError(f"--reference-cache: {args.loss} has no reference")
+    if getattr(args, "offline", 0) and not LOSSES[args.loss].pairs:
+        raise ValueError(f"--offline {args.offline}: {args.loss} has no given pairs, mixed_dpo does")
+    fixed = not (LOSSES[args.loss].online or LOSSES[args.loss].advantages)
+    if args.reference_cache and (not fixed or any(":" in s[0] for s in LOSSES[args.loss].sequences.values())):
+        raise ValueError(f"--reference-cache: what {args.loss} scores is drawn anew at every step")
 
 
 # ------------------------------------------------------------------------------------------------ set-up
@@ -181,60 +305,224 @@ def load_policy(args: argparse.Namespace, device: torch.device):
     return model
 
 
-def find_pairs(
-    args, method: str, needs: set[str], model, processor, rank: int, world: int
-) -> tuple[list[dict], Path]:
+def find_records(args, recipe: Recipe, model, processor, rank: int, world: int) -> tuple[list[dict], Path]:
     """(records, folder that their paths start from): those of --data, or made from scenes and kept in --out.
 
     Only a resumed run uses what --out holds: a new one may have another seed, method or model.
     """
     path = args.data or args.out / "pairs.jsonl"
     if args.data is None and not (args.resume and path.exists()) and rank == 0:
-        first = scenes.PAIRS + args.seed % 10 * SCENES_OF_A_SEED  # never reaches the scenes of dev and test
-        clip, clip_processor = load_clip(DEFAULT_CLIP, device=model.device), ClipProcessor(DEFAULT_CLIP)
-        records, report = generate_pairs.make_pairs(
-            method, model, processor, clip, clip_processor,
-            scene_seeds=range(first, first + args.scenes), seed=args.seed * SCENES_OF_A_SEED,
-        )
-        write_jsonl(path, records)
-        print(f"pairs: {json.dumps(report)}", flush=True)
+        write_jsonl(path, make_records(args, recipe, model, processor))
     if world > 1:
         dist.barrier()
-    records = read_pairs(path, needs)
+    records = read_records(path, recipe)
     if len(records) < args.batch_size:
-        raise ValueError(f"{path}: {len(records)} pairs are fewer than one batch of {args.batch_size}")
+        raise ValueError(f"{path}: {len(records)} records are fewer than one batch of {args.batch_size}")
     return records, path.parent
+
+
+def make_records(args, recipe: Recipe, model, processor) -> list[dict]:
+    """Pairs of scenes by the loss's method, or the scenes themselves with the question about them."""
+    first = scenes.PAIRS + args.seed % 10 * SCENES_OF_A_SEED  # never reaches the scenes of dev and test
+    seeds = range(first, first + args.scenes)
+    if not recipe.pairs:
+        return [{"id": f"scene-{seed}", "image": scenes.reference(seed), "prompt": scenes.CAPTION_PROMPT}
+                for seed in seeds]
+    clip, clip_processor = load_clip(DEFAULT_CLIP, device=model.device), ClipProcessor(DEFAULT_CLIP)
+    records, report = generate_pairs.make_pairs(
+        args.pairs or recipe.pairs, model, processor, clip, clip_processor,
+        scene_seeds=seeds, seed=args.seed * SCENES_OF_A_SEED, folder=args.out / "pictures", root=args.out,
+    )
+    print(f"pairs: {json.dumps(report)}", flush=True)
+    return records
+
+
+def read_records(path: Path, recipe: Recipe) -> list[dict]:
+    """Validated records with what this loss reads; losses that sample everything need pictures and questions only."""
+    if not recipe.pairs:
+        return read_images(path)
+    return read_pairs(path, fields_of(recipe.sequences) - {"generated"})
+
+
+def make_scorer(args, recipe: Recipe, model) -> torch.nn.Module:
+    """What turns a batch into the numbers that the loss asks for, with all that trains inside."""
+    autocast = torch.bfloat16 if args.precision == "bf16" else None
+    if recipe.loss is reward_model.reward_model_loss:
+        return RewardModel(model, autocast)
+    critic = recipe.loss is ppo.ppo_loss
+    return Scorer(model, autocast, critic=critic)
+
+
+def make_judge(args, model, processor, root: Path):
+    """(records, answers) -> a judgement for each answer (pairs/rank.py)."""
+    if args.judge == "scene":
+        return one_by_one(judge_scene)
+    if args.judge == "clip":
+        return clip_judge(load_clip(args.clip_model, device=model.device), ClipProcessor(args.clip_model), root=root)
+    if args.judge == "reward":
+        half = torch.bfloat16 if args.precision == "bf16" else None
+        reward = load_reward_model(args.reward, half or torch.float32, model.device, autocast=half)
+        config = json.loads((args.reward / "config.json").read_text())
+        return online.reward_judge(reward, Processor(args.reward / "model", template=config["template"]), root)
+    server = server_model(Server(args.server, args.server_model), cache=args.out / "replies", root=root)
+    return model_judge(server, seed=args.seed)
+
+
+@dataclass
+class Run:
+    """What every step needs."""
+
+    args: argparse.Namespace
+    recipe: Recipe
+    model: torch.nn.Module
+    processor: Processor
+    records: list[dict]
+    root: Path
+    rank: int
+    world: int
+    device: torch.device
+    scorer: torch.nn.Module  # wrapped in DDP with several processes
+    reference: Reference | None
+    optimizer: torch.optim.Optimizer
+    cache: dict | None = None  # the reference's log-probs by record, if they are kept on disk
+    helper: Callable | None = None  # judge, verifier or similarity of the losses that sample
+    state: dict = field(default_factory=dict)  # plain numbers that belong to the checkpoint
+
+    @property
+    def plain(self) -> torch.nn.Module:
+        """The scorer itself."""
+        return self.scorer.module if isinstance(self.scorer, DistributedDataParallel) else self.scorer
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.plain.parameters() if p.requires_grad]
+
+    def options(self, function: Callable) -> dict:
+        """The settings that are keyword arguments of a function."""
+        return {name: getattr(self.args, name) for name in loss_options(function)}
 
 
 # ------------------------------------------------------------------------------------------------ one step
 
 
-def score(scorer, model, reference: Reference, batch, device, needs_reference: bool) -> tuple:
-    """Token log-probs (N, L) of policy and, if needed, reference, and their mask; one vision tower pass."""
-    packed = batch.packed.to(device)
-    features = model.vision_features(batch.pixels.to(device, non_blocking=True))  # (M, P, C)
-    expected = None
-    if needs_reference:
-        plain = scorer.module if isinstance(scorer, DistributedDataParallel) else scorer
-        with reference():
-            expected, _ = plain(packed, features)
-    policy, mask = scorer(packed, features)
-    return policy, expected, mask
+def score(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
+    """All that a loss may ask for, by argument name: `policy_chosen_logps`, `chosen_mask`, `chosen_rewards`, ..."""
+    packed = batch.packed.to(run.device)
+    features = run.model.vision_features(batch.pixels.to(run.device, non_blocking=True))  # (tiles, P, C)
+    if isinstance(run.plain, RewardModel):
+        rows = run.scorer(packed, features).chunk(len(batch.names))
+        return {f"{name}_rewards": rewards for name, rewards in zip(batch.names, rows)}
+    if batch.noisy is not None:
+        choose_labels(run, batch, packed, features)
+    offer = batch.changed() if run.recipe.loss is dpo_weighted.dpo_weighted_loss else {}
+    offer = {name: rows.to(run.device) for name, rows in offer.items()}
+    if run.reference is not None:
+        if run.cache is not None:
+            rows = [run.cache[f"{name}/{i}"] for name in batch.names for i in batch.ids]
+            expected = pad_sequence(rows, batch_first=True).to(run.device)
+        else:
+            with run.reference():
+                if batch.noisy is not None and batch.noisy_own:
+                    mine = packed.labels.clone()
+                    choose_labels(run, batch, packed, features)
+                expected = run.plain(packed, features)[0]
+                if batch.noisy is not None and batch.noisy_own:
+                    packed.labels = mine
+        offer |= by_name("reference", batch.names, expected)
+    policy, mask, *_ = run.scorer(packed, features)
+    offer |= by_name("policy", batch.names, policy)
+    return offer | {f"{name}_mask": rows for name, rows in zip(batch.names, mask.chunk(len(batch.names)))}
 
 
-def loss_arguments(function, names: list[str], policy, reference, mask) -> dict:
-    """What the signature of a loss asks for, by name: `policy_chosen_logps`, `chosen_mask`, ..."""
+def choose_labels(run: Run, batch: Batch, packed, features: torch.Tensor) -> None:
+    """Put the tokens that the model likes best under the noisy picture in the place of the noisy sequence's labels."""
+    run.model.eval()  # the choice is the model's, not its dropout's
+    packed.labels[batch.noisy_labels] = run.plain.likeliest(batch.noisy.to(run.device), features)
+    run.model.train()
+
+
+def by_name(who: str, names: list[str], logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows (names x B, L) -> `who_NAME_token_logps` (B, L) and `who_NAME_logps` (B,)."""
     offer = {}
-    for who, logps in (("policy", policy), ("reference", reference)):
-        if logps is None:
-            continue
-        for name, rows in zip(names, logps.chunk(len(names))):
-            offer[f"{who}_{name}_token_logps"] = rows  # (B, L)
-            offer[f"{who}_{name}_logps"] = rows.sum(-1)  # (B,)
-    for name, rows in zip(names, mask.chunk(len(names))):
-        offer[f"{name}_mask"] = rows  # (B, L)
-    asked = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    return {name: offer[name] for name in asked}
+    for name, rows in zip(names, logps.chunk(len(names))):
+        offer[f"{who}_{name}_token_logps"] = rows
+        offer[f"{who}_{name}_logps"] = rows.sum(-1)
+    return offer
+
+
+def asked(function: Callable, offer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the signature of a loss asks for; an argument with a default may be absent."""
+    wanted = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    return {p.name: offer[p.name] for p in wanted if p.name in offer or p.default is p.empty}
+
+
+def pairs_step(run: Run, batches: list[Batch], log: "Log") -> torch.Tensor:
+    """Forward, loss and backward of each micro-batch, then one update. Returns the gradient norm."""
+    options = run.options(run.recipe.loss)
+    for i, batch in enumerate(batches):
+        hold_back(run, i + 1 < len(batches))
+        losses, metrics = run.recipe.loss(**asked(run.recipe.loss, score(run, batch)), **options)
+        weights = batch.weights.to(run.device) if batch.weights is not None else None
+        mean = losses.mean() if weights is None else (losses * weights).mean()
+        (mean / len(batches)).backward()
+        log.add({"loss": losses, **metrics}, len(batch.packed.ids), weights)
+    return update(run)
+
+
+def hold_back(run: Run, more: bool) -> None:
+    """With several processes, exchange gradients only in the last backward of an update."""
+    if isinstance(run.scorer, DistributedDataParallel):
+        run.scorer.require_backward_grad_sync = not more
+
+
+def update(run: Run) -> torch.Tensor:
+    """Clip, step, forget the gradients. Returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(run.trained, run.args.clip_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norm
+
+
+def online_batches(run: Run, picked: list[list[tuple[dict, int]]]) -> list[Batch]:
+    """Let the policy write the records of this step (pairs/online.py)."""
+    batches, options = [], run.options(run.recipe.online)
+    for part in picked:
+        records, seeds = [record for record, _ in part], [seed for _, seed in part]
+        made = run.recipe.online(records, seeds, run.model, run.processor, run.root, run.helper, **options)
+        batches.append(collate(made, run.recipe.sequences, run.processor, run.root, seeds))
+    return batches
+
+
+def reinforce_step(run: Run, picked: list[list[tuple[dict, int]]], step: int, log: "Log") -> torch.Tensor:
+    """Sample answers, judge them, and learn from them for some epochs. Returns the last gradient norm."""
+    args, rollouts = run.args, []
+    for part in picked:
+        records, seeds = [record for record, _ in part], [seed for _, seed in part]
+        answers = online.sample(run.model, run.processor, records, seeds, run.root, samples=args.samples,
+                                temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+        rollouts.append(rollout.roll_out(run.plain, run.reference, records, answers, run.processor, run.root))
+    lessons, figures = run.recipe.advantages(rollouts, run.helper, run.state, **run.options(run.recipe.advantages))
+    log.add(figures, sum(len(r.packed.ids) for r in rollouts))
+    options = run.options(run.recipe.loss)
+    for epoch in range(args.inner_epochs):
+        order = list(range(len(rollouts)))
+        random.Random(f"{args.seed}/{step}/{epoch}").shuffle(order)  # alike in all processes
+        size = len(order) // args.minibatches
+        for group in (order[i : i + size] for i in range(0, len(order), size)):
+            for i in group:
+                hold_back(run, i != group[-1])
+                logps, mask, *values = run.scorer(rollouts[i].packed, rollouts[i].features)
+                offer = by_name("policy", ["sampled"], logps) | lessons[i] | {"sampled_mask": mask}
+                offer |= {"values": values[0]} if values else {}
+                losses, metrics = run.recipe.loss(**asked(run.recipe.loss, offer), **options)
+                (losses.mean() / len(group)).backward()
+                log.add({"loss": losses, **metrics})
+            norm = update(run)
+    if args.kl_target:
+        answers = args.batch_size * args.samples
+        kl = run.state["kl"]  # of this step, the mean over all processes
+        run.state["kl_coef"] = ppo.adapt_kl(run.state["kl_coef"], kl, answers, target=args.kl_target)
+    return norm
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
@@ -248,69 +536,81 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 # ---------------------------------------------------------------------------------------------- state on disk
 
 
-def save_checkpoint(path: Path, model, optimizer, step: int, config: dict) -> None:
-    """Everything that a resumed run needs; order of data and dropout follow from seed and step."""
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+def save_checkpoint(path: Path, run: Run, step: int, config: dict) -> None:
+    """Everything that a resumed run needs. Order of data, samples and dropout follow from seed and step."""
+    trained = {n: p.detach() for n, p in run.plain.named_parameters() if p.requires_grad}
+    state = {"step": step, "trained": trained, "optimizer": run.optimizer.state_dict(), "config": config,
+             "state": run.state}
     temporary = path.with_name(path.name + ".tmp")
-    state = {"step": step, "trained": trained, "optimizer": optimizer.state_dict(), "config": config}
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, model, optimizer, config: dict, device) -> int:
-    """Restore weights and optimiser; returns the next step. ValueError if the run was set up differently."""
-    state = torch.load(path, map_location=device, weights_only=True)
-    different = [k for k in config if k not in HARMLESS and config[k] != state["config"].get(k)]
+def load_checkpoint(path: Path, run: Run, config: dict) -> int:
+    """Restore weights, optimiser and state; returns the next step. ValueError if the run was set up differently."""
+    saved = torch.load(path, map_location=run.device, weights_only=True)
+    different = [k for k in config if k not in HARMLESS and config[k] != saved["config"].get(k)]
     if different:
-        pairs = ", ".join(f"{k} was {state['config'].get(k)!r}, is {config[k]!r}" for k in different)
+        pairs = ", ".join(f"{k} was {saved['config'].get(k)!r}, is {config[k]!r}" for k in different)
         raise ValueError(f"{path} belongs to another run: {pairs}")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in run.plain.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+                parameter.copy_(saved["trained"][name])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.state |= saved["state"]
+    return saved["step"]
 
 
 class Log:
     """Sums metrics on the device, and once an interval writes one JSON line and one console line (rank 0)."""
 
-    def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device, start: int):
-        self.args, self.rank, self.world, self.device = args, rank, world, device
-        self.path = args.out / "metrics.jsonl"
+    def __init__(self, run: Run, start: int):
+        self.run, self.path = run, run.args.out / "metrics.jsonl"
         self.sums: dict[str, torch.Tensor] = {}
-        self.count = self.tokens = 0
+        self.counts: dict[str, int] = {}
+        self.tokens = 0
         self.started, self.first = time.perf_counter(), start
         self.since = self.started
-        if rank == 0:  # drop lines behind the checkpoint that this run goes on from
+        if run.rank == 0:  # drop lines behind the checkpoint that this run goes on from
             old = self.path.read_text().splitlines() if start and self.path.exists() else []
-            self.path.write_text("".join(f"{x}\n" for x in old if json.loads(x)["step"] <= start))
+            self.path.write_text("".join(f"{x}\n" for x in old if whole_line(x) and json.loads(x)["step"] <= start))
 
-    def add(self, metrics: dict[str, torch.Tensor], tokens: int) -> None:
+    def add(self, metrics: dict[str, torch.Tensor], tokens: int = 0, weights: torch.Tensor | None = None) -> None:
         for name, value in metrics.items():
-            value = value.detach().float().mean()
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.count += 1
+            value = value.detach().float().to(self.run.device)  # figures of rollouts may be on the CPU
+            if weights is not None:
+                value = (value * weights).sum() / weights.sum().clamp(min=1)
+            self.sums[name] = self.sums.get(name, 0) + value.mean()
+            self.counts[name] = self.counts.get(name, 0) + 1
+        if weights is not None:
+            self.add({"used": weights})
         self.tokens += tokens
 
     def write(self, step: int, extra: dict[str, float]) -> None:
         """Average over steps and processes since the last call."""
-        values = torch.stack(list(self.sums.values())) / self.count
-        if self.world > 1:
+        run = self.run
+        values = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
+        if run.world > 1:
             dist.all_reduce(values)
-        line = dict(zip(self.sums, (values / self.world).tolist()))
+        line = dict(zip(self.sums, (values / run.world).tolist()))
         now = time.perf_counter()
         line |= extra | {
-            "tokens/s": self.tokens * self.world / (now - self.since),
-            "eta_s": (now - self.started) / (step - self.first) * (self.args.steps - step),
-            "peak_gib": peak_memory(self.device),
+            "tokens/s": self.tokens * run.world / (now - self.since),
+            "eta_s": (now - self.started) / (step - self.first) * (run.args.steps - step),
+            "peak_gib": peak_memory(run.device),
         }
-        self.sums, self.count, self.tokens, self.since = {}, 0, 0, now
-        if self.rank == 0:
+        self.sums, self.counts, self.tokens, self.since = {}, {}, 0, now
+        if run.rank == 0:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
             text = "  ".join(f"{k} {v:.4g}" for k, v in line.items())
-            tqdm.write(f"step {step}/{self.args.steps}  {text}")
+            tqdm.write(f"step {step}/{run.args.steps}  {text}")
+
+
+def whole_line(line: str) -> bool:
+    """False for the torn last line of a run that was killed while writing."""
+    return line.endswith("}")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -323,58 +623,134 @@ def peak_memory(device: torch.device) -> float:
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def train(args, model, processor, records, root, rank: int, world: int, device, config: dict) -> bool:
-    """Run the steps that are left. False when interrupted; the checkpoint then holds all finished steps."""
-    function, sequences, _ = LOSSES[args.loss]
-    hyper = {name: getattr(args, name) for name in loss_options(function)}
-    needs_reference = any(name.startswith("reference_") for name in inspect.signature(function).parameters)
-    trained = [p for p in model.parameters() if p.requires_grad]
+def prepare(args, recipe: Recipe, model, processor, records, root, rank: int, world: int, device) -> Run:
+    """Scorer, optimiser, reference and helpers around the model."""
+    scorer = make_scorer(args, recipe, model)
+    trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-    reference = Reference(model) if needs_reference else None  # it may hold a copy of the weights
+    reference = Reference(model) if uses_reference(recipe) else None  # it may hold a copy of the weights
+    run = Run(args, recipe, model, processor, records, root, rank, world, device,
+              DistributedDataParallel(scorer) if world > 1 else scorer, reference, optimizer)
+    run.helper = make_helper(run)
+    if args.reference_cache:
+        run.cache = reference_cache(run)
+    return run
+
+
+def make_helper(run: Run) -> Callable | None:
+    """Who judges the samples of this loss, if it samples."""
+    args, device = run.args, run.device
+    if run.recipe.advantages is rollout.fisao_advantages:
+        return Verifier(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model), run.processor, run.root)
+    if run.recipe.online is online.bdhs_triples:
+        return clip_similarity(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model))
+    if run.recipe.online or run.recipe.advantages:
+        return make_judge(args, run.model, run.processor, run.root)
+    return None
+
+
+def look_at_scores(run: Run) -> dict[str, list[float]]:
+    """What the verifier says of the policy's answers to the first records, if these are scenes."""
+    picked = [r for r in run.records[:CALIBRATION] if r["image"].startswith("scene:")]
+    answers = online.sample(run.model, run.processor, picked, list(range(len(picked))), run.root, samples=1,
+                            temperature=0.0, max_new_tokens=run.args.max_new_tokens)
+    ids = [group[0] for group in answers]
+    texts = [run.processor.decode(answer) for answer in ids]
+    return rollout.verifier_scores([r["image"] for r in picked], ids, texts, run.helper)
+
+
+def calibrate(run: Run) -> None:
+    """Measure, with the untrained model, the scale of scores that reinforcement works with; kept in the checkpoint.
+
+    Every process does the same: the records are few.
+    """
+    picked, size, ids = run.records[:CALIBRATION], run.args.micro_batch_size, []
+    parts = [slice(start, start + size) for start in range(0, len(picked), size)]
+    for part in parts:
+        answers = online.sample(run.model, run.processor, picked[part], list(range(len(picked)))[part], run.root,
+                                samples=1, temperature=run.args.temperature, max_new_tokens=run.args.max_new_tokens)
+        ids += [group[0] for group in answers]
+    if run.recipe.advantages is rollout.fisao_advantages:
+        references = [record["image"] for record in picked]
+        found = run.helper(references, ids)
+        right = rollout.correct(references, found)
+        if (right < 0).all():
+            raise ValueError("fisao measures its baselines on pictures whose objects are known; none of these are scenes")
+        known = right >= 0
+        run.state["baselines"] = fisao.calibrate(found.scores[known], right[known] == 1, unit=run.helper.unit)
+        run.state["scores"] = look_at_scores(run)
+        return
+    scores = torch.cat([rollout.scores(run.helper, picked[part], [run.processor.decode(x) for x in ids[part]], 1)
+                        for part in parts])
+    run.state |= {"mean": scores.mean().item(), "std": max(scores.std().item(), 1e-6)}
+
+
+def reference_cache(run: Run) -> dict[str, torch.Tensor]:
+    """The reference's log-probs of every record, computed once and kept in --reference-cache."""
+    args, path = run.args, run.args.reference_cache
+    key = reference.fingerprint(run.records, run.recipe.sequences, run.processor, args.precision)
+    if path.exists():
+        return reference.read(path, key)
+    run.model.eval()
+    share, rows = run.records[run.rank :: run.world], {}
+    for start in tqdm(range(0, len(share), args.micro_batch_size), desc="reference", disable=True if run.rank else None):
+        batch = collate_with(run.recipe, run.processor, run.root, share[start : start + args.micro_batch_size], None)
+        with run.reference():
+            features = run.model.vision_features(batch.pixels.to(run.device))
+            logps, mask, *_ = run.plain(batch.packed.to(run.device), features)
+        names = [f"{name}/{i}" for name in batch.names for i in batch.ids]
+        rows |= {name: row[m].cpu() for name, row, m in zip(names, logps, mask)}
+    reference.write(path, rows, key, run.rank, run.world)
+    return reference.read(path, key)
+
+
+def train(run: Run, config: dict) -> bool:
+    """Run the steps that are left. False when interrupted; the checkpoint then holds all finished steps."""
+    args, recipe = run.args, run.recipe
     path = args.out / "checkpoint.pt"
-    start = load_checkpoint(path, model, optimizer, config, device) if args.resume else 0
-    scorer = Scorer(model, torch.bfloat16 if args.precision == "bf16" else None)
-    if world > 1:
-        scorer = DistributedDataParallel(scorer)
-    parts = args.batch_size // (world * args.micro_batch_size)
-    data = MicroBatches(records, sequences, processor, root, batch_size=args.batch_size, parts=parts,
-                        rank=rank, world=world, seed=args.seed, steps=args.steps)
-    log, stop, done = Log(args, rank, world, device, start), StopRequest(world), start
+    start = load_checkpoint(path, run, config) if args.resume else 0
+    parts = args.batch_size // (run.world * args.micro_batch_size)
+    samples = recipe.online or recipe.advantages
+    make = partial(collate_with, recipe, run.processor, run.root)
+    data = MicroBatches(run.records, batch_size=args.batch_size, parts=parts, rank=run.rank, world=run.world,
+                        seed=args.seed, steps=args.steps, make=None if samples else make)
+    if recipe.advantages and not start:
+        calibrate(run)
+    log, stop, done = Log(run, start), StopRequest(run.world), start
     # Behind StopRequest, whose signal handlers the loader's processes inherit: Ctrl-C must not end them.
     loader = iter(DataLoader(data, batch_size=None, sampler=range(start * parts, len(data)),
-                             num_workers=args.workers, pin_memory=device.type == "cuda"))
-    model.train()
+                             num_workers=args.workers, pin_memory=run.device.type == "cuda" and not samples))
+    run.model.train(not recipe.advantages)  # pi_old and pi must be the same function: no dropout
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.loss,
-                     disable=True if rank else None):
-        torch.manual_seed(hash((args.seed, step, rank)))  # dropout; integers always hash alike
-        for group in optimizer.param_groups:
+                     disable=True if run.rank else None):
+        torch.manual_seed(hash((args.seed, step, run.rank)))  # dropout; integers always hash alike
+        for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
-        for part in range(parts):
-            batch = next(loader)
-            if world > 1:
-                scorer.require_backward_grad_sync = part == parts - 1
-            policy, expected, mask = score(scorer, model, reference, batch, device, needs_reference)
-            logps = loss_arguments(function, batch.names, policy, expected, mask)
-            losses, metrics = function(**logps, **hyper)
-            (losses.mean() / parts).backward()
-            log.add({"loss": losses, **metrics}, len(batch.packed.ids))
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        drawn = [next(loader) for _ in range(parts)]
+        if recipe.advantages:
+            norm = reinforce_step(run, drawn, step, log)
+        else:
+            norm = pairs_step(run, online_batches(run, drawn) if recipe.online else drawn, log)
         done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
-            log.write(done, {"grad_norm": norm.item(), "lr": learning_rate(args, step)})
         halt = stop.asked()
+        if halt or done % args.log_every == 0 or done == args.steps:
+            log.write(done, {"grad_norm": norm.item(), "lr": learning_rate(args, step)})
         if halt or done % args.save_every == 0 or done == args.steps:
             if not math.isfinite(norm.item()):  # the same in every process
                 raise ValueError(f"step {done}: the gradient is not finite; {path} keeps the last good state")
-            if rank == 0:
-                save_checkpoint(path, model, optimizer, done, config)
+            if run.rank == 0:
+                save_checkpoint(path, run, done, config)
         if halt and done < args.steps:
             break
     stop.close()
-    model.eval()
+    run.model.eval()
     return done == args.steps
+
+
+def collate_with(recipe: Recipe, processor, root, records: list[dict], seeds: list[int]) -> Batch:
+    """`collate` for a loss; at the top level, so that the loader's processes can have it."""
+    return collate(records, recipe.sequences, processor, root, seeds,
+                   end=recipe.loss is reward_model.reward_model_loss)
 
 
 class StopRequest:
@@ -409,6 +785,18 @@ def measure(args, model, processor) -> dict[str, float]:
     return figures | {f"POPE {name}": 100 * split["accuracy"] for name, split in yes_no["splits"].items()}
 
 
+def measure_rewards(run: Run, held: list[dict]) -> dict[str, float]:
+    """How often, in percent, the reward model scores the chosen answer of a held-out pair higher."""
+    right = []
+    for start in range(0, len(held), run.args.micro_batch_size):
+        batch = collate_with(run.recipe, run.processor, run.root, held[start : start + run.args.micro_batch_size], None)
+        with torch.no_grad():
+            features = run.model.vision_features(batch.pixels.to(run.device))
+            chosen, rejected = run.plain(batch.packed.to(run.device), features).chunk(2)
+        right += (chosen > rejected).tolist()
+    return {"accuracy": 100 * sum(right) / len(right)}
+
+
 def table(before: dict[str, float], after: dict[str, float]) -> str:
     """Before and after, side by side."""
     lines = [f"{'':18}{'before':>9}{'after':>9}"]
@@ -420,28 +808,40 @@ def main(argv: list[str] | None = None) -> int:
     rank, world, device = start_processes()
     started = time.perf_counter()
     check(args, world)
+    recipe = LOSSES[args.loss]
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
     args.out.mkdir(parents=True, exist_ok=True)
-    _, sequences, method = LOSSES[args.loss]
     if args.data:
-        read_pairs(args.data, fields_of(sequences))  # bad records are named before a large model is loaded
-    model, processor = load_policy(args, device), Processor(args.model)
+        read_records(args.data, recipe)  # bad records are named before a large model is loaded
+    model, processor = load_policy(args, device), Processor(args.model, template=args.template, aspect=args.aspect)
+    records, root = find_records(args, recipe, model, processor, rank, world)
+    held, rewards = [], recipe.loss is reward_model.reward_model_loss
+    if rewards:
+        count = max(1, len(records) // 10)
+        held, records = records[:count], records[count:]
+    run = prepare(args, recipe, model, processor, records, root, rank, world, device)
     if rank == 0:
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        facts = {"processes": world, "device": str(device), "trained_parameters": count}
-        print(json.dumps({**config, **facts}, indent=1))
+        facts = {"processes": world, "device": str(device), "trained_parameters": sum(p.numel() for p in run.trained)}
+        print(json.dumps({**config, **facts}, indent=1), flush=True)
         save_json(config, args.out / "config.json")
-    records, root = find_pairs(args, method, fields_of(sequences), model, processor, rank, world)
-    measured = args.eval_scenes > 0 and all(r["image"].startswith("scene:") for r in records)
-    before = measure(args, model, processor) if measured and rank == 0 else {}
-    finished = train(args, model, processor, records, root, rank, world, device, config)
+        (args.out / "result.json").unlink(missing_ok=True)  # of an earlier run
+    scene_world = args.eval_scenes > 0 and all(r["image"].startswith("scene:") for r in records)
+    figures = (partial(measure_rewards, run, held) if held else
+               partial(measure, args, model, processor) if scene_world else dict)
+    before = figures() if rank == 0 else {}
+    finished = train(run, config)
     if rank == 0 and finished:
         save_llava(model, args.out / "model", args.model)
-        after = measure(args, model, processor) if measured else {}
+        if rewards:
+            save_reward_head(run.plain, args.out)
+        if "scores" in run.state:
+            panels = rollout.panels(run.state["scores"], look_at_scores(run), run.helper.unit)
+            write_histograms(args.out / "scores.svg", panels)
+        after = figures()
         minutes = (time.perf_counter() - started) / 60
         result = {"config": config, "before": before, "after": after, "minutes": minutes}
         save_json(result, args.out / "result.json")
-        print(table(before, after) if measured else "")
+        print(table(before, after) if before else "")
         print(f"{args.out}/model written, {minutes:.1f} minutes")
     elif rank == 0:
         print(f"interrupted; go on with --resume --out {args.out}")

@@ -1,17 +1,22 @@
-"""The table of the README: every loss on the scene world, several seeds, with two controls.
+"""The tables of the README: every loss, and DPO on every kind of pairs, on the scene world, several seeds.
 
     python benchmarks/alignment.py                              all rows, three seeds
-    python benchmarks/alignment.py --losses dpo --seeds 0       one row again
+    python benchmarks/alignment.py --rows dpo ppo --seeds 0     some rows again
     python benchmarks/alignment.py --jobs 2                     two runs at a time
 
-A seed changes the scenes that pairs are made from, the sampling and the initial adapters. The held-out scenes are
-those of the test split, the same for every run, and were not used to choose any setting. Rows:
+A row is a loss of train.py, or LOSS/METHOD: that loss on the pairs of a method of generate_pairs.py. A seed changes the
+scenes that pairs are made from, the sampling and the initial adapters. The held-out scenes are those of the test
+split, the same for every run, and were not used to choose any setting. Beside each row:
 
-    start          the embedded model
-    start, cut     the start's captions cut after whole sentences to the mean length of the row above. K sentences
-                   are too short and K + 1 too long on average, so both are mixed in the proportion that fits.
-    sft            supervised training on the chosen answers, same steps and pairs (the second control)
-    dpo, ...       the losses
+    cut      CHAIR_s of the start's captions cut after whole sentences to the mean length of the row: what shortening alone
+             would give. K sentences are too short and K + 1 too long on average, so both are mixed in the proportion that
+             fits.
+    POPE     of the first 100 scenes
+    KL       nats an answer: mean over captions sampled for these of log pi(y) - log pi_ref(y)
+    minutes  making the pairs and training, on one core
+
+`sft` on the chosen answers with the same steps and pairs is the second control. ppo and rloo learn from the reward model
+of the same seed (row reward_model: its accuracy on held-out pairs is printed below the table).
 
 Every run is kept in --out and made once; delete its folder to make it again. The Markdown table goes to the console
 and to --out/table.md: mean over seeds, +- standard deviation.
@@ -25,6 +30,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,11 +40,20 @@ sys.path.insert(0, str(HOME))
 import torch  # noqa: E402
 
 import evaluate  # noqa: E402
+import train  # noqa: E402
+from data.batch import collate  # noqa: E402
 from data.processor import Processor  # noqa: E402
+from data.records import write_jsonl  # noqa: E402
 from model.checkpoint import DEFAULT_MODEL, load_llava, save_json  # noqa: E402
+from model.logprobs import Scorer  # noqa: E402
+from pairs.online import sample  # noqa: E402
 
-LOSSES = ("sft", "dpo", "rdpo", "adavip")
-COLUMNS = ("CHAIR_s", "CHAIR_i", "recall", "words", "POPE random", "POPE popular", "POPE adversarial", "minutes")
+OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo_released", "mdpo", "adavip", "povid",
+           "povid_released")
+ONLINE = ("online_dpo", "mixed_dpo", "bdhs_online", "ppo", "rloo", "fisao")
+METHODS = ("dpo/realign", "dpo/bdhs", "dpo/povid", "dpo/corrupt")  # dpo is dpo/rank
+POPE_SCENES, KL_SCENES = 100, 100
+COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "POPE adversarial", "KL", "minutes")
 
 
 def measure(folder: Path, split: str, number: int, out: Path) -> dict:
@@ -52,14 +67,31 @@ def measure(folder: Path, split: str, number: int, out: Path) -> dict:
     model, processor = load_llava(folder), Processor(folder)
     rows = evaluate.chair_scenes(seeds)
     said = evaluate.ask(model, processor, rows, max_new_tokens=96, progress=f"captions {out.parent.name}")
-    questions = [row for row in evaluate.pope_scenes(seeds) if row["split"] not in evaluate.CONTROLS]
+    questions = [row for row in evaluate.pope_scenes(seeds[:POPE_SCENES]) if row["split"] not in evaluate.CONTROLS]
     answers = evaluate.ask(model, processor, questions, max_new_tokens=4, progress=f"POPE {out.parent.name}")
     figures = chair_figures(evaluate.score_chair(rows, said))
     pope = evaluate.score_pope(questions, answers)["splits"]
     figures |= {f"POPE {name}": 100 * split["accuracy"] for name, split in pope.items()}
+    figures["KL"] = kl_to_start(model, processor, rows[:KL_SCENES])
     result = {"figures": figures, "captions": said, "split": split, "scenes": number}
     save_json(result, out)
     return result
+
+
+@torch.no_grad()
+def kl_to_start(model, processor: Processor, rows: list[dict]) -> float:
+    """Nats an answer between a model and the start, over captions sampled from the model."""
+    start = load_llava(DEFAULT_MODEL)
+    total = 0.0
+    for part in (rows[i : i + 50] for i in range(0, len(rows), 50)):
+        records = [{**row, "id": row["image"]} for row in part]
+        said = sample(model, processor, records, list(range(len(part))), None, samples=1, temperature=1.0,
+                      max_new_tokens=96)
+        records = [{**record, "answer": ids[0]} for record, ids in zip(records, said)]
+        batch = collate(records, {"answer": ("image", "answer")}, processor)
+        logps = [Scorer(m)(batch.packed, m.vision_features(batch.pixels))[0].sum() for m in (model, start)]
+        total += (logps[0] - logps[1]).item()
+    return total / len(rows)
 
 
 def chair_figures(scores: dict) -> dict[str, float]:
@@ -72,21 +104,67 @@ def chair_figures(scores: dict) -> dict[str, float]:
     }
 
 
-def run(loss: str, seed: int, args: argparse.Namespace) -> dict:
-    """Train one loss with one seed, measure it; the figures, with the minutes of pairs and training."""
-    out = args.out / f"{loss}-{seed}"
+def pairs_file(method: str, seed: int, out: Path) -> Path:
+    return out / f"pairs-{method}-{seed}" / "pairs.jsonl"
+
+
+def make_pairs(method: str, seed: int, args: argparse.Namespace) -> None:
+    """The pairs that all rows with this method and seed share, made as train.py makes them, and the minutes it took."""
+    path = pairs_file(method, seed, args.out)
+    if path.is_file():
+        return
+    started = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = train.read_arguments(["--loss", "dpo", "--pairs", method, "--seed", str(seed), "--out", str(path.parent), *args.options])
+    records = train.make_records(own, train.LOSSES["dpo"], load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL))
+    save_json({"minutes": (time.perf_counter() - started) / 60}, path.with_name("minutes.json"))
+    write_jsonl(path, records)
+
+
+def run(row: str, seed: int, args: argparse.Namespace) -> Path:
+    """Train one row with one seed, unless that was done; the folder of the run."""
+    loss, _, method = row.partition("/")
+    method = method or train.LOSSES[loss].pairs
+    out = args.out / f"{row.replace('/', '-')}-{seed}"
     if not (out / "result.json").is_file():  # written last
         out.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(HOME / "train.py"), "--loss", loss, "--seed", str(seed), "--out", str(out)]
+        command += ["--data", str(pairs_file(method, seed, args.out))] if method else []
         command += ["--eval-scenes", "0", *args.options]
+        if loss in ("ppo", "rloo"):
+            command += ["--reward", str(args.out / f"reward_model-{seed}")]
         with (out / "console.txt").open("w") as console:
             environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
             code = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             raise RuntimeError(f"{' '.join(command)} failed, see {out / 'console.txt'}")
+    return out
+
+
+def figures_of(row: str, seed: int, start: dict, args: argparse.Namespace) -> dict[str, float]:
+    """Train and measure one row with one seed."""
+    out = run(row, seed, args)
     figures = dict(measure(out / "model", args.split, args.scenes, out / "measured.json")["figures"])
+    first = evaluate.FIRST_SEED[args.split]
+    figures["cut"] = cut_to(figures["words"], start, range(first, first + args.scenes))["CHAIR_s"]
     figures["minutes"] = json.loads((out / "result.json").read_text())["minutes"]
+    loss, _, method = row.partition("/")
+    if method := method or train.LOSSES[loss].pairs:
+        minutes = pairs_file(method, seed, args.out).with_name("minutes.json")
+        figures["minutes"] += json.loads(minutes.read_text())["minutes"]
     return figures
+
+
+def own_rewards(row: str, seeds: list[int], out: Path) -> str:
+    """How the reward that a reinforced row maximises went, from its first to its last logged interval."""
+    name = "reward" if row == "fisao" else "score"
+    ends = [[json.loads(text)[name] for text in lines_of(out / f"{row}-{seed}")] for seed in seeds]
+    first, last = (statistics.mean(values[i] for values in ends) for i in (0, -1))
+    return f"{row}: its own reward went from {first:.3f} to {last:.3f}"
+
+
+def lines_of(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
 
 
 def cut_to(words: float, start: dict, seeds: range) -> dict[str, float]:
@@ -112,7 +190,7 @@ def line(name: str, results: list[dict[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--losses", nargs="+", default=LOSSES)
+    parser.add_argument("--rows", nargs="+", default=OFFLINE + ONLINE + METHODS, metavar="LOSS[/METHOD]")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--scenes", type=int, default=300, help="held-out scenes (default: 300)")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="(default: test)")
@@ -122,17 +200,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     args.out.mkdir(parents=True, exist_ok=True)
-    first = evaluate.FIRST_SEED[args.split]
     start = measure(DEFAULT_MODEL, args.split, args.scenes, args.out / "start.json")
-    jobs = [(loss, seed) for seed in args.seeds for loss in args.losses]
+    jobs = [(row, seed) for seed in args.seeds for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(jobs, pool.map(lambda job: run(*job, args), jobs)))
+        methods = dict.fromkeys(row.partition("/")[2] or train.LOSSES[row].pairs for row in args.rows)
+        methods |= {"rank": None} if {"ppo", "rloo"} & set(args.rows) else {}
+        list(pool.map(lambda job: make_pairs(*job, args), [(m, s) for m in methods if m for s in args.seeds]))
+        needed = args.seeds if {"ppo", "rloo"} & set(args.rows) else []
+        rewards = list(pool.map(lambda seed: run("reward_model", seed, args), needed))
+        results = dict(zip(jobs, pool.map(lambda job: figures_of(*job, start, args), jobs)))
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|", line("start", [start["figures"]])]
-    for loss in args.losses:
-        rows = [results[loss, seed] for seed in args.seeds]
-        lines.append(line(loss, rows))
-        cuts = [cut_to(r["words"], start, range(first, first + args.scenes)) for r in rows]
-        lines.append(line(f"start, cut to {loss}'s length", cuts))
+    lines += [line(row, [results[row, seed] for seed in args.seeds]) for row in args.rows]
+    accuracies = [json.loads((out / "result.json").read_text())["after"]["accuracy"] for out in rewards]
+    lines += [f"\nreward_model: accuracy on held-out pairs {statistics.mean(accuracies):.1f} %"] if accuracies else []
+    lines += [own_rewards(row, args.seeds, args.out) for row in ("ppo", "rloo", "fisao") if row in args.rows]
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text)
     print(text)

@@ -14,9 +14,10 @@ One llava-hf checkpoint with random weights is written to a temporary folder and
 same LoRA weights (B ~ N(0, 0.01), so that policy and reference differ). The learning rate is 0: every round repeats
 the same arithmetic, AdamW included, and the losses and gradient norms of all sides must agree.
 
-`seconds`: CPU seconds of one thread, the median over rounds in which the variants take turns. `memory`: the kernel's
-high-water mark of resident memory during a step (/proc, so Linux only) above what was resident before it; weights
-and optimiser state do not count, activations and gradients do. bfloat16 means weights in bf16, LoRA weights in fp32,
+`seconds`: CPU seconds of one thread, the median over rounds in which the variants take turns in one process.
+`memory`: the kernel's high-water mark of resident memory during a step (/proc, so Linux only) above what was resident
+before it; weights and optimiser state do not count, activations and gradients do. Each variant is measured in a process
+of its own, because what one leaves in the allocator and in oneDNN's caches would be counted to the next. bfloat16 means weights in bf16, LoRA weights in fp32,
 autocast.
 """
 
@@ -27,6 +28,7 @@ import ctypes
 import gc
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from data.images import single, stack  # noqa: E402
 from losses.dpo import dpo_loss  # noqa: E402
 from model.checkpoint import load_llava  # noqa: E402
 from model.logprobs import Scorer, Sequence, naive_logprobs, pack  # noqa: E402
@@ -146,6 +149,8 @@ def our_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool) 
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
     autocast = torch.bfloat16 if dtype is torch.bfloat16 else None
     scorer, reference = Scorer(model, autocast), Reference(model)
+    patches = model.config.vision.num_patches
+    views = [single(picture, patches) for picture in pixels]
     sequences = [Sequence(i, p.prompt, p.chosen) for i, p in enumerate(pairs)]
     sequences += [Sequence(i, p.prompt, p.rejected) for i, p in enumerate(pairs)]
 
@@ -158,7 +163,9 @@ def our_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool) 
         return loss.item(), norm.item()
 
     def shared() -> tuple[float, float]:
-        packed, features = pack(sequences), model.vision_features(pixels)
+        tiles, rows = stack(views, patches)
+        packed = pack(sequences, rows, model.config.image_token_index)
+        features = model.vision_features(tiles)
         policy = scorer(packed, features)[0].sum(1)  # (2 pairs,)
         with reference():
             frozen = scorer(packed, features)[0].sum(1)
@@ -166,9 +173,9 @@ def our_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool) 
 
     def naive() -> tuple[float, float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
-            policy = torch.stack([t.sum() for t in naive_logprobs(model, sequences, pixels)])
+            policy = torch.stack([t.sum() for t in naive_logprobs(model, sequences, views)])
             with reference():
-                frozen = torch.stack([t.sum() for t in naive_logprobs(model, sequences, pixels)])
+                frozen = torch.stack([t.sum() for t in naive_logprobs(model, sequences, views)])
         return finish(policy, frozen)
 
     return {OURS: shared, NAIVE: naive}, layers
@@ -258,10 +265,10 @@ def _status(field: str) -> int:
 
 
 def return_freed_memory() -> None:
-    """Start again with an allocator that gives blocks of 1 MiB and more back at once, so that freed tensors do not
+    """Start again with an allocator that gives blocks of 128 KiB and more back at once, so that freed tensors do not
     count as resident. It is slower than the default, hence only where memory is measured."""
     if THRESHOLD not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {THRESHOLD: str(2**20)})
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {THRESHOLD: str(2**17)})
 
 
 def check(results: dict[str, tuple[float, float]], exact: bool) -> None:
@@ -275,10 +282,12 @@ def check(results: dict[str, tuple[float, float]], exact: bool) -> None:
             sys.exit(f"{name} and {peer} disagree: this would compare different computations")
 
 
-def build(folder: str, size: Size, dtype: torch.dtype, only: list[str]) -> dict[tuple[str, bool], Step]:
+def build(
+    folder: str, size: Size, dtype: torch.dtype, only: list[str], modes: tuple[bool, ...]
+) -> dict[tuple[str, bool], Step]:
     """(variant, checkpointing) -> step; every step has run once and agrees with the others."""
     steps = {}
-    for checkpointing in (False, True):
+    for checkpointing in modes:
         own, layers = our_steps(folder, size, dtype, checkpointing)
         peers = trl_steps(folder, size, dtype, checkpointing, layers) if {COMPACT, STOCK} & set(only) else {}
         chosen = {name: step for name, step in (own | peers).items() if name in only}
@@ -288,6 +297,35 @@ def build(folder: str, size: Size, dtype: torch.dtype, only: list[str]) -> dict[
     return steps
 
 
+def seconds(args: argparse.Namespace, only: list[str]) -> dict[tuple[str, bool], float]:
+    """CPU seconds of every (variant, checkpointing), taking turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(SIZES[args.size], folder)
+        steps = build(folder, SIZES[args.size], getattr(torch, args.dtype), only, (False, True))
+        turns = [{key: cpu_seconds(step) for key, step in steps.items()} for _ in range(args.rounds)]
+    return {key: statistics.median(turn[key] for turn in turns) for key in steps}
+
+
+def memory(args: argparse.Namespace, only: list[str]) -> dict[tuple[str, bool], float]:
+    """Peak MiB of every (variant, checkpointing), each in a process of its own."""
+    values = {}
+    for key in ((name, mode) for mode in (False, True) for name in only):
+        command = [sys.executable, __file__, "--size", args.size, "--dtype", args.dtype, "--alone", key[0], str(key[1])]
+        console = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        values[key] = float(console.splitlines()[-1])
+    return values
+
+
+def memory_alone(args: argparse.Namespace) -> None:
+    """Print the peak of one variant after a step that warms up; the last line is the figure."""
+    return_freed_memory()
+    name, mode = args.alone[0], args.alone[1] == "True"
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(SIZES[args.size], folder)
+        steps = build(folder, SIZES[args.size], getattr(torch, args.dtype), [name], (mode,))
+        print(peak_mebibytes(steps[name, mode]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -295,21 +333,15 @@ def main() -> None:
     parser.add_argument("--measure", choices=("seconds", "memory"), default="seconds")
     parser.add_argument("--rounds", type=int, default=3, help="of seconds; memory is measured once")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help=f"always with {OURS}")
+    parser.add_argument("--alone", nargs=2, metavar=("VARIANT", "CHECKPOINTING"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure == "memory":
-        return_freed_memory()
-    only = [v for v in VARIANTS if v in args.only or v == OURS]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(SIZES[args.size], folder)
-        steps = build(folder, SIZES[args.size], getattr(torch, args.dtype), only)
-        if args.measure == "memory":
-            values = {key: peak_mebibytes(step) for key, step in steps.items()}
-        else:
-            turns = [{key: cpu_seconds(step) for key, step in steps.items()} for _ in range(args.rounds)]
-            values = {key: statistics.median(turn[key] for turn in turns) for key in steps}
+    transformers.logging.disable_progress_bar()
+    if args.alone:
+        return memory_alone(args)
+    values = {"seconds": seconds, "memory": memory}[args.measure](args, [v for v in VARIANTS if v in {OURS, *args.only}])
     unit, digits = ("peak MiB", 0) if args.measure == "memory" else ("CPU s", 2)
     print(f"\n{args.size}, {args.dtype}, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"trl {trl.__version__}, peft {peft.__version__}\n")

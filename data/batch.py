@@ -1,14 +1,19 @@
 """Records -> batch: the sequences that a loss asks for, tokenised and packed, with each distinct picture
 once.
 
-A loss file declares its sequences as {name: (image field, response field)}; a third entry "competitor" asks
-for the log-probs of the model's best other tokens (losses/rdpo.py).
+A loss file declares its sequences as {name: (image field, response field)}.
+
+    ("image:crop", ...)        a random crop of that picture (losses/mdpo.py); one for each record and step, so policy
+                               and reference see the same
+    (..., ..., "competitor")   scores the model's best other tokens (losses/rdpo.py)
+    ("image:noise", ..., "noisy")   scores, under the clean picture, the tokens that the policy prefers under a noisy
+                               one (losses/povid.py); "noisy_own": the reference prefers its own
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Mapping
@@ -17,7 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.corrupt import add_noise, crop
+from data.images import View, open_image, stack
 from data.processor import Processor
+from losses.dpo_weighted import changed_tokens
 from model.logprobs import Packed, Sequence, pack
 
 
@@ -25,38 +33,114 @@ from model.logprobs import Packed, Sequence, pack
 class Batch:
     """`packed` holds len(names) * B sequences: all records of the first name, then all of the second, ..."""
 
-    pixels: Tensor  # (M, 3, S, S), each distinct picture once
+    pixels: Tensor  # (tiles, 3, S, S), each distinct picture once
     packed: Packed
     names: list[str]
+    ids: list[str]  # of the records, (B,)
+    weights: Tensor | None = None  # (B,) 0 for an example that teaches nothing (pairs/online.py)
+    answers: dict[str, list[tuple]] = field(default_factory=dict)  # token ids of each name's responses
+    noisy: Packed | None = None  # the noisy sequences as they are read under their noisy pictures
+    noisy_labels: slice | None = None  # where their labels are in `packed`
+    noisy_own: bool = False
 
     def pin_memory(self) -> "Batch":
         """Called by the data loader when it pins batches for CUDA."""
-        return Batch(self.pixels.pin_memory(), self.packed.pin_memory(), self.names)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        pinned = {k: v.pin_memory() if isinstance(v, (Tensor, Packed)) else v for k, v in values.items()}
+        return Batch(**pinned)
+
+    def changed(self) -> dict[str, Tensor]:
+        """Which tokens of either answer the other one lacks, (B, L) each (losses/dpo_weighted.py)."""
+        pairs = zip(self.answers["chosen"], self.answers["rejected"], strict=True)
+        marks = list(zip(*(changed_tokens(list(a), list(b)) for a, b in pairs)))
+        width = max(self.packed.lengths)  # L of the log-probs
+        return {f"{name}_changed": torch.tensor([row + [False] * (width - len(row)) for row in rows])
+                for name, rows in zip(("chosen", "rejected"), marks)}
 
 
 def fields_of(sequences: Mapping[str, tuple]) -> set[str]:
     """The fields of a pair record that these sequences read."""
-    return {field for sequence in sequences.values() for field in sequence[:2]} | {"prompt"}
+    named = {name.partition(":")[0] for sequence in sequences.values() for name in sequence[:2]}
+    return named | {"prompt"}
 
 
 def collate(
-    records: list[dict], sequences: Mapping[str, tuple], processor: Processor, root: Path | str | None = None
+    records: list[dict], sequences: Mapping[str, tuple], processor: Processor, root: Path | str | None = None,
+    seeds: list[int] | None = None, end: bool = False,
 ) -> Batch:
-    """Tokenise, load pictures and pack. Raises ValueError naming the record that cannot be used."""
-    rows: dict[str, int] = {}  # picture reference -> row of pixels
-    scored = []
-    for image_field, response_field, *how in sequences.values():
-        for record in records:
-            scored.append(
-                Sequence(
-                    image=rows.setdefault(record[image_field], len(rows)),
-                    prompt=tuple(processor.prompt(record["prompt"])),
-                    response=tuple(processor.response(record[response_field])),
-                    competitor="competitor" in how,
-                )
-            )
-    pixels = torch.stack([processor.image(reference, root) for reference in rows])
-    return Batch(pixels, pack(scored), list(sequences))
+    """Tokenise, load pictures and pack.
+
+    Args:
+        records: their response fields hold text, or token ids with the end token.
+        seeds: one for each record, for crops and noise.
+        end: repeat the last token of each response, for a reward that is read at it (model/reward.py).
+    Raises ValueError naming the record that cannot be used.
+    """
+    views: dict[tuple, View] = {}
+    scored, noisy, answers = [], [], {}
+    for name, (picture, response_field, *how) in sequences.items():
+        reads_noise = bool({"noisy", "noisy_own"} & set(how))
+        for i, record in enumerate(records):
+            key = _look(views, record, picture, processor, root, seeds[i] if seeds else 0)
+            shown = _look(views, record, "image", processor, root, 0) if reads_noise else key
+            response = _response(record, response_field, processor)
+            answers.setdefault(name, []).append(response)
+            response += response[-1:] * end
+            for sequence, where in ((scored, shown), (noisy, key)):
+                if sequence is scored or reads_noise:
+                    prompt = _prompt(record, views[where], processor)
+                    sequence.append(Sequence(list(views).index(where), prompt, response, "competitor" in how))
+    pixels, rows = stack(list(views.values()), processor.patches)
+    batch = Batch(pixels, pack(scored, rows, processor.image_id), list(sequences), [r["id"] for r in records],
+                  answers=answers)
+    if any("weight" in record for record in records):
+        batch.weights = torch.tensor([record["weight"] for record in records])
+    if noisy:
+        batch.noisy = pack(noisy, rows, processor.image_id)
+        first = sum(batch.packed.lengths[: list(sequences).index("noisy") * len(records)])
+        batch.noisy_labels = slice(first, first + len(batch.noisy.labels))
+        batch.noisy_own = any("noisy_own" in sequence for sequence in sequences.values())
+    return batch
+
+
+def _look(views: dict, record: dict, picture: str, processor: Processor, root, seed: int) -> tuple:
+    """Open a picture when it is met for the first time; returns its key in `views`."""
+    name, _, change = picture.partition(":")
+    reference = record[name]
+    key = (reference, change, seed if change else 0)
+    if key not in views:
+        try:
+            views[key] = _open(reference, change, processor, root, seed)
+        except ValueError as error:
+            raise ValueError(f"record {record['id']!r}: {error}") from None
+    return key
+
+
+def _open(reference: str, change: str, processor: Processor, root, seed: int) -> View:
+    if change == "noise":
+        return processor.view(add_noise(open_image(reference, root), seed=seed))
+    view = processor.image(reference, root)
+    return view._replace(pixels=crop(view.pixels, seed)) if change == "crop" else view
+
+
+def _response(record: dict, response_field: str, processor: Processor) -> tuple[int, ...]:
+    answer = record[response_field]
+    try:
+        return tuple(processor.response(answer) if isinstance(answer, str) else answer)
+    except ValueError as error:
+        raise ValueError(f"record {record['id']!r}: {error}") from None
+
+
+def _prompt(record: dict, view: View, processor: Processor) -> tuple[int, ...]:
+    """The prompt's ids, with one image token for each row of the picture."""
+    try:
+        ids = processor.prompt(record["prompt"], len(view.rows))
+    except ValueError as error:
+        raise ValueError(f"record {record['id']!r}: {error}") from None
+    if ids.count(processor.image_id) != len(view.rows):
+        raise ValueError(f"record {record['id']!r}: {ids.count(processor.image_id)} image tokens in the prompt, "
+                         f"{record['image']} has {len(view.rows)} features")
+    return tuple(ids)
 
 
 class MicroBatches(Dataset):
@@ -69,22 +153,24 @@ class MicroBatches(Dataset):
 
     Args:
         parts: micro-batches per step and process.
+        make: (records, seeds) -> micro-batch; left out, the records and seeds themselves come.
     """
 
-    def __init__(self, records, sequences, processor, root, *, batch_size, parts, rank, world, seed, steps):
-        self.records, self.sequences, self.processor, self.root = records, sequences, processor, root
+    def __init__(self, records, *, batch_size, parts, rank, world, seed, steps, make=None):
+        self.records, self.make = records, make
         self.batch_size, self.parts, self.rank, self.world, self.seed = batch_size, parts, rank, world, seed
         self.steps = steps
 
     def __len__(self) -> int:
         return self.steps * self.parts
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int):
         step, part = divmod(i, self.parts)
         size = self.batch_size // (self.world * self.parts)
         start = step * self.batch_size + (self.rank * self.parts + part) * size
         picked = [self.records[self._index(start + j)] for j in range(size)]
-        return collate(picked, self.sequences, self.processor, self.root)
+        seeds = [random.Random(f"{self.seed}/{start + j}").getrandbits(48) for j in range(size)]
+        return self.make(picked, seeds) if self.make else list(zip(picked, seeds))
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.records))

@@ -19,7 +19,7 @@ step. Only the generation is hindered: the loss sees the whole image. If policy 
     log pi_ref(y- | x, v)      reference_rejected_logps     (B,)
     log pi_ref(y~- | x, v)     reference_generated_logps    (B,)
     beta                       beta                         float  strength of the pull towards the reference
-    gamma                      gamma                        float  weight of the given rejected response
+    gamma                      gamma                        float  weight of the given rejected response, in [0, 1]
 
 Departures
 - From the paper: none.
@@ -58,8 +58,10 @@ def bdhs_loss(
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/generated` and `accuracy/generated` the same for chosen and generated.
-    Raises ValueError or RuntimeError if the shapes differ.
+    Raises ValueError or RuntimeError if the shapes differ, ValueError if gamma is not in [0, 1].
     """
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be in [0, 1], not {gamma}")
     policy = torch.stack([policy_chosen_logps, policy_rejected_logps, policy_generated_logps])  # (3, B)
     reference = torch.stack([reference_chosen_logps, reference_rejected_logps, reference_generated_logps])
     if policy.ndim != 2 or policy.shape != reference.shape:

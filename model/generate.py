@@ -202,7 +202,10 @@ def generate(
     position = torch.tensor([x + y for x, group in zip(lengths, begun) for y in group], device=device)
     for step in range(max_new_tokens):
         u = noise[rows, step] if noise is not None else None
-        new = pick(head(states).float(), temperature, top_p, u)  # (N,)
+        logits = head(states).float()  # (N, V)
+        if model.config.image_token_index < logits.shape[-1]:  # a row that was never trained, and no word
+            logits[:, model.config.image_token_index] = float("-inf")
+        new = pick(logits, temperature, top_p, u)  # (N,)
         new = new.masked_fill(finished, eos_id)
         tokens[rows, step] = new
         finished = finished | (new == eos_id)

@@ -12,6 +12,7 @@ Shapes: T packed tokens, D width, H heads, K key-value heads, d head width.
 
 from __future__ import annotations
 
+import math
 from typing import Callable
 
 import torch
@@ -22,6 +23,7 @@ from model import ops
 from model.config import LlamaConfig
 
 Rope = tuple[Tensor, Tensor]
+PART = 1024  # most tokens that the MLP takes at a time
 
 
 class RMSNorm(nn.Module):
@@ -85,7 +87,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        """x (T, D) -> (T, D), so many tokens at a time: the gradients of the wide hidden states live for one part."""
+        parts = x.tensor_split(math.ceil(len(x) / PART)) if len(x) > PART else [x]
+        parts = [self.down_proj(ops.SwiGLU.apply(self.gate_proj(p), self.up_proj(p))) for p in parts]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Layer(nn.Module):

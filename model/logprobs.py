@@ -12,8 +12,8 @@ under the reference. In this order the work is saved:
 
 The result equals one sequence at a time with full logits (`Llava.logits`), gradients included.
 
-Shapes: N sequences, L longest response, M images, P patches, C vision width, T packed tokens, D width, V vocabulary,
-n scored tokens.
+Shapes: N sequences, L longest response, tiles of pictures, P patches, C vision width, T packed tokens, I image
+tokens among them, D width, V vocabulary, n scored tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from data.images import View
 from model.attention import SharedPrefix
 from model.llava import Llava
 
@@ -34,7 +35,7 @@ CHUNK_ELEMENTS = 2**22  # logits alive at a time: 16 MiB in fp32
 
 
 class Sequence(NamedTuple):
-    """One thing to score. `image` is the row of the batch's image tensor; `prompt` has the image tokens, not last."""
+    """One thing to score. `image` is the number of the picture in the batch; `prompt` has its image tokens."""
 
     image: int
     prompt: tuple[int, ...]
@@ -48,13 +49,14 @@ class Packed:
 
     ids: Tensor  # (T,) input tokens, all bodies, then all tails
     positions: Tensor  # (T,) position of each token in its own sequence
-    images: Tensor  # (groups,) row of the image tensor that each group's prefix shows
+    slots: Tensor  # (I,) where the image tokens are in ids
+    rows: Tensor  # (I,) the patch feature that stands at each of them, see Llava.embed
     labels: Tensor  # (n,) response tokens, sequence after sequence
     sources: Tensor  # (n,) tail row whose state predicts the label
     competitor: Tensor  # (n,) bool
     lengths: list[int]  # response length of each sequence, in the order they were given
     prefixes: list[int]  # prefix length of each group
-    responses: list[list[int]]  # input lengths of the responses of each group
+    responses: list[list[int]]  # input lengths of the distinct responses of each group
 
     def to(self, device: torch.device | str) -> "Packed":
         """Move the tensors; from pinned memory the copy does not block."""
@@ -70,30 +72,45 @@ class Packed:
         return Packed(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
-def pack(sequences: list[Sequence]) -> Packed:
+def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed:
     """Lay sequences out so that those with the same image and prompt share their prefix.
 
-    Raises ValueError on an empty response or a prompt of fewer than two tokens.
+    Args:
+        rows: for each picture, which patch features its image tokens stand for (`data.images.stack`).
+        image_id: id of the image token.
+    Raises ValueError on an empty response, a prompt of fewer than two tokens, or image tokens that are not as many
+    as the rows of the picture.
     """
     groups: dict[tuple, list[int]] = {}
     for i, s in enumerate(sequences):
         if not s.response or len(s.prompt) < 2:
             raise ValueError(f"sequence {i}: needs a response and a prompt of at least two tokens")
+        if s.prompt.count(image_id) != len(rows[s.image]) or image_id in s.response:
+            raise ValueError(f"sequence {i}: {s.prompt.count(image_id)} image tokens in the prompt and "
+                             f"{s.response.count(image_id)} in the response, picture {s.image} needs "
+                             f"{len(rows[s.image])} in the prompt")
         groups.setdefault((s.image, s.prompt), []).append(i)
 
-    bodies, tails, body_positions, tail_positions = [], [], [], []
+    bodies, tails, body_positions, tail_positions, slots = [], [], [], [], []
+    skip = sum(len(prompt) - 1 for _, prompt in groups)
     first = {}  # sequence -> (tail row that predicts its first token, tail row of its first input token)
+    responses = []
     for (_, prompt), members in groups.items():
+        anchor, begins = len(tails), {}  # begins: response -> where it stands; one asked for twice is computed once
+        places = [*range(len(bodies), len(bodies) + len(prompt) - 1), skip + anchor]
+        slots += [place for place, token in zip(places, prompt) if token == image_id]
         bodies += prompt[:-1]
         body_positions += range(len(prompt) - 1)
-        anchor = len(tails)
         tails.append(prompt[-1])
         tail_positions.append(len(prompt) - 1)
         for i in members:
             inputs = sequences[i].response[:-1]  # the last token predicts nothing
-            first[i] = (anchor, len(tails))
-            tails += inputs
-            tail_positions += range(len(prompt), len(prompt) + len(inputs))
+            if inputs not in begins:
+                begins[inputs] = len(tails)
+                tails += inputs
+                tail_positions += range(len(prompt), len(prompt) + len(inputs))
+            first[i] = (anchor, begins[inputs])
+        responses.append([len(inputs) for inputs in begins])
 
     labels, sources, competitor = [], [], []
     for i, s in enumerate(sequences):
@@ -104,13 +121,14 @@ def pack(sequences: list[Sequence]) -> Packed:
     return Packed(
         ids=torch.tensor(bodies + tails),
         positions=torch.tensor(body_positions + tail_positions),
-        images=torch.tensor([image for image, _ in groups]),
+        slots=torch.tensor(slots, dtype=torch.long),
+        rows=torch.cat([rows[image] for image, _ in groups]),
         labels=torch.tensor(labels),
         sources=torch.tensor(sources),
         competitor=torch.tensor(competitor),
         lengths=[len(s.response) for s in sequences],
         prefixes=[len(prompt) for _, prompt in groups],
-        responses=[[len(sequences[i].response) - 1 for i in members] for members in groups.values()],
+        responses=responses,
     )
 
 
@@ -120,19 +138,25 @@ class Scorer(nn.Module):
     Args:
         autocast: dtype of mixed-precision compute, or None. Its cache of cast weights is off, because `Reference`
             changes weights between two calls.
+        critic: give a value, too, for the state before each token (losses/ppo.py): a linear layer, 0 at the start.
     """
 
-    def __init__(self, model: Llava, autocast: torch.dtype | None = None):
+    def __init__(self, model: Llava, autocast: torch.dtype | None = None, critic: bool = False):
         super().__init__()
         self.model, self.autocast = model, autocast
+        self.value_head = nn.Linear(model.config.text.hidden_size, 1).to(model.device) if critic else None
+        if critic:
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, packed: Packed, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, packed: Packed, features: Tensor) -> tuple[Tensor, ...]:
         """Score a batch.
 
         Args:
             packed: from `pack`, on the model's device.
-            features: (M, P, C) from `Llava.vision_features`.
-        Returns: token log-probs (N, L) in fp32, zero where there is no token, and the mask (N, L) bool.
+            features: (tiles, P, C) from `Llava.vision_features`.
+        Returns: token log-probs (N, L) in fp32, zero where there is no token, the mask (N, L) bool and, from a
+            critic, the values (N, L).
         """
         with self._precision():
             states = self.states(packed, features)  # (tail tokens, D)
@@ -140,11 +164,23 @@ class Scorer(nn.Module):
             flat = SelectedLogProbs.apply(states[packed.sources], weight, packed.labels, packed.competitor)  # (n,)
         rows = flat.split(packed.lengths)
         mask = [torch.ones_like(r, dtype=torch.bool) for r in rows]
-        return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
+        result = [pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)]
+        if self.value_head is not None:
+            values = self.value_head(states[packed.sources].float())[:, 0]  # (n,)
+            result.append(pad_sequence(values.split(packed.lengths), batch_first=True))
+        return tuple(result)
+
+    @torch.no_grad()
+    def likeliest(self, packed: Packed, features: Tensor) -> Tensor:
+        """The most likely token in the place of every label (n,)."""
+        with self._precision():
+            states = self.states(packed, features)[packed.sources]  # (n, D)
+            head = self.model.language_model.lm_head
+            return torch.cat([head(states[part]).argmax(-1) for part in _chunks(len(states), len(head.weight))])
 
     def states(self, packed: Packed, features: Tensor) -> Tensor:
         """Final decoder states of the tail tokens (tail tokens, D)."""
-        x = self.model.embed(packed.ids, features[packed.images])  # (T, D)
+        x = self.model.embed(packed.ids, features, packed.rows, packed.slots)  # (T, D)
         rule = SharedPrefix(packed.prefixes, packed.responses, x.device)
         return self.model.language_model.model(x, packed.positions, rule)
 
@@ -240,15 +276,16 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, tokens, step)]
 
 
-def naive_logprobs(model: Llava, sequences: list[Sequence], pixels: Tensor) -> list[Tensor]:
+def naive_logprobs(model: Llava, sequences: list[Sequence], views: list[View]) -> list[Tensor]:
     """The same by definition: one sequence at a time, full logits. For tests and benchmarks.
 
-    Returns one tensor of token log-probs per sequence.
+    Returns one tensor of token log-probs per sequence; `Sequence.image` is the number of its view.
     """
     result = []
     for s in sequences:
         ids = torch.tensor(s.prompt + s.response, device=model.device)
-        logits = model.logits(ids[:-1], pixels[s.image : s.image + 1])[len(s.prompt) - 1 :].float()  # (R, V)
+        pixels, rows = (t.to(model.device) for t in views[s.image])
+        logits = model.logits(ids[:-1], pixels, rows)[len(s.prompt) - 1 :].float()  # (R, V)
         labels = torch.tensor(s.response, device=model.device)
         if s.competitor:
             labels = _best_competitor(logits, labels, torch.ones_like(labels, dtype=torch.bool))

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 128  # query rows whose attention weights are alive at a time in the backward
+ROWS = 64  # query rows whose attention weights are alive at a time in the backward
 
 
 class RMSNorm(torch.autograd.Function):
@@ -43,7 +43,7 @@ class RMSNorm(torch.autograd.Function):
             grad_weight = (grad.float() * wide).mul_(inverse).flatten(0, -2).sum(0).to(weight.dtype)  # (D,)
         u = (grad * weight).float()  # (.., D)
         along = torch.linalg.vecdot(u, wide)[..., None] * inverse**3 / x.shape[-1]  # (.., 1)
-        return torch.addcmul(u * inverse, wide, along, value=-1).to(x.dtype), grad_weight, None
+        return u.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), grad_weight, None
 
 
 class Rotate(torch.autograd.Function):
@@ -100,16 +100,18 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         *saved, mask = ctx.saved_tensors
-        q, k, v, grad = (x.contiguous() for x in (*saved, grad))
+        q, k, v = saved
+        k, v = k.contiguous(), v.contiguous()
         n, m, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
         minus = torch.full((), float("-inf"), dtype=q.dtype, device=q.device)
         future = minus.expand(ROWS, ROWS).triu(1)  # (ROWS, ROWS)
         hidden = None if mask is None else torch.where(mask, 0.0, minus)  # (G, 1, n, m); masked_fill is slower
         for i in range(0, n, ROWS):
             rows = slice(i, min(i + ROWS, n))
             keys = slice(0, rows.stop if ctx.causal else m)
-            q_rows, grad_rows = q[:, :, rows] * scale, grad[:, :, rows]
+            q_rows, grad_rows = q[:, :, rows].contiguous() * scale, grad[:, :, rows].contiguous()
             weights = q_rows @ k[:, :, keys].mT  # (G, H, rows, keys)
             if ctx.causal:
                 weights[..., i:] += future[: rows.stop - i, : rows.stop - i]  # the block on the diagonal

@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 from data import scenes
 from data.images import Preprocessing, preprocess
-from data.processor import AFTER_IMAGE, BEFORE_IMAGE, ClipProcessor, Processor
+from data.processor import ClipProcessor, Processor
+from data.templates import TEMPLATES
 from model.checkpoint import load_clip, load_llava, save_json, save_tensors
 from model.clip import CLIP
 from model.config import clip_config, llava_config
@@ -83,17 +84,18 @@ def train_tokenizer(out: Path) -> None:
 
 
 def _corpus():
+    before, after = TEMPLATES["hf"].before.removeprefix("<s>"), TEMPLATES["hf"].after
     for category in scenes.CATEGORIES:
         for _ in range(20):
             yield phrase(category)
-            yield AFTER_IMAGE.format(prompt=scenes.exist_question(category))
+            yield after.format(prompt=scenes.exist_question(category))
     for seed in range(3000):
         scene, rng = scenes.sample_scene(scenes.TRAIN + seed), random.Random(seed)
-        yield BEFORE_IMAGE
-        yield AFTER_IMAGE.format(prompt=scenes.CAPTION_PROMPT)
+        yield before
+        yield after.format(prompt=scenes.CAPTION_PROMPT)
         yield scenes.caption(scene, rng, noise=0.5)
         for question, answer, _ in scenes.questions(scene, rng):
-            yield AFTER_IMAGE.format(prompt=question)
+            yield after.format(prompt=question)
             yield answer
 
 
@@ -304,7 +306,8 @@ def _llava_loss(scorer, processor, rows, features) -> tuple[Tensor, dict[str, st
     would drown in a plain mean."""
     prefix = shared_prefix(processor)
     sequences = [Sequence(i, prefix, tuple(ids)) for i, row in enumerate(rows) for ids, _ in row]
-    logps, mask = scorer(pack(sequences), features)  # (N, L)
+    shown = torch.arange(features.shape[:2].numel()).chunk(len(rows))  # all patches of picture i
+    logps, mask = scorer(pack(sequences, shown, processor.image_id), features)  # (N, L)
     kinds = torch.zeros_like(mask, dtype=torch.long)
     for n, (_, kind) in enumerate(s for row in rows for s in row):
         kinds[n, : len(kind)] = torch.tensor(kind)

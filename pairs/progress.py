@@ -87,7 +87,7 @@ def _parts(out: Path) -> list[Path]:
 def _lines(part: Path, header: str) -> list[dict]:
     """The complete lines of a part file behind its first."""
     first, *rest = part.read_bytes().split(b"\n")
-    if not rest:  # interrupted within the first line
+    if not any(rest):  # interrupted before anything was done, whatever run it was of
         return []
     if first.decode("utf-8", "replace") != header:
         raise ValueError(f"{part}: is of a run with other settings or records; delete it, or write elsewhere")
@@ -98,7 +98,8 @@ def _open(part: Path, header: str):
     """The part file, open behind its last complete line."""
     file = part.open("ab+")
     file.seek(0)
-    end = file.read().rfind(b"\n") + 1
+    data = file.read()
+    end = data.rfind(b"\n") + 1 if data.startswith(header.encode() + b"\n") else 0
     file.truncate(end)
     if not end:
         file.write(header.encode() + b"\n")

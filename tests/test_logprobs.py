@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.logprobs as logprobs
+from data.images import stack
 from losses.adavip import SEQUENCES as ADAVIP
 from losses.dpo import SEQUENCES as DPO
 from losses.dpo import dpo_loss
@@ -77,9 +78,19 @@ def policy(model):
     return trainable(model)
 
 
-def score(model, sequences, pixels, **options) -> list[torch.Tensor]:
+def features_of(model, views) -> torch.Tensor:
+    """Patch features of all tiles."""
+    return model.vision_features(stack(views, small.PATCHES)[0])
+
+
+def packed_of(sequences, views) -> logprobs.Packed:
+    """The sequences laid out with their pictures."""
+    return pack(sequences, stack(views, small.PATCHES)[1], small.IMAGE_TOKEN)
+
+
+def score(model, sequences, views, **options) -> list[torch.Tensor]:
     """Token log-probs of each sequence from the scoring core."""
-    logps, mask = Scorer(model, **options)(pack(sequences), model.vision_features(pixels))
+    logps, mask = Scorer(model, **options)(packed_of(sequences, views), features_of(model, views))
     return [row[keep] for row, keep in zip(logps, mask)]
 
 
@@ -114,63 +125,81 @@ def both(model, rows) -> tuple:
 
 @pytest.mark.parametrize("trains", TRAINS)
 @pytest.mark.parametrize("name", SETS)
-def test_equals_naive(model, pixels, name, trains):
+def test_equals_naive(model, views, name, trains):
     """Values and gradients of everything that trains, for the sequences of each loss."""
     trainable(model, TRAINS[trains])
-    expected = both(model, naive_logprobs(model, SETS[name], pixels))
-    assert_same(both(model, score(model, SETS[name], pixels)), expected)
+    expected = both(model, naive_logprobs(model, SETS[name], views))
+    assert_same(both(model, score(model, SETS[name], views)), expected)
 
 
-def test_padding_is_zero_and_masked(policy, pixels):
-    logps, mask = Scorer(policy)(pack(SETS["dpo"]), policy.vision_features(pixels))
+def test_padding_is_zero_and_masked(policy, views):
+    logps, mask = Scorer(policy)(packed_of(SETS["dpo"], views), features_of(policy, views))
     assert logps.shape == mask.shape == (8, 7) and logps.dtype == torch.float32 and mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [len(s.response) for s in SETS["dpo"]]
     assert (logps[~mask] == 0).all() and (logps[mask] < 0).all()
 
 
-def test_packed_equals_one_at_a_time(policy, pixels):
-    expected = both(policy, [score(policy, [s], pixels)[0] for s in SETS["mixed"]])
-    assert_same(both(policy, score(policy, SETS["mixed"], pixels)), expected)
+def test_packed_equals_one_at_a_time(policy, views):
+    expected = both(policy, [score(policy, [s], views)[0] for s in SETS["mixed"]])
+    assert_same(both(policy, score(policy, SETS["mixed"], views)), expected)
 
 
-def test_shared_prefix_equals_unshared(policy, pixels):
+def test_shared_prefix_equals_unshared(policy, views):
     """A copy of the picture for every sequence leaves nothing to share."""
     sequences = SETS["mixed"]
-    assert len(pack(sequences).prefixes) == 8 < len(sequences)
-    copies = pixels[[s.image for s in sequences]]
+    assert len(packed_of(sequences, views).prefixes) == 8 < len(sequences)
+    copies = [views[s.image] for s in sequences]
     apart = [s._replace(image=i) for i, s in enumerate(sequences)]
-    assert len(pack(apart).prefixes) == len(sequences)
+    assert len(packed_of(apart, copies).prefixes) == len(sequences)
     expected = both(policy, score(policy, apart, copies))
-    assert_same(both(policy, score(policy, sequences, pixels)), expected)
+    assert_same(both(policy, score(policy, sequences, views)), expected)
 
 
-def test_order_of_sequences_does_not_matter(policy, pixels):
+def test_a_prompt_that_ends_in_its_picture(policy, views):
+    """Its last image token is packed behind the other prefixes and must still get its own picture's features."""
+    sequences = [Sequence(image, small.prompt(), (3, 4)) for image in (0, 1)]
+    expected = both(policy, naive_logprobs(policy, sequences, views))
+    assert_same(both(policy, score(policy, sequences, views)), expected)
+
+
+def test_each_picture_is_projected_once(policy, views):
+    """Four pictures shown by eight prefixes: 4 x 9 rows go through the projector; slots were found while packing."""
+    seen = []
+    policy.multi_modal_projector.register_forward_hook(lambda m, a, out: seen.append(tuple(out.shape[:2])))
+    packed = packed_of(SETS["mixed"], views)
+    score(policy, SETS["mixed"], views)
+    assert seen == [(4, small.PATCHES)] and len(packed.prefixes) == 8
+    assert torch.equal(packed.slots.sort().values, (packed.ids == small.IMAGE_TOKEN).nonzero()[:, 0])
+
+
+def test_order_of_sequences_does_not_matter(policy, views):
     sequences = SETS["mixed"]
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(2)).tolist()
-    expected = score(policy, sequences, pixels)
-    shuffled = score(policy, [sequences[i] for i in order], pixels)
+    expected = score(policy, sequences, views)
+    shuffled = score(policy, [sequences[i] for i in order], views)
     for i, row in zip(order, shuffled):
         torch.testing.assert_close(row, expected[i], rtol=0, atol=1e-5)
 
 
-def test_responses_do_not_see_each_other(policy, pixels):
+def test_responses_do_not_see_each_other(policy, views):
     """Changing one response leaves its siblings bit for bit as they were; changing the prompt does not."""
-    before = score(policy, FIVE, pixels)
-    changed = [FIVE[0]._replace(response=(50, 51, 52, 53, 54)), *FIVE[1:]]
-    after = score(policy, changed, pixels)
+    four = FIVE[:4]  # the fifth has the inputs of the first, which are computed once for both
+    before = score(policy, four, views)
+    changed = [FIVE[0]._replace(response=(50, 51, 52, 53, 54)), *four[1:]]
+    after = score(policy, changed, views)
     assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:]))
     assert not torch.allclose(before[0], after[0], atol=1e-3)
-    elsewhere = score(policy, [s._replace(prompt=small.prompt(7, 3, 9)) for s in FIVE], pixels)
+    elsewhere = score(policy, [s._replace(prompt=small.prompt(7, 3, 9)) for s in four], views)
     assert not any(torch.allclose(a, b, atol=1e-4) for a, b in zip(before, elsewhere))
 
 
-def test_activation_checkpointing_changes_nothing(policy, pixels):
-    expected = both(policy, score(policy, SETS["mixed"], pixels))
+def test_activation_checkpointing_changes_nothing(policy, views):
+    expected = both(policy, score(policy, SETS["mixed"], views))
     policy.language_model.model.checkpointing = True
-    assert_same(both(policy, score(policy, SETS["mixed"], pixels)), expected, 1e-7)
+    assert_same(both(policy, score(policy, SETS["mixed"], views)), expected, 1e-7)
 
 
-def test_activation_checkpointing_replays_dropout(model, pixels):
+def test_activation_checkpointing_replays_dropout(model, views):
     """The recomputed forward must draw the dropout masks of the first one."""
     model.requires_grad_(False)
     add_lora(model.language_model.model, rank=3, alpha=6.0, dropout=0.4)
@@ -180,43 +209,43 @@ def test_activation_checkpointing_replays_dropout(model, pixels):
     results = []
     for model.language_model.model.checkpointing in (False, True):
         torch.manual_seed(7)
-        results.append(both(model, score(model, SETS["dpo"], pixels)))
+        results.append(both(model, score(model, SETS["dpo"], views)))
     assert_same(results[1], results[0], 1e-7)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_chunking_changes_nothing(model, pixels, monkeypatch, rows):
+def test_chunking_changes_nothing(model, views, monkeypatch, rows):
     """Chunks of 1, 2 and 5 tokens, the head's own gradient included."""
     trainable(model, TRAINS["lora, projector, head, embeddings"])
-    expected = both(model, score(model, SETS["mixed"], pixels))
+    expected = both(model, score(model, SETS["mixed"], views))
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows * small.VOCAB + 1)
-    assert_same(both(model, score(model, SETS["mixed"], pixels)), expected)
+    assert_same(both(model, score(model, SETS["mixed"], views)), expected)
 
 
-def test_competitor_is_the_best_other_token(policy, pixels):
+def test_competitor_is_the_best_other_token(policy, views):
     """Never the label itself; larger than the label's log-prob wherever the label is not the best token."""
     plain = SETS["dpo"]
     rivals = [s._replace(competitor=True) for s in plain]
-    for s, own, rival in zip(plain, score(policy, plain, pixels), score(policy, rivals, pixels)):
+    for s, own, rival in zip(plain, score(policy, plain, views), score(policy, rivals, views)):
         ids = torch.tensor(s.prompt + s.response)
         with torch.no_grad():
-            logits = policy.logits(ids[:-1], pixels[s.image : s.image + 1])[len(s.prompt) - 1 :]
+            logits = policy.logits(ids[:-1], views[s.image].pixels)[len(s.prompt) - 1 :]
         best = logits.log_softmax(-1)
         others = best.scatter(1, torch.tensor(s.response)[:, None], -torch.inf).amax(1)
         torch.testing.assert_close(rival, others, rtol=0, atol=1e-5)
         assert (own != rival).all()
 
 
-def test_scoring_leaves_the_batch_as_it_was(policy, pixels):
+def test_scoring_leaves_the_batch_as_it_was(policy, views):
     """Policy and reference score the same packed batch, and each picks its own competitors."""
-    packed, reference = pack(SETS["rdpo released"]), Reference(policy)
-    features, labels = policy.vision_features(pixels), packed.labels.clone()
+    packed, reference = packed_of(SETS["rdpo released"], views), Reference(policy)
+    features, labels = features_of(policy, views), packed.labels.clone()
     first = Scorer(policy)(packed, features)[0]
     with reference():
         inside = Scorer(policy)(packed, features)[0]
     assert torch.equal(packed.labels, labels) and torch.equal(Scorer(policy)(packed, features)[0], first)
     with reference():
-        expected = naive_logprobs(policy, SETS["rdpo released"], pixels)
+        expected = naive_logprobs(policy, SETS["rdpo released"], views)
     for row, row_expected in zip(inside, expected):
         torch.testing.assert_close(row[: len(row_expected)], row_expected, rtol=0, atol=1e-5)
 
@@ -224,12 +253,12 @@ def test_scoring_leaves_the_batch_as_it_was(policy, pixels):
 # -------------------------------------------------------------------------------------------------- precision
 
 
-def test_autocast_stays_within_the_error_of_bf16(policy, pixels):
+def test_autocast_stays_within_the_error_of_bf16(policy, views):
     """The core under bf16 is as near to fp32 as the naive path under bf16 is (factor 2)."""
-    exact = both(policy, naive_logprobs(policy, SETS["rdpo"], pixels))
-    fast = both(policy, score(policy, SETS["rdpo"], pixels, autocast=torch.bfloat16))
+    exact = both(policy, naive_logprobs(policy, SETS["rdpo"], views))
+    fast = both(policy, score(policy, SETS["rdpo"], views, autocast=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
-        rows = naive_logprobs(policy, SETS["rdpo"], pixels)
+        rows = naive_logprobs(policy, SETS["rdpo"], views)
     plain = both(policy, rows)
     assert all(row.dtype == torch.float32 for row in fast[0])
 
@@ -267,17 +296,17 @@ def test_gradient_where_the_model_is_sure(head_trains):
         assert (w.grad.double() - weight.grad).norm() / weight.grad.norm() < 0.02
 
 
-def test_bf16_weights(llava_folder, pixels):
+def test_bf16_weights(llava_folder, views):
     """A bf16 base with fp32 adapters, no autocast: scores and gives fp32 adapter gradients."""
     from model.checkpoint import load_llava
 
     exact = trainable(load_llava(llava_folder), ())
     model = trainable(load_llava(llava_folder, dtype=torch.bfloat16), ())
     model.load_state_dict({k: v for k, v in exact.state_dict().items() if "lora" in k}, strict=False)
-    rows = score(model, SETS["dpo"], pixels)
+    rows = score(model, SETS["dpo"], views)
     grads = gradients(model, rows)
     assert {g.dtype for g in grads.values()} == {torch.float32}
-    error = torch.cat(rows) - torch.cat(score(exact, SETS["dpo"], pixels))
+    error = torch.cat(rows) - torch.cat(score(exact, SETS["dpo"], views))
     assert 0 < error.norm() < 0.05 * torch.cat(rows).norm()
 
 
@@ -300,7 +329,7 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("trains", ["lora", "lora, projector, head, embeddings"])
-def test_no_tokens_by_vocabulary_tensor(model, pixels, monkeypatch, trains):
+def test_no_tokens_by_vocabulary_tensor(model, views, monkeypatch, trains):
     """With chunks of 3 tokens nothing larger than (3, V) is made in forward or backward, and none is kept.
 
     The naive path, run the same way, makes and keeps larger ones: the test sees what it looks for.
@@ -313,7 +342,7 @@ def test_no_tokens_by_vocabulary_tensor(model, pixels, monkeypatch, trains):
         shapes = Shapes()
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t)
         with shapes, hooks:
-            gradients(model, run(model, SETS["rdpo"], pixels))
+            gradients(model, run(model, SETS["rdpo"], views))
         width = model.config.text.hidden_size
         rows[name] = [
             max((shape.numel() // small.VOCAB for shape in map(torch.Size, made)
@@ -324,43 +353,47 @@ def test_no_tokens_by_vocabulary_tensor(model, pixels, monkeypatch, trains):
     assert rows["naive"][0] >= 7 and rows["naive"][1] >= 7
 
 
-def test_the_last_layer_runs_on_the_tail_only(policy, pixels):
+def test_the_last_layer_runs_on_the_tail_only(policy, views):
     """Tail tokens: per group 1 + the inputs of its responses (their last tokens are no inputs)."""
     seen = {}
     layers = policy.language_model.model.layers
     for i, layer in enumerate(layers):
         layer.mlp.register_forward_hook(lambda m, a, out, i=i: seen.update({i: len(out)}))
-    packed = pack(FIVE)
-    score(policy, FIVE, pixels)
-    # prompt of 14 tokens: body 13; tail 1 + 4 + 0 + 1 + 2 + 4 = 12
-    assert seen == {0: 25, 1: 25, 2: 12} and len(packed.ids) == 25
+    packed = packed_of(FIVE, views)
+    score(policy, FIVE, views)
+    # prompt of 14 tokens: body 13; tail 1 + 4 + 0 + 1 + 2 = 8, the fifth response having the inputs of the first
+    assert seen == {0: 21, 1: 21, 2: 8} and len(packed.ids) == 21
 
 
 # ----------------------------------------------------------------------------------------------------- errors
 
 
-def test_pack_refuses_what_it_cannot_score():
-    with pytest.raises(ValueError, match="sequence 1: needs a response"):
-        pack([FIVE[0], Sequence(0, PROMPTS[0], ())])
-    with pytest.raises(ValueError, match="sequence 0: needs a response and a prompt of at least two"):
-        pack([Sequence(0, (1,), (2,))])
+IMAGE = small.IMAGE_TOKEN
 
 
-def test_a_prompt_that_ends_in_its_picture_is_refused(policy, pixels):
-    """Its last image token would be packed behind the other prefixes and get another picture's features."""
-    ends = small.prompt()
-    with pytest.raises(ValueError, match="must not end"):
-        score(policy, [Sequence(0, ends, (3, 4)), Sequence(1, ends, (3, 4))], pixels[:2])
+@pytest.mark.parametrize(
+    "sequence, reason",
+    [
+        (Sequence(0, PROMPTS[0], ()), "sequence 1: needs a response"),
+        (Sequence(0, (1,), (2,)), "sequence 1: needs a response and a prompt of at least two"),
+        (Sequence(2, (1, *[IMAGE] * 8, 4), (2,)), "sequence 1: 8 image tokens in the prompt .* picture 2 needs 9"),
+        (Sequence(2, (1, *[IMAGE] * 10, 4), (2,)), "sequence 1: 10 image tokens in the prompt .* picture 2 needs 9"),
+        (Sequence(2, PROMPTS[0], (2, IMAGE)), "sequence 1: 9 image tokens in the prompt and 1 in the response"),
+    ],
+)
+def test_pack_refuses_what_it_cannot_score(views, sequence, reason):
+    with pytest.raises(ValueError, match=reason):
+        packed_of([FIVE[0], sequence], views)
 
 
 # -------------------------------------------------------------------------------------------------- reference
 
 
-def train(model, reference, pixels, steps: int, autocast=None) -> None:
+def train(model, reference, views, steps: int, autocast=None) -> None:
     """A few DPO steps on everything that trains."""
-    scorer, packed = Scorer(model, autocast), pack(SETS["dpo"])
+    scorer, packed = Scorer(model, autocast), packed_of(SETS["dpo"], views)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    features = model.vision_features(pixels)
+    features = features_of(model, views)
     for _ in range(steps):
         policy_logps = scorer(packed, features)[0].sum(1).view(2, -1)
         with reference():
@@ -373,7 +406,7 @@ def train(model, reference, pixels, steps: int, autocast=None) -> None:
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("adapters", [True, False])
-def test_reference_is_the_start_model(model, pixels, adapters, autocast):
+def test_reference_is_the_start_model(model, views, adapters, autocast):
     """After training, scores inside `reference()` equal bit for bit those of a copy made at the start."""
     if adapters:
         model.requires_grad_(False)
@@ -382,13 +415,13 @@ def test_reference_is_the_start_model(model, pixels, adapters, autocast):
     else:
         model.vision_tower.requires_grad_(False)
     start, reference = copy.deepcopy(model), Reference(model)
-    train(model, reference, pixels, steps=3, autocast=autocast)
-    before = score(model, SETS["dpo"], pixels, autocast=autocast)
+    train(model, reference, views, steps=3, autocast=autocast)
+    before = score(model, SETS["dpo"], views, autocast=autocast)
     with reference():
-        inside = score(model, SETS["dpo"], pixels, autocast=autocast)
+        inside = score(model, SETS["dpo"], views, autocast=autocast)
         assert not torch.is_grad_enabled()
-    after = score(model, SETS["dpo"], pixels, autocast=autocast)
-    expected = score(start, SETS["dpo"], pixels, autocast=autocast)
+    after = score(model, SETS["dpo"], views, autocast=autocast)
+    expected = score(start, SETS["dpo"], views, autocast=autocast)
     assert all(torch.equal(a, b) for a, b in zip(inside, expected))
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert not any(torch.allclose(a, b, atol=1e-2) for a, b in zip(before, expected))
@@ -396,7 +429,7 @@ def test_reference_is_the_start_model(model, pixels, adapters, autocast):
 
 
 @pytest.mark.parametrize("adapters", [True, False])
-def test_reference_does_not_disturb_a_pending_backward(model, pixels, adapters):
+def test_reference_does_not_disturb_a_pending_backward(model, views, adapters):
     """policy forward, reference, policy backward gives the gradients of policy forward, policy backward."""
     model = trainable(model) if adapters else model
     model.vision_tower.requires_grad_(False)
@@ -405,19 +438,19 @@ def test_reference_does_not_disturb_a_pending_backward(model, pixels, adapters):
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)), alpha=0.05)
-    expected = both(model, score(model, SETS["dpo"], pixels))
+    expected = both(model, score(model, SETS["dpo"], views))
     for model.language_model.model.checkpointing in (False, True):
-        rows = score(model, SETS["dpo"], pixels)
+        rows = score(model, SETS["dpo"], views)
         with reference():
-            score(model, SETS["dpo"], pixels)
+            score(model, SETS["dpo"], views)
         assert_same(both(model, rows), expected, 1e-7)
 
 
-def test_reference_is_safe_inside_an_outer_autocast(policy, pixels):
+def test_reference_is_safe_inside_an_outer_autocast(policy, views):
     """Autocast may remember cast weights; a stale copy would make policy and reference equal."""
     policy.language_model.lm_head.requires_grad_(True)
-    reference, scorer, packed = Reference(policy), Scorer(policy, torch.bfloat16), pack(SETS["dpo"])
-    features = policy.vision_features(pixels)
+    reference, scorer, packed = Reference(policy), Scorer(policy, torch.bfloat16), packed_of(SETS["dpo"], views)
+    features = features_of(policy, views)
     expected = scorer(packed, features)[0]
     with reference():
         expected_inside = scorer(packed, features)[0]
@@ -435,7 +468,7 @@ def test_reference_is_safe_inside_an_outer_autocast(policy, pixels):
     assert any(g.abs().max() > 0 for g in gradients(policy, [second]).values())
 
 
-def test_reference_gives_the_weights_back_after_an_exception(policy, pixels):
+def test_reference_gives_the_weights_back_after_an_exception(policy, views):
     reference = Reference(policy)
     with torch.no_grad():
         policy.multi_modal_projector.linear_1.weight.add_(1.0)
@@ -449,11 +482,11 @@ def test_reference_gives_the_weights_back_after_an_exception(policy, pixels):
     assert torch.is_grad_enabled() and all(layer.enabled for layer in lora_layers(policy).values())
 
 
-def test_reference_is_not_trained_by_its_policy(policy, pixels):
+def test_reference_is_not_trained_by_its_policy(policy, views):
     """The optimiser writes in place; the frozen copy must not share memory with what it writes to."""
     reference = Reference(policy)
     frozen = [t.clone() for t in reference.frozen]
     assert len(frozen) == 4  # weight and bias of both projector layers
-    train(policy, reference, pixels, steps=2)
+    train(policy, reference, views, steps=2)
     assert all(torch.equal(a, b) for a, b in zip(frozen, reference.frozen))
     assert not any(torch.equal(a, p) for a, p in zip(frozen, reference.trained))

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from losses.adavip import adavip_loss
+from losses.bdhs import bdhs_loss
 from losses.dpo import dpo_loss
 from losses.rdpo import rdpo_loss
 from losses.sft import sft_loss
 
-ONLINE = {"bdhs", "fisao", "ppo", "rloo"}  # score what the model generates; they have tests of their own
+ONLINE = {"fisao", "ppo", "rloo"}  # score what the model generates; they have tests of their own
 LOSSES = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "losses").glob("*.py")
                 if path.stem not in ONLINE | {"__init__"})
 PUBLIC = {"slic": ["slic_hf_loss", "slic_loss"], "dpo_weighted": ["changed_tokens", "dpo_weighted_loss"]}
@@ -102,6 +103,24 @@ def test_dpo_by_hand():
     assert_metrics(metrics, {
         "reward/chosen": (2, -1), "reward/rejected": (-1, 1), "margin": (3, -2), "accuracy": (1, 0),
     })
+
+
+def test_bdhs_by_hand():
+    """Rewards (2, -1, 1) and (-1, 1, 2), gamma 0.25.
+
+        example 1: margins 3 and 1         0.25 ln(1 + e^-3) + 0.75 ln(1 + e^-1) = 0.247093
+        example 2: margins -2 and -3       0.25 ln(1 + e^2)  + 0.75 ln(1 + e^3)  = 2.818172
+    """
+    loss, metrics = bdhs_loss(*POLICY, *REFERENCE, gamma=0.25)
+    torch.testing.assert_close(loss, double(0.247093, 2.818172), rtol=0, atol=1e-6)
+    assert_metrics(metrics, {
+        "reward/chosen": (2, -1), "reward/rejected": (-1, 1), "reward/generated": (1, 2), "margin": (3, -2),
+        "margin/generated": (1, -3), "accuracy": (1, 0), "accuracy/generated": (1, 0),
+    })
+    torch.testing.assert_close(bdhs_loss(*POLICY, *REFERENCE, gamma=1.0)[0],
+                               dpo_loss(*POLICY[:2], *REFERENCE[:2])[0], **EXACT)
+    with pytest.raises(ValueError, match="gamma"):
+        bdhs_loss(*POLICY, *REFERENCE, gamma=1.5)
 
 
 def test_rdpo_by_hand():
@@ -392,7 +411,7 @@ def test_skeleton(name):
         assert needle in module.__doc__, f"the header of losses/{name}.py has no {needle!r}"
 
 
-@pytest.mark.parametrize("name", ["dpo", "rdpo", "adavip", "mdpo", "povid", "slic"])
+@pytest.mark.parametrize("name", ["dpo", "rdpo", "adavip", "bdhs", "mdpo", "povid", "slic"])
 def test_preference_signature(name):
     """Policy then reference log-probs in the order of SEQUENCES, then beta = 0.1."""
     module = importlib.import_module(f"losses.{name}")
@@ -406,7 +425,7 @@ def test_preference_signature(name):
 def test_sequences_name_fields_of_a_pair(name):
     sequences = importlib.import_module(f"losses.{name}").SEQUENCES
     assert sequences["chosen"] == ("image", "chosen")
-    assert all(image in IMAGES and response in ("chosen", "rejected")
+    assert all(image in IMAGES and response in ("chosen", "rejected", "generated")
                for image, response, *_ in sequences.values())
     assert len(set(sequences.values())) == len(sequences)
 

@@ -371,11 +371,11 @@ def test_photographs_with_given_answers(tmp_path, monkeypatch):
     (["--scenes", "3", "--pairs", "x.jsonl"], "not allowed with"),
     (["--sample", "3"], "unrecognized arguments"),
     (["--pairs", "x.jsonl"], "x.jsonl: not found"),
-    (["--images", "bad.jsonl"], "bad.jsonl:1: 'prompt' is missing\nbad.jsonl:2: not valid JSON"),
+    (["--images", "bad.jsonl"], "bad.jsonl:1: 'prompt' is empty\nbad.jsonl:2: not valid JSON"),
     (["--model", "nowhere"], "nowhere"),
 ])
 def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, reason):
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"id": "a", "image": "scene:1"}) + "\n{\n")
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"id": "a", "image": "scene:1", "prompt": ""}) + "\n{\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["generate_pairs.py", *arguments])
     with pytest.raises(SystemExit) as ended:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data import scenes
+from data.images import stack
 from data.processor import Processor
 from model import pretrain
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_llava
@@ -35,12 +36,13 @@ def test_loss_equals_scoring_each_segment_alone():
     """2 mean(captions) + mean(Yes / No) + mean(others), from one sequence at a time with full logits."""
     model, processor, rng = load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL), random.Random(1)
     rows = [pretrain.segments(scenes.sample_scene(s), processor, rng, pretrain.STAGES["llava"]) for s in (3, 8)]
-    pixels = torch.stack([processor.image(scenes.reference(s)) for s in (3, 8)])
+    views = [processor.image(scenes.reference(s)) for s in (3, 8)]
+    pixels, _ = stack(views, processor.patches)
     with torch.no_grad():
         loss, _ = pretrain._llava_loss(Scorer(model), processor, rows, model.vision_features(pixels))
         prefix = pretrain.shared_prefix(processor)
         flat = [(Sequence(i, prefix, tuple(ids)), kinds) for i, row in enumerate(rows) for ids, kinds in row]
-        alone = naive_logprobs(model, [sequence for sequence, _ in flat], pixels)
+        alone = naive_logprobs(model, [sequence for sequence, _ in flat], views)
     by_kind = {kind: [] for kind in range(4)}
     for logps, (_, kinds) in zip(alone, flat):
         for value, kind in zip(logps.tolist(), kinds):

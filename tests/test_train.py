@@ -121,7 +121,7 @@ def test_trained_model_is_written_and_differs(pairs, tmp_path):
         (["--loss", "ppo2"], "invalid choice"),
         (["--loss", "dpo", "--batch-size", "6", "--micro-batch-size", "4"], "not a multiple"),
         (["--loss", "dpo", "--resume"], "there is no"),
-        (["--loss", "dpo", "--model", "nowhere"], "config.json: not found"),
+        (["--loss", "dpo", "--model", "nowhere"], "no such folder"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(tmp_path, options, complaint):

@@ -1,0 +1,229 @@
+"""Samples of the policy, scored once: what PPO, RLOO and FiSAO learn from (losses/ppo.py, rloo.py, fisao.py).
+
+    records -> answers (pairs/online.py) -> packed sequences -> log-probs of policy and reference, values
+
+The log-probs under which the samples count as drawn (pi_old) are computed by the training forward, not taken from
+generation: the two differ by rounding, and the ratios of PPO and RLOO would start away from 1. No dropout anywhere.
+
+Shapes: B answers, k of each prompt next to each other; L longest answer; tiles, P, C as in model/llava.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.batch import collate
+from data.mentions import find
+from data.scenes import CATEGORIES, objects_present, parse_reference
+from losses import fisao, ppo, rloo
+from metrics.score_plot import Panel
+from model.logprobs import Packed
+from model.lora import Reference
+
+SEQUENCES = {"sampled": ("image", "sampled")}
+
+
+@dataclass
+class Rollout:
+    """k answers to each of some records, on the model's device."""
+
+    records: list[dict]  # M
+    ids: list[list[int]]  # B = M k answers, the end token included where they ended
+    texts: list[str]
+    ended: Tensor  # (B,) bool
+    packed: Packed
+    features: Tensor  # (tiles, P, C)
+    mask: Tensor  # (B, L) bool
+    old: Tensor  # (B, L) token log-probs of the policy that sampled
+    reference: Tensor  # (B, L)
+    values: Tensor | None  # (B, L) of the critic, if there is one
+
+
+@torch.no_grad()
+def roll_out(scorer, reference: Reference, records: list[dict], answers: list[list[list[int]]], processor,
+             root=None) -> Rollout:
+    """Score sampled answers, [M][k] token ids (`pairs.online.sample`), under policy and reference."""
+    rows = [{**record, "sampled": ids} for record, group in zip(records, answers, strict=True) for ids in group]
+    batch = collate(rows, SEQUENCES, processor, root)
+    device = scorer.model.device
+    packed = batch.packed.to(device)
+    features = scorer.model.vision_features(batch.pixels.to(device))
+    old, mask, *values = scorer(packed, features)
+    with reference():
+        expected = scorer(packed, features)[0]
+    ids = [row["sampled"] for row in rows]
+    ended = torch.tensor([answer[-1] == processor.eos_id for answer in ids], device=device)
+    texts = [processor.decode(answer) for answer in ids]
+    return Rollout(records, ids, texts, ended, packed, features, mask, old, expected, values[0] if values else None)
+
+
+def ppo_advantages(
+    rollouts: list[Rollout], judge, state: dict, *, kl_coef: float = 0.2, missing_eos_penalty: float = 0.0,
+    gamma: float = 1.0, lam: float = 0.95,
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """PPO: one score an answer, KL penalty in the reward, GAE, whitened over the whole step (losses/ppo.py).
+
+    Args:
+        judge: (records, answers as text) -> scores; standardised with the `mean` and `std` of `state`.
+        state: plain numbers of the run; `kl_coef`, where there, has been adapted and wins.
+    Returns: for each rollout what the loss asks for beside log-probs and values, and figures for the log.
+    """
+    marks = [standardised(r, judge, state) for r in rollouts]
+    lessons = _lessons(rollouts, state, [{"scores": s} for s in marks], kl_coef=kl_coef, gamma=gamma, lam=lam,
+                       missing_eos_penalty=missing_eos_penalty)
+    return lessons, _figures(rollouts, state) | {"score": torch.cat(marks)}
+
+
+def fisao_advantages(
+    rollouts: list[Rollout], verifier, state: dict, *, kl_coef: float = 0.2, missing_eos_penalty: float = 0.0,
+    gamma: float = 1.0, lam: float = 0.95, margin: float = 10.0, margin_unit: Literal["score", "std"] = "score",
+    margin_mode: Literal["outward", "inward", "none"] = "outward",
+    norm: Literal["baseline_minmax", "baseline_minus_margin", "none"] = "baseline_minmax",
+    position: Literal["last", "spread"] = "last",
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """FiSAO: a reward for each object word, by the verifier, in PPO's token rewards (losses/fisao.py).
+
+    Args:
+        verifier: model.verifier.Verifier.
+        state: holds the `baselines` that `calibrate` measured with the untrained model.
+    The log shows the share of mentions with a reward and, where the picture is a scene, the mean reward of correct
+    and of hallucinated mentions.
+    """
+    token_scores, rewards, right = [], [], []
+    for r in rollouts:
+        k = len(r.ids) // len(r.records)
+        references = [record["image"] for record in r.records for _ in range(k)]
+        found = verifier(references, r.ids)
+        reward = fisao.mention_rewards(found.scores, state["baselines"], margin=margin, margin_unit=margin_unit,
+                                       margin_mode=margin_mode, norm=norm)
+        placed = fisao.place(reward, found.rows, found.starts, found.stops, r.mask.shape, position=position)
+        token_scores.append({"token_scores": placed.to(r.old.device)})
+        rewards.append(reward)
+        right.append(correct(references, found))
+    lessons = _lessons(rollouts, state, token_scores, kl_coef=kl_coef, gamma=gamma, lam=lam,
+                       missing_eos_penalty=missing_eos_penalty)
+    reward, right = torch.cat(rewards), torch.cat(right)  # (N,) each
+    figures = _figures(rollouts, state)
+    everyone = torch.ones_like(right, dtype=torch.bool)
+    for name, values, members in (("rewarded", (reward != 0).float(), everyone), ("reward", reward, everyone),
+                                  ("reward/correct", reward, right == 1), ("reward/hallucinated", reward, right == 0)):
+        figures[name] = total(values[members].sum()) / total(members.sum()).clamp(min=1)  # over all processes
+    return lessons, figures
+
+
+def rloo_advantages(
+    rollouts: list[Rollout], judge, state: dict, *, kl_coef: float = 0.05,
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """RLOO: each answer against the mean of its prompt's others (losses/rloo.py). Arguments as `ppo_advantages`."""
+    lessons, marks = [], []
+    for r in rollouts:
+        k = len(r.ids) // len(r.records)
+        old, expected = r.old.sum(-1), r.reference.sum(-1)  # (B,)
+        marks.append(standardised(r, judge, state))
+        rewards = rloo.penalised(marks[-1], old, expected, kl_coef=state.setdefault("kl_coef", kl_coef))
+        prompts = torch.arange(len(r.records), device=old.device).repeat_interleave(k)
+        advantages = rloo.leave_one_out(rewards, prompts, k=k)
+        lessons.append({"old_sampled_logps": old, "advantages": advantages})
+    return lessons, _figures(rollouts, state) | {"score": torch.cat(marks)}
+
+
+def standardised(r: Rollout, judge, state: dict) -> Tensor:
+    """Scores of the answers (B,), minus the mean and over the deviation of the untrained model's."""
+    given = scores(judge, r.records, r.texts, len(r.ids) // len(r.records)).to(r.old.device)
+    return (given - state.get("mean", 0.0)) / state.get("std", 1.0)
+
+
+def scores(judge, records: list[dict], texts: list[str], k: int) -> Tensor:
+    """What the judge gives k answers to each record, (M k,). Raises ValueError where it came to no verdict."""
+    judged = judge(records, [texts[i : i + k] for i in range(0, len(texts), k)])
+    if None in judged:
+        raise ValueError(f"record {records[judged.index(None)]['id']!r}: the judge came to no verdict")
+    return torch.tensor([float(score.score) for group in judged for score in group])
+
+
+def correct(references: list[str], found) -> Tensor:
+    """For each mention of a scene 1 where the scene shows the object, 0 where not; -1 where nobody knows. (N,)"""
+    shown = {r: objects_present(*parse_reference(r)) for r in set(references) if r.startswith("scene:")}
+    known = [references[row] in shown and entity in CATEGORIES for row, entity in zip(found.rows.tolist(), found.entities)]
+    return torch.tensor([int(entity in shown[references[row]]) if k else -1 for row, entity, k in
+                         zip(found.rows.tolist(), found.entities, known)], dtype=torch.long)
+
+
+def _lessons(rollouts: list[Rollout], state: dict, given: list[dict], *, kl_coef: float, gamma: float, lam: float,
+             missing_eos_penalty: float) -> list[dict[str, Tensor]]:
+    """Rewards, advantages and returns of PPO, from the scores that are given for answers or tokens."""
+    state.setdefault("kl_coef", kl_coef)
+    advantages, returns = [], []
+    for r, scores in zip(rollouts, given, strict=True):
+        rewards = ppo.token_rewards(r.old, r.reference, r.mask, ended=r.ended, kl_coef=state["kl_coef"],
+                                    missing_eos_penalty=missing_eos_penalty, **scores)
+        a, g = ppo.gae(rewards, r.values, r.mask, gamma=gamma, lam=lam)
+        advantages.append(a)
+        returns.append(g)
+    masks = [r.mask for r in rollouts]
+    tokens, answers = total(sum(m.sum() for m in masks)), total(torch.tensor(float(sum(map(len, masks)))))
+    whitened = whiten(advantages, masks)
+    return [{"old_sampled_token_logps": r.old, "old_values": r.values, "advantages": a, "returns": g,
+             "mean_tokens": tokens / answers} for r, a, g in zip(rollouts, whitened, returns)]
+
+
+def whiten(advantages: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+    """`losses.ppo.whiten` over the micro-batches of all processes: mean 0, variance 1 (unbiased) over real tokens."""
+    chosen = torch.cat([a[m] for a, m in zip(advantages, masks)]).double()
+    n = total(torch.tensor(float(len(chosen))))
+    mean = total(chosen.sum()) / n
+    variance = total((chosen - mean).square().sum()) / (n - 1)
+    return [((a - mean) * torch.rsqrt(variance + 1e-8)).to(a.dtype).masked_fill(~m, 0.0) for a, m in zip(advantages, masks)]
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum over all processes, in double precision."""
+    x = x.double().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def _figures(rollouts: list[Rollout], state: dict) -> dict[str, Tensor]:
+    """Nats away from the reference, tokens, and whether an answer ended; state["kl"] is the mean over all processes."""
+    kl = torch.cat([(r.old - r.reference).masked_fill(~r.mask, 0.0).sum(-1) for r in rollouts])  # (B,)
+    state["kl"] = (total(kl.sum()) / total(torch.tensor(float(len(kl))))).item()
+    return {
+        "kl": kl,
+        "tokens": torch.cat([r.mask.sum(-1).float() for r in rollouts]),
+        "ended": torch.cat([r.ended.float() for r in rollouts]),
+        "kl_coef": torch.tensor(state["kl_coef"]),
+    }
+
+
+def verifier_scores(references: list[str], ids: list[list[int]], texts: list[str], verifier) -> dict[str, list[float]]:
+    """What FiSAO's verifier says of answers about scenes: scores of correct and hallucinated words and of sentences with
+    and without a hallucinated word (the paper's Figures 1 and 4). Sentences without an object are left out."""
+    found = verifier(references, ids)
+    right = correct(references, found)
+    scores = {"words, correct": found.scores[right == 1], "words, hallucinated": found.scores[right == 0]}
+    lines, sentences, shown = verifier.sentences(references, texts)
+    truth = []
+    for reference, sentence in zip(shown, sentences):
+        present = objects_present(*parse_reference(reference))
+        named = {verifier.entities[word] for word, *_ in find(sentence, verifier.entities)} & set(CATEGORIES)
+        truth.append(-1 if not named else int(named <= present))
+    truth = torch.tensor(truth)
+    scores |= {"sentences, correct": lines[truth == 1], "sentences, hallucinated": lines[truth == 0]}
+    return {name: values.tolist() for name, values in scores.items()}
+
+
+def panels(before: dict[str, list[float]], after: dict[str, list[float]], unit: str) -> list[Panel]:
+    """Histograms of words and sentences, before and after."""
+    result = []
+    for what in ("words", "sentences"):
+        for when, scores in (("before", before), ("after", after)):
+            series = {truth: scores[f"{what}, {truth}"] for truth in ("correct", "hallucinated")}
+            series = {truth: values for truth, values in series.items() if values}
+            result += [Panel(f"{what.capitalize()}, {when}", f"score of {what}: {unit}", series)] if series else []
+    return result

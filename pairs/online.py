@@ -1,0 +1,121 @@
+"""Pairs made during training, of what the policy says now.
+
+Understanding Alignment in Multimodal LLMs, E. Amirloo et al., 2024, arXiv 2407.02477; online DPO: S. Guo et al., 2024,
+arXiv 2402.04792.
+
+    online_dpo     (y~+, y~-) ~ pi(. | x), best and worst of the samples by a judge
+    mixed_dpo      alpha ~ Bernoulli(p) for each example: the given pair if alpha = 1, else an online one      Eq. 4
+    bdhs_online    y~- ~ pi(. | x~, y+): completed from y+ with hidden image tokens (pairs/bdhs.py); both stand
+                   beside the given pair, losses/bdhs.py averages their losses                                 Eq. 5
+
+The samples are data: the loss computes their log-probs again in its own forward pass, so nothing is differentiated
+through the sampling. Ties, duplicates, empty and unfinished answers teach nothing: such an example keeps its place in the
+batch with weight 0, so that batches have one size in every process.
+
+    symbol     argument      meaning
+    x          records       records with `id`, `image`, `prompt` and, where p > 0, `chosen` and `rejected`
+               seeds         one number for each record: all that is drawn for it depends on it alone
+    p          offline       share of given pairs; 0 is online DPO, the paper's mixture 0.5
+               samples       answers to each picture; the paper draws 2
+
+A made record holds `chosen` and `rejected` as token ids, end token included, and `weight`, 0 or 1.
+Departures: the paper draws alpha for each example, and so do we; its annotator is LLaVA-1.6-34B, here any judge of
+pairs/rank.py.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+from data.batch import collate
+from data.processor import Processor
+from model.generate import generate
+from model.llava import Llava
+from model.reward import RewardModel
+from pairs.bdhs import bdhs_pairs, completion
+from pairs.rank import Judge, Score, order
+
+
+def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[int], root: Path | None, *,
+           samples: int, temperature: float, max_new_tokens: int) -> list[list[list[int]]]:
+    """Answers of the policy without dropout: [record][sample] token ids; ends in the end token if it ended by itself.
+
+    Records of the same picture share one pass of the vision tower.
+    """
+    training = model.training
+    model.eval()
+    views = {record["image"]: None for record in records}
+    views = {reference: processor.image(reference, root) for reference in views}
+    groups = generate(
+        model, list(views.values()),
+        [processor.prompt(record["prompt"], len(views[record["image"]].rows)) for record in records],
+        shows=[list(views).index(record["image"]) for record in records], eos_id=processor.eos_id,
+        n=samples, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds,
+    )
+    model.train(training)
+    return [[ids + [processor.eos_id] * (len(ids) < max_new_tokens) for ids in group] for group in groups]
+
+
+def ranked_pairs(records: list[dict], seeds: list[int], model: Llava, processor: Processor, root: Path | None,
+                 judge: Judge, *, samples: int = 2, temperature: float = 1.0, max_new_tokens: int = 96,
+                 offline: float = 0.0) -> list[dict]:
+    """Online and mixed DPO: for each record a pair to train on now. Raises ValueError on `samples` below 2."""
+    if samples < 2 or not 0 <= offline <= 1:
+        raise ValueError(f"{samples} samples and a share {offline} of given pairs: need at least 2, and 0 to 1")
+    given = [random.Random(f"{seed}/alpha").random() < offline for seed in seeds]  # alpha of Eq. 4
+    online = [i for i, alpha in enumerate(given) if not alpha]
+    result = [{**record, "weight": 1.0} for record in records]
+    drawn = [records[i] for i in online]
+    answers = sample(model, processor, drawn, [seeds[i] for i in online], root, samples=samples,
+                     temperature=temperature, max_new_tokens=max_new_tokens) if drawn else []
+    ended = [[ids[-1] == processor.eos_id for ids in group] for group in answers]
+    texts = [[processor.decode(ids) if done else "" for ids, done in zip(*pair)] for pair in zip(answers, ended)]
+    for i, ids, said, judged in zip(online, answers, texts, judge(drawn, texts) if drawn else [], strict=True):
+        ranking = order(said, judged) if judged else []
+        useful = len(ranking) > 1 and judged[ranking[0]].key < judged[ranking[-1]].key \
+            and said[ranking[0]] != said[ranking[-1]]
+        best, worst = (ranking[0], ranking[-1]) if useful else (0, 1)
+        result[i] |= {"chosen": ids[best], "rejected": ids[worst], "weight": float(useful)}
+    return result
+
+
+def mixed_pairs(records: list[dict], seeds: list[int], model: Llava, processor: Processor, root: Path | None,
+                judge: Judge, *, samples: int = 2, temperature: float = 1.0, max_new_tokens: int = 96,
+                offline: float = 0.5) -> list[dict]:
+    """Mixed DPO, Eq. 4: `ranked_pairs` with the paper's p = 0.5."""
+    return ranked_pairs(records, seeds, model, processor, root, judge, samples=samples, temperature=temperature,
+                        max_new_tokens=max_new_tokens, offline=offline)
+
+
+def bdhs_triples(records: list[dict], seeds: list[int], model: Llava, processor: Processor, root: Path | None,
+                 similarity, *, rho_th: float = 0.99, iterations: int = 5, eps_s: float = 0.97,
+                 temperature: float = 1.0, max_new_tokens: int = 96) -> list[dict]:
+    """Online BDHS: each given pair with one more rejected answer, `generated`."""
+    complete = completion(model, processor, max_new_tokens=max_new_tokens, temperature=temperature, root=root)
+    asked = [{**record, "id": f"{record['id']}/{seed}"} for record, seed in zip(records, seeds)]
+    made, _ = bdhs_pairs(asked, complete, similarity, rho_th=rho_th, iterations=iterations, eps_s=eps_s)
+    generated = {pair["id"]: pair["rejected"] for pair in made}
+    return [{**record, "generated": generated.get(asking["id"], record["rejected"]),
+             "weight": float(asking["id"] in generated)} for record, asking in zip(records, asked)]
+
+
+def reward_judge(reward: RewardModel, processor: Processor, root: Path | None = None) -> Judge:
+    """A reward model as judge (pairs/rank.py): its rewards are the scores.
+
+    Every answer is scored with the end token behind it, as the reward model was trained, even one that was cut off: how
+    dear that is to be is up to PPO's `missing_eos_penalty`.
+    """
+
+    @torch.no_grad()
+    def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score]]:
+        rows = [{**record, "answer": text} for record, texts in zip(records, answers, strict=True) for text in texts]
+        batch = collate(rows, {"answer": ("image", "answer")}, processor, root, end=True)
+        device = reward.head.weight.device
+        features = reward.scorer.model.vision_features(batch.pixels.to(device))
+        rewards = iter(reward(batch.packed.to(device), features).tolist())
+        return [[Score(next(rewards)) for _ in texts] for texts in answers]
+
+    return judge

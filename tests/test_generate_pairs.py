@@ -1,0 +1,319 @@
+"""generate_pairs.py as a whole: every method, interruptions, processes, formats, judges, photographs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_formats import ROWS, A, B, Q
+
+import generate_pairs
+from data import scenes
+from data.formats import read
+from data.processor import ClipProcessor, Processor
+from data.records import read_pairs, write_jsonl
+from generate_pairs import (METHODS, main, make_pairs, needs_clip, needs_model, read_arguments, read_input,
+                            relocate, run)
+from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
+from pairs.rank import judge_scene
+
+HOME = Path(__file__).resolve().parents[1]
+SEEDS = range(scenes.PAIRS, scenes.PAIRS + 6)
+MAKES_PICTURES = ("povid", "mdpo")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return (load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL),
+            load_clip(DEFAULT_CLIP), ClipProcessor(DEFAULT_CLIP))
+
+
+def make(method: str, models, folder: Path, **more):
+    settings = dict(scene_seeds=SEEDS, samples=3, progress=False, folder=folder / "pictures", root=folder)
+    return make_pairs(method, *models, **(settings | more))
+
+
+# ---------------------------------------------------------------------------------------- every method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_pairs_of_scenes(method, models, tmp_path):
+    pairs, report = make(method, models, tmp_path)
+    assert report["method"] == method and report["pictures"] == len(SEEDS)
+    assert len(pairs) + sum(report["dropped"].values()) == len(SEEDS) and len(pairs) == report["pairs"] >= 2
+    assert all(pair["source"]["method"] == method for pair in pairs)
+    second = () if method in ("rank", "bdhs", "corrupt") else ("rejected_image",)
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    assert read_pairs(tmp_path / "pairs.jsonl", second) == pairs  # pictures are found from here
+    assert all(bool(pair["rejected_image"]) == bool(second) for pair in pairs)
+    assert (tmp_path / "pictures").exists() == (method in MAKES_PICTURES)
+
+
+def test_the_report_counts_what_the_pairs_say(models, tmp_path):
+    pairs, report = make("adavip", models, tmp_path)
+    wrong = sum(judge_scene(pair, [pair["chosen"]])[0].wrong > 0 for pair in pairs)
+    assert report["hallucinating"] == {"chosen": wrong / len(pairs), "rejected": 1.0}
+    lies = sum(judge_scene({**pair, "image": pair["rejected_image"]}, [pair["chosen"]])[0].wrong
+               > judge_scene(pair, [pair["chosen"]])[0].wrong for pair in pairs)
+    assert report["rejected_image"] == {"contradicts": lies / len(pairs), "gone": 1.0}
+
+
+def test_corruption_by_rule_makes_every_answer_wrong_in_its_way(models, tmp_path):
+    """An added object is a mention of an absent one; changed counts and positions are none."""
+    pairs, _ = make("corrupt", models, tmp_path)
+    for pair in pairs:
+        wrong = [judge_scene(pair, [pair[key]])[0].wrong for key in ("chosen", "rejected")]
+        assert wrong[1] - wrong[0] == (pair["source"]["how"] == "object")
+        assert pair["source"]["writer"] == "rules"
+
+
+def test_given_texts_stay(models, tmp_path):
+    """adavip, povid and mdpo keep both texts and load no model; realign, bdhs and corrupt keep `chosen`."""
+    given, _ = make("rank", models, tmp_path)
+    for method in METHODS.keys() - {"rank"}:
+        own = needs_model(method, given, generate_pairs.Options())
+        some = (*models[:2], *models[2:]) if own else (None, None, *models[2:])
+        pairs, _ = make(method, some, tmp_path, scene_seeds=None, pairs=given)
+        texts = {pair["id"]: pair for pair in given}
+        assert own == (method in ("realign", "bdhs"))
+        assert pairs and all(pair["chosen"] == texts[pair["id"]]["chosen"] for pair in pairs)
+        kept = [pair["rejected"] == texts[pair["id"]]["rejected"] for pair in pairs]
+        assert all(kept) if method in ("adavip", "povid", "mdpo") else not any(kept)
+        assert all(pair["source"]["text"]["method"] == "rank" for pair in pairs)
+
+
+def test_what_is_loaded():
+    asked, answered = [{"id": "a"}], [{"id": "a", "chosen": "b"}]
+    need = {method: needs_model(method, answered, generate_pairs.Options()) for method in METHODS}
+    assert [method for method, model in need.items() if not model] == ["povid", "corrupt"]
+    assert all(needs_model(method, asked, generate_pairs.Options()) for method in METHODS)
+    assert needs_model("corrupt", answered, generate_pairs.Options(writer="policy"))
+    assert [m for m in METHODS if needs_clip(m, generate_pairs.Options())] == ["realign", "adavip", "bdhs"]
+    assert not needs_clip("bdhs", generate_pairs.Options(sentence_model=Path("mpnet")))
+    assert needs_clip("rank", generate_pairs.Options(judge="clip"))
+
+
+def test_noise_takes_the_place_of_the_mask(models, tmp_path):
+    pairs, _ = make("bdhs", models, tmp_path, noise=True, noise_step=900)
+    assert pairs and all((p["source"]["rho"], p["source"]["noise_step"]) == (0.0, 900) for p in pairs)
+
+
+def test_an_approximate_index_reports_its_recall(models, tmp_path):
+    """One cell holds everything: nothing is missed, and the pairs are those of the exact index."""
+    exact, _ = make("realign", models, tmp_path, samples=1)
+    pairs, report = make("realign", models, tmp_path, samples=1, nprobe=1)
+    assert report["recall"] == 1.0 and pairs == exact
+    with pytest.raises(ValueError, match="nprobe 2: must be between 1 and the number of cells, 1"):
+        make("realign", models, tmp_path, nprobe=2)
+
+
+def test_embeddings_are_kept(models, tmp_path, monkeypatch):
+    first, _ = make("realign", models, tmp_path, cache=tmp_path / "cache")
+    monkeypatch.setattr("retrieval.cache.embed_images", None)  # nothing is left to be embedded
+    assert make("realign", models, tmp_path, cache=tmp_path / "cache")[0] == first
+
+
+def test_another_similarity(models, tmp_path, monkeypatch):
+    """A sentence encoder to which all texts are equal: no completion is unlike enough."""
+
+    class Same:
+        def __init__(self, name, device):
+            assert name == Path("mpnet")
+
+        def similarity(self, left, right):
+            return [1.0 for _ in left]
+
+    monkeypatch.setattr(generate_pairs, "SentenceEncoder", Same)
+    pairs, report = make("realign", models, tmp_path, sentence_model=Path("mpnet"), top_k=1)
+    assert not pairs and report["dropped"] == {"no completion below similarity 0.95": len(SEEDS)}
+    pairs, _ = make("bdhs", models, tmp_path, sentence_model=Path("mpnet"), iterations=2)
+    assert pairs and not any(pair["source"]["guided"] for pair in pairs)
+
+
+# ---------------------------------------------------------------------------------------- judges
+
+
+def test_judges(models, tmp_path):
+    for judge in ("clip", "policy"):
+        pairs, _ = make("rank", models, tmp_path, judge=judge, source={"model": "tiny"})
+        assert all(pair["source"]["judge"] == judge and "score" in pair["source"]["chosen"] for pair in pairs)
+        assert judge == "policy" or len(pairs) == len(SEEDS)
+
+
+def test_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pairs.ask.time.sleep", lambda _: None)
+    command = ["generate_pairs.py", "--scenes", "2", "--samples", "2", "--judge", "http://127.0.0.1:9/v1",
+               "--judge-model", "some-vlm", "--out", str(tmp_path / "p.jsonl")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and not (tmp_path / "p.jsonl").exists()
+    assert "http://127.0.0.1:9/v1/chat/completions: no answer after 6 tries" in capsys.readouterr().err
+
+
+def test_a_server_needs_a_name_and_a_cache(models, tmp_path):
+    url = "http://127.0.0.1:9/v1"
+    for more, reason in [({"judge": url}, "needs the name of its model"),
+                         ({"judge": "me"}, "'me' is neither"),
+                         ({"judge": url, "judge_model": "m"}, "needs a folder that keeps its replies")]:
+        with pytest.raises(ValueError, match=reason):
+            make("rank", models, tmp_path, **more)
+
+
+# ---------------------------------------------------------------------------------------- long runs
+
+
+def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
+    """Six records in chunks of two, stopped in the second chunk: the second run samples two chunks only."""
+    whole, report = make("povid", models, tmp_path)
+    sample, calls = generate_pairs.answers, []
+
+    def stopping(*arguments, **more):
+        calls.append(len(arguments[2]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*arguments, **more)
+
+    monkeypatch.setattr(generate_pairs, "answers", stopping)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        make("povid", models, tmp_path, out=out, batch_size=2)
+    with pytest.raises(ValueError, match="other settings"):
+        make("povid", models, tmp_path, out=out, batch_size=2, seed=1)
+    calls[:] = [0, 0]
+    again, second = make("povid", models, tmp_path, out=out, batch_size=2)
+    assert calls == [0, 0, 2, 2]
+    assert json.dumps(again) == json.dumps(whole) and second == report
+
+
+def test_two_processes_write_the_same_file(tmp_path):
+    """Under torchrun, through the command line: byte for byte, and no part file stays."""
+    command = ["--method", "realign", "--scenes", "6", "--samples", "2"]
+    run(read_arguments([*command, "--out", str(tmp_path / "one" / "p.jsonl")]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+              str(HOME / "generate_pairs.py"), *command, "--out", str(tmp_path / "two" / "p.jsonl")]
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("pairs of 6 pictures") == 1
+    assert (tmp_path / "one" / "p.jsonl").read_bytes() == (tmp_path / "two" / "p.jsonl").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["cache", "p.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two pictures with a red square each, pairs about them, and COCO's record of the squares."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows, images, squares = [], [], []
+    for i, name in enumerate(("one.png", "two.png")):
+        pixels = np.full((60, 80, 3), 200, np.uint8)
+        pixels[20:40, 30:50] = 255, 0, 0
+        Image.fromarray(pixels).save(folder / name)
+        rows.append({"id": str(i), "image": name, "prompt": Q, "chosen": "A red ball.", "rejected": B})
+        images.append({"id": i, "file_name": name, "width": 80, "height": 60})
+        squares.append({"id": i, "image_id": i, "category_id": 1,
+                        "segmentation": [[30, 20, 50, 20, 50, 40, 30, 40]]})
+    write_jsonl(folder / "pairs.jsonl", rows)
+    coco = {"images": images, "annotations": squares, "categories": [{"id": 1, "name": "sports ball"}]}
+    (folder / "instances.json").write_text(json.dumps(coco))
+    return folder
+
+
+def test_objects_are_removed_from_photographs(photos, tmp_path):
+    """With the square and a rim of 2 pixels gone, the harmonic fill leaves the plain background."""
+    out = tmp_path / "out" / "p.jsonl"
+    report = run(read_arguments([
+        "--method", "adavip", "--pairs", str(photos / "pairs.jsonl"), "--out", str(out), "--gallery",
+        "--detector", str(photos / "instances.json"), "--dilation", "5"]))
+    pairs = read_pairs(out, {"rejected_image"})
+    assert len(pairs) == report["pairs"] == 2 and "hallucinating" not in report
+    for pair in pairs:
+        assert pair["image"].startswith("../in/") and pair["rejected_image"].startswith("p-images/")
+        assert np.unique(np.array(Image.open(out.parent / pair["rejected_image"]))).tolist() == [200]
+        (candidate,) = pair["source"]["candidates"]
+        assert candidate["removed"] == "sports ball" and candidate["image"] == pair["rejected_image"]
+        assert pair["source"]["fill"] == "harmonic" and "model" not in pair["source"]
+    assert out.with_suffix(".html").read_text().count("<img") == 4
+    assert not list(out.parent.glob("*.part-*"))
+
+
+def test_what_nobody_knows_about_photographs(photos, tmp_path):
+    """Refused before anything is written: another command must not meet the part files of this one."""
+    for method, reason in [("adavip", "photographs need a detector"), ("corrupt", "let a model write")]:
+        with pytest.raises(ValueError, match=reason):
+            run(read_arguments(["--method", method, "--pairs", str(photos / "pairs.jsonl"),
+                                "--out", str(tmp_path / "out" / "p.jsonl")]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_columns_of_trl(photos, tmp_path):
+    out = tmp_path / "p.jsonl"
+    run(read_arguments(["--method", "mdpo", "--pairs", str(photos / "pairs.jsonl"), "--out", str(out),
+                        "--format", "trl"]))
+    found = read(out)
+    assert [(p["chosen"], p["rejected"]) for p in found] == [("A red ball.", B)] * 2
+    assert all(Path(p["rejected_image"]).parent == tmp_path / "p-images" for p in found)
+
+
+def test_parquet_with_drawn_pictures(tmp_path):
+    pytest.importorskip("pyarrow")
+    out = tmp_path / "p.parquet"
+    report = run(read_arguments(["--scenes", "4", "--samples", "2", "--format", "trl", "--out", str(out)]))
+    assert len(read(out)) == report["pairs"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_format_is_read(name, photos, tmp_path):
+    file = photos / "data.json"
+    file.write_text(json.dumps([ROWS[name]]))
+    if name == "llava":
+        kind, (record,), root = read_input(read_arguments(["--images", str(file)]))
+        assert (kind, record["chosen"], root) == ("images", A, photos)
+        return
+    with pytest.raises(ValueError, match="holds preference pairs: say --pairs"):
+        run(read_arguments(["--images", str(file)]))
+    out = tmp_path / "p.jsonl"
+    run(read_arguments(["--method", "mdpo", "--pairs", str(file), "--out", str(out)]))
+    (pair,) = read_pairs(out, {"rejected_image"})
+    assert (pair["prompt"], pair["chosen"], pair["rejected"], pair["image"]) == (Q, A, B, "in/one.png")
+    assert pair["rejected_image"].startswith("p-images/")
+
+
+def test_pictures_that_are_lists_as_candidates_move_too(tmp_path):
+    row = {"image": "a.png", "rejected_image": "b.png",
+           "source": {"candidates": [{"image": "b.png", "score": 1}]}}
+    (moved,) = relocate([row], tmp_path / "in", tmp_path / "out")
+    assert moved == {"image": "../in/a.png", "rejected_image": "../in/b.png",
+                     "source": {"candidates": [{"image": "../in/b.png", "score": 1}]}}
+    assert row["source"]["candidates"][0]["image"] == "b.png"
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (["--judge", "nobody"], "'nobody' is none of scene, clip, policy or a server's http URL"),
+    (["--writer", "clip"], "'clip' is none of scene, policy or"),
+    (["--detector", "cats"], "'cats' is none of scene, maskrcnn or a .json file"),
+    (["--judge", "http://x/v1"], "--judge URL and --judge-model NAME belong together"),
+    (["--writer-model", "x"], "--writer URL and --writer-model NAME belong together"),
+    (["--dilation", "4"], "--dilation 4: must be odd"),
+    (["--format", "trl", "--out", "x.jsonl"], "scenes have no files to point to"),
+    (["--out", "x.parquet"], "written with --format trl"),
+    (["--method", "adavip", "--detector", "nowhere.json"], "nowhere.json: not found"),
+    (["--method", "bdhs", "--sentence-model", "nowhere"], "nowhere: no such folder"),
+    (["--noise-step", "1000"], "'1000' is not a whole number from 0 to 999"),
+    (["--rho", "1"], "unrecognized arguments"),
+])
+def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["generate_pairs.py", "--scenes", "2", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and reason in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # nothing is left behind

@@ -1,0 +1,528 @@
+"""What train.py builds its steps of: what is scored, rewards, rollouts and pairs that are made while training.
+
+Everything here runs on the embedded model with adapters of rank 4 and a few scenes. Where policy and reference must
+differ the adapters are set to random numbers instead of their zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from data import scenes
+from data.batch import collate
+from data.corrupt import add_noise, crop
+from data.images import open_image, stack
+from data.processor import ClipProcessor, Processor
+from data.records import write_jsonl
+from losses import ppo
+from model import reference, rollout
+from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
+from model.logprobs import Sequence, naive_logprobs, pack
+from model.reward import load_reward_model, save_reward_head
+from model.verifier import Verifier
+from pairs import online
+from pairs.rank import Score
+
+HOME = Path(__file__).resolve().parents[1]
+ANSWERS = [("There is a dog and a cup on the table.", "There is a cat."), ("A red ball lies on the floor.", "A chair."),
+           ("I see a cup.", "I see a large blue dog beside a small tree.")]
+SEEDS = [11, 12, 13]
+
+
+def records() -> list[dict]:
+    return [{"id": f"r{i}", "image": scenes.reference(scenes.PAIRS + i), "prompt": scenes.CAPTION_PROMPT,
+             "chosen": chosen, "rejected": rejected, "rejected_image": scenes.reference(scenes.PAIRS + 50 + i)}
+            for i, (chosen, rejected) in enumerate(ANSWERS)]
+
+
+def make_run(loss: str, *options: str, moved: bool = True, rows: list[dict] | None = None) -> train.Run:
+    args = train.read_arguments(["--loss", loss, "--lora-rank", "4", "--batch-size", "2", *options])
+    train.check(args, 1)
+    device = torch.device("cpu")
+    model, processor = train.load_policy(args, device), Processor(DEFAULT_MODEL)
+    run = train.prepare(args, train.LOSSES[loss], model, processor, rows or records(), None, 0, 1, device)
+    if moved:
+        move(run)
+    return run
+
+
+def move(run: train.Run, size: float = 0.05) -> None:
+    """Policy away from reference, value head away from 0."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in run.plain.named_parameters():
+            if name.endswith("lora_B") or "value_head" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def batch_of(run: train.Run, rows: list[dict] | None = None, seeds: list[int] = SEEDS):
+    return train.collate_with(run.recipe, run.processor, run.root, rows or run.records, seeds)
+
+
+# ---- what is scored ----------------------------------------------------------------------------------------
+
+
+def test_equal_responses_are_computed_once_and_each_keeps_its_gradient():
+    """y, y, z, y with competitor: as many tokens as y, z; log-probs and gradients are those of four sequences."""
+    run = make_run("dpo")
+    processor, view = run.processor, run.processor.image(run.records[0]["image"])
+    prompt = tuple(processor.prompt(scenes.CAPTION_PROMPT, len(view.rows)))
+    y, z = (tuple(processor.response(text)) for text in ANSWERS[0])
+    asked = [Sequence(0, prompt, y), Sequence(0, prompt, y), Sequence(0, prompt, z), Sequence(0, prompt, y, True)]
+    pixels, rows = stack([view], processor.patches)
+    packed = pack(asked, rows, processor.image_id)
+    assert len(packed.ids) == len(pack([asked[0], asked[2]], rows, processor.image_id).ids)
+    logps, mask = run.plain(packed, run.model.vision_features(pixels))
+    naive = naive_logprobs(run.model, asked, [view])
+    gradients = []
+    for values in ([row[m] for row, m in zip(logps, mask)], naive):
+        total = sum((i + 1) * row.sum() for i, row in enumerate(values))
+        gradients.append(torch.autograd.grad(total, run.trained))
+    for row, m, expected in zip(logps, mask, naive):
+        torch.testing.assert_close(row[m], expected, rtol=0, atol=2e-5)
+    for mine, expected in zip(*gradients):
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
+
+
+STARTS = {"dpo": math.log(2), "ipo": 0.25, "slic": 1.0, "dpo_weighted": math.log(2), "rdpo": 2 * math.log(2),
+          "rdpo_released": 2 * math.log(2), "mdpo": 3 * math.log(2), "adavip": math.log(3), "povid": math.log(2),
+          "povid_released": math.log(2), "bdhs_online": math.log(2)}
+
+
+@pytest.mark.parametrize("loss, start", STARTS.items())
+def test_losses_start_where_their_files_say(loss, start):
+    """Policy = reference: IPO (0 - 1 / (2 beta))^2 = 1/4 at beta 1, hinge 1, the others as their files say."""
+    run = make_run(loss, moved=False)
+    rows = [{**record, "generated": "A tree."} for record in run.records]
+    value, _ = run.recipe.loss(**train.asked(run.recipe.loss, train.score(run, batch_of(run, rows))),
+                               **run.options(run.recipe.loss))
+    torch.testing.assert_close(value, torch.full((3,), start), rtol=0, atol=1e-6)
+
+
+def noisy_by_definition(run: train.Run, record: dict, seed: int) -> tuple[list[int], torch.Tensor]:
+    """(k_t, log-prob of any token at each place under the clean picture) of the model as it is now."""
+    processor = run.processor
+    clean = processor.image(record["image"])
+    noisy = processor.view(add_noise(open_image(record["image"]), seed=seed))
+    prompt, response = processor.prompt(record["prompt"], len(clean.rows)), processor.response(record["chosen"])
+    ids = torch.tensor([*prompt, *response[:-1]])
+    with torch.no_grad():
+        under_noise, under_clean = (run.model.logits(ids, *view)[len(prompt) - 1 :] for view in (noisy, clean))
+    return under_noise.argmax(-1), F.log_softmax(under_clean, -1)
+
+
+@pytest.mark.parametrize("loss", ["povid", "povid_released"])
+def test_povid_scores_under_the_clean_picture_what_the_noisy_one_suggests(loss):
+    """povid: the policy's tokens in both; povid_released: each model its own."""
+    run = make_run(loss)
+    offer = train.score(run, batch_of(run))
+    differ = 0
+    for i, (record, seed) in enumerate(zip(run.records, SEEDS)):
+        mine, logps = noisy_by_definition(run, record, seed)
+        with run.reference():
+            its, expected = noisy_by_definition(run, record, seed)
+        differ += int((mine != its).sum())
+        chosen = mine if loss == "povid" else its
+        for name, rows, tokens in (("policy", logps, mine), ("reference", expected, chosen)):
+            found = offer[f"{name}_noisy_token_logps"][i, : len(tokens)]
+            torch.testing.assert_close(found, rows.gather(1, tokens[:, None])[:, 0], rtol=0, atol=1e-4)
+        assert (mine != torch.tensor(run.processor.response(record["chosen"]))).any()
+    assert differ  # or the two kinds would be one
+
+
+def test_mdpo_crops_once_a_sample_and_step():
+    """The crop is data.corrupt.crop of the record's seed: the same for the same seed, another for another one."""
+    run = make_run("mdpo")
+    batch, again, other = batch_of(run), batch_of(run), batch_of(run, seeds=[1, 2, 3])
+    assert torch.equal(batch.pixels, again.pixels) and not torch.equal(batch.pixels, other.pixels)
+    cropped = [crop(run.processor.image(r["image"]).pixels, seed) for r, seed in zip(run.records, SEEDS)]
+    torch.testing.assert_close(batch.pixels[3:], torch.cat(cropped))
+    offer = train.score(run, batch)
+    views = [run.processor.image(r["image"])._replace(pixels=c) for r, c in zip(run.records, cropped)]
+    asked = [Sequence(i, tuple(run.processor.prompt(r["prompt"])), tuple(run.processor.response(r["chosen"])))
+             for i, r in enumerate(run.records)]
+    with torch.no_grad():
+        naive = {"policy": naive_logprobs(run.model, asked, views)}
+        with run.reference():
+            naive["reference"] = naive_logprobs(run.model, asked, views)
+    for name, rows in naive.items():
+        torch.testing.assert_close(offer[f"{name}_cropped_logps"], torch.stack([r.sum() for r in rows]),
+                                   rtol=0, atol=1e-4)
+
+
+# ---- reward model ------------------------------------------------------------------------------------------
+
+
+def test_reward_is_read_at_the_end_token_and_survives_the_disk(tmp_path):
+    """w . h + b of the end token's state by definition; the saved model gives the same, as a judge, too."""
+    run = make_run("reward_model")
+    offer, expected = train.score(run, batch_of(run)), []
+    for field in ("chosen", "rejected"):
+        for record in run.records:
+            view = run.processor.image(record["image"])
+            prompt = run.processor.prompt(record["prompt"])
+            ids = torch.tensor([*prompt, *run.processor.response(record[field])])
+            assert ids[-1] == run.processor.eos_id
+            with torch.no_grad():
+                decoder, features = run.model.language_model, run.model.vision_features(view.pixels)
+                decoder.lm_head, head = torch.nn.Identity(), decoder.lm_head  # logits() now gives states
+                expected.append(run.plain.head(run.model.logits(ids, *view)[-1])[0])
+                decoder.lm_head = head
+    found = torch.cat([offer["chosen_rewards"], offer["rejected_rewards"]])
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-4)
+    save_reward_head(run.plain, tmp_path)
+    save_llava(run.model, tmp_path / "model", DEFAULT_MODEL)
+    judge = online.reward_judge(load_reward_model(tmp_path), Processor(tmp_path / "model"))
+    scores = judge(run.records, [[r["chosen"], r["rejected"]] for r in run.records])
+    judged = torch.tensor([[s.score for s in group] for group in scores])
+    torch.testing.assert_close(judged.T.flatten(), found.detach(), rtol=0, atol=1e-4)
+
+
+def test_the_unused_head_of_a_reward_model_does_not_train():
+    run = make_run("reward_model", "--lora-rank", "0", moved=False)
+    value, _ = run.recipe.loss(**train.score(run, batch_of(run)))
+    value.mean().backward()
+    assert run.trained and all(p.grad is not None for p in run.trained)
+
+
+# ---- rollouts ----------------------------------------------------------------------------------------------
+
+
+def by_length(rows: list[dict], answers: list[list[str]]) -> list[list[Score]]:
+    return [[Score(float(-len(text))) for text in group] for group in answers]
+
+
+def draw(run: train.Run, rows: list[dict], seeds: list[int], tokens: int = 12) -> rollout.Rollout:
+    run.model.eval()
+    said = online.sample(run.model, run.processor, rows, seeds, None, samples=2, temperature=1.0, max_new_tokens=tokens)
+    return rollout.roll_out(run.plain, run.reference, rows, said, run.processor)
+
+
+@pytest.fixture(scope="module")
+def ppo_run():
+    return make_run("ppo", "--judge", "clip", "--samples", "2")
+
+
+def test_the_first_ratio_is_one_to_the_last_bit(ppo_run):
+    """pi_old comes from the very forward that trains, and so do the values."""
+    r = draw(ppo_run, ppo_run.records, SEEDS)
+    logps, mask, values = ppo_run.scorer(r.packed, r.features)
+    assert logps.requires_grad and torch.equal(logps.detach(), r.old) and torch.equal(values.detach(), r.values)
+    assert not torch.equal(r.old, r.reference) and values[mask].abs().min() > 0
+    lessons, _ = rollout.ppo_advantages([r], by_length, {"mean": -40.0, "std": 10.0})
+    offer = train.by_name("policy", ["sampled"], logps) | lessons[0] | {"sampled_mask": mask, "values": values}
+    _, metrics = ppo.ppo_loss(**train.asked(ppo.ppo_loss, offer))
+    torch.testing.assert_close(metrics["ratio"].mean(), torch.tensor(1.0), rtol=0, atol=1e-6)
+    assert metrics["clip_fraction"].eq(0).all() and metrics["approx_kl"].eq(0).all()
+
+
+def test_two_micro_batches_are_one(ppo_run):
+    """Same answers cut in two: whitened together, divided by the tokens of both, the mean loss is the same."""
+    rows, judge = ppo_run.records[:2], by_length
+    parts = [draw(ppo_run, rows[:1], SEEDS[:1], 60), draw(ppo_run, rows[1:2], SEEDS[1:2], 60)]
+    whole = draw(ppo_run, rows, SEEDS[:2], 60)
+    assert whole.ids == parts[0].ids + parts[1].ids and len({len(ids) for ids in whole.ids}) > 1
+    means = []
+    for group in ([whole], parts):
+        lessons, _ = rollout.ppo_advantages(group, judge, {})
+        losses = []
+        for r, lesson in zip(group, lessons):
+            offer = lesson | {"policy_sampled_token_logps": r.old - 0.1, "sampled_mask": r.mask, "values": r.values + 1}
+            losses.append(ppo.ppo_loss(**offer)[0].mean())
+        means.append(torch.stack(losses).mean())
+    torch.testing.assert_close(means[0], means[1], rtol=1e-4, atol=1e-5)
+    masks = [r.mask for r in parts]
+    rows = [torch.randn(m.shape, generator=torch.Generator().manual_seed(1)) for m in masks]
+    found = torch.cat([x[m] for x, m in zip(rollout.whiten(rows, masks), masks)])
+    flat = torch.cat([x[m] for x, m in zip(rows, masks)])[None]
+    torch.testing.assert_close(found, ppo.whiten(flat, torch.ones_like(flat, dtype=torch.bool))[0])
+
+
+def test_rloo_compares_the_answers_of_one_prompt(ppo_run):
+    """Scores that differ between prompts only teach nothing; 0 and 1 within each prompt give -1 and +1."""
+    r = draw(ppo_run, ppo_run.records, SEEDS)
+    of_prompt = lambda rows, answers: [[Score(row["id"].count("1") * 5.0)] * len(g) for row, g in zip(rows, answers)]
+    of_place = lambda rows, answers: [[Score(float(i)) for i in range(len(g))] for g in answers]
+    nothing, _ = rollout.rloo_advantages([r], of_prompt, {}, kl_coef=0.0)
+    assert nothing[0]["advantages"].eq(0).all()
+    ends, _ = rollout.rloo_advantages([r], of_place, {}, kl_coef=0.0)
+    assert ends[0]["advantages"].tolist() == [-1, 1] * 3
+
+
+def test_a_judge_without_a_verdict_is_named(ppo_run):
+    r = draw(ppo_run, ppo_run.records[:1], SEEDS[:1], tokens=2)
+    with pytest.raises(ValueError, match="record 'r0': the judge came to no verdict"):
+        rollout.ppo_advantages([r], lambda rows, answers: [None], {})
+
+
+# ---- FiSAO -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Verifier:
+    return Verifier(load_clip(DEFAULT_CLIP), ClipProcessor(DEFAULT_CLIP), Processor(DEFAULT_MODEL))
+
+
+def test_verifier_scores_words_against_their_picture(verifier):
+    """250 max(cos, 0) of the CLIP module's own embeddings, at the tokens that spell the word."""
+    processor, clip = verifier.processor, verifier.clip
+    images = [scenes.reference(scenes.PAIRS), scenes.reference(scenes.PAIRS + 1)]
+    answers = [processor.response(text) for text in ("There is a cat.", "Here you see a dog and a cup on a table.")]
+    found = verifier(images, answers)
+    assert found.entities[:3] == ["cat", "dog", "cup"] and found.rows.tolist()[:3] == [0, 1, 1]
+    for i, (word, row) in enumerate(zip(found.entities[:3], found.rows.tolist())):
+        spelt = processor.decode(answers[row][found.starts[i] : found.stops[i]])
+        assert spelt.strip() == word
+        with torch.no_grad():
+            picture = clip.image_embeddings(verifier.clip_processor.image(images[row])[None])
+            cosine = F.cosine_similarity(clip.text_embeddings([verifier.clip_processor.text(word)]), picture)
+        torch.testing.assert_close(found.scores[i], 250 * cosine[0].clamp(min=0), rtol=0, atol=1e-3)
+
+
+def test_fisao_rewards_stand_on_the_last_token_of_their_word(monkeypatch, ppo_run, verifier):
+    """Baselines 100 and 100, range 0 to 200, margin 0: score 150 is worth .5, score 20 -.8; KL off, lambda 0."""
+    run = ppo_run
+    record = run.records[0]
+    shown = scenes.objects_present(*scenes.parse_reference(record["image"]))
+    present = sorted(shown)[0]
+    absent = next(word for word in ("dog", "cat", "cup") if word not in shown)
+    answers = [[run.processor.response(f"A {absent}."), run.processor.response(f"I see a big {present} here.")]]
+    r = rollout.roll_out(run.plain, run.reference, [record], answers, run.processor)
+    r.values.zero_()
+    real = verifier([record["image"]] * 2, r.ids)
+    fixed = lambda references, ids: real._replace(scores=torch.tensor([20.0, 150.0]))
+    state = {"baselines": {"correct": 100.0, "hallucinated": 100.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}}
+    placed = []
+    monkeypatch.setattr(rollout, "whiten", lambda advantages, masks: placed.extend(advantages) or advantages)
+    _, figures = rollout.fisao_advantages([r], fixed, state, kl_coef=0.0, margin=0.0, lam=0.0, gamma=0.0)
+    expected = torch.zeros(r.mask.shape)
+    expected[0, real.stops[0] - 1], expected[1, real.stops[1] - 1] = -0.8, 0.5
+    torch.testing.assert_close(placed[0], expected)
+    assert figures["reward/correct"].item() == pytest.approx(0.5)
+    assert figures["reward/hallucinated"].item() == pytest.approx(-0.8)
+    assert figures["rewarded"].item() == 1
+
+
+def test_fisao_figures_of_answers_without_objects(ppo_run, verifier):
+    """No mention: figures are 0, never nan."""
+    run = ppo_run
+    r = rollout.roll_out(run.plain, run.reference, run.records[:1], [[run.processor.response("I see it.")] * 2], run.processor)
+    _, figures = rollout.fisao_advantages([r], verifier, {"baselines": {
+        "correct": 100.0, "hallucinated": 90.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}})
+    assert figures["rewarded"] == 0 and figures["reward"] == 0 and figures["reward/correct"] == 0
+
+
+# ---- pairs made while training -----------------------------------------------------------------------------
+
+
+def stub_sample(monkeypatch, processor: Processor, said: list[list[tuple[str, bool]]]) -> None:
+    """`online.sample` says these: [record][sample] (text, ended)."""
+    ids = {f"r{i}": [processor.response(text)[: None if ended else -1] for text, ended in group]
+           for i, group in enumerate(said)}
+    monkeypatch.setattr(online, "sample", lambda model, processor, rows, *_, **__: [ids[r["id"]] for r in rows])
+
+
+def test_ties_duplicates_and_cut_answers_teach_nothing(monkeypatch):
+    """Three pairs without weight: the parameters stay where they are, whatever their losses."""
+    run = make_run("online_dpo")
+    stub_sample(monkeypatch, run.processor, [[("A dog.", True), ("A cup.", True)], [("A cat.", True)] * 2,
+                                             [("A dog.", True), ("A tree", False)]])
+    of_place = lambda rows, answers: [[Score(0.0)] * 2 if row["id"] == "r0" else [Score(1.0), Score(0.0)] for row in rows]
+    made = online.ranked_pairs(run.records, SEEDS, run.model, run.processor, None, of_place)
+    assert [row["weight"] for row in made] == [0, 0, 0]
+    before = [p.detach().clone() for p in run.trained]
+    run.args.out = Path(os.devnull)
+    log = SimpleNamespace(add=lambda *_: None)
+    norm = train.pairs_step(run, [collate(made, run.recipe.sequences, run.processor)], log)
+    assert norm == 0 and all(torch.equal(a, b) for a, b in zip(before, run.trained))
+    better = lambda rows, answers: [[Score(0.0), Score(1.0)] for _ in rows]
+    useful = online.ranked_pairs(run.records, SEEDS, run.model, run.processor, None, better)
+    assert [row["weight"] for row in useful] == [1, 0, 0]
+    assert run.processor.decode(useful[0]["chosen"]) == "A cup."
+    assert train.pairs_step(run, [collate(useful, run.recipe.sequences, run.processor)], log) > 0
+
+
+def test_mixture_draws_only_what_it_needs(monkeypatch):
+    """p = 1 asks nobody; p = 0 is online DPO; between them each record decides for itself by its own seed."""
+    run = make_run("mixed_dpo", moved=False)
+    stub_sample(monkeypatch, run.processor, [[("A dog.", True), ("A cup.", True)]] * 3)
+    judged = []
+    judge = lambda rows, answers: judged.append(len(rows)) or [[Score(1.0), Score(0.0)] for _ in rows]
+    mix = lambda rows, seeds, p: online.mixed_pairs(rows, seeds, run.model, run.processor, None, judge, offline=p)
+    assert [row["chosen"] for row in mix(run.records, SEEDS, 1.0)] == [a for a, _ in ANSWERS] and not judged
+    assert all(run.processor.decode(row["chosen"]) == "A dog." for row in mix(run.records, SEEDS, 0.0))
+    seeds = list(range(40))
+    many = [run.records[0]] * 40
+    mixed = [isinstance(row["chosen"], str) for row in mix(many, seeds, 0.5)]
+    assert 10 < sum(mixed) < 30 and judged[-1] == 40 - sum(mixed)
+    assert [isinstance(mix(many[:1], [seed], 0.5)[0]["chosen"], str) for seed in seeds] == mixed
+    with pytest.raises(ValueError, match="no given pairs"):
+        make_run("online_dpo", "--offline", "0.5")
+
+
+def test_samples_depend_on_their_seed_alone():
+    run = make_run("online_dpo", moved=False)
+    say = lambda rows, seeds: online.sample(run.model, run.processor, rows, seeds, None, samples=2, temperature=1.0,
+                                            max_new_tokens=10)
+    together = say(run.records, SEEDS)
+    assert say(run.records[2:], SEEDS[2:]) == together[2:] and say(run.records[::-1], SEEDS[::-1]) == together[::-1]
+    assert all(ids[-1] == run.processor.eos_id or len(ids) == 10 for group in together for ids in group)
+
+
+def test_bdhs_draws_by_seed_and_falls_back_without_weight(monkeypatch):
+    """What is drawn for a record does not depend on its place in the batch; no completion -> weight 0."""
+    run = make_run("bdhs_online", moved=False)
+    drawn = []
+    monkeypatch.setattr(online, "completion", lambda *_, **__: lambda attempts, progress: drawn.extend(
+        a.seed for a in attempts) or [None if a.image == run.records[1]["image"] else "A tree." for a in attempts])
+    alike = lambda left, right: [0.5] * len(left)
+    make = lambda rows, seeds: online.bdhs_triples(rows, seeds, run.model, run.processor, None, alike)
+    made = make(run.records, SEEDS)
+    assert [(row["weight"], row["generated"]) for row in made] == [
+        (1, "A tree."), (0, run.records[1]["rejected"]), (1, "A tree.")]
+    assert [row["id"] for row in made] == ["r0", "r1", "r2"]
+    third = drawn[2]
+    drawn.clear()
+    make(run.records[2:], SEEDS[2:])
+    assert drawn == [third]
+
+
+# ---- reference cache ---------------------------------------------------------------------------------------
+
+
+def test_cached_reference_equals_a_fresh_one_and_is_refused_when_stale(tmp_path):
+    path = tmp_path / "reference.safetensors"
+    run = make_run("rdpo_released", "--reference-cache", str(path), moved=False)
+    move(run)
+    cached = train.score(run, batch_of(run))
+    run.cache = None
+    fresh = train.score(run, batch_of(run))
+    for name in fresh:
+        torch.testing.assert_close(cached[name], fresh[name], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="of another model, data, template"):
+        make_run("rdpo_released", "--reference-cache", str(path), rows=records()[:2])
+    with pytest.raises(ValueError, match="of another model, data, template"):
+        make_run("dpo", "--reference-cache", str(path))
+
+
+def test_fingerprint_sees_template_and_a_weight_in_the_middle(tmp_path):
+    """A merged adapter changes the middle of a weight file and neither its size nor its ends."""
+    def key(folder: Path, template: str | None = None) -> str:
+        return reference.fingerprint(records(), {}, Processor(folder, template=template), "fp32")
+
+    model = load_llava(DEFAULT_MODEL)
+    save_llava(model, tmp_path, DEFAULT_MODEL)
+    before = key(tmp_path)
+    assert key(tmp_path) == before and key(tmp_path, "vicuna_v1") != key(tmp_path, "hf")
+    with torch.no_grad():
+        model.language_model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    save_llava(model, tmp_path, DEFAULT_MODEL)
+    assert key(tmp_path) != before
+
+
+@pytest.mark.parametrize("loss, reason", [("mdpo", "drawn anew"), ("online_dpo", "drawn anew"), ("ppo", "drawn anew"),
+                                          ("sft", "has no reference"), ("reward_model", "has no reference")])
+def test_reference_cache_is_refused_where_it_cannot_be(tmp_path, loss, reason):
+    with pytest.raises(ValueError, match=reason):
+        make_run(loss, "--reference-cache", str(tmp_path / "x"), *(["--judge", "clip"] if loss == "ppo" else []))
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+SHORT = ["--batch-size", "2", "--samples", "2", "--max-new-tokens", "24"]
+RUNS = {
+    "ppo": [*SHORT, "--judge", "clip", "--inner-epochs", "2", "--kl-target", "0.01", "--micro-batch-size", "1"],
+    "fisao": [*SHORT, "--inner-epochs", "1", "--margin-mode", "none"],
+    "online_dpo": SHORT,
+    "mdpo": ["--batch-size", "2"],
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Pictures and questions, with pairs for the losses that are given them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = [{"id": str(i), "image": scenes.reference(scenes.PAIRS + i), "prompt": scenes.CAPTION_PROMPT} for i in range(24)]
+    write_jsonl(folder / "images.jsonl", rows)
+    write_jsonl(folder / "pairs.jsonl", [row | dict(zip(("chosen", "rejected"), ANSWERS[i % 3]))
+                                         for i, row in enumerate(rows)])
+    return folder
+
+
+def arguments(pictures: Path, out: Path, loss: str, steps: int = 4) -> list[str]:
+    data = pictures / ("pairs.jsonl" if train.LOSSES[loss].pairs else "images.jsonl")
+    return ["--loss", loss, "--data", str(data), "--out", str(out), "--steps", str(steps), "--log-every", "1",
+            "--eval-scenes", "0", "--lora-rank", "4", *RUNS[loss]]
+
+
+def saved(out: Path) -> dict:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loss", RUNS)
+def test_resumed_equals_uninterrupted_bit_for_bit(pictures, tmp_path, monkeypatch, verifier, loss):
+    """Parameters (value head included), losses and the run's own numbers; what was measured first stays."""
+    def fresh(*_) -> Verifier:  # its words are the same every time, its pictures are to be seen anew
+        made = copy.copy(verifier)
+        made.pictures = {}
+        return made
+
+    monkeypatch.setattr(train, "Verifier", fresh)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main(arguments(pictures, whole, loss)) == 0
+    with monkeypatch.context() as patch:
+        calls = iter([False, True])
+        patch.setattr(train.StopRequest, "asked", lambda self: next(calls))
+        assert train.main(arguments(pictures, parts, loss)) == 1
+    first = saved(parts)["state"]
+    monkeypatch.setattr(train, "calibrate", None)  # not again
+    assert train.main([*arguments(pictures, parts, loss), "--resume"]) == 0
+    one, two = saved(whole), saved(parts)
+    assert one["state"] == two["state"] and one["trained"].keys() == two["trained"].keys()
+    assert all(torch.equal(one["trained"][name], two["trained"][name]) for name in one["trained"])
+    assert [x["loss"] for x in lines(whole)] == [x["loss"] for x in lines(parts)] and len(lines(parts)) == 4
+    if loss == "ppo":
+        assert one["trained"]["value_head.weight"].abs().max() > 0
+        assert one["state"]["kl_coef"] != first["kl_coef"] and one["state"]["mean"] == first["mean"]
+    if loss == "fisao":
+        assert one["state"]["baselines"] == first["baselines"]
+        assert "reward/correct" in lines(whole)[0]
+
+
+def test_two_processes_reinforce_like_one(pictures, tmp_path):
+    """The same answers, whitened together: the same losses and figures at every step."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main(arguments(pictures, one, "ppo", steps=2)) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(HOME / "train.py"), *arguments(pictures, two, "ppo", steps=2)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for mine, theirs in zip(lines(one), lines(two), strict=True):
+        for name in ("loss", "score", "kl", "policy_loss", "value_loss", "kl_coef", "tokens"):
+            assert theirs[name] == pytest.approx(mine[name], abs=2e-5), name
+
+
+def test_ppo_raises_a_toy_reward(tmp_path, pictures, monkeypatch):
+    """Rewarded for few letters, the answers get shorter."""
+    monkeypatch.setattr(train, "make_judge", lambda *_: by_length)
+    command = arguments(pictures, tmp_path, "ppo", steps=8)
+    assert train.main([*command, "--batch-size", "4", "--micro-batch-size", "4", "--samples", "4", "--lr", "0.01",
+                       "--inner-epochs", "2", "--kl-target", "0", "--kl-coef", "0.02"]) == 0
+    scores = [line["score"] for line in lines(tmp_path)]
+    assert sum(scores[-2:]) / 2 > sum(scores[:2]) / 2 + 0.5, scores
