@@ -200,7 +200,8 @@ def protocol(args: argparse.Namespace, rows: Sequence[dict]) -> dict:
     decoding = {"decoding": "greedy", "max_new_tokens": args.max_new_tokens}
     model = args.model.resolve()
     name = model.relative_to(HOME) if model.is_relative_to(HOME) else model
-    return {**entries, "model": str(name), "prompt": args.prompt, "template": args.template, "aspect": args.aspect, **decoding}
+    return {**entries, "model": str(name), "prompt": args.prompt, "template": args.template,
+            "aspect": args.aspect, **decoding}
 
 
 def table(result: dict) -> str:
@@ -231,7 +232,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--benchmark", choices=("chair", "pope"), required=True)
     add("--model", type=Path, default=DEFAULT_MODEL, help="llava-hf folder (default: model/tiny)")
     add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
-    add("--aspect", choices=("crop", "pad", "anyres"), help="how pictures are shown (default: the checkpoint's way)")
+    add("--aspect", choices=("crop", "pad", "anyres"),
+        help="how pictures are shown (default: the checkpoint's way)")
     add("--answers", type=Path, help="score this file instead of running a model")
     add("--annotations", type=Path, nargs="+", help="ground truth of photographs; without it: scenes")
     add("--questions", type=Path, help="pope: LLaVA's question file, if --answers has LLaVA's ids")

@@ -6,7 +6,7 @@
     python train.py --loss adavip --data pairs.jsonl --model DIR        your pairs, your LLaVA checkpoint
     python train.py --loss adavip --out runs/adavip --resume            go on after an interruption
     python train.py --loss reward_model                                 a reward model, for the next line
-    python train.py --loss ppo --reward runs/reward_model               reinforcement; rloo alike, fisao needs none
+    python train.py --loss ppo --reward runs/reward_model               reinforcement; rloo too, fisao needs none
     python train.py --loss dpo --help                                   the options of one loss
 
 With no --data it makes its pairs from the scene world (data/scenes.py), with the method that fits the loss,
@@ -20,8 +20,9 @@ its argument names say which log-probs it gets, its keyword arguments become opt
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from model/rollout.py.
 
 --out receives: config.json (the resolved configuration), pairs.jsonl (if made here), metrics.jsonl (one line
-an interval), checkpoint.pt (to resume), model/ (llava-hf folder, adapters merged), result.json (before and
-after), and from fisao scores.svg (what the verifier says of words and sentences, before and after).
+an interval), checkpoint.pt (to resume), model/ (llava-hf folder, adapters merged), adapters/ (PEFT's format),
+result.json (before and after), and from fisao scores.svg (what the verifier says of words and sentences,
+before and after).
 """
 
 from __future__ import annotations
@@ -57,12 +58,15 @@ from data.batch import Batch, MicroBatches, collate, fields_of
 from data.processor import ClipProcessor, Processor
 from data.records import read_images, read_pairs, write_jsonl
 from data.templates import TEMPLATES
-from losses import adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic
+from losses import (
+    adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic,
+)
 from metrics.score_plot import write_histograms
 from model import reference, rollout
+from model.adapters import save_adapters
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_json, save_llava
 from model.logprobs import Scorer
-from model.lora import Reference, add_lora
+from model.lora import Reference, add_lora, merge_lora
 from model.reward import RewardModel, load_reward_model, save_reward_head
 from model.verifier import Verifier
 from pairs import online
@@ -109,7 +113,7 @@ LOSSES = {
 EMBEDDED = {"lr": 1e-3, "beta": 1.0}
 EMBEDDED_OF = {  # of single losses, where these differ
     "ipo": {"beta": 0.1},
-    "dpo_weighted": {"beta": 3.0},
+    "dpo_weighted": {"beta": 10.0},
     "bdhs_online": {"rho_th": 0.9},  # of 64 image tokens, .99 mostly leaves none
     "ppo": {"lr": 3e-4, "kl_coef": 0.4, "steps": 30},
     "rloo": {"lr": 5e-4, "kl_coef": 0.4, "steps": 30},
@@ -144,8 +148,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, (kind, default) in own.items():
         shown = f"{tuned[name]}, with --model {default}" if name in tuned else default
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
-        group.add_argument(f"--{name.replace('_', '-')}", type=type(default) if choices else kind, default=default,
-                           choices=choices, help=f"(default: {shown})")
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(default) if choices else kind,
+                           default=default, choices=choices, help=f"(default: {shown})")
     if recipe.online or recipe.advantages:
         add_online_options(group, recipe)
     parser.set_defaults(**tuned)
@@ -160,13 +164,14 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     """Those that every loss has."""
     add = parser.add_argument
     add("--data", type=Path, metavar="FILE", help="records; left out, they are made from scenes")
-    add("--pairs", choices=generate_pairs.METHODS, help="method that makes pairs of scenes (default: the loss's own)")
+    add("--pairs", choices=generate_pairs.METHODS,
+        help="method that makes pairs of scenes (default: the loss's own)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     add("--steps", type=int, default=60, help="optimiser steps (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="records a step, over all processes (default: %(default)s)")
     add("--micro-batch-size", type=int, help="records a forward pass and process (default: all of the process)")
-    add("--lr", type=float, default=1e-6, help="peak learning rate (default: 1e-3, with --model 1e-6)")
+    add("--lr", type=float, default=1e-6, help="peak learning rate (default: %(default)s)")
     add("--warmup", type=float, default=0.1, help="share of steps with rising rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
     add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
@@ -179,7 +184,8 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--reference-cache", type=Path, metavar="FILE",
         help="compute the reference's log-probs once and keep them here; refused if they are not this run's")
     add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
-    add("--aspect", choices=("crop", "pad", "anyres"), help="how pictures are shown (default: the checkpoint's way)")
+    add("--aspect", choices=("crop", "pad", "anyres"),
+        help="how pictures are shown (default: the checkpoint's way)")
     add("--seed", type=int, default=0, help="of scenes, sampling, adapters and order (default: %(default)s)")
     add("--scenes", type=int, default=600, help="scenes that records are made from (default: %(default)s)")
     add("--eval-scenes", type=int, default=300, help="held-out scenes, 0 for none (default: %(default)s)")
@@ -194,12 +200,16 @@ def add_online_options(group, recipe: Recipe) -> None:
     """Who judges what is sampled, and how often a sample is used."""
     add = group.add_argument
     if recipe.advantages is not rollout.fisao_advantages and recipe.online is not online.bdhs_triples:
-        add("--judge", choices=("scene", "clip", "reward", "server"), default="reward" if recipe.advantages else "scene",
-            help="the scene's own record, a CLIP model, a reward model, a VLM behind a server (default: %(default)s)")
-        add("--reward", type=Path, metavar="DIR", help="for --judge reward: what train.py --loss reward_model wrote")
+        add("--judge", choices=("scene", "clip", "reward", "server"),
+            default="reward" if recipe.advantages else "scene",
+            help="the scene's own record, a CLIP model, a reward model, a VLM behind a server"
+                 " (default: %(default)s)")
+        add("--reward", type=Path, metavar="DIR",
+            help="for --judge reward: what train.py --loss reward_model wrote")
         add("--server", metavar="URL", help="for --judge server: base address of an OpenAI-compatible API")
         add("--server-model", metavar="NAME", help="for --judge server")
-    add("--clip-model", type=Path, default=DEFAULT_CLIP, metavar="DIR", help="CLIP folder (default: model/tiny/clip)")
+    add("--clip-model", type=Path, default=DEFAULT_CLIP, metavar="DIR",
+        help="CLIP folder (default: model/tiny/clip)")
     if recipe.advantages:
         add("--samples", type=int, default=4, help="answers to each picture (default: %(default)s)")
         add("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
@@ -250,7 +260,8 @@ def check(args: argparse.Namespace, world: int) -> None:
                          f" x micro-batch {args.micro_batch_size}")
     parts = args.batch_size // (world * args.micro_batch_size)
     if parts % getattr(args, "minibatches", 1):
-        raise ValueError(f"--minibatches {args.minibatches} does not divide the {parts} micro-batches of a process")
+        raise ValueError(f"--minibatches {args.minibatches} does not divide the {parts} micro-batches"
+                         " of a process")
     if args.pairs and (args.data or not LOSSES[args.loss].pairs):
         raise ValueError("--pairs is for losses that learn from pairs, where there is no --data")
     if args.data is None and args.scenes > SCENES_OF_A_SEED:
@@ -267,6 +278,8 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError(f"--reference-cache: {args.loss} has no reference")
     if getattr(args, "offline", 0) and not LOSSES[args.loss].pairs:
         raise ValueError(f"--offline {args.offline}: {args.loss} has no given pairs, mixed_dpo does")
+    if LOSSES[args.loss].loss is rloo.rloo_loss and args.samples < 2:
+        raise ValueError("rloo compares the answers to one picture: --samples must be at least 2")
     fixed = not (LOSSES[args.loss].online or LOSSES[args.loss].advantages)
     if args.reference_cache and (not fixed or any(":" in s[0] for s in LOSSES[args.loss].sequences.values())):
         raise ValueError(f"--reference-cache: what {args.loss} scores is drawn anew at every step")
@@ -293,6 +306,7 @@ def load_policy(args: argparse.Namespace, device: torch.device):
     full = args.lora_rank == 0
     dtype = torch.bfloat16 if args.precision == "bf16" and not full else torch.float32
     model = load_llava(args.model, dtype, device)
+    merge_lora(model)  # a folder of adapters is a starting point like any other
     model.requires_grad_(False)
     torch.manual_seed(args.seed)  # the same adapters in every process
     if full:
@@ -338,7 +352,7 @@ def make_records(args, recipe: Recipe, model, processor) -> list[dict]:
 
 
 def read_records(path: Path, recipe: Recipe) -> list[dict]:
-    """Validated records with what this loss reads; losses that sample everything need pictures and questions only."""
+    """Validated records with what this loss reads; pictures and questions only if it samples everything."""
     if not recipe.pairs:
         return read_images(path)
     return read_pairs(path, fields_of(recipe.sequences) - {"generated"})
@@ -358,12 +372,14 @@ def make_judge(args, model, processor, root: Path):
     if args.judge == "scene":
         return one_by_one(judge_scene)
     if args.judge == "clip":
-        return clip_judge(load_clip(args.clip_model, device=model.device), ClipProcessor(args.clip_model), root=root)
+        return clip_judge(load_clip(args.clip_model, device=model.device), ClipProcessor(args.clip_model),
+                          root=root)
     if args.judge == "reward":
         half = torch.bfloat16 if args.precision == "bf16" else None
         reward = load_reward_model(args.reward, half or torch.float32, model.device, autocast=half)
         config = json.loads((args.reward / "config.json").read_text())
-        return online.reward_judge(reward, Processor(args.reward / "model", template=config["template"]), root)
+        shown = Processor(args.reward / "model", template=config["template"], aspect=config["aspect"])
+        return online.reward_judge(reward, shown, root)
     server = server_model(Server(args.server, args.server_model), cache=args.out / "replies", root=root)
     return model_judge(server, seed=args.seed)
 
@@ -406,7 +422,7 @@ class Run:
 
 
 def score(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
-    """All that a loss may ask for, by argument name: `policy_chosen_logps`, `chosen_mask`, `chosen_rewards`, ..."""
+    """All that a loss may ask for, by argument name: `policy_chosen_logps`, `chosen_mask`, `chosen_rewards`."""
     packed = batch.packed.to(run.device)
     features = run.model.vision_features(batch.pixels.to(run.device, non_blocking=True))  # (tiles, P, C)
     if isinstance(run.plain, RewardModel):
@@ -435,7 +451,7 @@ def score(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def choose_labels(run: Run, batch: Batch, packed, features: torch.Tensor) -> None:
-    """Put the tokens that the model likes best under the noisy picture in the place of the noisy sequence's labels."""
+    """Make the tokens that the model likes best under the noisy picture the labels of the noisy sequence."""
     run.model.eval()  # the choice is the model's, not its dropout's
     packed.labels[batch.noisy_labels] = run.plain.likeliest(batch.noisy.to(run.device), features)
     run.model.train()
@@ -501,7 +517,8 @@ def reinforce_step(run: Run, picked: list[list[tuple[dict, int]]], step: int, lo
         answers = online.sample(run.model, run.processor, records, seeds, run.root, samples=args.samples,
                                 temperature=args.temperature, max_new_tokens=args.max_new_tokens)
         rollouts.append(rollout.roll_out(run.plain, run.reference, records, answers, run.processor, run.root))
-    lessons, figures = run.recipe.advantages(rollouts, run.helper, run.state, **run.options(run.recipe.advantages))
+    lessons, figures = run.recipe.advantages(rollouts, run.helper, run.state,
+                                             **run.options(run.recipe.advantages))
     log.add(figures, sum(len(r.packed.ids) for r in rollouts))
     options = run.options(run.recipe.loss)
     for epoch in range(args.inner_epochs):
@@ -547,7 +564,7 @@ def save_checkpoint(path: Path, run: Run, step: int, config: dict) -> None:
 
 
 def load_checkpoint(path: Path, run: Run, config: dict) -> int:
-    """Restore weights, optimiser and state; returns the next step. ValueError if the run was set up differently."""
+    """Restore weights, optimiser and state; returns the next step. ValueError if the set-up was another."""
     saved = torch.load(path, map_location=run.device, weights_only=True)
     different = [k for k in config if k not in HARMLESS and config[k] != saved["config"].get(k)]
     if different:
@@ -574,7 +591,8 @@ class Log:
         self.since = self.started
         if run.rank == 0:  # drop lines behind the checkpoint that this run goes on from
             old = self.path.read_text().splitlines() if start and self.path.exists() else []
-            self.path.write_text("".join(f"{x}\n" for x in old if whole_line(x) and json.loads(x)["step"] <= start))
+            self.path.write_text("".join(f"{x}\n" for x in old
+                                         if whole_line(x) and json.loads(x)["step"] <= start))
 
     def add(self, metrics: dict[str, torch.Tensor], tokens: int = 0, weights: torch.Tensor | None = None) -> None:
         for name, value in metrics.items():
@@ -641,7 +659,8 @@ def make_helper(run: Run) -> Callable | None:
     """Who judges the samples of this loss, if it samples."""
     args, device = run.args, run.device
     if run.recipe.advantages is rollout.fisao_advantages:
-        return Verifier(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model), run.processor, run.root)
+        return Verifier(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model),
+                        run.processor, run.root)
     if run.recipe.online is online.bdhs_triples:
         return clip_similarity(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model))
     if run.recipe.online or run.recipe.advantages:
@@ -649,37 +668,47 @@ def make_helper(run: Run) -> Callable | None:
     return None
 
 
+def answers_to(run: Run, records: list[dict], temperature: float) -> list[list[int]]:
+    """One answer to each record, token ids; the i-th record's seed is i."""
+    ids, size = [], run.args.micro_batch_size
+    for start in range(0, len(records), size):
+        part = records[start : start + size]
+        groups = online.sample(run.model, run.processor, part, list(range(start, start + len(part))), run.root,
+                               samples=1, temperature=temperature, max_new_tokens=run.args.max_new_tokens)
+        ids += [group[0] for group in groups]
+    return ids
+
+
 def look_at_scores(run: Run) -> dict[str, list[float]]:
     """What the verifier says of the policy's answers to the first records, if these are scenes."""
     picked = [r for r in run.records[:CALIBRATION] if r["image"].startswith("scene:")]
-    answers = online.sample(run.model, run.processor, picked, list(range(len(picked))), run.root, samples=1,
-                            temperature=0.0, max_new_tokens=run.args.max_new_tokens)
-    ids = [group[0] for group in answers]
+    ids = answers_to(run, picked, temperature=0.0)
     texts = [run.processor.decode(answer) for answer in ids]
     return rollout.verifier_scores([r["image"] for r in picked], ids, texts, run.helper)
 
 
 def calibrate(run: Run) -> None:
-    """Measure, with the untrained model, the scale of scores that reinforcement works with; kept in the checkpoint.
+    """Measure, with the untrained model, the scale of scores that reinforcement works with.
 
-    Every process does the same: the records are few.
+    It is kept in the checkpoint. Every process does the same: the records are few.
     """
-    picked, size, ids = run.records[:CALIBRATION], run.args.micro_batch_size, []
-    parts = [slice(start, start + size) for start in range(0, len(picked), size)]
-    for part in parts:
-        answers = online.sample(run.model, run.processor, picked[part], list(range(len(picked)))[part], run.root,
-                                samples=1, temperature=run.args.temperature, max_new_tokens=run.args.max_new_tokens)
-        ids += [group[0] for group in answers]
+    picked = run.records[:CALIBRATION]
+    ids = answers_to(run, picked, run.args.temperature)
     if run.recipe.advantages is rollout.fisao_advantages:
         references = [record["image"] for record in picked]
         found = run.helper(references, ids)
         right = rollout.correct(references, found)
+        if not len(right):
+            raise ValueError(f"fisao finds no object word in {len(ids)} answers of the model: it has nothing to score")
         if (right < 0).all():
-            raise ValueError("fisao measures its baselines on pictures whose objects are known; none of these are scenes")
+            raise ValueError("fisao measures its baselines on pictures whose objects are known;"
+                             " none of these are scenes")
         known = right >= 0
         run.state["baselines"] = fisao.calibrate(found.scores[known], right[known] == 1, unit=run.helper.unit)
         run.state["scores"] = look_at_scores(run)
         return
+    size = run.args.micro_batch_size
+    parts = [slice(start, start + size) for start in range(0, len(picked), size)]
     scores = torch.cat([rollout.scores(run.helper, picked[part], [run.processor.decode(x) for x in ids[part]], 1)
                         for part in parts])
     run.state |= {"mean": scores.mean().item(), "std": max(scores.std().item(), 1e-6)}
@@ -688,13 +717,15 @@ def calibrate(run: Run) -> None:
 def reference_cache(run: Run) -> dict[str, torch.Tensor]:
     """The reference's log-probs of every record, computed once and kept in --reference-cache."""
     args, path = run.args, run.args.reference_cache
-    key = reference.fingerprint(run.records, run.recipe.sequences, run.processor, args.precision)
+    key = reference.fingerprint(args.model, run.records, run.recipe.sequences, run.processor, args.precision)
     if path.exists():
         return reference.read(path, key)
     run.model.eval()
     share, rows = run.records[run.rank :: run.world], {}
-    for start in tqdm(range(0, len(share), args.micro_batch_size), desc="reference", disable=True if run.rank else None):
-        batch = collate_with(run.recipe, run.processor, run.root, share[start : start + args.micro_batch_size], None)
+    for start in tqdm(range(0, len(share), args.micro_batch_size), desc="reference",
+                      disable=True if run.rank else None):
+        batch = collate_with(run.recipe, run.processor, run.root,
+                             share[start : start + args.micro_batch_size], None)
         with run.reference():
             features = run.model.vision_features(batch.pixels.to(run.device))
             logps, mask, *_ = run.plain(batch.packed.to(run.device), features)
@@ -789,7 +820,8 @@ def measure_rewards(run: Run, held: list[dict]) -> dict[str, float]:
     """How often, in percent, the reward model scores the chosen answer of a held-out pair higher."""
     right = []
     for start in range(0, len(held), run.args.micro_batch_size):
-        batch = collate_with(run.recipe, run.processor, run.root, held[start : start + run.args.micro_batch_size], None)
+        batch = collate_with(run.recipe, run.processor, run.root,
+                             held[start : start + run.args.micro_batch_size], None)
         with torch.no_grad():
             features = run.model.vision_features(batch.pixels.to(run.device))
             chosen, rejected = run.plain(batch.packed.to(run.device), features).chunk(2)
@@ -813,7 +845,8 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data:
         read_records(args.data, recipe)  # bad records are named before a large model is loaded
-    model, processor = load_policy(args, device), Processor(args.model, template=args.template, aspect=args.aspect)
+    model, processor = (load_policy(args, device),
+                        Processor(args.model, template=args.template, aspect=args.aspect))
     records, root = find_records(args, recipe, model, processor, rank, world)
     held, rewards = [], recipe.loss is reward_model.reward_model_loss
     if rewards:
@@ -821,7 +854,8 @@ def main(argv: list[str] | None = None) -> int:
         held, records = records[:count], records[count:]
     run = prepare(args, recipe, model, processor, records, root, rank, world, device)
     if rank == 0:
-        facts = {"processes": world, "device": str(device), "trained_parameters": sum(p.numel() for p in run.trained)}
+        facts = {"processes": world, "device": str(device),
+                 "trained_parameters": sum(p.numel() for p in run.trained)}
         print(json.dumps({**config, **facts}, indent=1), flush=True)
         save_json(config, args.out / "config.json")
         (args.out / "result.json").unlink(missing_ok=True)  # of an earlier run
@@ -832,6 +866,8 @@ def main(argv: list[str] | None = None) -> int:
     finished = train(run, config)
     if rank == 0 and finished:
         save_llava(model, args.out / "model", args.model)
+        if args.lora_rank:
+            save_adapters(model, args.out / "adapters", args.model)
         if rewards:
             save_reward_head(run.plain, args.out)
         if "scores" in run.state:

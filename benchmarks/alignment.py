@@ -4,22 +4,22 @@
     python benchmarks/alignment.py --rows dpo ppo --seeds 0     some rows again
     python benchmarks/alignment.py --jobs 2                     two runs at a time
 
-A row is a loss of train.py, or LOSS/METHOD: that loss on the pairs of a method of generate_pairs.py. A seed changes the
-scenes that pairs are made from, the sampling and the initial adapters. The held-out scenes are those of the test
-split, the same for every run, and were not used to choose any setting. Beside each row:
+A row is a loss of train.py, or LOSS/METHOD: that loss on the pairs of a method of generate_pairs.py. A seed
+changes the scenes that pairs are made from, the sampling and the initial adapters. The held-out scenes are
+those of the test split, the same for every run, and were not used to choose any setting. Beside each row:
 
-    cut      CHAIR_s of the start's captions cut after whole sentences to the mean length of the row: what shortening alone
-             would give. K sentences are too short and K + 1 too long on average, so both are mixed in the proportion that
-             fits.
+    cut      CHAIR_s of the start's captions cut after whole sentences to the mean length of the row: what
+             shortening alone would give. K sentences are too short and K + 1 too long on average, so both are
+             mixed in the proportion that fits.
     POPE     of the first 100 scenes
     KL       nats an answer: mean over captions sampled for these of log pi(y) - log pi_ref(y)
     minutes  making the pairs and training, on one core
 
-`sft` on the chosen answers with the same steps and pairs is the second control. ppo and rloo learn from the reward model
-of the same seed (row reward_model: its accuracy on held-out pairs is printed below the table).
+`sft` on the chosen answers with the same steps and pairs is the second control. ppo and rloo learn from the
+reward model of the same seed (row reward_model: its accuracy on held-out pairs is printed below the table).
 
-Every run is kept in --out and made once; delete its folder to make it again. The Markdown table goes to the console
-and to --out/table.md: mean over seeds, +- standard deviation.
+Every run is kept in --out and made once; delete its folder to make it again. The Markdown table goes to the
+console and to --out/table.md: mean over seeds, +- standard deviation.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from model.checkpoint import DEFAULT_MODEL, load_llava, save_json  # noqa: E402
 from model.logprobs import Scorer  # noqa: E402
 from pairs.online import sample  # noqa: E402
 
-OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo_released", "mdpo", "adavip", "povid",
-           "povid_released")
+OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo_released", "mdpo", "adavip",
+           "povid", "povid_released")
 ONLINE = ("online_dpo", "mixed_dpo", "bdhs_online", "ppo", "rloo", "fisao")
 METHODS = ("dpo/realign", "dpo/bdhs", "dpo/povid", "dpo/corrupt")  # dpo is dpo/rank
 POPE_SCENES, KL_SCENES = 100, 100
@@ -67,7 +67,8 @@ def measure(folder: Path, split: str, number: int, out: Path) -> dict:
     model, processor = load_llava(folder), Processor(folder)
     rows = evaluate.chair_scenes(seeds)
     said = evaluate.ask(model, processor, rows, max_new_tokens=96, progress=f"captions {out.parent.name}")
-    questions = [row for row in evaluate.pope_scenes(seeds[:POPE_SCENES]) if row["split"] not in evaluate.CONTROLS]
+    questions = [row for row in evaluate.pope_scenes(seeds[:POPE_SCENES])
+                 if row["split"] not in evaluate.CONTROLS]
     answers = evaluate.ask(model, processor, questions, max_new_tokens=4, progress=f"POPE {out.parent.name}")
     figures = chair_figures(evaluate.score_chair(rows, said))
     pope = evaluate.score_pope(questions, answers)["splits"]
@@ -109,13 +110,14 @@ def pairs_file(method: str, seed: int, out: Path) -> Path:
 
 
 def make_pairs(method: str, seed: int, args: argparse.Namespace) -> None:
-    """The pairs that all rows with this method and seed share, made as train.py makes them, and the minutes it took."""
+    """The pairs that all rows with this method and seed share, made as by train.py, and the minutes it took."""
     path = pairs_file(method, seed, args.out)
     if path.is_file():
         return
     started = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = train.read_arguments(["--loss", "dpo", "--pairs", method, "--seed", str(seed), "--out", str(path.parent), *args.options])
+    own = train.read_arguments(["--loss", "dpo", "--pairs", method, "--seed", str(seed),
+                                "--out", str(path.parent), *args.options])
     records = train.make_records(own, train.LOSSES["dpo"], load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL))
     save_json({"minutes": (time.perf_counter() - started) / 60}, path.with_name("minutes.json"))
     write_jsonl(path, records)
@@ -149,7 +151,8 @@ def figures_of(row: str, seed: int, start: dict, args: argparse.Namespace) -> di
     figures["cut"] = cut_to(figures["words"], start, range(first, first + args.scenes))["CHAIR_s"]
     figures["minutes"] = json.loads((out / "result.json").read_text())["minutes"]
     loss, _, method = row.partition("/")
-    if method := method or train.LOSSES[loss].pairs:
+    method = method or train.LOSSES[loss].pairs
+    if method and not (out / "pairs.jsonl").is_file():  # it did not make its own
         minutes = pairs_file(method, seed, args.out).with_name("minutes.json")
         figures["minutes"] += json.loads(minutes.read_text())["minutes"]
     return figures
@@ -209,10 +212,12 @@ def main() -> None:
         needed = args.seeds if {"ppo", "rloo"} & set(args.rows) else []
         rewards = list(pool.map(lambda seed: run("reward_model", seed, args), needed))
         results = dict(zip(jobs, pool.map(lambda job: figures_of(*job, start, args), jobs)))
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|", line("start", [start["figures"]])]
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|",
+             line("start", [start["figures"]])]
     lines += [line(row, [results[row, seed] for seed in args.seeds]) for row in args.rows]
     accuracies = [json.loads((out / "result.json").read_text())["after"]["accuracy"] for out in rewards]
-    lines += [f"\nreward_model: accuracy on held-out pairs {statistics.mean(accuracies):.1f} %"] if accuracies else []
+    lines += ([f"\nreward_model: accuracy on held-out pairs {statistics.mean(accuracies):.1f} %"]
+              if accuracies else [])
     lines += [own_rewards(row, args.seeds, args.out) for row in ("ppo", "rloo", "fisao") if row in args.rows]
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text)

@@ -1,4 +1,4 @@
-"""BDHS completions over shared prompts against other ways to compute them, in one run: CPU seconds and their ratio.
+"""BDHS completions over shared prompts against other ways to compute them, in one run: CPU seconds and ratio.
 
 An example is a picture, a prompt, a mask over the image tokens and the beginnings of an answer's sentences
 (pairs/bdhs.py). Three ways to complete all sentences of all examples, greedily:
@@ -142,7 +142,8 @@ def main() -> None:
             way()
             seconds[name].append(time.process_time() - start)
     sentences = sum(len(example.starts) for example in examples)
-    print(f"{args.size}: {len(examples)} examples, {sentences} sentences, prompts of {len(examples[0].prompt)} tokens, "
+    print(f"{args.size}: {len(examples)} examples, {sentences} sentences, "
+          f"prompts of {len(examples[0].prompt)} tokens, "
           f"{sum(len(a) for group in results['shared'] for a in group)} new tokens, the same in all variants\n")
     print("| completion | CPU s | vs shared |\n|---|---|---|")
     base = statistics.median(seconds["shared"])

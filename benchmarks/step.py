@@ -1,24 +1,28 @@
-"""Seconds and memory of one DPO step: Plumbline, the naive way, and TRL's DPOTrainer, on the same weights and pairs.
+"""Seconds and memory of a DPO step: Plumbline, the naive way and TRL's DPOTrainer on the same weights and pairs.
 
     python benchmarks/step.py --size small --dtype bfloat16 --measure seconds
 
-A step is: policy forward, reference forward (every step, adapters off), DPO loss, backward, clipping, AdamW. All
-sides start from pixels on the CPU that are already preprocessed, so reading and resizing pictures is not counted.
+A step is: policy forward, reference forward (every step, adapters off), DPO loss, backward, clipping, AdamW.
+All sides start from pixels on the CPU that are already preprocessed, so reading and resizing pictures is not
+counted.
 
     Plumbline    model/logprobs.py: vision once, shared prefixes, scored positions only
     naive        one sequence at a time, vision tower every time, full logits (`naive_logprobs`)
     TRL compact  DPOTrainer made to score only the response positions, as it does on CUDA: the fair peer
     TRL stock    DPOTrainer as it is; on a CPU it projects every position onto the vocabulary
 
-One llava-hf checkpoint with random weights is written to a temporary folder and loaded by both libraries, with the
-same LoRA weights (B ~ N(0, 0.01), so that policy and reference differ). The learning rate is 0: every round repeats
-the same arithmetic, AdamW included, and the losses and gradient norms of all sides must agree.
+One llava-hf checkpoint with random weights is written to a temporary folder and loaded by both libraries,
+with the same LoRA weights (B ~ N(0, 0.01), so that policy and reference differ). The learning rate is 0:
+every round repeats the same arithmetic, AdamW included, and the losses and gradient norms of all sides must
+agree.
 
 `seconds`: CPU seconds of one thread, the median over rounds in which the variants take turns in one process.
-`memory`: the kernel's high-water mark of resident memory during a step (/proc, so Linux only) above what was resident
-before it; weights and optimiser state do not count, activations and gradients do. Each variant is measured in a process
-of its own, because what one leaves in the allocator and in oneDNN's caches would be counted to the next. bfloat16 means weights in bf16, LoRA weights in fp32,
-autocast.
+`memory`: the kernel's high-water mark of resident memory during a step (/proc, so Linux only) above what was
+resident before it; weights and optimiser state do not count, activations and gradients do. Each variant is
+measured in a process of its own, because what one leaves in the allocator and in oneDNN's caches would be
+counted to the next.
+
+bfloat16 means weights in bf16, LoRA weights in fp32, autocast.
 """
 
 from __future__ import annotations
@@ -119,7 +123,8 @@ def write_checkpoint(size: Size, folder: str) -> None:
     """A llava-hf folder with random weights."""
     torch.manual_seed(0)
     vision = transformers.CLIPVisionConfig(
-        hidden_size=size.vision_width, intermediate_size=4 * size.vision_width, num_hidden_layers=size.vision_layers,
+        hidden_size=size.vision_width, intermediate_size=4 * size.vision_width,
+        num_hidden_layers=size.vision_layers,
         num_attention_heads=size.vision_width // 32 if size.vision_width < 256 else size.vision_width // 64,
         image_size=size.image, patch_size=size.patch,
     )
@@ -211,7 +216,8 @@ def trl_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool, 
                       target_modules=rf".*language_model\..*\.({'|'.join(TARGETS)})")
     config = DPOConfig(
         folder, bf16=dtype is torch.bfloat16, use_cpu=True, gradient_checkpointing=checkpointing, beta=BETA,
-        learning_rate=0.0, weight_decay=0.0, max_grad_norm=CLIP, per_device_train_batch_size=size.pairs, max_steps=1,
+        learning_rate=0.0, weight_decay=0.0, max_grad_norm=CLIP, per_device_train_batch_size=size.pairs,
+        max_steps=1,
         max_length=None, remove_unused_columns=False, report_to=[], save_strategy="no", logging_strategy="no",
         disable_tqdm=True, dataloader_pin_memory=False,
     )
@@ -265,8 +271,8 @@ def _status(field: str) -> int:
 
 
 def return_freed_memory() -> None:
-    """Start again with an allocator that gives blocks of 128 KiB and more back at once, so that freed tensors do not
-    count as resident. It is slower than the default, hence only where memory is measured."""
+    """Start again with an allocator that gives blocks of 128 KiB and more back at once, so that freed tensors
+    do not count as resident. It is slower than the default, hence only where memory is measured."""
     if THRESHOLD not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {THRESHOLD: str(2**17)})
 
@@ -310,7 +316,8 @@ def memory(args: argparse.Namespace, only: list[str]) -> dict[tuple[str, bool], 
     """Peak MiB of every (variant, checkpointing), each in a process of its own."""
     values = {}
     for key in ((name, mode) for mode in (False, True) for name in only):
-        command = [sys.executable, __file__, "--size", args.size, "--dtype", args.dtype, "--alone", key[0], str(key[1])]
+        command = [sys.executable, __file__, "--size", args.size, "--dtype", args.dtype,
+                   "--alone", key[0], str(key[1])]
         console = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         values[key] = float(console.splitlines()[-1])
     return values
@@ -341,7 +348,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if args.alone:
         return memory_alone(args)
-    values = {"seconds": seconds, "memory": memory}[args.measure](args, [v for v in VARIANTS if v in {OURS, *args.only}])
+    values = {"seconds": seconds, "memory": memory}[args.measure](
+        args, [v for v in VARIANTS if v in {OURS, *args.only}])
     unit, digits = ("peak MiB", 0) if args.measure == "memory" else ("CPU s", 2)
     print(f"\n{args.size}, {args.dtype}, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"trl {trl.__version__}, peft {peft.__version__}\n")

@@ -9,21 +9,23 @@ Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge" (blo
     3. merge       the overview's patches; then the tiles' patches put together to one map, rows or columns of
                    it that show only black left out, the newline embedding behind each row   (`merge`)
 
-Step 3 moves features and computes nothing, so it is one list of indices, `View.rows`; the model only gathers. How
-many image tokens a picture takes follows from its size and the pinpoints alone: with the five published ones at
-S = 336, 640 x 480 pixels take 2340 and 1024 x 1024 take 2928.
+Step 3 moves features and computes nothing, so it is one list of indices, `View.rows`; the model only gathers.
+How many image tokens a picture takes follows from its size and the pinpoints alone: with the five published
+ones at S = 336, 640 x 480 pixels take 2340 and 1024 x 1024 take 2928.
 
-Follows `transformers` (LlavaNextImageProcessorPil, LlavaNextForConditionalGeneration). The original repository
-differs in a detail: in step 3 it does not round a scaled side to 7 decimals before the cut to an integer, so
-that one row or column more or less may stay (94 x 47 pixels, for example). Of two equally good pinpoints the file's
-first is taken: a small square is shown on the wide canvas by llava-hf's files, on the tall one by original ones,
-which list (width, height).
+Follows `transformers` (LlavaNextImageProcessorPil, LlavaNextForConditionalGeneration). The original
+repository differs in a detail: in step 3 it does not round a scaled side to 7 decimals before the cut to an
+integer, so that one row or column more or less may stay (94 x 47 pixels, for example). Of two equally good
+pinpoints the file's first is taken: a small square is shown on the wide canvas by llava-hf's files, on the
+tall one by original ones, which list (width, height).
 
 A checkpoint that was trained with tiles may also be shown single views, as Re-Align does (`aspect="pad"`): all
 patches of one padded tile and no newline, which is what the original code computes for one view a picture.
 `transformers` would put one newline behind a picture of a single tile, but its processor never makes one.
 
-Sizes and pinpoints are (height, width). Shapes: S side of a tile, p patches a side, P = p^2, n tiles with overview.
+Sizes and pinpoints are (height, width).
+
+Shapes: S side of a tile, p patches a side, P = p^2, n tiles with overview.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""Records -> batch: the sequences that a loss asks for, tokenised and packed, with each distinct picture
-once.
+"""Records -> batch: the sequences that a loss asks for, tokenised and packed, each distinct picture once.
 
 A loss file declares its sequences as {name: (image field, response field)}.
 
-    ("image:crop", ...)        a random crop of that picture (losses/mdpo.py); one for each record and step, so policy
-                               and reference see the same
-    (..., ..., "competitor")   scores the model's best other tokens (losses/rdpo.py)
-    ("image:noise", ..., "noisy")   scores, under the clean picture, the tokens that the policy prefers under a noisy
-                               one (losses/povid.py); "noisy_own": the reference prefers its own
+    ("image:crop", ...)             a random crop of that picture (losses/mdpo.py); one for each record and step,
+                                    so policy and reference see the same
+    (..., ..., "competitor")        scores the model's best other tokens (losses/rdpo.py)
+    ("image:noise", ..., "noisy")   scores, under the clean picture, the tokens that the policy prefers under a
+                                    noisy one (losses/povid.py); "noisy_own": the reference prefers its own
 """
 
 from __future__ import annotations

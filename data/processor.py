@@ -24,6 +24,8 @@ from data.images import CLIP_MEAN, CLIP_STD, Preprocessing, View, open_image, pa
 from data.templates import SPECIAL, cut, find_template
 from data.tokenizer import CLIP_SPECIAL, TextTokenizer
 from model.config import LlavaConfig, clip_config, read_config, read_llava_config
+from model.hub import resolve
+from model.layouts import config_folder
 
 
 
@@ -32,13 +34,13 @@ class Processor:
 
     Args:
         template: a name of data/templates.py; None: the one that belongs to the checkpoint.
-        aspect: "crop", "pad" or "anyres" (data/images.py); None: what belongs to the checkpoint. "pad" on a LLaVA-1.6
-            checkpoint shows one tile without a newline, as Re-Align does.
+        aspect: "crop", "pad" or "anyres" (data/images.py); None: what belongs to the checkpoint. "pad" on a
+            LLaVA-1.6 checkpoint shows one tile without a newline, as Re-Align does.
     Raises ValueError naming an unusable file, the unknown template or aspect.
     """
 
     def __init__(self, folder: Path | str, template: str | None = None, aspect: str | None = None):
-        self.folder = Path(folder)
+        self.folder = config_folder(resolve(folder))
         config = read_llava_config(self.folder)
         self.tokenizer = TextTokenizer(self.folder)
         self.template = find_template(template or config.template)
@@ -114,7 +116,7 @@ class ClipProcessor:
     """Tokenizer and image handling of a CLIP folder."""
 
     def __init__(self, folder: Path | str):
-        folder = Path(folder)
+        folder = resolve(folder)
         config = clip_config(read_config(folder), str(folder / "config.json"))
         self.tokenizer = TextTokenizer(folder)
         self.preprocessing = read_preprocessing(folder, config.vision.image_size)
@@ -124,7 +126,8 @@ class ClipProcessor:
         # eos_token_id = 2 is the old convention of pooling at the largest id (model/clip.py).
         pooled = config.text.vocab_size - 1 if config.text.eos_token_id == 2 else config.text.eos_token_id
         if self.eos_id != pooled:
-            raise ValueError(f"{folder}: the tokenizer ends a text with id {self.eos_id}, the tower pools at {pooled}")
+            raise ValueError(f"{folder}: the tokenizer ends a text with id {self.eos_id},"
+                             f" the tower pools at {pooled}")
 
     def image(self, reference: str, root: Path | str | None = None) -> Tensor:
         """Reference -> (3, S, S) fp32."""
@@ -137,7 +140,7 @@ class ClipProcessor:
 
 
 def find_aspect(folder: Path, config: LlavaConfig, asked: str | None) -> str:
-    """How pictures are shown: as asked for, or as the folder's two configurations say. ValueError if it cannot be."""
+    """How pictures are shown: as asked for, or as the folder's configurations say. ValueError if impossible."""
     aspect = asked or config.aspect
     raw = _preprocessor_config(folder)
     if not asked and aspect == "crop" and raw.get("do_pad") and "Llava" in raw.get("image_processor_type", ""):

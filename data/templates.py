@@ -24,8 +24,8 @@ tests/goldens/tokenizer.model (chatml_direct: without the "▁" in front, as in 
 is where the answer begins:
 
     hf                 <s> ▁USER : ▁ <image> ▁ <0x0A> A ▁dog ? ▁ASSISTANT : | ▁Yes . </s>
-    vicuna_v1          <s> … ▁user ' s ▁questions . ▁USER : ▁ <image> ▁ <0x0A> A ▁dog ? ▁ASSISTANT : | ▁Yes . </s>
-    llava_v1           <s> … ▁human ' s ▁questions . ▁USER : ▁ <image> ▁ <0x0A> A ▁dog ? ▁ASSISTANT : | ▁Yes . </s>
+    vicuna_v1          <s> … ▁user ' s … ▁USER : ▁ <image> ▁ <0x0A> A ▁dog ? ▁ASSISTANT : | ▁Yes . </s>
+    llava_v1           <s> … ▁human ' s … ▁USER : ▁ <image> ▁ <0x0A> A ▁dog ? ▁ASSISTANT : | ▁Yes . </s>
     mistral_instruct   <s> ▁ [ INST ] ▁ <image> ▁ <0x0A> A ▁dog ? ▁[/ INST ] | ▁Yes . ▁ </s>
     chatml_direct      <|im_start|> … <0x0A> <image> <0x0A> A ▁dog ? <|im_end|> … <0x0A> | Y es . <|im_end|>
 """

@@ -7,9 +7,10 @@ E. Amirloo, J.-P. Fauconnier, C. Roesmann, C. Kerl, et al., 2024, arXiv 2407.024
     L_DPO(y+, y-) = -log sigma(r(v, y+) - r(v, y-))                                                  Eq. 3
     L_Avg   = gamma L_DPO(y+, y-) + (1 - gamma) L_DPO(y+, y~-)                                       Eq. 5
 
-with x the prompt, v the image, y+ the chosen and y- the rejected response, sigma the logistic function and y~- a
-response that the policy completes from y+ while most image tokens are hidden from it (pairs/bdhs.py), anew at every
-step. Only the generation is hindered: the loss sees the whole image. If policy and reference agree, L_Avg = ln 2.
+with x the prompt, v the image, y+ the chosen and y- the rejected response, sigma the logistic function and
+y~- a response that the policy completes from y+ while most image tokens are hidden from it (pairs/bdhs.py),
+anew at every step. Only the generation is hindered: the loss sees the whole image. If policy and reference
+agree, L_Avg = ln 2.
 
     symbol                     argument                     shape
     log pi(y+ | x, v)          policy_chosen_logps          (B,)   sum over the response tokens, EOS included
@@ -19,7 +20,7 @@ step. Only the generation is hindered: the loss sees the whole image. If policy 
     log pi_ref(y- | x, v)      reference_rejected_logps     (B,)
     log pi_ref(y~- | x, v)     reference_generated_logps    (B,)
     beta                       beta                         float  strength of the pull towards the reference
-    gamma                      gamma                        float  weight of the given rejected response, in [0, 1]
+    gamma                      gamma                        float  weight of the given y-, in [0, 1]
 
 Departures
 - From the paper: none.
@@ -93,6 +94,7 @@ if __name__ == "__main__":
     torch.testing.assert_close(start, torch.tensor([math.log(2)]))
     # Log-ratios +20, -10, +10 at beta 0.1 are rewards 2, -1, 1: margins 3 and 1, averaged.
     loss, _ = bdhs_loss(zero + 20, zero - 10, zero + 10, zero, zero, zero)
-    torch.testing.assert_close(loss, torch.tensor([(math.log(1 + math.exp(-3)) + math.log(1 + math.exp(-1))) / 2]))
+    torch.testing.assert_close(
+        loss, torch.tensor([(math.log(1 + math.exp(-3)) + math.log(1 + math.exp(-1))) / 2]))
     print(f"bdhs ok: starts at {start.item():.6f} = ln 2,"
           f" margins 3 and 1 give {loss.item():.6f} = (ln(1 + e^-3) + ln(1 + e^-1)) / 2")

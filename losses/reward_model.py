@@ -11,8 +11,8 @@ arXiv 2307.09288, Eq. 2). If all outputs are equal and m = 0, L = ln 2.
 
 L is blind to a constant added to R. Centring, weighted with c, keeps R around 0:
 
-    "pair"    c [R(x, v, y_w) + R(x, v, y_l)]^2 of each pair                             arXiv 2312.09244; TRL
-    "batch"   c |mean of R(x, v, y_w) + R(x, v, y_l) over the batch|       arXiv 2309.14525 (LLaVA-RLHF)
+    "pair"    c [R(x, v, y_w) + R(x, v, y_l)]^2 of each pair                         arXiv 2312.09244; TRL
+    "batch"   c |mean of R(x, v, y_w) + R(x, v, y_l) over the batch|         arXiv 2309.14525 (LLaVA-RLHF)
 
     symbol         argument            shape
     R(x, v, y_w)   chosen_rewards      (B,)

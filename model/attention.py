@@ -1,11 +1,11 @@
 """Who may look at whom: the attention rules that the decoder can run under.
 
-The decoder works on packed tokens, (T, D) without a batch dimension, and asks a rule `attend(layer, q, k, v)` for
-the mixing. That one seam covers plain causal text, scoring with shared prefixes, and generation with a cache
-(model/generate.py).
+The decoder works on packed tokens, (T, D) without a batch dimension, and asks a rule `attend(layer, q, k, v)`
+for the mixing. That one seam covers plain causal text, scoring with shared prefixes, and generation with a
+cache (model/generate.py).
 
 `SharedPrefix` is the rule of the scoring core. A group is one prefix (system text, image, prompt) and all the
-responses to it. The prefix is computed once; each response sees the prefix and itself, never another response:
+responses to it. The prefix is computed once; each response sees the prefix and itself, never another one:
 
                      keys:  b0 b1 b2  p   c0 c1   r0 r1        b0..p  prefix (p is its last token)
     body queries     b1     x  x                               c      chosen
@@ -13,12 +13,12 @@ responses to it. The prefix is computed once; each response sees the prefix and 
                      c1     x  x  x   x   x  x
                      r1     x  x  x   x          x  x
 
-A prefix may have *hidden* tokens, which are keys for nobody, not even for themselves: BDHS (pairs/bdhs.py) hides image
-tokens. As queries they go on, and every position keeps its number.
+A prefix may have *hidden* tokens, which are keys for nobody, not even for themselves: BDHS (pairs/bdhs.py)
+hides image tokens. As queries they go on, and every position keeps its number.
 
-The prefix minus its last token is the *body*: ordinary causal attention among equals. The last prefix token and the
-responses are the *tail*: they are the positions that predict response tokens, so in the last layer only the tail is
-computed. Packed order: all bodies, then all tails.
+The prefix minus its last token is the *body*: ordinary causal attention among equals. The last prefix token
+and the responses are the *tail*: they are the positions that predict response tokens, so in the last layer
+only the tail is computed. Packed order: all bodies, then all tails.
 
 Shapes: G groups, T packed tokens, H heads, K key-value heads, d head width; b and t the longest body and tail.
 """
@@ -43,7 +43,7 @@ class Causal:
 
 
 class Ragged:
-    """Moves between packed rows and a padded batch: `pad` (sum of lengths, ...) -> (G, longest, ...), `unpad` back."""
+    """Between packed rows and a padded batch: `pad` (sum of lengths, ...) -> (G, longest, ...), `unpad` back."""
 
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
         self.shape = (len(lengths), max(lengths))
@@ -69,9 +69,10 @@ class SharedPrefix:
 
     Args:
         prefixes: prefix length of each group, at least 2 tokens.
-        responses: for each group the input length of each response (its last token predicts nothing and is no input).
-        hidden: for each group (prefix,) bool, True at tokens that nobody may look at; None hides nothing. The first
-            token of all and the last of the prefix must be visible, so that no query is left without a key.
+        responses: for each group the input length of each response (its last token predicts nothing and is no
+            input).
+        hidden: for each group (prefix,) bool, True at tokens that nobody may look at; None hides nothing. The
+            first token of all and the last of the prefix must be visible, so that every query has a key.
     """
 
     def __init__(self, prefixes: list[int], responses: list[list[int]], device: torch.device | str = "cpu",
@@ -111,7 +112,7 @@ class SharedPrefix:
 
 
 def _tail_mask(bodies: list[int], responses: list[list[int]], b: int, t: int) -> Tensor:
-    """(G, 1, t, b + t) bool, True where a tail query may look. Padding queries see body key 0, so no row is empty."""
+    """(G, 1, t, b + t) bool, True where a tail query may look. Padding sees body key 0, so no row is empty."""
     segment = torch.zeros(len(bodies), t, dtype=torch.long)  # 0 the last prefix token, 1.. responses, -1 padding
     for g, lengths in enumerate(responses):
         ids = [0] + [1 + i for i, n in enumerate(lengths) for _ in range(n)]
@@ -128,7 +129,8 @@ def _visible(prefixes: list[int], hidden: list[Tensor], b: int) -> Tensor:
     visible = torch.ones(len(prefixes), b, dtype=torch.bool)
     for g, (length, row) in enumerate(zip(prefixes, hidden, strict=True)):
         if row.shape != (length,) or row[0] or row[-1]:
-            raise ValueError(f"hidden tokens of prefix {g}: need {length} flags, the first and the last of them False")
+            raise ValueError(f"hidden tokens of prefix {g}: need {length} flags,"
+                             " the first and the last of them False")
         visible[g, : length - 1] = ~row[:-1]
     return visible
 

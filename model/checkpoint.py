@@ -1,176 +1,212 @@
-"""Checkpoints on disk: llava-hf and CLIP folders, read strictly, written atomically.
+"""Checkpoints on disk: LLaVA and CLIP folders, read strictly, written atomically.
 
-A folder holds config.json, one or more *.safetensors, tokenizer.json and preprocessor_config.json. A tensor
-that is missing, unexpected or of another shape is an error that names it. Only two kinds of extra tensors are
-passed over, and only when the configuration says why: vision layers behind the chosen feature layer, and
+A folder holds config.json, weights (model/tensors.py), tokenizer files and preprocessor_config.json; the
+layouts that are understood are in model/layouts.py. A hub id in place of a folder is downloaded
+(model/hub.py), and a folder of LoRA adapters is loaded with its base model (model/adapters.py).
+
+A tensor that is missing, unexpected, of another shape or not floating-point is an error that names it, found
+in the headers before any weight is read. Extra tensors are passed over only when the configuration says why:
+vision layers behind the chosen feature layer, the newline embedding of a model that shows single views, and
 index buffers that old versions of `transformers` wrote.
 
-llava-hf folders come in several layouts, as first published (left) and as later `transformers` re-save them;
-each name is translated by itself, so mixtures load too:
+Vocabulary rows that no text uses (model/config.py) are left in the file; `save_llava` carries them over.
 
-    language_model.model.X          model.language_model.X                             decoder
-    language_model.lm_head          lm_head                                            head
-    vision_tower.vision_model.X     vision_tower.X, model.vision_tower.vision_model.X  CLIP tower
-    multi_modal_projector.X         model.multi_modal_projector.X                      projector
+Memory: the model is built without weights, and each tensor goes from the mapped file to its final dtype and
+device by itself. On the CPU, weights that keep their dtype stay in the file's pages.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from model.adapters import load_adapters
 from model.clip import CLIP
-from model.config import clip_config, llava_config, read_config
+from model.config import PADDING, clip_config, hf_config, is_original, read_config, read_llava_config
+from model.hub import resolve
+from model.layouts import TOWER, adapter_base, config_folder, copy_companions, llava_tensors
 from model.llava import Llava
-from model.lora import lora_layers
+from model.lora import LoRALinear, lora_layers
+from model.tensors import SHARD_BYTES, Stored, list_tensors, read, save_json, save_shards, save_tensors
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny"
 DEFAULT_CLIP = DEFAULT_MODEL / "clip"
 
-RENAMES = (
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-)
-COMPANIONS = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-)
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
-def load_llava(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Llava:
-    """Load a llava-hf folder. Raises ValueError naming the file and the tensor or setting that does not fit."""
-    folder = Path(folder)
-    config = llava_config(read_config(folder), str(folder / "config.json"))
-    with torch.device("meta"):
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def load_llava(
+    name: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Llava:
+    """Load a LLaVA folder or hub id; adapters, if the folder holds some, stay adapters.
+
+    Raises ValueError naming the file and the tensor or setting that does not fit.
+    """
+    folder = resolve(name)
+    base = adapter_base(folder)
+    place = base or folder
+    config = read_llava_config(config_folder(folder))
+    with torch.device("meta"), _Unfilled():
         model = Llava(config)
-    unused = re.compile(
-        rf"^vision_tower\.vision_model\.(post_layernorm\.|encoder\.layers\.({_numbers(config)})\.)"
-    )
-    _fill(model, folder, dtype, device, lambda name: bool(BUFFERS.search(name) or unused.match(name)))
+    may_ignore = partial(_is_surplus, config)
+    _fill(model, llava_tensors(place), place, dtype, device, may_ignore, config.surplus_rows)
     if config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
+    if base:
+        load_adapters(model, folder)
     return model.eval()
 
 
-def _numbers(config) -> str:
-    """Alternation of the vision layers that lie behind the feature layer."""
-    return "|".join(str(i) for i in range(config.vision_layers_used, config.vision.num_hidden_layers)) or "none"
+class _Unfilled(TorchFunctionMode):
+    """Inside, modules draw no initial weights: they are about to be read, and torch takes seconds to import
+    what drawing on the meta device needs."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
-def load_clip(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> CLIP:
-    """Load a CLIP folder with both towers. Raises ValueError like `load_llava`."""
-    folder = Path(folder)
-    with torch.device("meta"):
+def _is_surplus(config, name: str) -> bool:
+    """True for a tensor that a LLaVA file may hold although the model has no place for it."""
+    if BUFFERS.search(name) or (name == "image_newline" and not config.anyres):
+        return True
+    behind = range(config.vision_layers_used, config.vision.num_hidden_layers)
+    numbers = "|".join(map(str, behind)) or "none"
+    return bool(re.match(rf"{re.escape(TOWER)}(post_layernorm\.|encoder\.layers\.({numbers})\.)", name))
+
+
+def load_clip(
+    name: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> CLIP:
+    """Load a CLIP folder or hub id with both towers. Raises ValueError like `load_llava`."""
+    folder = resolve(name)
+    with torch.device("meta"), _Unfilled():
         model = CLIP(clip_config(read_config(folder), str(folder / "config.json")))
-    _fill(model, folder, dtype, device, lambda name: bool(BUFFERS.search(name)))
+    found = {t.name: t for t in list_tensors(folder)}
+    _fill(model, found, folder, dtype, device, lambda name: bool(BUFFERS.search(name)))
     return model.eval().requires_grad_(False)
 
 
-def read_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Canonical tensor name -> (file, name in the file), over all shards of a folder."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: no *.safetensors file")
-    found: dict[str, tuple[Path, str]] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as shard:
-                names = list(shard.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
-        for name in names:
-            canonical = name
-            for pattern, replacement in RENAMES:
-                canonical = re.sub(pattern, replacement, canonical)
-            if canonical in found:
-                raise ValueError(f"{file}: tensor {name} is also in {found[canonical][0].name}")
-            found[canonical] = (file, name)
-    return found
-
-
-def _fill(model: nn.Module, folder: Path, dtype, device, may_ignore) -> None:
-    """Put the folder's tensors into a model built on the meta device."""
-    wanted = model.state_dict()
-    found = read_tensors(folder)
-    tied = getattr(getattr(model, "config", None), "text", None)
-    if getattr(tied, "tie_word_embeddings", False):
-        found.setdefault("language_model.lm_head.weight", found.get("language_model.model.embed_tokens.weight"))
-    problems = [f"missing tensor {n}" for n in wanted if found.get(n) is None]
+def _fill(
+    model: nn.Module,
+    found: dict[str, Stored],
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    may_ignore: Callable[[str], bool],
+    surplus_rows: int = 0,
+) -> None:
+    """Put tensors into a model built on the meta device; the tables in the file have `surplus_rows` more."""
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    text = getattr(model.config, "text", None)
+    if tied := getattr(text, "tie_word_embeddings", False):
+        wanted.pop(HEAD)
+        found = {n: t for n, t in found.items() if n != HEAD}
+    problems = [f"missing tensor {n}" for n in wanted if n not in found]
     problems += [f"unexpected tensor {n}" for n in found if n not in wanted and not may_ignore(n)]
-    loaded = {}
-    for name, place in found.items():
-        if name in wanted and place is not None:
-            with safe_open(place[0], "pt") as shard:
-                tensor = shard.get_tensor(place[1])
-            if tensor.shape != wanted[name].shape:
-                problems.append(f"tensor {name} is {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}")
-            loaded[name] = tensor.to(device=device, dtype=dtype)
+    for name in wanted.keys() & found.keys():
+        stored, shape = found[name], wanted[name]
+        if name in (EMBEDDINGS, HEAD):
+            shape = (shape[0] + surplus_rows, shape[1])
+        if stored.shape != shape:
+            problems.append(f"tensor {name} is {stored.shape}, expected {shape} (in {stored.file.name})")
+        elif stored.dtype is None:
+            problems.append(f"tensor {name} is {stored.written}, not floating-point (in {stored.file.name})")
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{folder}: " + "; ".join(sorted(problems)[:8]) + more)
+    names = {found[name]: name for name in wanted}
+    loaded = {}
+    for stored, tensor in read(names):
+        name = names[stored]
+        tensor = tensor[: wanted[name][0]] if name in (EMBEDDINGS, HEAD) else tensor
+        loaded[name] = tensor.to(device=device, dtype=dtype)
+    if tied:
+        loaded[HEAD] = loaded[EMBEDDINGS]
     model.load_state_dict(loaded, assign=True)
 
 
-def save_llava(model: Llava, folder: Path | str, source: Path | str, dtype: torch.dtype | None = None) -> None:
+# ----------------------------------------------------------------------------------------------------- saving
+
+
+def save_llava(
+    model: Llava,
+    folder: Path | str,
+    source: Path | str,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write a llava-hf folder (layout as first published), adapters merged, every file replaced atomically.
 
+    Adapters alone are written by `model.adapters.save_adapters`.
+
     Args:
-        source: the folder the model came from; its configuration and tokenizer files and the vision layers that
-            are not built here are carried over, so that other libraries find all they expect.
+        source: the folder or hub id the model came from; its configuration and tokenizer files, the vision
+            layers that are not built here and surplus vocabulary rows are carried over, so that other
+            libraries find all they expect. From an original checkpoint, config.json is written anew, and 64
+            rows for <image> and filler are appended to the tables, each the mean of the others.
         dtype: storage dtype; left out, that of each weight.
+        shard_bytes: largest file of weights.
+    Raises ValueError when an original checkpoint would be overwritten.
     """
-    folder, source = Path(folder), Path(source)
-    tensors = merged_state(model)
-    for name, (file, stored) in read_tensors(source).items():
-        if name not in tensors and not BUFFERS.search(name):
-            with safe_open(file, "pt") as shard:
-                tensors[name] = shard.get_tensor(stored)
+    folder, source = Path(folder), resolve(source)
+    base = adapter_base(source) or source
+    original = is_original(read_config(base))
+    if original and folder.resolve() == base.resolve():
+        raise ValueError(f"{folder}: holds an original checkpoint, which would be mixed with another layout")
+    tensors = merged_tensors(model)
+    kept = {n: t for n, t in llava_tensors(base).items() if not BUFFERS.search(n)}
+    extra = model.config.surplus_rows or (PADDING if original else 0)
+    for name in (EMBEDDINGS, HEAD) if extra else ():
+        tensors[name] = partial(_with_rows, tensors[name], None if original else kept[name], extra)
+    for name in sorted(kept.keys() - tensors.keys()):
+        if name != "image_newline":
+            tensors[name] = partial(_read_one, kept[name])
     if model.config.text.tie_word_embeddings:
-        tensors.pop("language_model.lm_head.weight", None)
+        tensors.pop(HEAD, None)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS:
-        if (source / name).is_file() and source.resolve() != folder.resolve():
-            shutil.copyfile(source / name, folder / f"{name}.tmp")
-            os.replace(folder / f"{name}.tmp", folder / name)
-    save_tensors(tensors, folder / "model.safetensors", dtype)
+    copy_companions(source, folder)
+    if original:
+        save_json(hf_config(model.config, extra), folder / "config.json")
+    save_shards(tensors, folder, shard_bytes, dtype)
 
 
-@torch.no_grad()
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """State dict with every LoRA update added to its weight; the model itself is left as it is."""
+def merged_tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Name -> function that makes the tensor, LoRA update added; the model itself is left as it is."""
     layers = lora_layers(model)
-    state = {}
+    result = {}
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if leaf in ("lora_A", "lora_B"):
             continue
-        if leaf == "weight" and owner in layers:
-            tensor = (tensor.float() + layers[owner].update()).to(tensor.dtype)
-        state[name] = tensor
-    return state
+        adapted = layers.get(owner) if leaf == "weight" else None
+        result[name] = partial(_merged, tensor, adapted)
+    return result
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a safetensors file under a temporary name, then move it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    plain = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in tensors.items()}
-    save_file(plain, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+@torch.no_grad()
+def _merged(weight: Tensor, layer: LoRALinear | None) -> Tensor:
+    return weight if layer is None else (weight.float() + layer.update()).to(weight.dtype)
 
 
-def save_json(value: object, path: Path) -> None:
-    """Write JSON under a temporary name, then move it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+def _with_rows(make: Callable[[], Tensor], stored: Stored | None, extra: int) -> Tensor:
+    """A table with `extra` more rows: the last ones of `stored`, or the mean of its own."""
+    table = make().cpu()
+    rows = table.float().mean(0).expand(extra, -1) if stored is None else _read_one(stored)[-extra:]
+    return torch.cat([table, rows.to(table.dtype)])
+
+
+def _read_one(stored: Stored) -> Tensor:
+    return next(read([stored]))[1]

@@ -1,8 +1,8 @@
 """CLIP: a vision transformer and a text transformer that meet in one space.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv
-2103.00020. LLaVA takes patch features from the vision tower; retrieval (Re-Align) and object removal
-(AdaViP) compare images with texts in the shared space.
+2103.00020. LLaVA takes patch features from the vision tower. In the shared space retrieval (Re-Align)
+compares pictures with pictures, object removal (AdaViP) and the verifier (FiSAO) pictures with texts.
 
 Module names are the tensor names of the published checkpoints (`pre_layrnorm` is spelled so there), so a
 state dict loads without a translation table.

@@ -84,7 +84,7 @@ class Cache:
         return rows.transpose(1, 2)
 
     def _own_rows(self, x: Tensor) -> Tensor:
-        """Packed bodies and tails (T, K, d) -> (N, K, width, d): the answer beginnings, space before and behind."""
+        """Packed bodies and tails (T, K, d) -> (N, K, width, d): the beginnings, space before and behind."""
         rows = x.new_zeros(len(self.ends), x.shape[1], self.width, x.shape[2])
         rows[self.owners, :, self.slots] = x[self.prefill.skip :][self.begun]
         return rows
@@ -110,11 +110,12 @@ class Cache:
         weights = torch.cat([to_prefix, to_own], -1).softmax(-1).to(v.dtype)
         on_prefix, on_own = weights.split([to_prefix.shape[-1], to_own.shape[-1]], -1)
         on_prefix = self.answers.pad(on_prefix).transpose(1, 2).reshape(M, K, n * (H // K), -1)
-        y = self.answers.unpad((on_prefix @ prefix_values).view(M, K, n, H // K, d).transpose(1, 2))  # (N, K, H/K, d)
+        y = self.answers.unpad(
+            (on_prefix @ prefix_values).view(M, K, n, H // K, d).transpose(1, 2))  # (N, K, H/K, d)
         return (y + on_own @ values).reshape(N, H, d)
 
     def keep(self, answers: Tensor) -> None:
-        """Go on with these answers only, (N',) in order, and forget the others, and prompts that have none left."""
+        """Go on with these answers only, (N',) in order; forget the others, and prompts that have none left."""
         M, n = self.answers.shape
         prompts = self.answers.unpad(torch.arange(M, device=answers.device)[:, None].expand(M, n))[answers]
         left, counts = prompts.unique_consecutive(return_counts=True)
@@ -186,13 +187,18 @@ def generate(
     starts = [[[]] * n for _ in prompts] if starts is None else starts
     if len(starts) != len(prompts) or not all(starts):
         raise ValueError("each prompt needs at least one answer beginning, be it an empty one")
+    longest = max(len(p) + max(map(len, g)) for p, g in zip(prompts, starts)) + max_new_tokens
+    if longest > model.config.text.max_position_embeddings:
+        raise ValueError(f"prompt and answer may reach {longest} tokens, the decoder takes "
+                         f"{model.config.text.max_position_embeddings}")
     names = [(i, j) for i, group in enumerate(starts) for j in range(len(group))]  # (N,)
     lengths, begun = [len(p) for p in prompts], [[len(ids) for ids in group] for group in starts]
     device, decoder, head = model.device, model.language_model.model, model.language_model.lm_head
     cache = Cache(lengths, begun, max_new_tokens, len(decoder.layers), device, hidden)
     noise = None
     if temperature > 0:
-        noise = torch.cat([_uniforms([seed], len(g), max_new_tokens) for seed, g in zip(seeds, starts)]).to(device)
+        noise = torch.cat([_uniforms([seed], len(g), max_new_tokens)
+                           for seed, g in zip(seeds, starts)]).to(device)
 
     states = decoder(*_prefill(model, views, prompts, starts, shows or range(len(prompts))), cache)  # (tails, D)
     states, cache.filling = states[cache.ends.to(device)], False  # (N, D)
@@ -235,7 +241,8 @@ def _prefill(model: Llava, views: list[View], prompts: list[list[int]], starts: 
     bodies, tails, body_positions, tail_positions, slots, shown = [], [], [], [], [], []
     for i, (prompt, group, picture) in enumerate(zip(prompts, starts, shows, strict=True)):
         if prompt.count(image_id) != len(rows[picture]):
-            raise ValueError(f"prompt {i} has {prompt.count(image_id)} image tokens, its picture {len(rows[picture])}")
+            raise ValueError(f"prompt {i} has {prompt.count(image_id)} image tokens,"
+                             f" its picture {len(rows[picture])}")
         places = [*range(len(bodies), len(bodies) + len(prompt) - 1), skip + len(tails)]
         slots += [place for place, token in zip(places, prompt) if token == image_id]
         shown.append(rows[picture])
@@ -256,7 +263,7 @@ def _stopped(stop: Stop, names: list[tuple[int, int]], rows: Tensor, finished: T
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor | None) -> Tensor:
-    """Next token of each row: the best one, or by inverse transform sampling with uniform u (N,). (N, V) -> (N,)"""
+    """Next token of each row, (N, V) -> (N,): the best, or by inverse transform sampling with uniform u (N,)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits / temperature).softmax(-1).sort(descending=True, dim=-1, stable=True)  # (N, V)

@@ -1,11 +1,11 @@
 """LLaMA decoder on packed tokens: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al., arXiv 2104.09864; grouped queries: Ainslie et
-al., arXiv 2305.13245. Vicuna, Mistral and Yi are the same network with other numbers.
+Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al., arXiv 2104.09864; grouped queries:
+Ainslie et al., arXiv 2305.13245. Vicuna, Mistral and Yi are the same network with other numbers.
 
-There is no batch dimension: all sequences of a batch lie one after another, (T, D), with an explicit position for
-every token, and an attention rule (model/attention.py) says which tokens belong together. Nothing is padded outside
-the attention itself, and the same code serves scoring, prefill and cached decoding.
+There is no batch dimension: all sequences of a batch lie one after another, (T, D), with an explicit position
+for every token, and an attention rule (model/attention.py) says which tokens belong together. Nothing is
+padded outside the attention itself, and the same code serves scoring, prefill and cached decoding.
 
 Shapes: T packed tokens, D width, H heads, K key-value heads, d head width.
 """
@@ -87,7 +87,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (T, D) -> (T, D), so many tokens at a time: the gradients of the wide hidden states live for one part."""
+        """x (T, D) -> (T, D), PART tokens at a time: gradients of the wide hidden states live for one part."""
         parts = x.tensor_split(math.ceil(len(x) / PART)) if len(x) > PART else [x]
         parts = [self.down_proj(ops.SwiGLU.apply(self.gate_proj(p), self.up_proj(p))) for p in parts]
         return torch.cat(parts) if len(parts) > 1 else parts[0]

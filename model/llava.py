@@ -1,7 +1,7 @@
 """LLaVA: patch features of a CLIP tower, a two-layer MLP, a LLaMA decoder.
 
-Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning", arXiv 2310.03744 (LLaVA-1.5). LLaVA-1.6 adds
-tiles and one parameter, the embedding that ends each row of patches (data/anyres.py).
+Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning", arXiv 2310.03744 (LLaVA-1.5). LLaVA-1.6
+adds tiles and one parameter, the embedding that ends each row of patches (data/anyres.py).
 
 A picture is one or more tiles of S x S pixels, each of which gives P patch features. In the token sequence it
 stands as copies of the image token; `rows` says for each of them which patch feature it stands for, so that
@@ -9,7 +9,8 @@ how tiles make up a picture is data (data/images.py), and here a gather. The vis
 papers, so its output does not depend on the policy: callers run `vision_features` once per distinct picture
 and hand the result to policy and reference alike.
 
-Shapes: N tiles, S pixels a side, P patches, C vision width, D decoder width, T tokens, I image tokens, V vocabulary.
+Shapes: N tiles, S pixels a side, P patches, C vision width, D decoder width, T tokens,
+I image tokens, V vocabulary.
 """
 
 from __future__ import annotations

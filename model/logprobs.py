@@ -1,14 +1,14 @@
 """The scoring core: log p(response | image, prompt), token by token, computing nothing twice.
 
-Every preference loss needs log-probabilities of a few responses to the same image and prompt, under the policy and
-under the reference. In this order the work is saved:
+Every preference loss needs log-probabilities of a few responses to the same image and prompt, under the
+policy and under the reference. In this order the work is saved:
 
   1. each distinct image goes through the vision tower once per batch           (`Llava.vision_features`)
   2. responses with the same image and prompt share one computed prefix         (`pack`, model/attention.py)
   3. examples of different length are packed, not padded                        (`Packed`)
   4. the last layer runs only where a response token is predicted               (`SharedPrefix.skip`)
-  5. the language-model head runs at those positions only, in chunks; of its (tokens, vocabulary) output only one
-     number a token survives                                                    (`SelectedLogProbs`)
+  5. the language-model head runs at those positions only, in chunks; of its
+     (tokens, vocabulary) output only one number a token survives               (`SelectedLogProbs`)
 
 The result equals one sequence at a time with full logits (`Llava.logits`), gradients included.
 
@@ -78,8 +78,8 @@ def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed
     Args:
         rows: for each picture, which patch features its image tokens stand for (`data.images.stack`).
         image_id: id of the image token.
-    Raises ValueError on an empty response, a prompt of fewer than two tokens, or image tokens that are not as many
-    as the rows of the picture.
+    Raises ValueError on an empty response, a prompt of fewer than two tokens, or image tokens that are not as
+    many as the rows of the picture.
     """
     groups: dict[tuple, list[int]] = {}
     for i, s in enumerate(sequences):
@@ -96,7 +96,7 @@ def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed
     first = {}  # sequence -> (tail row that predicts its first token, tail row of its first input token)
     responses = []
     for (_, prompt), members in groups.items():
-        anchor, begins = len(tails), {}  # begins: response -> where it stands; one asked for twice is computed once
+        anchor, begins = len(tails), {}  # begins: response -> where it stands; a repeated one is computed once
         places = [*range(len(bodies), len(bodies) + len(prompt) - 1), skip + anchor]
         slots += [place for place, token in zip(places, prompt) if token == image_id]
         bodies += prompt[:-1]
@@ -138,7 +138,7 @@ class Scorer(nn.Module):
     Args:
         autocast: dtype of mixed-precision compute, or None. Its cache of cast weights is off, because `Reference`
             changes weights between two calls.
-        critic: give a value, too, for the state before each token (losses/ppo.py): a linear layer, 0 at the start.
+        critic: give a value, too, for the state before each token (losses/ppo.py): a linear layer, 0 at first.
     """
 
     def __init__(self, model: Llava, autocast: torch.dtype | None = None, critic: bool = False):
@@ -161,7 +161,8 @@ class Scorer(nn.Module):
         with self._precision():
             states = self.states(packed, features)  # (tail tokens, D)
             weight = self.model.language_model.lm_head.weight  # (V, D)
-            flat = SelectedLogProbs.apply(states[packed.sources], weight, packed.labels, packed.competitor)  # (n,)
+            flat = SelectedLogProbs.apply(
+                states[packed.sources], weight, packed.labels, packed.competitor)  # (n,)
         rows = flat.split(packed.lengths)
         mask = [torch.ones_like(r, dtype=torch.bool) for r in rows]
         result = [pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)]
@@ -180,6 +181,10 @@ class Scorer(nn.Module):
 
     def states(self, packed: Packed, features: Tensor) -> Tensor:
         """Final decoder states of the tail tokens (tail tokens, D)."""
+        limit = self.model.config.text.max_position_embeddings
+        longest = max(p + max(r) for p, r in zip(packed.prefixes, packed.responses))
+        if longest > limit:
+            raise ValueError(f"a sequence of {longest} tokens, the decoder takes {limit}")
         x = self.model.embed(packed.ids, features, packed.rows, packed.slots)  # (T, D)
         rule = SharedPrefix(packed.prefixes, packed.responses, x.device)
         return self.model.language_model.model(x, packed.positions, rule)
@@ -250,7 +255,7 @@ def _head_gradient(grad: Tensor, hidden: Tensor, matrix: Tensor, labels: Tensor)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax times its denominator, in place of the logits (c, V); the denominator (c, 1); log sum exp (c, 1)."""
+    """Softmax times its denominator, in place of the logits (c, V); denominator (c, 1); log sum exp (c, 1)."""
     top = logits.amax(1, keepdim=True)
     odds = logits.sub_(top).exp_()
     total = odds.sum(1, keepdim=True)

@@ -6,9 +6,10 @@ Hu et al. 2021, arXiv 2106.09685.
              \\                                     /
               dropout -> A (r, in) -> B (out, r) --/         A ~ Kaiming uniform, B = 0: at start y = W x
 
-The reference policy of DPO-like losses is the model before training. With LoRA that is the same weights with the
-adapters off, so no second model is kept: `adapters_off(model)` is the whole trick. Weights that train without an
-adapter (the projector, or everything in full fine-tuning) need a frozen copy, which `Reference` keeps and swaps in.
+The reference policy of DPO-like losses is the model before training. With LoRA that is the same weights with
+the adapters off, so no second model is kept: `adapters_off(model)` is the whole trick. Weights that train
+without an adapter (the projector, or everything in full fine-tuning) need a frozen copy, which `Reference`
+keeps and swaps in.
 
 Shapes: T tokens, r rank.
 """
@@ -60,8 +61,8 @@ def add_lora(
 ) -> list[str]:
     """Freeze `module` and put an adapter on every linear layer whose last name is in `targets`.
 
-    Returns the names of the adapted layers. Raises ValueError when a target matches nothing, when there are adapters
-    already, and on `lm_head`, whose weight the scoring core reads without running the layer.
+    Returns the names of the adapted layers. Raises ValueError when a target matches nothing, when there are
+    adapters already, and on `lm_head`, whose weight the scoring core reads without running the layer.
     """
     if "lm_head" in targets:
         raise ValueError("lm_head cannot carry an adapter; let its weight train instead")
@@ -99,7 +100,7 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_lora(module: nn.Module) -> None:
-    """Add each update to its weight (in fp32, then back to the weight's dtype) and put plain linear layers back."""
+    """Add each update to its weight (in fp32, then back to the weight's dtype); put plain linear layers back."""
     for name, layer in lora_layers(module).items():
         parent, _, leaf = name.rpartition(".")
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
@@ -109,7 +110,7 @@ def merge_lora(module: nn.Module) -> None:
 
 
 class Reference:
-    """The policy as it was when this object was made: adapters off, and a frozen copy of what trains without one."""
+    """The policy as it was when this object was made: adapters off, a frozen copy of what trains without one."""
 
     def __init__(self, module: nn.Module):
         self.module = module

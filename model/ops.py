@@ -1,17 +1,18 @@
 """Four steps of the decoder with hand-written gradients: the same mathematics in fewer passes over memory.
 
-Autograd keeps every intermediate of a formula and differentiates it term by term. For these steps that is what the
-time and the memory outside the matrix products go to, so each of them keeps its inputs (RMSNorm one number a row
-more) and has its gradient written out.
+Autograd keeps every intermediate of a formula and differentiates it term by term. For these steps that is
+what the time and the memory outside the matrix products go to, so each of them keeps its inputs (RMSNorm one
+number a row more) and has its gradient written out.
 
     step        formula                                    gradient
     RMSNorm     y = w x / r,  r = sqrt(mean x^2 + eps)     dx = u / r - x mean(u x) / r^3,  u = w dy
     Rotate      y = R x,  R turns pairs by an angle        dx = R^T dy: turn back by the same angle
     SwiGLU      y = silu(a) b                              da = silu'(a) b dy,  db = silu(a) dy
-    Attention   y = P v,  P = softmax(q k^T / sqrt d)      dv = P^T dy,  dS = P (dy v^T - row sums),  dq, dk from dS
+    Attention   y = P v,  P = softmax(q k^T / sqrt d)      dv = P^T dy,  dS = P (dy v^T - row sums),
+                                                           dq, dk from dS
 
-`Attention` is for bf16 on CPUs only: torch's kernel for the backward is up to four times slower there than the same
-products written out (torch 2.14). It recomputes P, 128 query rows at a time, and keeps none of it.
+`Attention` is for bf16 on CPUs only: torch's kernel for the backward is up to four times slower there than
+the same products written out (torch 2.14). It recomputes P, 128 query rows at a time, and keeps none of it.
 
 Shapes: T tokens, D width, H heads, d head width; G groups, n queries and m keys of each.
 """
@@ -30,7 +31,8 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x (.., D), weight (D,) -> (.., D); the mean square is taken in fp32."""
         wide = x.float()
-        inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps)  # (.., 1)
+        inverse = torch.rsqrt(
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps)  # (.., 1)
         ctx.save_for_backward(x, weight, inverse)
         return weight * (wide * inverse).to(x.dtype)
 

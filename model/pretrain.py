@@ -75,7 +75,8 @@ def train_tokenizer(out: Path) -> None:
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=[*SPECIAL, *bytes_], show_progress=False)
     tokenizer.train_from_iterator(_corpus(), trainer)
-    spec = json.loads(tokenizer.to_str())  # the trainer marks the bytes as special too, and decoding would skip them
+    # The trainer marks the bytes as special too, and decoding would skip them.
+    spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in SPECIAL]
     tokenizer = Tokenizer.from_str(json.dumps(spec))
     for folder in (out, out / "clip"):
@@ -117,9 +118,10 @@ def write_configs(out: Path, vocabulary: int) -> None:
                      hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=128, bos_token_id=1,
                      eos_token_id=SPECIAL.index("</s>"), pad_token_id=SPECIAL.index("<pad>"))
     llama = dict(model_type="llama", vocab_size=vocabulary, hidden_size=160, intermediate_size=432,
-                 num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5, head_dim=32, rms_norm_eps=1e-5,
-                 rope_theta=10000.0, max_position_embeddings=1024, tie_word_embeddings=False, hidden_act="silu",
-                 bos_token_id=1, eos_token_id=SPECIAL.index("</s>"), pad_token_id=SPECIAL.index("<pad>"))
+                 num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5, head_dim=32,
+                 rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=1024, tie_word_embeddings=False,
+                 hidden_act="silu", bos_token_id=1, eos_token_id=SPECIAL.index("</s>"),
+                 pad_token_id=SPECIAL.index("<pad>"))
     llava = dict(model_type="llava", architectures=["LlavaForConditionalGeneration"], vision_config=vision,
                  text_config=llama, image_token_index=SPECIAL.index("<image>"), projector_hidden_act="gelu",
                  vision_feature_layer=-2, vision_feature_select_strategy="default",
@@ -128,8 +130,8 @@ def write_configs(out: Path, vocabulary: int) -> None:
                 projection_dim=128, logit_scale_init_value=2.6592)
     look = Preprocessing(SIDE)
     images = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=SIDE), do_resize=True,
-                  crop_size=dict(height=SIDE, width=SIDE), do_center_crop=True, do_normalize=True, do_rescale=True,
-                  do_convert_rgb=True, resample=3, image_mean=look.mean, image_std=look.std)
+                  crop_size=dict(height=SIDE, width=SIDE), do_center_crop=True, do_normalize=True,
+                  do_rescale=True, do_convert_rgb=True, resample=3, image_mean=look.mean, image_std=look.std)
     for folder, config in ((out, llava), (out / "clip", clip)):
         save_json(config, folder / "config.json")
         save_json(images, folder / "preprocessor_config.json")
@@ -272,8 +274,9 @@ def train_llava(out: Path, stage: Stage, batch: int, seed: int, cached: int, res
 def segments(scene, processor: Processor, rng: random.Random, stage: Stage) -> list[tuple]:
     """Captions and questions in exactly `stage.room` tokens: (ids, kind of each token) of each segment.
 
-    kinds: 0 not trained (questions, filling), 1 caption, 2 the Yes or No, 3 other answer tokens. The longest segment
-    is filled or cut, because matrix libraries prepare anew for every shape and equal steps spare them that.
+    kinds: 0 not trained (questions, filling), 1 caption, 2 the Yes or No, 3 other answer tokens. The longest
+    segment is filled or cut, because matrix libraries prepare anew for every shape and equal steps spare them
+    that.
     """
     prompt, count = scenes.CAPTION_PROMPT, stage.captions + stage.questions
     texts = [(prompt, scenes.caption(scene, rng, stage.noise), "caption") for _ in range(stage.captions)]
@@ -311,8 +314,10 @@ def _llava_loss(scorer, processor, rows, features) -> tuple[Tensor, dict[str, st
     kinds = torch.zeros_like(mask, dtype=torch.long)
     for n, (_, kind) in enumerate(s for row in rows for s in row):
         kinds[n, : len(kind)] = torch.tensor(kind)
-    caption, decisive, other = (-(logps * (kinds == k)).sum() / (kinds == k).sum().clamp(min=1) for k in (1, 2, 3))
-    parts = {"caption": f"{caption.item():.3f}", "yes/no": f"{decisive.item():.3f}", "other": f"{other.item():.3f}"}
+    caption, decisive, other = (-(logps * (kinds == k)).sum() / (kinds == k).sum().clamp(min=1)
+                                for k in (1, 2, 3))
+    parts = {"caption": f"{caption.item():.3f}", "yes/no": f"{decisive.item():.3f}",
+             "other": f"{other.item():.3f}"}
     return 2 * caption + decisive + other, parts
 
 
@@ -327,7 +332,7 @@ def _cache_features(model: Llava, processor: Processor, seeds, show: bool) -> tu
 
 
 def _init_llava(model: Llava) -> None:
-    """Normal with std 1/sqrt(width), residual outputs smaller: the usual 0.02 leaves attention blind at this width."""
+    """Normal with std 1/sqrt(width), residual outputs smaller: the usual 0.02 leaves attention blind here."""
     width, layers = model.config.text.hidden_size, model.config.text.num_hidden_layers
     for name, p in model.named_parameters():
         if p.dim() == 2 and not name.startswith("vision_tower"):
@@ -369,7 +374,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="pictures a step over all processes (clip 32, others 16)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=14_000, help="pictures whose features are kept (230 MB)")
-    parser.add_argument("--caption-noise", type=float, help="share of captions with an absent object (.5, then .6)")
+    parser.add_argument("--caption-noise", type=float,
+                        help="share of captions with an absent object (.5, then .6)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.stage == "tokenizer":
@@ -381,7 +387,8 @@ def main() -> None:
         stage = STAGES[args.stage]
         noise = stage.noise if args.caption_noise is None else args.caption_noise
         stage = stage._replace(steps=args.steps or stage.steps, noise=noise)
-        train_llava(args.out, stage, args.batch_size or 16, args.seed, args.scenes, resume=args.stage == "captions")
+        train_llava(args.out, stage, args.batch_size or 16, args.seed, args.scenes,
+                    resume=args.stage == "captions")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The reference's log-probs on disk: computed once, they are good for every run on the same data.
 
-The reference does not change, so its log-probs of fixed pairs are the same at every step and in every run. They are kept
-in a safetensors file, one tensor of token log-probs for each sequence of each record, with a fingerprint of all that
-they depend on: the model's files, the records, the sequences that the loss asks for, template, tokenizer and image
-handling. A file with another fingerprint is refused, never used.
+The reference does not change, so its log-probs of fixed pairs are the same at every step and in every run.
+They are kept in a safetensors file, one tensor of token log-probs for each sequence of each record, with a
+fingerprint of all that they depend on: the model's files, the records, the sequences that the loss asks for,
+template, tokenizer and image handling. A file with another fingerprint is refused, never used.
 
     reference.safetensors    "chosen/ID" -> (tokens,) fp32, ...; metadata: fingerprint
 """
@@ -20,18 +20,29 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.hub import resolve
+from model.layouts import adapter_base
 
-def fingerprint(records: list[dict], sequences: dict, processor, precision: str) -> str:
+BLOCK = 2**24  # bytes of a file that are read at a time
+
+
+def fingerprint(folder: Path | str, records: list[dict], sequences: dict, processor, precision: str) -> str:
     """SHA-256 of what the reference's log-probs depend on.
 
-    Files are read whole: two fine-tunings of one model may differ in the middle of a weight file only. Pictures enter by
-    their references.
+    Args:
+        folder: of the model; one of adapters brings its base along.
+    Files are read whole: two fine-tunings of one model may differ in the middle of a weight file only.
+    Pictures enter by their references.
     """
-    digest = hashlib.sha256()
-    for path in sorted(p for p in Path(processor.folder).iterdir() if p.is_file()):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    probe = processor.prompt("?"), processor.response("."), repr(processor.preprocessing)
+    digest, folder = hashlib.sha256(), resolve(folder)
+    for place in filter(None, (folder, adapter_base(folder))):
+        for path in sorted(p for p in place.iterdir() if p.is_file()):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
+    probe = (processor.prompt("?"), processor.response("."), repr(processor.preprocessing), processor.aspect,
+             processor.pinpoints)
     digest.update(json.dumps([records, sequences, probe, precision], sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -60,6 +71,6 @@ def read(path: Path, key: str) -> dict[str, Tensor]:
     except Exception as error:  # the library raises its own
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
     if kept != key:
-        raise ValueError(f"{path}: the log-probs in it are of another model, data, template, precision or image handling;"
-                         " name another file or delete it")
+        raise ValueError(f"{path}: the log-probs in it are of another model, data, template, precision or image"
+                         " handling; name another file or delete it")
     return rows

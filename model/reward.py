@@ -1,11 +1,12 @@
 """A reward model: LLaVA with one linear layer on the state of the answer's last token.
 
-Ouyang et al. 2022, arXiv 2203.02155; for LLaVA: Sun et al. 2023, arXiv 2309.14525. Training: losses/reward_model.py.
+Ouyang et al. 2022, arXiv 2203.02155; for LLaVA: Sun et al. 2023, arXiv 2309.14525. Training:
+losses/reward_model.py.
 
     r(v, x, y) = w . h_EOS + b        h_EOS: final decoder state at the end of prompt, picture and answer
 
-The head starts from N(0, 1 / (D + 1)) with bias 0. On disk a reward model is a folder with `model/` (llava-hf layout)
-and `reward_head.safetensors`.
+The head starts from N(0, 1 / (D + 1)) with bias 0. On disk a reward model is a folder with `model/` (llava-hf
+layout) and `reward_head.safetensors`.
 
 Shapes: N sequences, D decoder width.
 """
@@ -28,8 +29,8 @@ HEAD = "reward_head.safetensors"
 class RewardModel(nn.Module):
     """Packed sequences -> one reward each.
 
-    The last token of a packed response is a label, never an input, and the reward is to be read where the answer's own
-    last token is: `data.batch.collate(..., end=True)` repeats that token.
+    The last token of a packed response is a label, never an input, and the reward is to be read where the
+    answer's own last token is: `data.batch.collate(..., end=True)` repeats that token.
     """
 
     def __init__(self, model: Llava, autocast: torch.dtype | None = None):
@@ -59,10 +60,11 @@ def save_reward_head(reward: RewardModel, folder: Path) -> None:
 
 def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32, device="cpu",
                       autocast: torch.dtype | None = None) -> RewardModel:
-    """Read a folder that `train.py --loss reward_model` wrote; frozen. Raises ValueError naming what is missing."""
+    """Read a folder that `train.py --loss reward_model` wrote; frozen. ValueError naming what is missing."""
     folder = Path(folder)
     if not (folder / HEAD).is_file():
-        raise ValueError(f"{folder / HEAD}: not found; train a reward model first: python train.py --loss reward_model")
+        raise ValueError(f"{folder / HEAD}: not found; train a reward model first:"
+                         " python train.py --loss reward_model")
     reward = RewardModel(load_llava(folder / "model", dtype, device), autocast)
     reward.head.load_state_dict(load_file(folder / HEAD))
     return reward.requires_grad_(False).eval()

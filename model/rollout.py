@@ -2,8 +2,9 @@
 
     records -> answers (pairs/online.py) -> packed sequences -> log-probs of policy and reference, values
 
-The log-probs under which the samples count as drawn (pi_old) are computed by the training forward, not taken from
-generation: the two differ by rounding, and the ratios of PPO and RLOO would start away from 1. No dropout anywhere.
+The log-probs under which the samples count as drawn (pi_old) are computed by the training forward, not taken
+from generation: the two differ by rounding, and the ratios of PPO and RLOO would start away from 1. No
+dropout anywhere.
 
 Shapes: B answers, k of each prompt next to each other; L longest answer; tiles, P, C as in model/llava.py.
 """
@@ -59,7 +60,8 @@ def roll_out(scorer, reference: Reference, records: list[dict], answers: list[li
     ids = [row["sampled"] for row in rows]
     ended = torch.tensor([answer[-1] == processor.eos_id for answer in ids], device=device)
     texts = [processor.decode(answer) for answer in ids]
-    return Rollout(records, ids, texts, ended, packed, features, mask, old, expected, values[0] if values else None)
+    return Rollout(records, ids, texts, ended, packed, features, mask, old, expected,
+                   values[0] if values else None)
 
 
 def ppo_advantages(
@@ -91,8 +93,8 @@ def fisao_advantages(
     Args:
         verifier: model.verifier.Verifier.
         state: holds the `baselines` that `calibrate` measured with the untrained model.
-    The log shows the share of mentions with a reward and, where the picture is a scene, the mean reward of correct
-    and of hallucinated mentions.
+    The log shows the share of mentions with a reward and, where the picture is a scene, the mean reward of
+    correct and of hallucinated mentions.
     """
     token_scores, rewards, right = [], [], []
     for r in rollouts:
@@ -111,7 +113,8 @@ def fisao_advantages(
     figures = _figures(rollouts, state)
     everyone = torch.ones_like(right, dtype=torch.bool)
     for name, values, members in (("rewarded", (reward != 0).float(), everyone), ("reward", reward, everyone),
-                                  ("reward/correct", reward, right == 1), ("reward/hallucinated", reward, right == 0)):
+                                  ("reward/correct", reward, right == 1),
+                                  ("reward/hallucinated", reward, right == 0)):
         figures[name] = total(values[members].sum()) / total(members.sum()).clamp(min=1)  # over all processes
     return lessons, figures
 
@@ -119,7 +122,7 @@ def fisao_advantages(
 def rloo_advantages(
     rollouts: list[Rollout], judge, state: dict, *, kl_coef: float = 0.05,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """RLOO: each answer against the mean of its prompt's others (losses/rloo.py). Arguments as `ppo_advantages`."""
+    """RLOO: each answer against the mean of its prompt's others (losses/rloo.py). Else as `ppo_advantages`."""
     lessons, marks = [], []
     for r in rollouts:
         k = len(r.ids) // len(r.records)
@@ -149,7 +152,8 @@ def scores(judge, records: list[dict], texts: list[str], k: int) -> Tensor:
 def correct(references: list[str], found) -> Tensor:
     """For each mention of a scene 1 where the scene shows the object, 0 where not; -1 where nobody knows. (N,)"""
     shown = {r: objects_present(*parse_reference(r)) for r in set(references) if r.startswith("scene:")}
-    known = [references[row] in shown and entity in CATEGORIES for row, entity in zip(found.rows.tolist(), found.entities)]
+    known = [references[row] in shown and entity in CATEGORIES
+             for row, entity in zip(found.rows.tolist(), found.entities)]
     return torch.tensor([int(entity in shown[references[row]]) if k else -1 for row, entity, k in
                          zip(found.rows.tolist(), found.entities, known)], dtype=torch.long)
 
@@ -173,12 +177,13 @@ def _lessons(rollouts: list[Rollout], state: dict, given: list[dict], *, kl_coef
 
 
 def whiten(advantages: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
-    """`losses.ppo.whiten` over the micro-batches of all processes: mean 0, variance 1 (unbiased) over real tokens."""
+    """`losses.ppo.whiten` over all processes' micro-batches: mean 0, variance 1 (unbiased) over real tokens."""
     chosen = torch.cat([a[m] for a, m in zip(advantages, masks)]).double()
     n = total(torch.tensor(float(len(chosen))))
     mean = total(chosen.sum()) / n
     variance = total((chosen - mean).square().sum()) / (n - 1)
-    return [((a - mean) * torch.rsqrt(variance + 1e-8)).to(a.dtype).masked_fill(~m, 0.0) for a, m in zip(advantages, masks)]
+    return [((a - mean) * torch.rsqrt(variance + 1e-8)).to(a.dtype).masked_fill(~m, 0.0)
+            for a, m in zip(advantages, masks)]
 
 
 def total(x: Tensor) -> Tensor:
@@ -190,7 +195,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def _figures(rollouts: list[Rollout], state: dict) -> dict[str, Tensor]:
-    """Nats away from the reference, tokens, and whether an answer ended; state["kl"] is the mean over all processes."""
+    """Nats away from the reference, tokens, whether an answer ended; state["kl"] is the mean of all processes."""
     kl = torch.cat([(r.old - r.reference).masked_fill(~r.mask, 0.0).sum(-1) for r in rollouts])  # (B,)
     state["kl"] = (total(kl.sum()) / total(torch.tensor(float(len(kl))))).item()
     return {
@@ -201,9 +206,12 @@ def _figures(rollouts: list[Rollout], state: dict) -> dict[str, Tensor]:
     }
 
 
-def verifier_scores(references: list[str], ids: list[list[int]], texts: list[str], verifier) -> dict[str, list[float]]:
-    """What FiSAO's verifier says of answers about scenes: scores of correct and hallucinated words and of sentences with
-    and without a hallucinated word (the paper's Figures 1 and 4). Sentences without an object are left out."""
+def verifier_scores(
+    references: list[str], ids: list[list[int]], texts: list[str], verifier
+) -> dict[str, list[float]]:
+    """What FiSAO's verifier says of answers about scenes: scores of correct and hallucinated words and of
+    sentences with and without a hallucinated word (the paper's Figures 1 and 4). Sentences without an object
+    are left out."""
     found = verifier(references, ids)
     right = correct(references, found)
     scores = {"words, correct": found.scores[right == 1], "words, hallucinated": found.scores[right == 0]}
@@ -225,5 +233,6 @@ def panels(before: dict[str, list[float]], after: dict[str, list[float]], unit: 
         for when, scores in (("before", before), ("after", after)):
             series = {truth: scores[f"{what}, {truth}"] for truth in ("correct", "hallucinated")}
             series = {truth: values for truth, values in series.items() if values}
-            result += [Panel(f"{what.capitalize()}, {when}", f"score of {what}: {unit}", series)] if series else []
+            result += ([Panel(f"{what.capitalize()}, {when}", f"score of {what}: {unit}", series)]
+                       if series else [])
     return result

@@ -75,7 +75,8 @@ class SentenceConfig:
 
 def sentence_config(raw: dict, where: str = "config.json") -> SentenceConfig:
     """Read config.json. Raises ValueError on another network or activation."""
-    required = {"model_type": ("bert", "mpnet"), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
+    required = {"model_type": ("bert", "mpnet"), "hidden_act": ("gelu",),
+                "position_embedding_type": ("absolute",)}
     for key, allowed in required.items():
         value = raw.get(key, None if key == "model_type" else allowed[0])
         if value not in allowed:
@@ -197,7 +198,7 @@ class SentenceTransformer(nn.Module):
         self.encoder = Encoder(config)
 
     def forward(self, texts: list[list[int]]) -> Tensor:
-        """Token ids of each text, special tokens included -> unit vectors (B, E). ValueError on too long a text."""
+        """Token ids of each text, special tokens included -> unit vectors (B, E). ValueError if too long."""
         longest = max(len(ids) for ids in texts)
         limit = self.config.max_position_embeddings - self.config.first_position
         if longest > limit:
@@ -254,7 +255,7 @@ class SentenceEncoder:
 
 
 def _transformer_folder(folder: Path) -> Path:
-    """Where modules.json has the transformer. ValueError unless mean pooling (and normalisation) is what follows."""
+    """Where modules.json has the transformer. ValueError unless mean pooling (and normalisation) follows."""
     listing = folder / "modules.json"
     modules = _json(listing)
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]

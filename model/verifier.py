@@ -1,13 +1,13 @@
 """FiSAO's verifier: CLIP scores each object word that an answer says against the answer's picture.
 
-FiSAO, C. Cui et al., ICLR 2025, arXiv 2410.14148; what its scores become is in losses/fisao.py. Needs the whole CLIP
-(both towers and projections), of which LLaVA uses the vision tower only. All words of data/entities.txt are embedded
-once and every picture once, so scoring is a gather and a dot product.
+FiSAO, C. Cui et al., ICLR 2025, arXiv 2410.14148; what its scores become is in losses/fisao.py. Needs the
+whole CLIP (both towers and projections), of which LLaVA uses the vision tower only. All words of
+data/entities.txt are embedded once and every picture once, so scoring is a gather and a dot product.
 
     s(o, v) = scale max(cos(text(o), image(v)), 0)                                          losses/fisao.py
 
-Reconstructed: a word is embedded alone, without a sentence around it (`template`); CLIP sees the picture as CLIP
-preprocesses it.
+Reconstructed: a word is embedded alone, without a sentence around it (`template`); CLIP sees the picture as
+CLIP preprocesses it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Verifier:
         self.scale, self.entities = scale, load_entities()
         words = list(self.entities)
         self.place = {word: row for row, word in enumerate(words)}
-        self.words = torch.from_numpy(embed_texts([template.format(w) for w in words], clip, clip_processor))  # (W, E)
+        self.words = torch.from_numpy(
+            embed_texts([template.format(w) for w in words], clip, clip_processor))  # (W, E)
         self.pictures: dict[str, Tensor] = {}
 
     @property
@@ -62,14 +63,16 @@ class Verifier:
         """Embed the pictures that were not seen before."""
         new = [r for r in dict.fromkeys(references) if r not in self.pictures]
         if new:
-            # One at a time: the last bits depend on the batch, and a resumed run meets its pictures in other batches.
-            vectors = torch.from_numpy(embed_images(new, self.clip, self.clip_processor, batch_size=1, root=self.root))
+            # One at a time: the last bits depend on the batch, and a resumed run meets its pictures in others.
+            vectors = torch.from_numpy(
+                embed_images(new, self.clip, self.clip_processor, batch_size=1, root=self.root))
             self.pictures |= dict(zip(new, vectors))
 
     def __call__(self, references: list[str], answers: list[list[int]]) -> Scored:
         """Picture reference and token ids of each answer -> scores of all its object mentions, on the CPU."""
         self.look(references)
-        found = [(row, m) for row, ids in enumerate(answers) for m in mentions(ids, self.processor.decode, self.entities)]
+        found = [(row, m) for row, ids in enumerate(answers)
+                 for m in mentions(ids, self.processor.decode, self.entities)]
         rows, starts, stops = (torch.tensor(x, dtype=torch.long) for x in (
             [row for row, _ in found], [m.start for _, m in found], [m.stop for _, m in found]))
         if not found:
@@ -80,9 +83,12 @@ class Verifier:
         return Scored(scores, rows, starts, stops, [m.entity for _, m in found])
 
     def sentences(self, references: list[str], texts: list[str]) -> tuple[Tensor, list[str], list[str]]:
-        """Scores (N,) of all sentences of all answers against their pictures, the sentences and their pictures."""
+        """Scores (N,) of all answers' sentences against their pictures, the sentences and their pictures."""
         self.look(references)
-        found = [(reference, line) for reference, text in zip(references, texts, strict=True) for line in sentences(text)]
-        words = torch.from_numpy(embed_texts([line for _, line in found], self.clip, self.clip_processor))  # (N, E)
+        found = [(reference, line) for reference, text in zip(references, texts, strict=True)
+                 for line in sentences(text)]
+        words = torch.from_numpy(
+            embed_texts([line for _, line in found], self.clip, self.clip_processor))  # (N, E)
         pictures = torch.stack([self.pictures[reference] for reference, _ in found])  # (N, E)
-        return verifier_scores(words, pictures, scale=self.scale), [line for _, line in found], [reference for reference, _ in found]
+        return (verifier_scores(words, pictures, scale=self.scale), [line for _, line in found],
+                [reference for reference, _ in found])

@@ -4,10 +4,10 @@ Amirloo et al. 2024, "Understanding Alignment in Multimodal LLMs: A Comprehensiv
 section 3.4, Eq. 6 and 7, Algorithm 1. No annotator, no second model: what the picture no longer says, the
 language model's bias fills in. Given a good answer y+ = y+_1 .. y+_K (sentences), for i = 1 .. N:
 
-    1. mask        rho_1 .. rho_k ~ U(0, 1), one for each image token; a token is visible if rho_i >= rho_th   (Eq. 6)
+    1. mask        rho_1 .. rho_k ~ U(0, 1), one for each image token; visible if rho_i >= rho_th      (Eq. 6)
     2. cut         each sentence, a leading yes or no swapped with probability 1/2, at a random word:
                    y+_k = (y+_{k,1}, y+_{k,2})
-    3. complete    y-_{k,2} ~ pi(. | masked picture, x, y+_{<k}, y+_{k,1}), up to the end of the sentence      (Eq. 7)
+    3. complete    y-_{k,2} ~ pi(. | masked picture, x, y+_{<k}, y+_{k,1}), up to the sentence's end   (Eq. 7)
     4. accept      y- = the (y+_{k,1}, y-_{k,2}) one after another, if similarity(y-, y+) < eps_s; else again
 
 The last of several iterations cuts nothing: the model answers freely under the mask, and similarity no longer
@@ -20,20 +20,22 @@ it, unswapped. A hidden image token is a key that no query sees, in any layer; p
     N           iterations        5: four guided ones, then the free one; 1 is one guided attempt, taken as it is
     eps_s       eps_s             .97, for the cosine of all-mpnet-base-v2 (model/sentence.py)
     1/2         swap              .5
-    x-tilde     noise             (picture, seed) -> picture: BDHS-noise; the paper then hides nothing (rho_th = 0)
+    x-tilde     noise             (picture, seed) -> picture: BDHS-noise; the paper then hides nothing
+                                  (rho_th = 0)
 
 BDHS trains on the ordinary DPO loss of (y+, y-) with the clean, unmasked picture for both.
 
 Departures from the paper, which has no public code
-- Its printed expression for yes and no has no word boundary ("Not", "None" and "Now" would match). Here it has.
+- Its printed expression for yes and no has no word boundary ("Not", "None", "Now" would match). Here it has.
 - A cut before the swapped word would undo the swap; such a cut moves behind the word.
-- Its completions end at the first full stop, whatever that belongs to ("3.5", "St.") and lose a quotation's closing
-  mark. Here a sentence ends as `sentence_end` has it, and a mark or bracket that the original closes is
-  closed.
-- An attempt of which one sentence reaches the token limit is no answer: it is tried again, or dropped at the end.
+- Its completions end at the first full stop, whatever that belongs to ("3.5", "St.") and lose a quotation's
+  closing mark. Here a sentence ends as `sentence_end` has it, and a mark or bracket that the original closes
+  is closed.
+- An attempt with a sentence that reaches the token limit is no answer: it is tried again, or dropped in the
+  end.
 
-rho_th = .99 was chosen where a picture is up to 2880 image tokens; with fewer it is harsher: of LLaVA-1.5's 576 it
-leaves 6, of the embedded model's 64 mostly none, whose texts stay more fluent at .9.
+rho_th = .99 was chosen where a picture is up to 2880 image tokens; with fewer it is harsher: of LLaVA-1.5's
+576 it leaves 6, of the embedded model's 64 mostly none, whose texts stay more fluent at .9.
 
 Reconstructed, because the paper does not say: what is a sentence (`sentence_end`); cuts uniform over the
 beginnings of words, so that at least the last word is written anew; `temperature` and `top_p`; image tokens
@@ -201,7 +203,8 @@ def completion(model: Llava, processor: Processor, *, noise: Noise | None = None
                        stop=lambda i, j, new: writings[i][j].read(new, whole=False) is not None,
                        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seeds=seeds)
         # Nothing but EOS ends an answer that `stop` lets go on before the limit.
-        read = [[w.read(new, whole=len(new) < max_new_tokens) for w, new in zip(*pair)] for pair in zip(writings, out)]
+        read = [[w.read(new, whole=len(new) < max_new_tokens) for w, new in zip(*pair)]
+                for pair in zip(writings, out)]
         return [assemble(a.cuts, texts) for a, texts in zip(attempts, read)]
 
     def look(attempt: Attempt, seed: int) -> View:

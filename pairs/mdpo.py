@@ -2,9 +2,7 @@
 
 Wang et al. 2024, "mDPO: Conditional Preference Optimization for Multimodal Large Language Models", arXiv
 2406.11839. Given a text pair (y_w, y_l | x, v), v_c keeps less than 20 % of v, and (x, v_c, y_w) becomes the
-vision-rejected
-sample: an answer about the whole picture should be less likely when most of it is not shown.
-
+vision-rejected sample: an answer about the whole picture should be less likely when most of it is not shown.
     symbol   argument     type
     v        image        picture reference of a pair record
     v_c      crop_pairs   PNG file in `folder`, named by the record's `rejected_image`

@@ -1,16 +1,16 @@
 """Pairs made during training, of what the policy says now.
 
-Understanding Alignment in Multimodal LLMs, E. Amirloo et al., 2024, arXiv 2407.02477; online DPO: S. Guo et al., 2024,
-arXiv 2402.04792.
+Understanding Alignment in Multimodal LLMs, E. Amirloo et al., 2024, arXiv 2407.02477; online DPO: S. Guo et
+al., 2024, arXiv 2402.04792.
 
     online_dpo     (y~+, y~-) ~ pi(. | x), best and worst of the samples by a judge
-    mixed_dpo      alpha ~ Bernoulli(p) for each example: the given pair if alpha = 1, else an online one      Eq. 4
+    mixed_dpo      alpha ~ Bernoulli(p) for each example: given pair if alpha = 1, else an online one    Eq. 4
     bdhs_online    y~- ~ pi(. | x~, y+): completed from y+ with hidden image tokens (pairs/bdhs.py); both stand
-                   beside the given pair, losses/bdhs.py averages their losses                                 Eq. 5
+                   beside the given pair, losses/bdhs.py averages their losses                           Eq. 5
 
-The samples are data: the loss computes their log-probs again in its own forward pass, so nothing is differentiated
-through the sampling. Ties, duplicates, empty and unfinished answers teach nothing: such an example keeps its place in the
-batch with weight 0, so that batches have one size in every process.
+The samples are data: the loss computes their log-probs again in its own forward pass, so nothing is
+differentiated through the sampling. Ties, duplicates, empty and unfinished answers teach nothing: such an
+example keeps its place in the batch with weight 0, so that batches have one size in every process.
 
     symbol     argument      meaning
     x          records       records with `id`, `image`, `prompt` and, where p > 0, `chosen` and `rejected`
@@ -19,8 +19,8 @@ batch with weight 0, so that batches have one size in every process.
                samples       answers to each picture; the paper draws 2
 
 A made record holds `chosen` and `rejected` as token ids, end token included, and `weight`, 0 or 1.
-Departures: the paper draws alpha for each example, and so do we; its annotator is LLaVA-1.6-34B, here any judge of
-pairs/rank.py.
+As in the paper, alpha is drawn for each example. Departure: its annotator is LLaVA-1.6-34B, here any judge
+of pairs/rank.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pairs.rank import Judge, Score, order
 
 def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[int], root: Path | None, *,
            samples: int, temperature: float, max_new_tokens: int) -> list[list[list[int]]]:
-    """Answers of the policy without dropout: [record][sample] token ids; ends in the end token if it ended by itself.
+    """Answers of the policy without dropout: [record][sample] token ids, the end token last if it was drawn.
 
     Records of the same picture share one pass of the vision tower.
     """
@@ -105,13 +105,14 @@ def bdhs_triples(records: list[dict], seeds: list[int], model: Llava, processor:
 def reward_judge(reward: RewardModel, processor: Processor, root: Path | None = None) -> Judge:
     """A reward model as judge (pairs/rank.py): its rewards are the scores.
 
-    Every answer is scored with the end token behind it, as the reward model was trained, even one that was cut off: how
-    dear that is to be is up to PPO's `missing_eos_penalty`.
+    Every answer is scored with the end token behind it, as the reward model was trained, even one that was
+    cut off: how dear that is to be is up to PPO's `missing_eos_penalty`.
     """
 
     @torch.no_grad()
     def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score]]:
-        rows = [{**record, "answer": text} for record, texts in zip(records, answers, strict=True) for text in texts]
+        rows = [{**record, "answer": text} for record, texts in zip(records, answers, strict=True)
+                for text in texts]
         batch = collate(rows, {"answer": ("image", "answer")}, processor, root, end=True)
         device = reward.head.weight.device
         features = reward.scorer.model.vision_features(batch.pixels.to(device))

@@ -24,9 +24,9 @@ Departures from the paper, whose pair-making code is not public
   `infill` goes through the gaps from left to right: given the retrieved picture and the text so far, the
   model writes on, and the first expression in that which is of the hidden one's kind goes into the gap. For
   a model that follows instructions, pass another `complete`.
-- Similarity: the paper compares embeddings of all-mpnet-base-v2, which is not part of this repository.
-  `clip_similarity` compares the mean CLIP embeddings of the sentences. For a sentence encoder, pass another
-  `similarity`.
+- Similarity: the paper compares embeddings of all-mpnet-base-v2. The default is `clip_similarity`, which
+  compares the mean CLIP embeddings of the sentences; with a sentence-transformers folder pass
+  `SentenceEncoder(folder).similarity` (model/sentence.py).
 - The paper gives neither k nor the image feature: k is an argument, the feature CLIP's projected embedding.
 """
 
@@ -167,7 +167,8 @@ def fill(jobs: list[Job], views: list[View], write) -> list[str]:
     done = [job.text[: job.spans[0][0]] if job.spans else job.text for job in jobs]
     for gap in range(max((len(job.spans) for job in jobs), default=0)):
         rows = [row for row, job in enumerate(jobs) if gap < len(job.spans)]
-        proposals = write([views[row] for row in rows], [jobs[row] for row in rows], [done[row].rstrip() for row in rows])
+        proposals = write([views[row] for row in rows], [jobs[row] for row in rows],
+                          [done[row].rstrip() for row in rows])
         for row, proposal in zip(rows, proposals):
             text, spans = jobs[row].text, [*jobs[row].spans, (len(jobs[row].text), 0)]
             (start, end), stop = spans[gap], spans[gap + 1][0]

@@ -69,6 +69,7 @@ def naive(model, view, prompt, start, hidden=None, steps=STEPS, eos_id=NEVER, ch
         x = torch.cat([x, model.language_model.model.embed_tokens(ids[len(prompt) :])])
         states = model.language_model.model(x, torch.arange(len(ids)), Plain(flags))
         row = model.language_model.lm_head(states[-1])
+        row[model.config.image_token_index] = float("-inf")  # no word
         token = int(row.argmax()) if choose is None else choose(row, step)
         if token == eos_id:
             break

@@ -96,19 +96,19 @@ def test_equal_responses_are_computed_once_and_each_keeps_its_gradient():
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
 
 
-STARTS = {"dpo": math.log(2), "ipo": 0.25, "slic": 1.0, "dpo_weighted": math.log(2), "rdpo": 2 * math.log(2),
+STARTS = {"dpo": math.log(2), "ipo": 25.0, "slic": 1.0, "dpo_weighted": math.log(2), "rdpo": 2 * math.log(2),
           "rdpo_released": 2 * math.log(2), "mdpo": 3 * math.log(2), "adavip": math.log(3), "povid": math.log(2),
           "povid_released": math.log(2), "bdhs_online": math.log(2)}
 
 
 @pytest.mark.parametrize("loss, start", STARTS.items())
 def test_losses_start_where_their_files_say(loss, start):
-    """Policy = reference: IPO (0 - 1 / (2 beta))^2 = 1/4 at beta 1, hinge 1, the others as their files say."""
+    """Policy = reference: IPO (0 - 1 / (2 beta))^2 = 25 at beta 0.1, hinge 1, the others as their files say."""
     run = make_run(loss, moved=False)
     rows = [{**record, "generated": "A tree."} for record in run.records]
     value, _ = run.recipe.loss(**train.asked(run.recipe.loss, train.score(run, batch_of(run, rows))),
                                **run.options(run.recipe.loss))
-    torch.testing.assert_close(value, torch.full((3,), start), rtol=0, atol=1e-6)
+    torch.testing.assert_close(value, torch.full((3,), start), rtol=1e-6, atol=1e-6)
 
 
 def noisy_by_definition(run: train.Run, record: dict, seed: int) -> tuple[list[int], torch.Tensor]:
@@ -420,7 +420,7 @@ def test_cached_reference_equals_a_fresh_one_and_is_refused_when_stale(tmp_path)
 def test_fingerprint_sees_template_and_a_weight_in_the_middle(tmp_path):
     """A merged adapter changes the middle of a weight file and neither its size nor its ends."""
     def key(folder: Path, template: str | None = None) -> str:
-        return reference.fingerprint(records(), {}, Processor(folder, template=template), "fp32")
+        return reference.fingerprint(folder, records(), {}, Processor(folder, template=template), "fp32")
 
     model = load_llava(DEFAULT_MODEL)
     save_llava(model, tmp_path, DEFAULT_MODEL)

@@ -21,7 +21,7 @@ SHORT = {
     "generate_pairs.py": "--scenes 12",
     "evaluate.py": "--num 4",
     "model.pretrain": "--steps 2 --scenes 64 --out {out}",
-    "benchmarks/alignment.py": "--losses dpo --seeds 0 --scenes 4 --out {out} -- --steps 2 --scenes 40 --batch-size 4",
+    "benchmarks/alignment.py": "--rows dpo --seeds 0 --scenes 4 --out {out} -- --steps 2 --scenes 40 --batch-size 4",
 }
 
 

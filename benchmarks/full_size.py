@@ -1,0 +1,180 @@
+"""Time and memory at LLaVA-1.5-7B's full shapes: write, load, one AdaViP step, 16 generated tokens.
+
+    python benchmarks/full_size.py                       14.1 GB in a temporary folder, about 19 GiB of memory
+    python benchmarks/full_size.py --layers 2            a quick look; what the layers cost scales with them
+    python benchmarks/full_size.py --folder DIR          keep the checkpoint, or use the one that is there
+
+The weights are random: speed and memory do not depend on their values. They are bf16 and written shard by
+shard, so writing needs one shard of memory. The step is what `train.py --loss adavip --precision bf16
+--checkpointing` does with one pair: two pictures, chosen and rejected response, reference = the model with
+its adapters off, LoRA on all linear layers of the decoder in fp32 (rank 128 as in the papers), AdamW. The
+generation goes on with these adapters.
+
+Peak memory is the kernel's high-water mark of resident memory during each phase (/proc, so Linux only). On a
+CPU the loaded weights are pages of the mapped file, read when they are first used: they count in the peak,
+but the system may drop them and read them again, so what must fit is the anonymous memory and whatever speed
+asks for beyond it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from data.images import View, single, stack  # noqa: E402
+from losses.adavip import adavip_loss  # noqa: E402
+from model.checkpoint import load_llava  # noqa: E402
+from model.config import LlamaConfig, LlavaConfig, VisionConfig, hf_config  # noqa: E402
+from model.generate import generate  # noqa: E402
+from model.llava import Llava  # noqa: E402
+from model.logprobs import Scorer, Sequence, pack  # noqa: E402
+from model.lora import Reference, add_lora  # noqa: E402
+from model.tensors import save_json, save_shards  # noqa: E402
+
+VISION = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                      image_size=336, patch_size=14, projection_dim=768)
+VICUNA = LlamaConfig(rms_norm_eps=1e-5)  # the defaults are Vicuna-7B's
+SHARD_BYTES = 1_000_000_000
+BLOCK = 1_000_003  # a prime, so that rows of a matrix do not repeat
+THRESHOLD = "MALLOC_TRIM_THRESHOLD_"
+IMAGE_TOKENS = VISION.num_patches
+PROMPT, RESPONSE = 40, 100  # text tokens of the prompt and of each response
+
+
+def write_checkpoint(folder: Path, config: LlavaConfig) -> int:
+    """A llava-hf folder with random bf16 weights; returns their bytes. Exits when the disk is too full."""
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in Llava(config).state_dict().items()}
+    size = sum(2 * torch.Size(s).numel() for s in shapes.values())
+    free = shutil.disk_usage(folder).free
+    if free < 1.05 * size:
+        sys.exit(f"{folder} has {free / 1e9:.1f} GB free, the checkpoint takes {size / 1e9:.1f} GB; "
+                 "choose another --folder or fewer --layers")
+    tensors = {name: partial(random_weight, name, shape) for name, shape in shapes.items()}
+    save_shards(tensors, folder, SHARD_BYTES)
+    save_json(hf_config(config), folder / "config.json")  # last: a folder without it is not complete
+    return size
+
+
+def random_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Norms are 1, the rest repeats a million numbers (std 0.02): drawing them all takes minutes."""
+    if "norm" in name and name.endswith("weight"):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    count = torch.Size(shape).numel()
+    block = torch.empty(min(count, BLOCK)).normal_(std=0.02).bfloat16()
+    return block.repeat(-(-count // len(block)))[:count].view(shape)
+
+
+def draw_pair(image_id: int) -> tuple[list[View], list[Sequence]]:
+    """The three sequences of AdaViP: chosen and rejected with picture 0, chosen with picture 1."""
+    rng = torch.Generator().manual_seed(0)
+    text, chosen, rejected = (tuple(torch.randint(3, 32000, (n,), generator=rng).tolist())
+                              for n in (PROMPT, RESPONSE, RESPONSE))
+    prompt = text[: PROMPT // 2] + (image_id,) * IMAGE_TOKENS + text[PROMPT // 2 :]
+    side = VISION.image_size
+    views = [single(torch.randn(3, side, side, generator=rng), IMAGE_TOKENS) for _ in range(2)]
+    return views, [Sequence(0, prompt, chosen), Sequence(0, prompt, rejected), Sequence(1, prompt, chosen)]
+
+
+def load(folder: Path, rank: int) -> tuple[Llava, Scorer, Reference, torch.optim.Optimizer]:
+    """Model, adapters and optimiser, as train.py sets them up."""
+    model = load_llava(folder, torch.bfloat16).requires_grad_(False)
+    add_lora(model.language_model, rank, 2.0 * rank)
+    model.language_model.model.checkpointing = True
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    return model, Scorer(model, torch.bfloat16), Reference(model), optimizer
+
+
+def train_step(model: Llava, scorer: Scorer, reference: Reference, optimizer, views, sequences) -> int:
+    """One AdaViP step; returns the tokens that went through the decoder once (shared prefixes count once)."""
+    pixels, rows = stack(views, IMAGE_TOKENS)
+    packed, features = pack(sequences, rows, model.config.image_token_index), model.vision_features(pixels)
+    with reference():
+        frozen = scorer(packed, features)[0].sum(1)  # (3,)
+    policy = scorer(packed, features)[0].sum(1)  # (3,)
+    loss, _ = adavip_loss(*policy.split(1), *frozen.split(1))
+    loss.mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    if not torch.isfinite(norm) or abs(loss.item() - 1.0986) > 1e-2:
+        sys.exit(f"loss {loss.item():.4f} should be ln 3, and gradient norm {norm.item():.4f} finite")
+    optimizer.step()
+    optimizer.zero_grad()
+    return len(packed.ids)
+
+
+def measure(phase: Callable[[], object]) -> tuple[object, float, float, int, int]:
+    """(result, seconds, CPU seconds of all threads, peak resident bytes, anonymous bytes at the end)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    start, cpu = time.perf_counter(), time.process_time()
+    result = phase()
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return result, seconds, cpu, status("VmHWM"), status("RssAnon")
+
+
+def status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, float, int, int]]:
+    """All phases: (name, throughput, seconds, CPU seconds, peak, anonymous)."""
+    config = LlavaConfig(VISION, replace(VICUNA, num_hidden_layers=args.layers), image_token_index=32000)
+    table = []
+    if not (folder / "config.json").is_file():
+        size, *numbers = measure(lambda: write_checkpoint(folder, config))
+        table.append(("write", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
+    views, sequences = draw_pair(config.image_token_index)
+    (model, *rest), *numbers = measure(lambda: load(folder, args.rank))
+    size = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    table.append(("load", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
+    tokens, *numbers = measure(lambda: train_step(model, *rest, views, sequences))
+    table.append(("train step", f"{tokens / numbers[0]:.2f} tokens/s", *numbers))
+    del rest
+    prompt = [list(sequences[0].prompt)]
+    _, *numbers = measure(lambda: generate(model, views[:1], prompt, eos_id=-1, max_new_tokens=args.tokens))
+    table.append((f"generate {args.tokens}", f"{args.tokens / numbers[0]:.2f} tokens/s", *numbers))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{args.layers} decoder layers, {size / 2e9:.2f} B weights in bf16 ({size / 2**30:.1f} GiB), LoRA "
+          f"rank {args.rank}: {trained / 1e6:.0f} M weights in fp32, {tokens} tokens a step, "
+          f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="keep the checkpoint there (default: a temporary folder)")
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers (default: all %(default)s)")
+    parser.add_argument("--rank", type=int, default=128, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=16, help="to generate (default: %(default)s)")
+    args = parser.parse_args()
+    if THRESHOLD not in os.environ:  # an allocator that gives blocks of 1 MiB and more back at once
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {THRESHOLD: str(2**20)})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        table = run(folder, args)
+    print("| phase | seconds | CPU seconds | throughput | peak GiB | anonymous GiB at the end |")
+    print("|---|---|---|---|---|---|")
+    for name, throughput, seconds, cpu, *memory in table:
+        peak, anonymous = (f"{m / 2**30:.1f}" for m in memory)
+        print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {throughput} | {peak} | {anonymous} |")
+
+
+if __name__ == "__main__":
+    main()

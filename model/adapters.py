@@ -1,0 +1,173 @@
+"""LoRA adapters on disk: PEFT's format both ways, and LLaVA's own files.
+
+    written here and by PEFT   adapter_config.json, adapter_model.safetensors (or .bin)
+    written by LLaVA           the same, and non_lora_trainables.bin with what trained without an adapter
+
+    name in the file                                                name in the model
+    base_model.model.model.language_model.layers.0.mlp.up_proj      language_model.model.layers.0.mlp.up_proj
+        .lora_A.weight  (r, in)                                         .lora_A
+        .lora_B.weight  (out, r)                                        .lora_B
+    base_model.model.model.multi_modal_projector.linear_1.weight    multi_modal_projector.linear_1.weight
+
+The prefix may be doubled (checkpoints from the middle of a LLaVA training), and the rest may follow any
+layout of model/layouts.py. The update is alpha / r (alpha / sqrt(r) with `use_rslora`) times B A; dropout is
+a matter of training and is ignored. What changes the mathematics otherwise (DoRA, biases, ranks of single
+layers) is refused.
+
+Adapters of the vision tower are refused too: policy and reference share its output.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.hub import resolve
+from model.layouts import canonical, copy_companions
+from model.lora import LoRALinear, lora_layers
+from model.tensors import Stored, list_file, read, save_json, save_tensors
+
+PREFIX = re.compile(r"^(base_model\.model\.)+")
+LORA = re.compile(r"(.+)\.(lora_[AB])(?:\.\w+)?\.weight")
+PROJECTOR = "multi_modal_projector"
+PLAIN = dict(
+    peft_type=("LORA",), bias=("none",), use_dora=(False,), fan_in_fan_out=(False,), lora_bias=(False,),
+    use_qalora=(False,), rank_pattern=({},), alpha_pattern=({},), layer_replication=(None,),
+    trainable_token_indices=(None,), target_parameters=(None, []), modules_to_save=(None, [], [PROJECTOR]),
+)
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def load_adapters(model: nn.Module, folder: Path | str) -> None:
+    """Put the adapters of a folder onto a model without any; base weights freeze, adapters train.
+
+    Weights that trained without an adapter (the projector) replace the model's.
+    Raises ValueError naming the file and the tensor or setting that does not fit.
+    """
+    folder = Path(folder)
+    if lora_layers(model):
+        raise ValueError("the model has adapters already; merge them first")
+    rank, alpha = read_adapter_config(folder / "adapter_config.json")
+    files = [folder / name for name in FILES if (folder / name).is_file()][:1]
+    if not files:
+        raise ValueError(f"{folder}: no {FILES[0]} and no {FILES[1]}")
+    files += [p for p in [folder / "non_lora_trainables.bin"] if p.is_file()]
+    pairs, plain = _sort([tensor for file in files for tensor in list_file(file)])
+    _check(model, pairs, plain, rank)
+    model.requires_grad_(False)
+    values = dict(read([*plain.values(), *(tensor for pair in pairs.values() for tensor in pair.values())]))
+    with torch.no_grad():
+        for name, stored in plain.items():
+            model.get_parameter(name).copy_(values[stored])
+        for name, pair in pairs.items():
+            parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            layer = LoRALinear(getattr(owner, leaf), rank, alpha, dropout=0.0)
+            for part, stored in pair.items():
+                getattr(layer, part).copy_(values[stored])
+            setattr(owner, leaf, layer)
+
+
+def read_adapter_config(path: Path) -> tuple[int, float]:
+    """(rank r, alpha as in alpha / r). Raises ValueError on a kind of adapter that is not plain LoRA."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not readable ({error})") from None
+    for key, allowed in PLAIN.items():
+        if raw.get(key) is not None and raw[key] not in allowed:
+            raise ValueError(f"{path}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise ValueError(f"{path}: r={rank!r} and lora_alpha={alpha!r} are not a rank and a number")
+    return rank, float(alpha) * (math.sqrt(rank) if raw.get("use_rslora") else 1.0)
+
+
+def _sort(tensors: list[Stored]) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
+    """Layer -> its two factors; parameter -> its new value."""
+    pairs: dict[str, dict[str, Stored]] = {}
+    plain: dict[str, Stored] = {}
+    for tensor in tensors:
+        name = PREFIX.sub("", tensor.name)
+        if match := LORA.fullmatch(name):
+            pairs.setdefault(canonical(match[1] + ".weight").removesuffix(".weight"), {})[match[2]] = tensor
+        else:
+            plain[canonical(name)] = tensor
+    return pairs, plain
+
+
+def _check(
+    model: nn.Module, pairs: dict[str, dict[str, Stored]], plain: dict[str, Stored], rank: int
+) -> None:
+    """Raise ValueError naming everything in the files that does not fit the model."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    problems = []
+    for name, pair in pairs.items():
+        file = next(iter(pair.values())).file
+        layer = layers.get(name)
+        if layer is None or name.startswith("vision_tower.") or name.endswith("lm_head"):
+            problems.append(f"{file}: {name} is no layer that takes an adapter")
+            continue
+        for part, shape in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
+            if part not in pair:
+                problems.append(f"{file}: missing tensor {name}.{part}")
+            elif pair[part].shape != shape:
+                problems.append(f"{file}: tensor {pair[part].name} is {pair[part].shape}, expected {shape}"
+                                f" for rank {rank}")
+    for name, stored in plain.items():
+        if name not in shapes:
+            problems.append(f"{stored.file}: tensor {stored.name} is no parameter of the model")
+        elif shapes[name] != stored.shape:
+            problems.append(f"{stored.file}: tensor {stored.name} is {stored.shape}, expected {shapes[name]}")
+    if not pairs and not plain:
+        problems.append("the adapter files hold no tensors")
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError("; ".join(problems[:8]) + more)
+
+
+def save_adapters(model: nn.Module, folder: Path | str, base: Path | str) -> None:
+    """Write the adapters, and the projector if it trains, in PEFT's format; `base` is named in it.
+
+    `load_llava(folder)` loads both, and so does PEFT, on top of `transformers`' model of the base folder. The
+    base's configuration and tokenizer files are copied, so that the folder can stand for a model everywhere.
+    Raises ValueError when there are no adapters, when they differ in rank or scale, or when weights train
+    that the format has no place for.
+    """
+    folder, layers = Path(folder), lora_layers(model)
+    kinds = {(layer.lora_A.shape[0], layer.scale) for layer in layers.values()}
+    if not kinds:
+        raise ValueError("the model has no adapters")
+    if len(kinds) > 1:
+        raise ValueError(f"adapters differ in rank or scale: {kinds}")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    if other := sorted(n for n in trained if not n.startswith(PROJECTOR + ".")):
+        raise ValueError(f"{other[0]} trains without an adapter; write the whole model instead")
+    tensors = {}
+    for name, layer in layers.items():
+        for part in ("lora_A", "lora_B"):
+            tensors[f"{_peft_name(name)}.{part}.weight"] = getattr(layer, part)
+    if trained:
+        tensors |= {_peft_name(n): p for n, p in model.named_parameters() if n.startswith(PROJECTOR + ".")}
+    (rank, scale), = kinds
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": scale * rank,
+        "lora_dropout": 0.0, "bias": "none", "target_modules": rf".*language_model.*\.({'|'.join(leaves)})",
+        "modules_to_save": [PROJECTOR] if trained else None, "inference_mode": True, "task_type": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_companions(resolve(base), folder)
+    save_json(config, folder / "adapter_config.json")
+    save_tensors(tensors, folder / "adapter_model.safetensors")
+
+
+def _peft_name(name: str) -> str:
+    """Name in the model -> name in the file, that of `transformers`' LlavaForConditionalGeneration."""
+    return "base_model.model.model." + name.replace("language_model.model.", "language_model.", 1)

@@ -1,0 +1,116 @@
+"""The names that tensors of a LLaVA checkpoint go by, and where each of them is.
+
+Every name is translated by itself to that of the model, so mixtures load too:
+
+    in the model, and in llava-hf   in llava-hf as later             in original LLaVA
+    folders as first published      versions of it save it
+    language_model.model.X          model.language_model.X           model.X
+    language_model.lm_head          lm_head                          lm_head
+    vision_tower.vision_model.X     (model.)vision_tower.X, or with  model.vision_tower.
+                                        vision_model in between          vision_tower.vision_model.X
+    multi_modal_projector.linear_1  model.multi_modal_projector.     model.mm_projector.0
+    multi_modal_projector.linear_2      linear_1, linear_2           model.mm_projector.2
+    image_newline                   model.image_newline              model.image_newline
+
+An original checkpoint may leave its vision tower (then it is the CLIP that config.json names) and its
+projector (then it is in mm_projector.bin) outside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from model.config import is_original, read_config, tower_folder
+from model.hub import resolve
+from model.tensors import Stored, list_file, list_tensors
+
+RENAMES = (
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^model\.(embed_tokens|layers|norm)\.", r"language_model.model.\1."),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(vision_tower\.|multi_modal_projector\.|image_newline$)", r"\1"),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+TOWER = "vision_tower.vision_model."
+COMPANIONS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)
+
+
+def canonical(name: str) -> str:
+    """Name in the model of a tensor in any of the layouts."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def llava_tensors(folder: Path) -> dict[str, Stored]:
+    """Name in the model -> place, for all tensors of a LLaVA folder. ValueError as from `list_tensors`."""
+    found = by_name(list_tensors(folder))
+    raw = read_config(folder)
+    if not is_original(raw):
+        return found
+    projector = folder / "mm_projector.bin"
+    if projector.is_file() and not any(n.startswith("multi_modal_projector.") for n in found):
+        found |= by_name(list_file(projector))
+    if not any(n.startswith(TOWER) for n in found):
+        clip = tower_folder(folder, raw) or resolve(raw["mm_vision_tower"])
+        found |= {TOWER + n.removeprefix("vision_model."): t
+                  for n, t in ((t.name, t) for t in list_tensors(clip)) if _of_tower(n)}
+    return found
+
+
+def by_name(tensors: list[Stored]) -> dict[str, Stored]:
+    """Keyed by the name in the model. Raises ValueError when two tensors have the same."""
+    found: dict[str, Stored] = {}
+    for tensor in tensors:
+        name = canonical(tensor.name)
+        if name in found:
+            raise ValueError(f"{tensor.file}: tensor {tensor.name} is also in {found[name].file.name},"
+                             f" as {found[name].name}")
+        found[name] = tensor
+    return found
+
+
+def _of_tower(name: str) -> bool:
+    """Vision tensors of a CLIP file with both towers, or of the vision tower alone."""
+    return bool(re.match(r"(vision_model\.|embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.)", name))
+
+
+def adapter_base(folder: Path) -> Path | None:
+    """Folder of the base model of an adapter folder; None for a folder that holds a model of its own."""
+    path = folder / "adapter_config.json"
+    if not path.is_file() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+        return None
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not name:
+        raise ValueError(f"{path}: names no base_model_name_or_path")
+    return resolve(name)
+
+
+def config_folder(folder: Path) -> Path:
+    """Where config.json and tokenizer of a model are: with it. Adapters may have their own, as LLaVA's do
+    (what they were trained with), or go by their base's."""
+    return folder if (folder / "config.json").is_file() else adapter_base(folder) or folder
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Configuration and tokenizer files (what adapters lack, of their base), each replaced atomically."""
+    for name in COMPANIONS:
+        places = (p / name for p in (source, adapter_base(source)) if p and (p / name).is_file())
+        path = next(places, None)
+        if path and path.resolve() != (folder / name).resolve():
+            shutil.copyfile(path, folder / f"{name}.tmp")
+            os.replace(folder / f"{name}.tmp", folder / name)
