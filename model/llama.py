@@ -1,18 +1,17 @@
 """LLaMA decoder on packed tokens: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al., arXiv 2104.09864; grouped queries:
-Ainslie et al., arXiv 2305.13245. Vicuna, Mistral and Yi are the same network with other numbers.
+Touvron et al. 2023, arXiv 2302.13971; rotary embeddings: Su et al., arXiv 2104.09864; grouped queries: Ainslie et
+al., arXiv 2305.13245. Vicuna, Mistral and Yi are the same network with other numbers.
 
-There is no batch dimension: all sequences of a batch lie one after another, (T, D), with an explicit position
-for every token, and an attention rule (model/attention.py) says which tokens belong together. Nothing is
-padded outside the attention itself, and the same code serves scoring, prefill and cached decoding.
+There is no batch dimension: all sequences of a batch lie one after another, (T, D), with an explicit position for
+every token, and an attention rule (model/attention.py) says which tokens belong together. Nothing is padded outside
+the attention itself, and the same code serves scoring, prefill and cached decoding.
 
 Shapes: T packed tokens, D width, H heads, K key-value heads, d head width.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Callable
 
 import torch
@@ -23,7 +22,6 @@ from model import ops
 from model.config import LlamaConfig
 
 Rope = tuple[Tensor, Tensor]
-PART = 1024  # most tokens that the MLP takes at a time
 
 
 class RMSNorm(nn.Module):
@@ -87,10 +85,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (T, D) -> (T, D), PART tokens at a time: gradients of the wide hidden states live for one part."""
-        parts = x.tensor_split(math.ceil(len(x) / PART)) if len(x) > PART else [x]
-        parts = [self.down_proj(ops.SwiGLU.apply(self.gate_proj(p), self.up_proj(p))) for p in parts]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self.down_proj(ops.SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
