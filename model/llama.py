@@ -12,6 +12,7 @@ Shapes: T packed tokens, D width, H heads, K key-value heads, d head width.
 
 from __future__ import annotations
 
+import math
 from typing import Callable
 
 import torch
@@ -22,6 +23,7 @@ from model import ops
 from model.config import LlamaConfig
 
 Rope = tuple[Tensor, Tensor]
+PART = 2048  # most tokens whose wide hidden states are alive while an MLP is recomputed
 
 
 class RMSNorm(nn.Module):
@@ -88,6 +90,13 @@ class MLP(nn.Module):
         return self.down_proj(ops.SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
+def recomputed_in_parts(function: Callable, x: Tensor) -> Tensor:
+    """`function` of x (T, D), whose rows do not depend on one another, keeping nothing of it for the backward: it
+    is computed anew for one part of the tokens at a time."""
+    parts = x.tensor_split(math.ceil(len(x) / PART))
+    return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts])
+
+
 class Layer(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -96,10 +105,15 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, attend: Callable, layer: int, skip: int) -> Tensor:
-        """x (T, D) -> (T - skip, D): the first `skip` tokens serve as keys and values only."""
+    def forward(self, x: Tensor, rope: Rope, attend: Callable, layer: int, skip: int, recompute: bool) -> Tensor:
+        """x (T, D) -> (T - skip, D): the first `skip` tokens serve as keys and values only.
+
+        recompute: the layer is itself recomputed in the backward; its MLP's hidden states, by far the largest,
+            shall not all come back at once.
+        """
         x = _drop(x, skip) + self.self_attn(self.input_layernorm(x), rope, attend, layer, skip)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.post_attention_layernorm(x)
+        return x + (recomputed_in_parts(self.mlp, y) if recompute else self.mlp(y))
 
 
 class Decoder(nn.Module):
@@ -118,8 +132,8 @@ class Decoder(nn.Module):
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            args = (x, rope, attend, i, attend.skip if i == last else 0)
             recompute = self.checkpointing and torch.is_grad_enabled()
+            args = (x, rope, attend, i, attend.skip if i == last else 0, recompute)
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return self.norm(x)
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 128  # query rows whose attention weights are alive at a time in the backward
+ROWS = 64  # query rows whose attention weights are alive at a time in the backward
 
 
 class RMSNorm(torch.autograd.Function):
