@@ -360,3 +360,9 @@ def test_live_top_p_keeps_what_transformers_keeps():
         for row, expected in zip(logits, kept):
             drawn = pick(row.expand(len(grid), -1), 1.0, top_p, grid).bincount(minlength=12) / len(grid)
             torch.testing.assert_close(drawn, expected, rtol=0, atol=1 / 1024)
+
+
+def test_longer_than_the_decoder_takes(model, pictures):
+    limit = model.config.text.max_position_embeddings
+    with pytest.raises(ValueError, match=f"the decoder takes {limit}"):
+        generate(model, pictures[:1], PROMPTS[:1], eos_id=NEVER, max_new_tokens=limit)
