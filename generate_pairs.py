@@ -184,7 +184,7 @@ def make_pairs(method: str, model: Llava | None, processor: Processor | None, cl
     Returns (pair records, report); None in processes other than the first. The report is {method, pictures,
     pairs, dropped: {reason: count}} and, if all pictures are scenes, `hallucinating`: {chosen, rejected}, the
     share of answers that mention an absent object, and `rejected_image` (see `_rejected_images`). Raises
-    ValueError on input that the method cannot use, before the first answer is sampled, and RuntimeError when
+    ValueError on input that the method cannot use, before the first answer is sampled, and ConnectionError when
     a server cannot be reached.
     """
     if method not in METHODS:
@@ -729,7 +729,7 @@ def start_processes() -> Share:
 def run(arguments: argparse.Namespace) -> dict | None:
     """Read, load, make, write; returns the report, None in processes other than the first.
 
-    Raises ValueError on bad input, files first, and RuntimeError when a server cannot be reached.
+    Raises ValueError on bad input, files first, and ConnectionError when a server cannot be reached.
     """
     kind, records, root = read_input(arguments)
     check(arguments, records)
@@ -784,7 +784,7 @@ def main() -> None:
     arguments, start = read_arguments(), time.monotonic()
     try:
         report = run(arguments)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, ConnectionError) as error:
         print(f"generate_pairs.py: {error}", file=sys.stderr)
         sys.exit(2)
     if report is not None:

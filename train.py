@@ -21,8 +21,8 @@ Losses that need samples draw them first: pairs from pairs/online.py, rollouts f
 
 --out receives: config.json (the resolved configuration), pairs.jsonl (if made here), metrics.jsonl (one line
 an interval), checkpoint.pt (to resume), model/ (llava-hf folder, adapters merged), adapters/ (PEFT's format),
-result.json (before and after), and from fisao scores.svg (what the verifier says of words and sentences,
-before and after).
+result.json (before and after), and from fisao baselines.json and scores.svg (what the verifier says of words
+and sentences, before and after).
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ import json
 import math
 import os
 import random
-import resource
-import signal
 import sys
 import time
 import typing
@@ -61,6 +59,7 @@ from data.templates import TEMPLATES
 from losses import (
     adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic,
 )
+from metrics.questions import KnownObjects
 from metrics.score_plot import write_histograms
 from model import reference, rollout
 from model.adapters import save_adapters
@@ -68,6 +67,7 @@ from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava,
 from model.logprobs import Scorer
 from model.lora import Reference, add_lora, merge_lora
 from model.reward import RewardModel, load_reward_model, save_reward_head
+from model.training import Log, StopRequest, load_checkpoint, save_checkpoint
 from model.verifier import Verifier
 from pairs import online
 from pairs.ask import Server, server_model
@@ -113,15 +113,13 @@ LOSSES = {
 EMBEDDED = {"lr": 1e-3, "beta": 1.0}
 EMBEDDED_OF = {  # of single losses, where these differ
     "ipo": {"beta": 0.1},
-    "dpo_weighted": {"beta": 10.0},
-    "bdhs_online": {"rho_th": 0.9},  # of 64 image tokens, .99 mostly leaves none
+    "dpo_weighted": {"beta": 30.0},
+    "bdhs_online": {"rho_th": 0.7},  # of 64 image tokens, .99 mostly leaves none
     "ppo": {"lr": 3e-4, "kl_coef": 0.4, "steps": 30},
     "rloo": {"lr": 5e-4, "kl_coef": 0.4, "steps": 30},
     "fisao": {"lr": 3e-4, "kl_coef": 0.05, "steps": 30},
 }
 
-# Settings that may change when a run is resumed: they touch nothing that is computed.
-HARMLESS = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_split"}
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
 CALIBRATION = 256  # records whose answers by the untrained model set the scale of scores
 
@@ -210,6 +208,10 @@ def add_online_options(group, recipe: Recipe) -> None:
         add("--server-model", metavar="NAME", help="for --judge server")
     add("--clip-model", type=Path, default=DEFAULT_CLIP, metavar="DIR",
         help="CLIP folder (default: model/tiny/clip)")
+    if recipe.advantages is rollout.fisao_advantages:
+        add("--objects", type=Path, metavar="FILE",
+            help="what photographs show, to measure the baselines on: {image: [classes]} or COCO instances")
+        add("--baselines", type=Path, metavar="FILE", help="baselines.json of an earlier run, to take instead")
     if recipe.advantages:
         add("--samples", type=int, default=4, help="answers to each picture (default: %(default)s)")
         add("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
@@ -472,7 +474,7 @@ def asked(function: Callable, offer: dict[str, torch.Tensor]) -> dict[str, torch
     return {p.name: offer[p.name] for p in wanted if p.name in offer or p.default is p.empty}
 
 
-def pairs_step(run: Run, batches: list[Batch], log: "Log") -> torch.Tensor:
+def pairs_step(run: Run, batches: list[Batch], log: Log) -> torch.Tensor:
     """Forward, loss and backward of each micro-batch, then one update. Returns the gradient norm."""
     options = run.options(run.recipe.loss)
     for i, batch in enumerate(batches):
@@ -509,7 +511,7 @@ def online_batches(run: Run, picked: list[list[tuple[dict, int]]]) -> list[Batch
     return batches
 
 
-def reinforce_step(run: Run, picked: list[list[tuple[dict, int]]], step: int, log: "Log") -> torch.Tensor:
+def reinforce_step(run: Run, picked: list[list[tuple[dict, int]]], step: int, log: Log) -> torch.Tensor:
     """Sample answers, judge them, and learn from them for some epochs. Returns the last gradient norm."""
     args, rollouts = run.args, []
     for part in picked:
@@ -550,94 +552,6 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
 
 
-# ---------------------------------------------------------------------------------------------- state on disk
-
-
-def save_checkpoint(path: Path, run: Run, step: int, config: dict) -> None:
-    """Everything that a resumed run needs. Order of data, samples and dropout follow from seed and step."""
-    trained = {n: p.detach() for n, p in run.plain.named_parameters() if p.requires_grad}
-    state = {"step": step, "trained": trained, "optimizer": run.optimizer.state_dict(), "config": config,
-             "state": run.state}
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path, run: Run, config: dict) -> int:
-    """Restore weights, optimiser and state; returns the next step. ValueError if the set-up was another."""
-    saved = torch.load(path, map_location=run.device, weights_only=True)
-    different = [k for k in config if k not in HARMLESS and config[k] != saved["config"].get(k)]
-    if different:
-        pairs = ", ".join(f"{k} was {saved['config'].get(k)!r}, is {config[k]!r}" for k in different)
-        raise ValueError(f"{path} belongs to another run: {pairs}")
-    with torch.no_grad():
-        for name, parameter in run.plain.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(saved["trained"][name])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    run.state |= saved["state"]
-    return saved["step"]
-
-
-class Log:
-    """Sums metrics on the device, and once an interval writes one JSON line and one console line (rank 0)."""
-
-    def __init__(self, run: Run, start: int):
-        self.run, self.path = run, run.args.out / "metrics.jsonl"
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.tokens = 0
-        self.started, self.first = time.perf_counter(), start
-        self.since = self.started
-        if run.rank == 0:  # drop lines behind the checkpoint that this run goes on from
-            old = self.path.read_text().splitlines() if start and self.path.exists() else []
-            self.path.write_text("".join(f"{x}\n" for x in old
-                                         if whole_line(x) and json.loads(x)["step"] <= start))
-
-    def add(self, metrics: dict[str, torch.Tensor], tokens: int = 0, weights: torch.Tensor | None = None) -> None:
-        for name, value in metrics.items():
-            value = value.detach().float().to(self.run.device)  # figures of rollouts may be on the CPU
-            if weights is not None:
-                value = (value * weights).sum() / weights.sum().clamp(min=1)
-            self.sums[name] = self.sums.get(name, 0) + value.mean()
-            self.counts[name] = self.counts.get(name, 0) + 1
-        if weights is not None:
-            self.add({"used": weights})
-        self.tokens += tokens
-
-    def write(self, step: int, extra: dict[str, float]) -> None:
-        """Average over steps and processes since the last call."""
-        run = self.run
-        values = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-        if run.world > 1:
-            dist.all_reduce(values)
-        line = dict(zip(self.sums, (values / run.world).tolist()))
-        now = time.perf_counter()
-        line |= extra | {
-            "tokens/s": self.tokens * run.world / (now - self.since),
-            "eta_s": (now - self.started) / (step - self.first) * (run.args.steps - step),
-            "peak_gib": peak_memory(run.device),
-        }
-        self.sums, self.counts, self.tokens, self.since = {}, {}, 0, now
-        if run.rank == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **line}) + "\n")
-            text = "  ".join(f"{k} {v:.4g}" for k, v in line.items())
-            tqdm.write(f"step {step}/{run.args.steps}  {text}")
-
-
-def whole_line(line: str) -> bool:
-    """False for the torn last line of a run that was killed while writing."""
-    return line.endswith("}")
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: allocated on CUDA, resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 # ------------------------------------------------------------------------------------------------ the run
 
 
@@ -660,7 +574,7 @@ def make_helper(run: Run) -> Callable | None:
     args, device = run.args, run.device
     if run.recipe.advantages is rollout.fisao_advantages:
         return Verifier(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model),
-                        run.processor, run.root)
+                        run.processor, run.root, KnownObjects(args.objects))
     if run.recipe.online is online.bdhs_triples:
         return clip_similarity(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model))
     if run.recipe.online or run.recipe.advantages:
@@ -680,8 +594,8 @@ def answers_to(run: Run, records: list[dict], temperature: float) -> list[list[i
 
 
 def look_at_scores(run: Run) -> dict[str, list[float]]:
-    """What the verifier says of the policy's answers to the first records, if these are scenes."""
-    picked = [r for r in run.records[:CALIBRATION] if r["image"].startswith("scene:")]
+    """What the verifier says of the policy's answers to the first records whose objects are known."""
+    picked = [r for r in run.records if run.helper.known(r["image"])][:CALIBRATION]
     ids = answers_to(run, picked, temperature=0.0)
     texts = [run.processor.decode(answer) for answer in ids]
     return rollout.verifier_scores([r["image"] for r in picked], ids, texts, run.helper)
@@ -692,26 +606,35 @@ def calibrate(run: Run) -> None:
 
     It is kept in the checkpoint. Every process does the same: the records are few.
     """
+    if run.recipe.advantages is rollout.fisao_advantages:
+        run.state["baselines"] = fisao_baselines(run)
+        if any(run.helper.known(record["image"]) for record in run.records):
+            run.state["scores"] = look_at_scores(run)
+        if run.rank == 0:
+            save_json(run.state["baselines"], run.args.out / "baselines.json")
+        return
     picked = run.records[:CALIBRATION]
     ids = answers_to(run, picked, run.args.temperature)
-    if run.recipe.advantages is rollout.fisao_advantages:
-        references = [record["image"] for record in picked]
-        found = run.helper(references, ids)
-        right = rollout.correct(references, found)
-        if not len(right):
-            raise ValueError(f"fisao finds no object word in {len(ids)} answers of the model: it has nothing to score")
-        if (right < 0).all():
-            raise ValueError("fisao measures its baselines on pictures whose objects are known;"
-                             " none of these are scenes")
-        known = right >= 0
-        run.state["baselines"] = fisao.calibrate(found.scores[known], right[known] == 1, unit=run.helper.unit)
-        run.state["scores"] = look_at_scores(run)
-        return
     size = run.args.micro_batch_size
     parts = [slice(start, start + size) for start in range(0, len(picked), size)]
     scores = torch.cat([rollout.scores(run.helper, picked[part], [run.processor.decode(x) for x in ids[part]], 1)
                         for part in parts])
     run.state |= {"mean": scores.mean().item(), "std": max(scores.std().item(), 1e-6)}
+
+
+def fisao_baselines(run: Run) -> dict:
+    """S_gt and S_hal of Eq. 7 and what goes with them, of --baselines or of the untrained model's answers."""
+    if path := run.args.baselines:
+        return rollout.read_baselines(path, run.helper.unit)
+    picked = [record for record in run.records if run.helper.known(record["image"])][:CALIBRATION]
+    if not picked:
+        raise ValueError("fisao measures its baselines on pictures whose objects are known, and of none of these they"
+                         " are: give --objects FILE, or the --baselines FILE of another run")
+    found = run.helper([record["image"] for record in picked], answers_to(run, picked, run.args.temperature))
+    known = found.correct >= 0
+    if not known.any():
+        raise ValueError(f"fisao finds no known object word in {len(picked)} answers of the model")
+    return fisao.calibrate(found.scores[known], found.correct[known] == 1, unit=run.helper.unit)
 
 
 def reference_cache(run: Run) -> dict[str, torch.Tensor]:
@@ -782,26 +705,6 @@ def collate_with(recipe: Recipe, processor, root, records: list[dict], seeds: li
     """`collate` for a loss; at the top level, so that the loader's processes can have it."""
     return collate(records, recipe.sequences, processor, root, seeds,
                    end=recipe.loss is reward_model.reward_model_loss)
-
-
-class StopRequest:
-    """Ctrl-C or SIGTERM ends the run after the current step, in all processes at the same one."""
-
-    def __init__(self, world: int):
-        self.world, self.flag = world, torch.zeros(1)
-        handler = lambda *_: self.flag.fill_(1)  # noqa: E731
-        self.before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def asked(self) -> bool:
-        """A collective call: every process must make it."""
-        if self.world > 1:
-            dist.all_reduce(self.flag, dist.ReduceOp.MAX)  # a CPU tensor: no device synchronisation
-        return bool(self.flag)
-
-    def close(self) -> None:
-        """Put the former signal handlers back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def measure(args, model, processor) -> dict[str, float]:
@@ -890,5 +793,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         sys.exit(f"train.py: {error}")

@@ -17,8 +17,8 @@ Scenes are known exactly. For POPE they also allow two control rows that tell lo
     removed         the questions whose answer is "yes", after the object was taken out of the picture: every
                     label is "no", so the share of "yes" (yes_ratio) should be near 0
 
-Photographs are described by annotation files: for chair one JSON object {image id: [classes]}, for pope the
-label files of POPE (JSONL with question_id, image, text, label), each a split.
+Photographs are described by annotation files: for chair one JSON object {image id: [classes]} or an instances
+file of COCO, for pope the label files of POPE (JSONL with question_id, image, text, label), each a split.
 """
 
 from __future__ import annotations
@@ -80,7 +80,30 @@ def chair_photographs(
     path: annotation file; images: folder of the photographs, or None where no model is asked.
     Raises ValueError naming every bad entry and every image without a file.
     """
+    table = read_objects(path)
+    keys = _sample(list(table), number, seed, path)
+    files = _image_files(images, keys) if images else {}
+    rows = [{"id": key, "image": files.get(key, key), "prompt": prompt} for key in keys]
+    return [{**row, "objects": table[row["id"]]} for row in rows]
+
+
+def read_objects(path: Path) -> dict[str, list[str]]:
+    """Image id -> classes, from {image id: [classes]} or an instances file of COCO (ids: its file names).
+
+    CHAIR's published figures also count the classes that COCO's captions name as shown: an instances file alone
+    is stricter. Raises ValueError naming every bad entry.
+    """
     table = read_json(path)
+    if isinstance(table, dict) and table.keys() >= {"images", "annotations", "categories"}:
+        try:
+            names = {row["id"]: row["name"] for row in table["categories"]}
+            files = {row["id"]: row["file_name"] for row in table["images"]}
+            shown: dict[str, dict] = {name: {} for name in files.values()}
+            for row in table["annotations"]:
+                shown[files[row["image_id"]]][names[row["category_id"]]] = None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not an instances file of COCO ({type(error).__name__}: {error})") from None
+        table = {name: list(classes) for name, classes in shown.items()}
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{path}: want a filled JSON object {{image id: [classes]}}")
     refuse(
@@ -88,10 +111,27 @@ def chair_photographs(
         for key, names in table.items()
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names)
     )
-    keys = _sample(list(table), number, seed, path)
-    files = _image_files(images, keys) if images else {}
-    rows = [{"id": key, "image": files.get(key, key), "prompt": prompt} for key in keys]
-    return [{**row, "objects": table[row["id"]]} for row in rows]
+    return table
+
+
+class KnownObjects:
+    """What pictures show, where that is known: of scenes always, of photographs if an annotation file lists them.
+
+    Args:
+        path: as for `read_objects`. An id stands for the picture of this name, of this stem, or of the number
+            at the end of its stem.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.table = {key: set(names) for key, names in read_objects(path).items()} if path else {}
+        self.classes = set().union(*self.table.values())  # what was looked for
+
+    def __call__(self, reference: str) -> tuple[set[str], set[str]] | None:
+        """(classes shown, classes that were looked for) of a picture reference, None where nobody knows."""
+        if reference.startswith("scene:"):
+            return scenes.objects_present(*scenes.parse_reference(reference)), set(scenes.CATEGORIES)
+        key = next((name for name in _names(Path(reference)) if name in self.table), None)
+        return None if key is None else (self.table[key], self.classes)
 
 
 def pope_photographs(
@@ -149,14 +189,19 @@ def _sample(items: list, number: int | None, seed: int, path: Path) -> list:
     return random.Random(seed).sample(items, number)
 
 
+def _names(path: Path) -> tuple[str, str, str]:
+    """The ids that a picture's file answers to."""
+    digits = re.search(r"\d+$", path.stem)
+    return path.name, path.stem, str(int(digits[0])) if digits else path.stem
+
+
 def _image_files(folder: Path, keys: Sequence[str]) -> dict[str, str]:
     """Image id -> file name in the folder: the id itself, its stem, or the number at the end of its stem."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     files: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
-        digits = re.search(r"\d+$", path.stem)
-        for name in (path.name, path.stem, str(int(digits[0])) if digits else path.stem):
+        for name in _names(path):
             files.setdefault(name, path.name)
     refuse(f"{folder}: no file for image {key!r}" for key in keys if key not in files)
     return {key: files[key] for key in keys}

@@ -12,6 +12,7 @@ Shapes: B answers, k of each prompt next to each other; L longest answer; tiles,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from data.batch import collate
 from data.mentions import find
-from data.scenes import CATEGORIES, objects_present, parse_reference
 from losses import fisao, ppo, rloo
+from metrics.files import read_json
 from metrics.score_plot import Panel
 from model.logprobs import Packed
 from model.lora import Reference
@@ -93,8 +94,8 @@ def fisao_advantages(
     Args:
         verifier: model.verifier.Verifier.
         state: holds the `baselines` that `calibrate` measured with the untrained model.
-    The log shows the share of mentions with a reward and, where the picture is a scene, the mean reward of
-    correct and of hallucinated mentions.
+    The log shows the share of mentions with a reward and, where it is known what the picture shows, the mean
+    reward of correct and of hallucinated mentions.
     """
     token_scores, rewards, right = [], [], []
     for r in rollouts:
@@ -106,7 +107,7 @@ def fisao_advantages(
         placed = fisao.place(reward, found.rows, found.starts, found.stops, r.mask.shape, position=position)
         token_scores.append({"token_scores": placed.to(r.old.device)})
         rewards.append(reward)
-        right.append(correct(references, found))
+        right.append(found.correct)
     lessons = _lessons(rollouts, state, token_scores, kl_coef=kl_coef, gamma=gamma, lam=lam,
                        missing_eos_penalty=missing_eos_penalty)
     reward, right = torch.cat(rewards), torch.cat(right)  # (N,) each
@@ -117,6 +118,17 @@ def fisao_advantages(
                                   ("reward/hallucinated", reward, right == 0)):
         figures[name] = total(values[members].sum()) / total(members.sum()).clamp(min=1)  # over all processes
     return lessons, figures
+
+
+def read_baselines(path: Path, unit: str) -> dict:
+    """What `losses.fisao.calibrate` measured in an earlier run. ValueError if the file or its unit is not right."""
+    baselines = read_json(path)
+    numbers = ("correct", "hallucinated", "low", "high", "std")
+    if not isinstance(baselines, dict) or not all(isinstance(baselines.get(k), (int, float)) for k in numbers):
+        raise ValueError(f"{path}: no baselines of fisao, which have {', '.join(numbers)} and unit")
+    if baselines.get("unit") != unit:
+        raise ValueError(f"{path}: measured in {baselines.get('unit')!r}, this verifier scores in {unit!r}")
+    return baselines
 
 
 def rloo_advantages(
@@ -147,15 +159,6 @@ def scores(judge, records: list[dict], texts: list[str], k: int) -> Tensor:
     if None in judged:
         raise ValueError(f"record {records[judged.index(None)]['id']!r}: the judge came to no verdict")
     return torch.tensor([float(score.score) for group in judged for score in group])
-
-
-def correct(references: list[str], found) -> Tensor:
-    """For each mention of a scene 1 where the scene shows the object, 0 where not; -1 where nobody knows. (N,)"""
-    shown = {r: objects_present(*parse_reference(r)) for r in set(references) if r.startswith("scene:")}
-    known = [references[row] in shown and entity in CATEGORIES
-             for row, entity in zip(found.rows.tolist(), found.entities)]
-    return torch.tensor([int(entity in shown[references[row]]) if k else -1 for row, entity, k in
-                         zip(found.rows.tolist(), found.entities, known)], dtype=torch.long)
 
 
 def _lessons(rollouts: list[Rollout], state: dict, given: list[dict], *, kl_coef: float, gamma: float, lam: float,
@@ -209,17 +212,17 @@ def _figures(rollouts: list[Rollout], state: dict) -> dict[str, Tensor]:
 def verifier_scores(
     references: list[str], ids: list[list[int]], texts: list[str], verifier
 ) -> dict[str, list[float]]:
-    """What FiSAO's verifier says of answers about scenes: scores of correct and hallucinated words and of
-    sentences with and without a hallucinated word (the paper's Figures 1 and 4). Sentences without an object
+    """What FiSAO's verifier says of answers about known pictures: scores of correct and hallucinated words and
+    of sentences with and without a hallucinated word (the paper's Figures 1 and 4). Sentences without an object
     are left out."""
     found = verifier(references, ids)
-    right = correct(references, found)
+    right = found.correct
     scores = {"words, correct": found.scores[right == 1], "words, hallucinated": found.scores[right == 0]}
     lines, sentences, shown = verifier.sentences(references, texts)
     truth = []
     for reference, sentence in zip(shown, sentences):
-        present = objects_present(*parse_reference(reference))
-        named = {verifier.entities[word] for word, *_ in find(sentence, verifier.entities)} & set(CATEGORIES)
+        present, classes = verifier.known(reference)
+        named = {verifier.entities[word] for word, *_ in find(sentence, verifier.entities)} & classes
         truth.append(-1 if not named else int(named <= present))
     truth = torch.tensor(truth)
     scores |= {"sentences, correct": lines[truth == 1], "sentences, hallucinated": lines[truth == 0]}

@@ -21,6 +21,7 @@ from torch import Tensor
 from data.mentions import load_entities, mentions
 from data.processor import ClipProcessor, Processor
 from losses.fisao import verifier_scores
+from metrics.questions import KnownObjects
 from model.clip import CLIP
 from pairs.adavip import sentences
 from retrieval.embed import embed_images, embed_texts
@@ -34,6 +35,7 @@ class Scored(NamedTuple):
     starts: Tensor  # (N,) long
     stops: Tensor  # (N,) long
     entities: list[str]
+    correct: Tensor  # (N,) long: 1 the picture shows it, 0 it does not, -1 nobody knows
 
 
 class Verifier:
@@ -41,13 +43,14 @@ class Verifier:
 
     Args:
         root: folder that relative picture paths start from.
+        known: what pictures show, where that is known.
         scale: 250 is 100 CLIPScore, 100 is CLIP's logit; the unit of everything that is calibrated with it.
     """
 
     def __init__(self, clip: CLIP, clip_processor: ClipProcessor, processor: Processor, root: Path | None = None,
-                 *, scale: float = 250.0, template: str = "{}"):
+                 known: KnownObjects | None = None, *, scale: float = 250.0, template: str = "{}"):
         self.clip, self.clip_processor, self.processor, self.root = clip, clip_processor, processor, root
-        self.scale, self.entities = scale, load_entities()
+        self.known, self.scale, self.entities = known or KnownObjects(), scale, load_entities()
         words = list(self.entities)
         self.place = {word: row for row, word in enumerate(words)}
         self.words = torch.from_numpy(
@@ -76,11 +79,21 @@ class Verifier:
         rows, starts, stops = (torch.tensor(x, dtype=torch.long) for x in (
             [row for row, _ in found], [m.start for _, m in found], [m.stop for _, m in found]))
         if not found:
-            return Scored(torch.zeros(0), rows, starts, stops, [])
+            return Scored(torch.zeros(0), rows, starts, stops, [], rows)
         words = self.words[[self.place[m.word] for _, m in found]]  # (N, E)
         pictures = torch.stack([self.pictures[references[row]] for row, _ in found])  # (N, E)
         scores = verifier_scores(words, pictures, scale=self.scale)
-        return Scored(scores, rows, starts, stops, [m.entity for _, m in found])
+        entities = [m.entity for _, m in found]
+        return Scored(scores, rows, starts, stops, entities, self.correct(references, rows, entities))
+
+    def correct(self, references: list[str], rows: Tensor, entities: list[str]) -> Tensor:
+        """The labels of Eq. 7, as CHAIR's (`Scored.correct`): entity i was said of picture references[rows[i]]."""
+        known = {reference: self.known(reference) for reference in set(references)}
+        labels = []
+        for row, entity in zip(rows.tolist(), entities, strict=True):
+            shown, classes = known[references[row]] or ((), ())
+            labels.append(int(entity in shown) if entity in classes else -1)
+        return torch.tensor(labels, dtype=torch.long)  # (N,)
 
     def sentences(self, references: list[str], texts: list[str]) -> tuple[Tensor, list[str], list[str]]:
         """Scores (N,) of all answers' sentences against their pictures, the sentences and their pictures."""

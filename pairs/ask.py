@@ -120,7 +120,7 @@ def server_model(server: Server, *, cache: Path, root: Path | None = None, progr
         cache: folder of the replies, one file each; may be shared by runs and servers.
         root: folder that relative paths of pictures start from.
 
-    Its `ask` raises RuntimeError when the server stays unreachable after all tries or refuses every request;
+    Its `ask` raises ConnectionError when the server stays unreachable after all tries or refuses every request;
     what was answered before is in the cache.
     """
 
@@ -175,7 +175,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _post(server: Server, body: dict) -> dict | str:
-    """The completion, or why the server refuses this request. RuntimeError when asking again is no use."""
+    """The completion, or why the server refuses this request. ConnectionError when asking again is no use."""
     address = f"{server.url.rstrip('/')}/chat/completions"
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(server.key_variable):
@@ -194,7 +194,7 @@ def _post(server: Server, body: dict) -> dict | str:
             problem = f"status {error.code}: {error.read(300).decode('utf-8', 'replace')}"
             if error.code in STOP or error.code < 400:
                 hint = f" (is {server.key_variable} set?)" if error.code in (401, 403) else ""
-                raise RuntimeError(f"{address}: {problem}{hint}") from None
+                raise ConnectionError(f"{address}: {problem}{hint}") from None
             if error.code not in RETRY and error.code < 500:
                 return f"refused by the server, status {error.code}"
             wait = max(wait, _seconds(error.headers.get("Retry-After")))
@@ -202,7 +202,7 @@ def _post(server: Server, body: dict) -> dict | str:
             problem = f"{type(error).__name__}: {error}"
         if attempt + 1 < server.tries:
             time.sleep(min(wait, 120))
-    raise RuntimeError(f"{address}: no answer after {server.tries} tries; the last one: {problem}")
+    raise ConnectionError(f"{address}: no answer after {server.tries} tries; the last one: {problem}")
 
 
 def _seconds(header: str | None) -> float:

@@ -19,7 +19,9 @@ from tokenizers.pre_tokenizers import Whitespace
 import evaluate
 from data import scenes
 from metrics.files import read_answers, read_jsonl
-from metrics.questions import chair_photographs, chair_scenes, pope_photographs, pope_scenes
+from metrics.questions import (
+    KnownObjects, chair_photographs, chair_scenes, pope_photographs, pope_scenes, read_objects,
+)
 from model.checkpoint import DEFAULT_MODEL
 
 HOME = Path(__file__).resolve().parents[1]
@@ -86,6 +88,28 @@ def test_other_picture_is_another_one_of_the_same_place():
 def test_prompts_may_hold_braces():
     rows = pope_scenes(SEEDS, "{question}\nAnswer {yes} or {no}.")
     assert all(row["prompt"].endswith("in the image?\nAnswer {yes} or {no}.") for row in rows)
+
+
+def test_instances_of_coco_say_what_photographs_show(tmp_path):
+    """Classes once each, pictures without objects too; a photograph is known by name, by stem and by number."""
+    path = tmp_path / "instances.json"
+    coco = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}, {"id": 8, "file_name": "b.jpg"}],
+            "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cup"}],
+            "annotations": [{"image_id": 7, "category_id": 2}, {"image_id": 7, "category_id": 1},
+                            {"image_id": 7, "category_id": 2}]}
+    path.write_text(json.dumps(coco))
+    assert read_objects(path) == {"COCO_val2014_000000000007.jpg": ["cup", "dog"], "b.jpg": []}
+    known = KnownObjects(path)
+    assert known("/somewhere/b.jpg") == (set(), {"dog", "cup"}) and known("c.jpg") is None
+    path.write_text('{"7": ["dog"], "c": ["cup"]}')
+    known = KnownObjects(path)
+    assert known("x/COCO_val2014_000000000007.jpg")[0] == {"dog"} and known("c.png")[0] == {"cup"}
+    scene = scenes.sample_scene(5)
+    assert KnownObjects()(scenes.reference(5)) == (scenes.objects_present(scene), set(scenes.CATEGORIES))
+    coco["annotations"].append({"image_id": 9, "category_id": 1})
+    path.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="not an instances file of COCO .KeyError: 9"):
+        read_objects(path)
 
 
 def test_photographs_are_found_by_name_stem_and_coco_number(tmp_path):

@@ -324,6 +324,51 @@ def test_fisao_figures_of_answers_without_objects(ppo_run, verifier):
     assert figures["rewarded"] == 0 and figures["reward"] == 0 and figures["reward/correct"] == 0
 
 
+def photographs(folder: Path) -> Path:
+    """Scenes as picture files, what they show as an instances file of COCO, and records of them."""
+    images, annotations, rows = [], [], []
+    names = sorted(scenes.CATEGORIES)
+    for i in range(40):
+        reference, name = scenes.reference(scenes.PAIRS + i), f"COCO_val2014_{i:012}.png"
+        open_image(reference).save(folder / name)
+        images.append({"id": i, "file_name": name, "width": 128, "height": 128})
+        annotations += [{"id": len(annotations), "image_id": i, "category_id": names.index(shown)}
+                        for shown in sorted(scenes.objects_present(*scenes.parse_reference(reference)))]
+        rows.append({"id": str(i), "image": name, "prompt": scenes.CAPTION_PROMPT})
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    (folder / "instances.json").write_text(json.dumps(
+        {"images": images, "annotations": annotations, "categories": categories}))
+    write_jsonl(folder / "images.jsonl", rows)
+    return folder
+
+
+def test_fisao_on_photographs(tmp_path, monkeypatch, verifier):
+    """Baselines are measured where --objects knows what pictures show, and serve runs on pictures nobody knows."""
+    photographs(tmp_path)
+    command = ["--loss", "fisao", "--data", str(tmp_path / "images.jsonl"), "--steps", "1", "--lora-rank", "4",
+               "--batch-size", "2", "--samples", "2", "--inner-epochs", "1"]
+    with pytest.raises(ValueError, match="of none of these they are: give --objects"):
+        train.main([*command, "--out", str(tmp_path / "none")])
+    assert train.main([*command, "--out", str(tmp_path / "one"), "--objects", str(tmp_path / "instances.json")]) == 0
+    measured = json.loads((tmp_path / "one" / "baselines.json").read_text())
+    assert measured["correct"] > measured["hallucinated"] and measured["correct_mentions"] > 20
+    assert "reward/correct" in lines(tmp_path / "one")[0] and (tmp_path / "one" / "scores.svg").is_file()
+    assert train.main([*command, "--out", str(tmp_path / "two"), "--baselines", str(tmp_path / "one/baselines.json")]) == 0
+    assert saved(tmp_path / "two")["state"]["baselines"] == measured
+    assert lines(tmp_path / "one")[0]["reward"] == lines(tmp_path / "two")[0]["reward"]
+    assert not (tmp_path / "two" / "scores.svg").exists()
+
+
+def test_unusable_baselines_are_refused(tmp_path):
+    path = tmp_path / "baselines.json"
+    path.write_text('{"correct": 1}')
+    with pytest.raises(ValueError, match="no baselines of fisao"):
+        rollout.read_baselines(path, "cm")
+    path.write_text('{"correct": 1, "hallucinated": 0, "low": 0, "high": 2, "std": 1, "unit": "inch"}')
+    with pytest.raises(ValueError, match="measured in 'inch', this verifier scores in 'cm'"):
+        rollout.read_baselines(path, "cm")
+
+
 # ---- pairs made while training -----------------------------------------------------------------------------
 
 
