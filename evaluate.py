@@ -13,8 +13,8 @@ Pictures (one of two)
                   more rows, other_picture and removed, that tell looking from guessing: metrics/questions.py
     photographs   --annotations FILE, and --images FOLDER where a model shall answer. chair: one JSON object
                   {image id: [COCO classes]}, or an instances file of COCO; an id stands for the file of this
-                  name, of this stem or of this COCO number (40468 is COCO_val2014_000000040468.jpg). pope: the label files of POPE (JSONL
-                  with question_id, image, text, label), one for each split
+                  name, of this stem or of this COCO number (40468 is COCO_val2014_000000040468.jpg). pope:
+                  the label files of POPE (JSONL with question_id, image, text, label), one for each split
 Answers (one of two)
     a model       --model FOLDER: greedy, one question a prompt
     a file        --answers FILE: JSONL with an id (id, question_id, image_id) and a text (text, answer,

@@ -50,7 +50,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
-import generate_pairs
 from data import scenes
 from data.batch import Batch, MicroBatches, collate, fields_of
 from data.processor import ClipProcessor, Processor
@@ -72,6 +71,7 @@ from model.verifier import Verifier
 from pairs import online
 from pairs.ask import Server, server_model
 from pairs.judge import model_judge
+from pairs.methods import METHODS, make_pairs
 from pairs.rank import clip_judge, judge_scene, one_by_one
 from pairs.realign import clip_similarity
 
@@ -162,7 +162,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     """Those that every loss has."""
     add = parser.add_argument
     add("--data", type=Path, metavar="FILE", help="records; left out, they are made from scenes")
-    add("--pairs", choices=generate_pairs.METHODS,
+    add("--pairs", choices=METHODS,
         help="method that makes pairs of scenes (default: the loss's own)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
@@ -345,7 +345,7 @@ def make_records(args, recipe: Recipe, model, processor) -> list[dict]:
         return [{"id": f"scene-{seed}", "image": scenes.reference(seed), "prompt": scenes.CAPTION_PROMPT}
                 for seed in seeds]
     clip, clip_processor = load_clip(DEFAULT_CLIP, device=model.device), ClipProcessor(DEFAULT_CLIP)
-    records, report = generate_pairs.make_pairs(
+    records, report = make_pairs(
         args.pairs or recipe.pairs, model, processor, clip, clip_processor,
         scene_seeds=seeds, seed=args.seed * SCENES_OF_A_SEED, folder=args.out / "pictures", root=args.out,
     )

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from test_formats import ROWS, A, B, Q
 
-import generate_pairs
 from data import scenes
 from data.formats import read
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
-from generate_pairs import (METHODS, main, make_pairs, needs_clip, needs_model, read_arguments, read_input,
-                            relocate, run)
+from generate_pairs import main, read_arguments, read_input, relocate, run
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
+from pairs import methods
+from pairs.methods import METHODS, Options, make_pairs, needs_clip, needs_model
 from pairs.rank import judge_scene
 
 HOME = Path(__file__).resolve().parents[1]
@@ -76,7 +76,7 @@ def test_given_texts_stay(models, tmp_path):
     """adavip, povid and mdpo keep both texts and load no model; realign, bdhs and corrupt keep `chosen`."""
     given, _ = make("rank", models, tmp_path)
     for method in METHODS.keys() - {"rank"}:
-        own = needs_model(method, given, generate_pairs.Options())
+        own = needs_model(method, given, Options())
         some = (*models[:2], *models[2:]) if own else (None, None, *models[2:])
         pairs, _ = make(method, some, tmp_path, scene_seeds=None, pairs=given)
         texts = {pair["id"]: pair for pair in given}
@@ -89,13 +89,13 @@ def test_given_texts_stay(models, tmp_path):
 
 def test_what_is_loaded():
     asked, answered = [{"id": "a"}], [{"id": "a", "chosen": "b"}]
-    need = {method: needs_model(method, answered, generate_pairs.Options()) for method in METHODS}
+    need = {method: needs_model(method, answered, Options()) for method in METHODS}
     assert [method for method, model in need.items() if not model] == ["povid", "corrupt"]
-    assert all(needs_model(method, asked, generate_pairs.Options()) for method in METHODS)
-    assert needs_model("corrupt", answered, generate_pairs.Options(writer="policy"))
-    assert [m for m in METHODS if needs_clip(m, generate_pairs.Options())] == ["realign", "adavip", "bdhs"]
-    assert not needs_clip("bdhs", generate_pairs.Options(sentence_model=Path("mpnet")))
-    assert needs_clip("rank", generate_pairs.Options(judge="clip"))
+    assert all(needs_model(method, asked, Options()) for method in METHODS)
+    assert needs_model("corrupt", answered, Options(writer="policy"))
+    assert [m for m in METHODS if needs_clip(m, Options())] == ["realign", "adavip", "bdhs"]
+    assert not needs_clip("bdhs", Options(sentence_model=Path("mpnet")))
+    assert needs_clip("rank", Options(judge="clip"))
 
 
 def test_noise_takes_the_place_of_the_mask(models, tmp_path):
@@ -128,7 +128,7 @@ def test_another_similarity(models, tmp_path, monkeypatch):
         def similarity(self, left, right):
             return [1.0 for _ in left]
 
-    monkeypatch.setattr(generate_pairs, "SentenceEncoder", Same)
+    monkeypatch.setattr(methods, "SentenceEncoder", Same)
     pairs, report = make("realign", models, tmp_path, sentence_model=Path("mpnet"), top_k=1)
     assert not pairs and report["dropped"] == {"no completion below similarity 0.95": len(SEEDS)}
     pairs, _ = make("bdhs", models, tmp_path, sentence_model=Path("mpnet"), iterations=2)
@@ -171,7 +171,7 @@ def test_a_server_needs_a_name_and_a_cache(models, tmp_path):
 def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
     """Six records in chunks of two, stopped in the second chunk: the second run samples two chunks only."""
     whole, report = make("povid", models, tmp_path)
-    sample, calls = generate_pairs.answers, []
+    sample, calls = methods.answers, []
 
     def stopping(*arguments, **more):
         calls.append(len(arguments[2]))
@@ -179,7 +179,7 @@ def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sample(*arguments, **more)
 
-    monkeypatch.setattr(generate_pairs, "answers", stopping)
+    monkeypatch.setattr(methods, "answers", stopping)
     out = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         make("povid", models, tmp_path, out=out, batch_size=2)

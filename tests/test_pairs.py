@@ -17,10 +17,11 @@ from PIL import Image
 from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
-from generate_pairs import main, make_pairs, read_arguments, relocate, run
+from generate_pairs import main, read_arguments, relocate, run
 from metrics.chair import load_synonyms, mentions
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from pairs.adavip import candidate_scores, scene_candidates, sentences, vision_pairs
+from pairs.methods import make_pairs
 from pairs.rank import Judgement, best_answers, judge_scene, rank_pairs
 from pairs.realign import Job, clip_similarity, fill, infill, mask_words, retrieval_pairs, suit
 

@@ -16,8 +16,8 @@ import train
 from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
-from generate_pairs import make_pairs
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
+from pairs.methods import make_pairs
 
 HOME = Path(__file__).resolve().parents[1]
 

@@ -1,0 +1,53 @@
+"""What is known about pairs that were made: how many, why others were dropped, and of scenes how wrong they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from data import scenes
+from pairs.rank import judge_scene
+
+
+def report_on(method: str, records: list[dict], made: list[dict], dropped: Counter) -> dict:
+    """What `make_pairs` says about its pairs."""
+    report = {"method": method, "pictures": len(records), "pairs": len(made), "dropped": dict(dropped)}
+    if made and all(pair["image"].startswith("scene:") for pair in made):
+        report["hallucinating"] = {key: _hallucinating(made, key) for key in ("chosen", "rejected")}
+        if drawn := [pair for pair in made if (pair["rejected_image"] or "").startswith("scene:")]:
+            report["rejected_image"] = _rejected_images(drawn)
+    return report
+
+
+def _hallucinating(pairs: list[dict], key: str) -> float:
+    return sum(judge_scene(pair, [pair[key]])[0].wrong > 0 for pair in pairs) / len(pairs)
+
+
+def _rejected_images(pairs: list[dict]) -> dict:
+    """Shares of rejected scenes: `contradicts`, where `chosen` mentions more absent objects than in the scene
+    it describes, and `gone`, where the object that was to be removed is."""
+    wrong = [[judge_scene({**pair, "image": pair[key]}, [pair["chosen"]])[0].wrong
+              for key in ("image", "rejected_image")] for pair in pairs]
+    shares = {"contradicts": sum(other > own for own, other in wrong) / len(pairs)}
+    removed = [(pair["rejected_image"], candidate["removed"]) for pair in pairs
+               for candidate in pair["source"].get("candidates", ())
+               if candidate["image"] == pair["rejected_image"]]
+    if removed:
+        gone = [label not in scenes.objects_present(*scenes.parse_reference(image))
+                for image, label in removed]
+        shares["gone"] = sum(gone) / len(gone)
+    return shares
+
+
+def summary(report: dict, seconds: float) -> str:
+    """What the report says, for people."""
+    lines = [f"{report['pairs']} pairs of {report['pictures']} pictures in {seconds:.0f} s"]
+    lines += [f"  {count:5d} dropped: {reason}" for reason, count in sorted(report["dropped"].items())]
+    lines += [f"  {100 * share:5.1f} % of the {key} answers mention an absent object"
+              for key, share in report.get("hallucinating", {}).items()]
+    says = {"contradicts": "of the rejected images lack an object that the chosen answer mentions",
+            "gone": "of the removed objects are gone"}
+    lines += [f"  {100 * share:5.1f} % {says[key]}"
+              for key, share in report.get("rejected_image", {}).items()]
+    if "recall" in report:
+        lines.append(f"  {100 * report['recall']:5.1f} % of the nearest pictures are found (recall)")
+    return "\n".join(lines)
