@@ -19,7 +19,7 @@ those of the test split, the same for every run, and were not used to choose any
 reward model of the same seed (row reward_model: its accuracy on held-out pairs is printed below the table).
 
 Every run is kept in --out and made once; delete its folder to make it again. The Markdown table goes to the
-console and to --out/table.md: mean over seeds, +- standard deviation.
+console and to --out/table.md: mean over seeds, +- standard deviation. --out/table.svg is the picture of it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from data.processor import Processor  # noqa: E402
 from data.records import write_jsonl  # noqa: E402
 from model.checkpoint import DEFAULT_MODEL, load_llava, save_json  # noqa: E402
 from model.logprobs import Scorer  # noqa: E402
+from benchmarks.tradeoff import Point, write_tradeoff  # noqa: E402
 from pairs.online import sample  # noqa: E402
 
 OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo_released", "mdpo", "adavip",
@@ -143,12 +144,11 @@ def run(row: str, seed: int, args: argparse.Namespace) -> Path:
     return out
 
 
-def figures_of(row: str, seed: int, start: dict, args: argparse.Namespace) -> dict[str, float]:
+def figures_of(row: str, seed: int, cuts: list[dict], args: argparse.Namespace) -> dict[str, float]:
     """Train and measure one row with one seed."""
     out = run(row, seed, args)
     figures = dict(measure(out / "model", args.split, args.scenes, out / "measured.json")["figures"])
-    first = evaluate.FIRST_SEED[args.split]
-    figures["cut"] = cut_to(figures["words"], start, range(first, first + args.scenes))["CHAIR_s"]
+    figures["cut"] = cut_to(figures["words"], cuts)["CHAIR_s"]
     figures["minutes"] = json.loads((out / "result.json").read_text())["minutes"]
     loss, _, method = row.partition("/")
     method = method or train.LOSSES[loss].pairs
@@ -170,10 +170,14 @@ def lines_of(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
-def cut_to(words: float, start: dict, seeds: range) -> dict[str, float]:
-    """CHAIR of the start's captions cut to a mean length of `words`: a mixture of K and K + 1 sentences."""
+def cut_captions(start: dict, seeds: range) -> list[dict[str, float]]:
+    """CHAIR of the start's captions cut after 1, 2, .. 8 sentences."""
     rows = evaluate.chair_scenes(seeds)
-    cuts = [chair_figures(evaluate.score_chair(rows, start["captions"], k)) for k in range(1, 9)]
+    return [chair_figures(evaluate.score_chair(rows, start["captions"], k)) for k in range(1, 9)]
+
+
+def cut_to(words: float, cuts: list[dict[str, float]]) -> dict[str, float]:
+    """CHAIR of captions cut to a mean length of `words`: a mixture of K and K + 1 sentences (`cut_captions`)."""
     longer = next((i for i, cut in enumerate(cuts) if cut["words"] >= words), len(cuts) - 1)
     below, above = cuts[max(0, longer - 1)], cuts[longer]
     span = above["words"] - below["words"]
@@ -191,6 +195,15 @@ def line(name: str, results: list[dict[str, float]]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+def point(name: str, results: list[dict[str, float]]) -> Point:
+    """A row's place in the picture."""
+    recall, chair = ([r[column] for r in results] for column in ("recall", "CHAIR_s"))
+    deviation = statistics.stdev if len(results) > 1 else lambda _: 0.0
+    group = ("DPO on other pairs" if name in METHODS else "samples of its own" if name in ONLINE else
+             "start and control" if name in ("start", "sft") else "given pairs")
+    return Point(statistics.mean(recall), deviation(recall), statistics.mean(chair), deviation(chair), group)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=OFFLINE + ONLINE + METHODS, metavar="LOSS[/METHOD]")
@@ -204,6 +217,8 @@ def main() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     args.out.mkdir(parents=True, exist_ok=True)
     start = measure(DEFAULT_MODEL, args.split, args.scenes, args.out / "start.json")
+    first = evaluate.FIRST_SEED[args.split]
+    cuts = cut_captions(start, range(first, first + args.scenes))
     jobs = [(row, seed) for seed in args.seeds for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
         methods = dict.fromkeys(row.partition("/")[2] or train.LOSSES[row].pairs for row in args.rows)
@@ -211,7 +226,7 @@ def main() -> None:
         list(pool.map(lambda job: make_pairs(*job, args), [(m, s) for m in methods if m for s in args.seeds]))
         needed = args.seeds if {"ppo", "rloo"} & set(args.rows) else []
         rewards = list(pool.map(lambda seed: run("reward_model", seed, args), needed))
-        results = dict(zip(jobs, pool.map(lambda job: figures_of(*job, start, args), jobs)))
+        results = dict(zip(jobs, pool.map(lambda job: figures_of(*job, cuts, args), jobs)))
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|",
              line("start", [start["figures"]])]
     lines += [line(row, [results[row, seed] for seed in args.seeds]) for row in args.rows]
@@ -221,6 +236,9 @@ def main() -> None:
     lines += [own_rewards(row, args.seeds, args.out) for row in ("ppo", "rloo", "fisao") if row in args.rows]
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text)
+    points = {"start": point("start", [start["figures"]])}
+    points |= {row: point(row, [results[row, seed] for seed in args.seeds]) for row in args.rows}
+    write_tradeoff(args.out / "table.svg", points, [(cut["recall"], cut["CHAIR_s"]) for cut in cuts])
     print(text)
 
 
