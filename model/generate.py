@@ -178,19 +178,8 @@ def generate(
     Raises ValueError on missing seeds, a temperature or top_p out of range, a prompt of fewer than two
     tokens, one whose image tokens are not those of its picture, beginnings or hidden flags that do not fit.
     """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} and top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
-    if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
-        raise ValueError("sampling needs one seed per prompt")
-    if min(len(p) for p in prompts) < 2:
-        raise ValueError("a prompt needs at least two tokens")
     starts = [[[]] * n for _ in prompts] if starts is None else starts
-    if len(starts) != len(prompts) or not all(starts):
-        raise ValueError("each prompt needs at least one answer beginning, be it an empty one")
-    longest = max(len(p) + max(map(len, g)) for p, g in zip(prompts, starts)) + max_new_tokens
-    if longest > model.config.text.max_position_embeddings:
-        raise ValueError(f"prompt and answer may reach {longest} tokens, the decoder takes "
-                         f"{model.config.text.max_position_embeddings}")
+    _check(model, prompts, starts, max_new_tokens, temperature, top_p, seeds)
     names = [(i, j) for i, group in enumerate(starts) for j in range(len(group))]  # (N,)
     lengths, begun = [len(p) for p in prompts], [[len(ids) for ids in group] for group in starts]
     device, decoder, head = model.device, model.language_model.model, model.language_model.lm_head
@@ -230,6 +219,23 @@ def generate(
         states = decoder(decoder.embed_tokens(new), position + step, cache)  # (N, D)
     answers = iter(_cut(row, eos_id) for row in tokens.tolist())
     return [[next(answers) for _ in group] for group in starts]
+
+
+def _check(model: Llava, prompts: list[list[int]], starts: list[list[list[int]]], max_new_tokens: int,
+           temperature: float, top_p: float, seeds: list[int] | None) -> None:
+    """Refuse what cannot be generated, as the docstring of `generate` lists it."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} and top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
+    if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+        raise ValueError("sampling needs one seed per prompt")
+    if min(len(p) for p in prompts) < 2:
+        raise ValueError("a prompt needs at least two tokens")
+    if len(starts) != len(prompts) or not all(starts):
+        raise ValueError("each prompt needs at least one answer beginning, be it an empty one")
+    longest = max(len(p) + max(map(len, g)) for p, g in zip(prompts, starts)) + max_new_tokens
+    if longest > model.config.text.max_position_embeddings:
+        raise ValueError(f"prompt and answer may reach {longest} tokens, the decoder takes "
+                         f"{model.config.text.max_position_embeddings}")
 
 
 def _prefill(model: Llava, views: list[View], prompts: list[list[int]], starts: list[list[list[int]]],
