@@ -52,7 +52,7 @@ from pairs.online import sample  # noqa: E402
 OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo_released", "mdpo", "adavip",
            "povid", "povid_released")
 ONLINE = ("online_dpo", "mixed_dpo", "bdhs_online", "ppo", "rloo", "fisao")
-METHODS = ("dpo/realign", "dpo/bdhs", "dpo/povid", "dpo/corrupt")  # dpo is dpo/rank
+METHODS = ("dpo/realign", "dpo/bdhs", "dpo/corrupt", "povid/povid")  # the rows above learn from rank, realign, adavip
 POPE_SCENES, KL_SCENES = 100, 100
 COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "POPE adversarial", "KL", "minutes")
 
@@ -199,7 +199,7 @@ def point(name: str, results: list[dict[str, float]]) -> Point:
     """A row's place in the picture."""
     recall, chair = ([r[column] for r in results] for column in ("recall", "CHAIR_s"))
     deviation = statistics.stdev if len(results) > 1 else lambda _: 0.0
-    group = ("DPO on other pairs" if name in METHODS else "samples of its own" if name in ONLINE else
+    group = ("on other pairs" if name in METHODS else "samples of its own" if name in ONLINE else
              "start and control" if name in ("start", "sft") else "given pairs")
     return Point(statistics.mean(recall), deviation(recall), statistics.mean(chair), deviation(chair), group)
 

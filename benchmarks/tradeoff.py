@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 860, 560
 LEFT, RIGHT, TOP, BOTTOM = 60, 30, 46, 50  # margins
 LINE, LETTER = 14, 6.4  # height of a label, mean width of a letter at 11 px
 GROUPS = {"start and control": "#444444", "given pairs": "#1f77b4", "samples of its own": "#d1500a",
-          "DPO on other pairs": "#2a8a3e"}
+          "on other pairs": "#2a8a3e"}
 
 
 class Point(NamedTuple):

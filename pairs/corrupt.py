@@ -9,11 +9,12 @@ and two stand ready:
 
     model_corrupt    a language model (pairs/ask.py), asked for what Table 13 of the second paper asks for
     scene_corrupt    rules for the scene world, whose errors are errors by its exact ground truth:
-                       object     one more sentence, about an absent object that is typical of the place
+                       object     a named object becomes an absent one that is typical of the place
                        count      a number of objects becomes another one, not the true one
                        position   left / middle / right or top / bottom are exchanged
 
-Every corruption changes the answer; one that does not is dropped and counted. All of `scene_corrupt`'s
+All keep the length of the answer: were rejected answers longer, DPO would learn above all to say less. Every
+corruption changes the answer; one that does not is dropped and counted. All of `scene_corrupt`'s
 choices are drawn from the seed and the record's id, and are reconstructed.
 """
 
@@ -51,6 +52,7 @@ Answer: {answer}
 Give the rewritten answer only."""
 
 WHERE = (("left", "middle", "right"), ("top", "bottom"))
+NAMES = {form: category for category in CATEGORIES for word in WORDS[category] for form in (word, plural(word))}
 
 
 class Corruption(NamedTuple):
@@ -131,7 +133,7 @@ def _corrupt_scene(record: dict, seed: int) -> Corruption:
                          "about photographs, let a model write (model_corrupt)")
     scene, without = parse_reference(record["image"])
     rng = random.Random(f"{seed}:{record['id']}")
-    kinds = {"object": _add_object, "count": _change_count, "position": _change_position}
+    kinds = {"object": _exchange_object, "count": _change_count, "position": _change_position}
     for how in sorted(kinds, key=lambda _: rng.random()):
         text = kinds[how](record["chosen"], scene, without, rng)
         if text:
@@ -139,35 +141,36 @@ def _corrupt_scene(record: dict, seed: int) -> Corruption:
     return Corruption("", "nothing to corrupt")
 
 
-def _add_object(text: str, scene: Scene, without: tuple[str, ...], rng: random.Random) -> str:
-    """A sentence about an absent object, which the text does not name, behind one of the text's sentences."""
+def _exchange_object(text: str, scene: Scene, without: tuple[str, ...], rng: random.Random) -> str:
+    """ "a dog" -> "a frisbee": one that the picture shows becomes an absent one, which the text does not name."""
     shown = objects_present(scene, without)
     table = {name: weight for name, weight in PLACES[scene.place].items()
              if name not in shown
              and not any(re.search(rf"\b{word}", text, flags=re.I) for word in WORDS[name])}
-    if not table:
+    found = [match for match in _counted(text) if NAMES[match.group(3).lower()] in shown]
+    if not table or not found:
         return ""
-    name = pick(rng, tuple(table), tuple(table.values()))
-    article = "an" if name[0] in "aeiou" else "a"
-    extra = pick(rng, (f"There is {article} {name} in the scene.",
-                       f"There is {article} {name} {pick(rng, ('on the left', 'on the right'))}."))
-    lines = re.split(r"(?<=[.!?])\s+", text.strip())
-    free = [i for i in range(1, len(lines)) if not re.search(r"\bit\b", lines[i])]  # "it" is the object before
-    at = pick(rng, [*free, len(lines)])
-    return " ".join([*lines[:at], extra, *lines[at:]])
+    match, name = pick(rng, found), pick(rng, tuple(table), tuple(table.values()))
+    number, size = match.group(1), match.group(2)
+    if number.lower() in ("a", "an"):
+        number = number[0] + ("n" if (size or name)[0] in "aeiou" else "")
+    name = name if number.lower() in ("a", "an", "one") else plural(name)
+    return text[: match.start()] + f"{number} {size}{name}" + text[match.end() :]
+
+
+def _counted(text: str) -> list[re.Match]:
+    """Mentions of objects with a number: (number, size and a blank or nothing, word)."""
+    forms = "|".join(sorted(NAMES, key=len, reverse=True))
+    return list(re.finditer(rf"\b(a|an|one|two|three) ((?:small |large )?)({forms})\b", text, re.I))
 
 
 def _change_count(text: str, scene: Scene, without: tuple[str, ...], rng: random.Random) -> str:
     """ "two dogs" -> "three dogs", "a dog" -> "two dogs"; never to the true number."""
-    names = {form: category for category in CATEGORIES for word in WORDS[category]
-             for form in (word, plural(word))}
-    forms = "|".join(sorted(names, key=len, reverse=True))
-    found = list(re.finditer(rf"\b(a|an|one|two|three) ((?:small |large )?)({forms})\b(?! (?:is|can))",
-                             text, re.I))
+    found = [match for match in _counted(text) if not re.match(" (?:is|can)", text[match.end() :])]
     if not found:
         return ""
     match = pick(rng, found)
-    category, said = names[match.group(3).lower()], match.group(1).lower()
+    category, said = NAMES[match.group(3).lower()], match.group(1).lower()
     true = sum(item.category == category for item in scene.objects) * (category not in without)
     now = 1 if said in ("a", "an") else 1 + COUNT_WORDS.index(said)
     number = pick(rng, [n for n in (2, 3) if n not in (now, true)] or [4])

@@ -64,7 +64,7 @@ def test_the_report_counts_what_the_pairs_say(models, tmp_path):
 
 
 def test_corruption_by_rule_makes_every_answer_wrong_in_its_way(models, tmp_path):
-    """An added object is a mention of an absent one; changed counts and positions are none."""
+    """An exchanged object is a mention of an absent one; changed counts and positions are none."""
     pairs, _ = make("corrupt", models, tmp_path)
     for pair in pairs:
         wrong = [judge_scene(pair, [pair[key]])[0].wrong for key in ("chosen", "rejected")]

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from data import scenes
+from data.places import PLACES
 from data.processor import Processor
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from pairs.ask import CUT, Model, Reply, Request, Server, local_model, server_model
-from pairs.corrupt import (Corruption, _change_count, _change_position, corrupt_pairs, model_corrupt,
-                           scene_corrupt)
+from pairs.corrupt import (Corruption, _change_count, _change_position, _exchange_object, corrupt_pairs,
+                           model_corrupt, scene_corrupt)
 from pairs.judge import model_judge, verdict
 from pairs.rank import Score, best_answers, clip_judge, judge_scene, rank_pairs
 
@@ -235,7 +236,7 @@ def captioned(seeds=range(1_000_000, 1_000_120)) -> list[dict]:
 
 
 def test_scene_corruption_is_wrong_by_the_ground_truth():
-    """Captions without noise name no absent object; an added object is always one, other kinds name none."""
+    """Captions without noise name no absent object; an exchanged one is absent, other kinds name none."""
     records = captioned()
     pairs, dropped = corrupt_pairs(records, scene_corrupt(seed=1), {"seed": 1})
     assert len(pairs) == len(records) and not dropped
@@ -245,7 +246,8 @@ def test_scene_corruption_is_wrong_by_the_ground_truth():
         chosen, rejected = judge_scene(pair, [pair["chosen"], pair["rejected"]])
         assert chosen.wrong == 0 and rejected.wrong == (pair["source"]["how"] == "object")
         same = set(pair["chosen"].lower().split()) ^ set(pair["rejected"].lower().split())
-        assert same and (pair["source"]["how"] == "object" or len(same) <= 8)
+        assert same and len(same) <= 8
+        assert abs(len(pair["chosen"].split()) - len(pair["rejected"].split())) <= 1  # "dog", "wine glass"
     alone, _ = corrupt_pairs(records[7:8], scene_corrupt(seed=1), {"seed": 1})
     assert alone == pairs[7:8]
     other, _ = corrupt_pairs(records, scene_corrupt(seed=2))
@@ -265,12 +267,19 @@ def test_scene_corruption_by_hand():
     drawn = {_change_count(text, scene, (), random.Random(i)) for i in range(30)}
     assert drawn == {"On the left there are three dogs."}  # there are two
     assert _change_count("Nothing here.", scene, (), random.Random(0)) == ""
+    drawn = {_exchange_object("A small dog and two cats.", alone, (), random.Random(i)) for i in range(200)}
+    assert {text.split(" and ")[1] for text in drawn} == {"two cats."}  # nothing shows cats: they stay
+    absent = [text.split(" and ")[0].removeprefix("A small ") for text in drawn]
+    assert len(absent) > 3 and set(absent) <= set(PLACES["park"]) - {"dog", "cat"}
+    drawn = {_exchange_object("There is a dog.", alone, (), random.Random(i)) for i in range(200)}
+    assert "There is an umbrella." in drawn
 
 
 def test_scene_corruption_wants_scenes():
     with pytest.raises(ValueError, match="nobody knows what 'p.jpg' shows"):
         scene_corrupt()([{"id": "a", "image": "p.jpg", "chosen": "A."}])
-    assert scene_corrupt()([record(chosen="Hm.") | {"image": "scene:1?without=dog"}])[0].how == "object"
+    assert scene_corrupt()([record(chosen="Hm.") | {"image": "scene:1?without=dog"}]) == [
+        Corruption("", "nothing to corrupt")]
 
 
 def test_a_model_corrupts():
