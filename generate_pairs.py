@@ -135,8 +135,8 @@ def _add_models(group) -> None:
     add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
     add("--aspect", choices=("crop", "pad", "anyres"),
         help="how pictures are shown (default: the checkpoint's way)")
-    add("--clip", type=Path, default=DEFAULT_CLIP, metavar="DIR",
-        help="CLIP folder or hub id (default: model/tiny/clip)")
+    add("--clip", type=Path, metavar="DIR",
+        help="CLIP folder or hub id (default: model/tiny/clip, which knows scenes only)")
     add("--sentence-model", type=Path, metavar="DIR",
         help="realign, bdhs: folder or hub id of a sentence encoder that compares answers (default: CLIP)")
     add("--judge", type=_who("scene", "clip", "policy"), metavar="WHO",
@@ -226,6 +226,10 @@ def check(arguments: argparse.Namespace, records: list[dict]) -> None:
         raise ValueError(f"{arguments.out}: scenes have no files to point to; write a .parquet file")
     if arguments.dilation % 2 == 0:
         raise ValueError(f"--dilation {arguments.dilation}: must be odd, so that the square has a middle")
+    photographs = not all(record["image"].startswith("scene:") for record in records)
+    options = Options(judge=arguments.judge, sentence_model=arguments.sentence_model)
+    if arguments.clip is None and photographs and needs_clip(arguments.method, options):
+        raise ValueError(f"{arguments.method} of photographs needs --clip DIR: the embedded CLIP knows scenes only")
     for role in ("judge", "writer"):
         if is_url(getattr(arguments, role)) != bool(getattr(arguments, f"{role}_model")):
             raise ValueError(f"--{role} URL and --{role}-model NAME belong together")
@@ -291,9 +295,9 @@ def load(arguments: argparse.Namespace, records: list[dict], options: Options) -
         models[:2] = load_llava(folder, **where), Processor(folder, arguments.template, arguments.aspect)
         source["model"] = _name(arguments.model)
     if needs_clip(arguments.method, options):
-        folder = resolve(arguments.clip)
+        folder = resolve(arguments.clip or DEFAULT_CLIP)
         models[2:] = load_clip(folder, **where), ClipProcessor(folder)
-        source["clip"] = _name(arguments.clip)
+        source["clip"] = _name(arguments.clip or DEFAULT_CLIP)
     if arguments.sentence_model and arguments.method in ("realign", "bdhs"):
         source["sentence_model"] = _name(arguments.sentence_model)
     return models, source

@@ -155,6 +155,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path("runs") / args.loss
     args.lora_alpha = args.lora_alpha or 2.0 * args.lora_rank
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    if "clip_model" in args and args.clip_model is None and tuned:
+        args.clip_model = DEFAULT_CLIP
     return args
 
 
@@ -206,8 +208,8 @@ def add_online_options(group, recipe: Recipe) -> None:
             help="for --judge reward: what train.py --loss reward_model wrote")
         add("--server", metavar="URL", help="for --judge server: base address of an OpenAI-compatible API")
         add("--server-model", metavar="NAME", help="for --judge server")
-    add("--clip-model", type=Path, default=DEFAULT_CLIP, metavar="DIR",
-        help="CLIP folder (default: model/tiny/clip)")
+    add("--clip-model", type=Path, metavar="DIR",
+        help="CLIP folder (default: model/tiny/clip, which knows scenes only; with --model none)")
     if recipe.advantages is rollout.fisao_advantages:
         add("--objects", type=Path, metavar="FILE",
             help="what photographs show, to measure the baselines on: {image: [classes]} or COCO instances")
@@ -282,6 +284,9 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError(f"--offline {args.offline}: {args.loss} has no given pairs, mixed_dpo does")
     if LOSSES[args.loss].loss is rloo.rloo_loss and args.samples < 2:
         raise ValueError("rloo compares the answers to one picture: --samples must be at least 2")
+    looks = getattr(args, "judge", "clip") == "clip"  # fisao and bdhs_online have no judge, and a CLIP
+    if "clip_model" in args and looks and args.clip_model is None:
+        raise ValueError(f"{args.loss} needs --clip-model DIR: the embedded CLIP knows scenes only")
     fixed = not (LOSSES[args.loss].online or LOSSES[args.loss].advantages)
     if args.reference_cache and (not fixed or any(":" in s[0] for s in LOSSES[args.loss].sequences.values())):
         raise ValueError(f"--reference-cache: what {args.loss} scores is drawn anew at every step")

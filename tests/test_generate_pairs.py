@@ -232,7 +232,7 @@ def test_objects_are_removed_from_photographs(photos, tmp_path):
     out = tmp_path / "out" / "p.jsonl"
     report = run(read_arguments([
         "--method", "adavip", "--pairs", str(photos / "pairs.jsonl"), "--out", str(out), "--gallery",
-        "--detector", str(photos / "instances.json"), "--dilation", "5"]))
+        "--detector", str(photos / "instances.json"), "--dilation", "5", "--clip", str(DEFAULT_CLIP)]))
     pairs = read_pairs(out, {"rejected_image"})
     assert len(pairs) == report["pairs"] == 2 and "hallucinating" not in report
     for pair in pairs:
@@ -247,10 +247,12 @@ def test_objects_are_removed_from_photographs(photos, tmp_path):
 
 def test_what_nobody_knows_about_photographs(photos, tmp_path):
     """Refused before anything is written: another command must not meet the part files of this one."""
-    for method, reason in [("adavip", "photographs need a detector"), ("corrupt", "let a model write")]:
+    clip = ["--clip", str(DEFAULT_CLIP)]
+    for method, more, reason in [("adavip", clip, "photographs need a detector"), ("corrupt", [], "let a model write"),
+                                 ("adavip", [], "photographs needs --clip DIR: the embedded CLIP knows scenes only")]:
         with pytest.raises(ValueError, match=reason):
             run(read_arguments(["--method", method, "--pairs", str(photos / "pairs.jsonl"),
-                                "--out", str(tmp_path / "out" / "p.jsonl")]))
+                                "--out", str(tmp_path / "out" / "p.jsonl"), *more]))
     assert not (tmp_path / "out").exists()
 
 

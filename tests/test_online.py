@@ -359,6 +359,15 @@ def test_fisao_on_photographs(tmp_path, monkeypatch, verifier):
     assert not (tmp_path / "two" / "scores.svg").exists()
 
 
+def test_the_embedded_clip_is_no_default_for_other_models():
+    for options in (["--loss", "fisao"], ["--loss", "online_dpo", "--judge", "clip"], ["--loss", "bdhs_online"]):
+        with pytest.raises(ValueError, match="needs --clip-model DIR"):
+            train.check(train.read_arguments([*options, "--model", "elsewhere"]), 1)
+        train.check(train.read_arguments([*options, "--model", "elsewhere", "--clip-model", "clip"]), 1)
+    train.check(train.read_arguments(["--loss", "online_dpo", "--model", "elsewhere"]), 1)
+    assert train.read_arguments(["--loss", "fisao"]).clip_model == DEFAULT_CLIP
+
+
 def test_unusable_baselines_are_refused(tmp_path):
     path = tmp_path / "baselines.json"
     path.write_text('{"correct": 1}')
