@@ -39,7 +39,7 @@ def write_tradeoff(path: str | Path, points: Mapping[str, Point], cuts: Sequence
     """
     low = min(p.recall - p.recall_sd for p in points.values()) - 2
     high = max(p.recall + p.recall_sd for p in points.values()) + 5  # room for the labels
-    top = 1.08 * max(p.chair + p.chair_sd for p in points.values())
+    top = 1.08 * max(1.0, *(p.chair + p.chair_sd for p in points.values()))
 
     def x(recall: float) -> float:
         return LEFT + (recall - low) / (high - low) * (WIDTH - LEFT - RIGHT)

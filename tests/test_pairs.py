@@ -356,7 +356,8 @@ def test_photographs_with_given_answers(tmp_path, monkeypatch):
                      "chosen": "There is a large dog on the left. There are two cups next to a cat."})
     write_jsonl(tmp_path / "in" / "photos.jsonl", rows)
     monkeypatch.chdir(tmp_path)
-    arguments = ["--method", "realign", "--images", "in/photos.jsonl", "--out", "out/p.jsonl", "--tau", "1"]
+    arguments = ["--method", "realign", "--images", "in/photos.jsonl", "--out", "out/p.jsonl", "--tau", "1",
+                 "--clip", str(DEFAULT_CLIP)]
     report = run(read_arguments(arguments))
     pairs = read_pairs(tmp_path / "out" / "p.jsonl", {"rejected_image"})
     assert {pair["chosen"] for pair in pairs} == {rows[0]["chosen"]} and "hallucinating" not in report

@@ -31,3 +31,4 @@ def test_every_row_is_in_the_picture(tmp_path):
     start, row = ((float(e.get("cx")), float(e.get("cy"))) for e in marks)
     assert start[0] > row[0] and start[1] < row[1]
     assert [p.name for p in tmp_path.iterdir()] == ["t.svg"]
+    write_tradeoff(tmp_path / "t.svg", {"start": Point(87.0, 0.0, 0.0, 0.0)}, [])  # nothing hallucinates
