@@ -140,6 +140,7 @@ def first_sentences(text: str, most: int | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; exit status 2 on bad input."""
     args = parse(argv)
     try:
         result, said, rows = run(args)

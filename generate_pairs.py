@@ -96,6 +96,7 @@ def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> settings; what `Options` says are the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -312,6 +313,7 @@ def _name(model: Path) -> str:
 
 
 def main() -> None:
+    """The command line; exit status 2 on bad input and unreachable servers."""
     arguments, start = read_arguments(), time.monotonic()
     try:
         report = run(arguments)

@@ -56,12 +56,13 @@ from data.processor import ClipProcessor, Processor
 from data.records import read_images, read_pairs, write_jsonl
 from data.templates import TEMPLATES
 from losses import (
-    adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic,
+    adavip, bdhs, dpo, dpo_weighted, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic,
 )
 from metrics.questions import KnownObjects
 from metrics.score_plot import write_histograms
 from model import reference, rollout
 from model.adapters import save_adapters
+from model.calibration import calibrate, look_at_scores
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_json, save_llava
 from model.logprobs import Scorer
 from model.lora import Reference, add_lora, merge_lora
@@ -121,7 +122,6 @@ EMBEDDED_OF = {  # of single losses, where these differ
 }
 
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
-CALIBRATION = 256  # records whose answers by the untrained model set the scale of scores
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -587,61 +587,6 @@ def make_helper(run: Run) -> Callable | None:
     return None
 
 
-def answers_to(run: Run, records: list[dict], temperature: float) -> list[list[int]]:
-    """One answer to each record, token ids; the i-th record's seed is i."""
-    ids, size = [], run.args.micro_batch_size
-    for start in range(0, len(records), size):
-        part = records[start : start + size]
-        groups = online.sample(run.model, run.processor, part, list(range(start, start + len(part))), run.root,
-                               samples=1, temperature=temperature, max_new_tokens=run.args.max_new_tokens)
-        ids += [group[0] for group in groups]
-    return ids
-
-
-def look_at_scores(run: Run) -> dict[str, list[float]]:
-    """What the verifier says of the policy's answers to the first records whose objects are known."""
-    picked = [r for r in run.records if run.helper.known(r["image"])][:CALIBRATION]
-    ids = answers_to(run, picked, temperature=0.0)
-    texts = [run.processor.decode(answer) for answer in ids]
-    return rollout.verifier_scores([r["image"] for r in picked], ids, texts, run.helper)
-
-
-def calibrate(run: Run) -> None:
-    """Measure, with the untrained model, the scale of scores that reinforcement works with.
-
-    It is kept in the checkpoint. Every process does the same: the records are few.
-    """
-    if run.recipe.advantages is rollout.fisao_advantages:
-        run.state["baselines"] = fisao_baselines(run)
-        if any(run.helper.known(record["image"]) for record in run.records):
-            run.state["scores"] = look_at_scores(run)
-        if run.rank == 0:
-            save_json(run.state["baselines"], run.args.out / "baselines.json")
-        return
-    picked = run.records[:CALIBRATION]
-    ids = answers_to(run, picked, run.args.temperature)
-    size = run.args.micro_batch_size
-    parts = [slice(start, start + size) for start in range(0, len(picked), size)]
-    scores = torch.cat([rollout.scores(run.helper, picked[part], [run.processor.decode(x) for x in ids[part]], 1)
-                        for part in parts])
-    run.state |= {"mean": scores.mean().item(), "std": max(scores.std().item(), 1e-6)}
-
-
-def fisao_baselines(run: Run) -> dict:
-    """S_gt and S_hal of Eq. 7 and what goes with them, of --baselines or of the untrained model's answers."""
-    if path := run.args.baselines:
-        return rollout.read_baselines(path, run.helper.unit)
-    picked = [record for record in run.records if run.helper.known(record["image"])][:CALIBRATION]
-    if not picked:
-        raise ValueError("fisao measures its baselines on pictures whose objects are known, and of none of these they"
-                         " are: give --objects FILE, or the --baselines FILE of another run")
-    found = run.helper([record["image"] for record in picked], answers_to(run, picked, run.args.temperature))
-    known = found.correct >= 0
-    if not known.any():
-        raise ValueError(f"fisao finds no known object word in {len(picked)} answers of the model")
-    return fisao.calibrate(found.scores[known], found.correct[known] == 1, unit=run.helper.unit)
-
-
 def reference_cache(run: Run) -> dict[str, torch.Tensor]:
     """The reference's log-probs of every record, computed once and kept in --reference-cache."""
     args, path = run.args, run.args.reference_cache
@@ -744,6 +689,7 @@ def table(before: dict[str, float], after: dict[str, float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """From the command line to --out; 0 when finished, 1 when interrupted. Raises ValueError on bad input."""
     args = read_arguments(argv)
     rank, world, device = start_processes()
     started = time.perf_counter()

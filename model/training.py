@@ -68,6 +68,7 @@ class Log:
                                          if whole_line(x) and json.loads(x)["step"] <= start))
 
     def add(self, metrics: dict[str, torch.Tensor], tokens: int = 0, weights: torch.Tensor | None = None) -> None:
+        """Count metrics (B,) or scalars, by their mean, or where examples have weights (B,) by the weighted one."""
         for name, value in metrics.items():
             value = value.detach().float().to(self.run.device)  # figures of rollouts may be on the CPU
             if weights is not None:
