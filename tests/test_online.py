@@ -282,6 +282,10 @@ def test_verifier_scores_words_against_their_picture(verifier):
     answers = [processor.response(text) for text in ("There is a cat.", "Here you see a dog and a cup on a table.")]
     found = verifier(images, answers)
     assert found.entities[:3] == ["cat", "dog", "cup"] and found.rows.tolist()[:3] == [0, 1, 1]
+    shown = [scenes.objects_present(*scenes.parse_reference(image)) for image in images]
+    right = [int(entity in shown[row]) if entity in scenes.CATEGORIES else -1
+             for entity, row in zip(found.entities, found.rows.tolist())]
+    assert found.correct.tolist() == right and -1 in right and {0, 1} & set(right)
     for i, (word, row) in enumerate(zip(found.entities[:3], found.rows.tolist())):
         spelt = processor.decode(answers[row][found.starts[i] : found.stops[i]])
         assert spelt.strip() == word
