@@ -141,10 +141,12 @@ def _add_models(group) -> None:
     add("--sentence-model", type=Path, metavar="DIR",
         help="realign, bdhs: folder or hub id of a sentence encoder that compares answers (default: CLIP)")
     add("--judge", type=_who("scene", "clip", "policy"), metavar="WHO",
-        help="ranks the samples: scene, clip, policy or a server's URL (default: %(default)s)")
+        help="ranks the samples: scene, clip, policy, another LLaVA (folder or hub id) or a server's URL"
+             " (default: %(default)s)")
     add("--judge-model", metavar="NAME", help="the model at that server")
     add("--writer", type=_who("scene", "policy"), metavar="WHO",
-        help="corrupt, povid: writes errors: scene, policy or a server's URL (default: %(default)s)")
+        help="corrupt, povid: writes errors: scene, policy, another LLaVA or a server's URL"
+             " (default: %(default)s)")
     add("--writer-model", metavar="NAME", help="the model at that server")
 
 
@@ -203,8 +205,9 @@ def _between(low: float, high: float):
 
 def _who(*names: str):
     def who(text: str) -> str:
-        if text not in names and not is_url(text):
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)} or a server's http URL")
+        if text not in names and "/" not in text and not Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}, a LLaVA folder or hub id, or"
+                                             " a server's http URL")
         return text
 
     return who

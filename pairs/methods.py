@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from data import inpaint, scenes
 from data.corrupt import add_noise
 from data.detect import coco_instances, mask_rcnn
 from data.processor import ClipProcessor, Processor
+from model.checkpoint import load_llava
 from model.clip import CLIP
 from model.generate import answers
 from model.lama import lama_fill, load_lama
@@ -72,9 +74,9 @@ class Options:
     temperature: float = 1.0  # of the sampling
     max_new_tokens: int = 96  # of an answer
     seed: int = 0  # of all that is drawn; the i-th picture's samples use seed + i
-    judge: str = "scene"  # who ranks the samples: scene, clip, policy or a server's URL
+    judge: str = "scene"  # who ranks the samples: scene, clip, policy, another LLaVA's folder, a server's URL
     judge_model: str | None = None  # name of the model at that server
-    writer: str = "scene"  # corrupt, povid: who writes errors: scene, policy or a server's URL
+    writer: str = "scene"  # corrupt, povid: who writes errors: scene, policy, a folder or a server's URL
     writer_model: str | None = None
     sentence_model: Path | None = None  # realign, bdhs: compares answers; None: CLIP does
     top_k: int = 5  # realign: neighbours tried, nearest first
@@ -370,12 +372,15 @@ def _writer(records: list[dict], models: Models, options: Options) -> tuple[str,
 
 
 def _asked(role: str, who: str, name: str | None, models: Models, options: Options) -> Model:
-    """The model that is trained itself, or one behind a server."""
+    """The model that is trained itself, another local one, or one behind a server."""
     if who == "policy":
         return local_model(models.model, models.processor, str(options.source.get("model", "policy")),
                            batch_size=options.batch_size, root=options.root)
     if not is_url(who):
-        raise ValueError(f"{role} {who!r} is neither a name that is known nor a server's http URL")
+        loaded = models.model or models.clip  # the other one goes where these are
+        first = next(loaded.parameters()) if loaded else torch.empty(0)
+        return local_model(load_llava(who, first.dtype, first.device), Processor(who), who,
+                           batch_size=options.batch_size, root=options.root)
     if not name:
         raise ValueError(f"the {role} {who} needs the name of its model (--{role}-model)")
     if options.cache is None:

@@ -143,6 +143,9 @@ def test_judges(models, tmp_path):
         pairs, _ = make("rank", models, tmp_path, judge=judge, source={"model": "tiny"})
         assert all(pair["source"]["judge"] == judge and "score" in pair["source"]["chosen"] for pair in pairs)
         assert judge == "policy" or len(pairs) == len(SEEDS)
+    other, _ = make("rank", models, tmp_path, judge=str(DEFAULT_MODEL), source={"model": "tiny"})  # by its folder
+    assert [{**p, "source": {**p["source"], "judge": "policy"}} for p in other] == pairs
+    assert all(pair["source"]["judge"] == str(DEFAULT_MODEL) for pair in other)
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
@@ -159,7 +162,7 @@ def test_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
 def test_a_server_needs_a_name_and_a_cache(models, tmp_path):
     url = "http://127.0.0.1:9/v1"
     for more, reason in [({"judge": url}, "needs the name of its model"),
-                         ({"judge": "me"}, "'me' is neither"),
+                         ({"judge": "me"}, "me: no such folder, and not a hub id"),
                          ({"judge": url, "judge_model": "m"}, "needs a folder that keeps its replies")]:
         with pytest.raises(ValueError, match=reason):
             make("rank", models, tmp_path, **more)
@@ -299,8 +302,9 @@ def test_pictures_that_are_lists_as_candidates_move_too(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
-    (["--judge", "nobody"], "'nobody' is none of scene, clip, policy or a server's http URL"),
-    (["--writer", "clip"], "'clip' is none of scene, policy or"),
+    (["--judge", "nobody"], "'nobody' is none of scene, clip, policy, a LLaVA folder or hub id, or a server's"),
+    (["--writer", "clip"], "'clip' is none of scene, policy, a LLaVA folder"),
+    (["--judge", "no/where/at/all"], "no/where/at/all: no such folder, and not a hub id"),
     (["--detector", "cats"], "'cats' is none of scene, maskrcnn or a .json file"),
     (["--judge", "http://x/v1"], "--judge URL and --judge-model NAME belong together"),
     (["--writer-model", "x"], "--writer URL and --writer-model NAME belong together"),
