@@ -24,7 +24,8 @@ Methods (one file each in pairs/, which names the paper and the departures from 
     corrupt    given or best    chosen, with errors written into it          none
 
 "Given" is what the input brings along; "best" and "worst" are the ends of --samples answers of the model, as
-a judge ranks them. Where the model has nothing to say (texts are given), it is not loaded.
+a judge ranks them. Where only a chosen answer is wanted, a stronger model may write it instead (--author).
+Where the model has nothing to say (texts are given), it is not loaded.
 
 Input (one of three), in any of the formats of data/formats.py
     --scenes N        pictures of the scene world, of which everything is known
@@ -68,7 +69,9 @@ from data.templates import TEMPLATES
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.hub import resolve
 from pairs.gallery import write_gallery
-from pairs.methods import METHODS, Options, Share, is_url, make_pairs, needs_clip, needs_model, scene_records
+from pairs.methods import (
+    METHODS, STARTS_FROM_CHOSEN, Options, Share, is_url, make_pairs, needs_clip, needs_model, scene_records,
+)
 from pairs.progress import forget
 from pairs.report import summary
 
@@ -144,6 +147,10 @@ def _add_models(group) -> None:
         help="ranks the samples: scene, clip, policy, another LLaVA (folder or hub id) or a server's URL"
              " (default: %(default)s)")
     add("--judge-model", metavar="NAME", help="the model at that server")
+    add("--author", type=_who("policy"), metavar="WHO",
+        help="realign, bdhs, povid, corrupt: writes the chosen answers that are not given: policy (the best of"
+             " --samples), another LLaVA or a server's URL (default: %(default)s)")
+    add("--author-model", metavar="NAME", help="the model at that server")
     add("--writer", type=_who("scene", "policy"), metavar="WHO",
         help="corrupt, povid: writes errors: scene, policy, another LLaVA or a server's URL"
              " (default: %(default)s)")
@@ -234,7 +241,10 @@ def check(arguments: argparse.Namespace, records: list[dict]) -> None:
     options = Options(judge=arguments.judge, sentence_model=arguments.sentence_model)
     if arguments.clip is None and photographs and needs_clip(arguments.method, options):
         raise ValueError(f"{arguments.method} of photographs needs --clip DIR: the embedded CLIP knows scenes only")
-    for role in ("judge", "writer"):
+    if arguments.author != "policy" and (arguments.method not in STARTS_FROM_CHOSEN
+                                         or any("chosen" in record for record in records)):
+        raise ValueError(f"--author writes chosen answers that are not given, for {', '.join(STARTS_FROM_CHOSEN)}")
+    for role in ("judge", "writer", "author"):
         if is_url(getattr(arguments, role)) != bool(getattr(arguments, f"{role}_model")):
             raise ValueError(f"--{role} URL and --{role}-model NAME belong together")
 

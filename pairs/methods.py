@@ -31,7 +31,7 @@ from model.lama import lama_fill, load_lama
 from model.llava import Llava
 from model.sentence import SentenceEncoder
 from pairs.adavip import Candidates, photo_candidates, scene_candidates, vision_pairs
-from pairs.ask import Model, Server, local_model, server_model
+from pairs.ask import Model, Request, Server, local_model, server_model
 from pairs.bdhs import bdhs_pairs, completion
 from pairs.corrupt import Corrupt, corrupt_pairs, model_corrupt, scene_corrupt
 from pairs.judge import model_judge
@@ -76,6 +76,8 @@ class Options:
     seed: int = 0  # of all that is drawn; the i-th picture's samples use seed + i
     judge: str = "scene"  # who ranks the samples: scene, clip, policy, another LLaVA's folder, a server's URL
     judge_model: str | None = None  # name of the model at that server
+    author: str = "policy"  # realign, bdhs, povid, corrupt: who writes answers that are not given: the best of the
+    author_model: str | None = None  # policy's samples, or a stronger model: a folder or a server's URL
     writer: str = "scene"  # corrupt, povid: who writes errors: scene, policy, a folder or a server's URL
     writer_model: str | None = None
     sentence_model: Path | None = None  # realign, bdhs: compares answers; None: CLIP does
@@ -279,13 +281,15 @@ def _corrupt(records: list[dict], models: Models, options: Options) -> Plan:
 METHODS = {"rank": _rank, "realign": _realign, "adavip": _adavip, "bdhs": _bdhs, "povid": _povid,
            "mdpo": _mdpo, "corrupt": _corrupt}
 TAKES_TEXTS = ("adavip", "povid", "mdpo")  # methods that leave a given text pair as it is
+STARTS_FROM_CHOSEN = ("realign", "bdhs", "povid", "corrupt")  # those that make the rejected answer of the chosen one
 
 
 def needs_model(method: str, records: list[dict], options: Options) -> bool:
     """Whether the model has to say something: not where the texts are given or others write them."""
     if method in TAKES_TEXTS and _have("rejected", records):
         return False
-    return method not in ("corrupt", "povid") or options.writer == "policy" or not _have("chosen", records)
+    answers_itself = options.author == "policy" and not _have("chosen", records)
+    return method not in ("corrupt", "povid") or options.writer == "policy" or answers_itself
 
 
 def needs_clip(method: str, options: Options) -> bool:
@@ -325,9 +329,11 @@ def _text_pairs(records: list[dict], models: Models, options: Options) -> Work:
 
 
 def _answered(records: list[dict], models: Models, options: Options) -> Work:
-    """Records with a chosen answer: the given one, or the best sample."""
+    """Records with a chosen answer: the given one, one that a stronger model writes, or the best sample."""
     if _have("chosen", records):
         return _as_given(records)
+    if options.author != "policy":
+        return _written(_asked("author", options.author, options.author_model, models, options), records)
     judge = _judge(records, models, options)
 
     def work(rows: list[int], bars: bool = False) -> tuple[list[dict], Counter]:
@@ -335,6 +341,18 @@ def _answered(records: list[dict], models: Models, options: Options) -> Work:
         best = best_answers(some, _sample(some, rows, models, options, bars), judge=judge)
         kept = [{**record, "chosen": answer} for record, answer in zip(some, best) if answer]
         return kept, +Counter({"no finished answer, or no verdict": len(some) - len(kept)})
+
+    return work
+
+
+def _written(author: Model, records: list[dict]) -> Work:
+    """Records with the answers of a model that is asked once."""
+
+    def work(rows: list[int], bars: bool = False) -> tuple[list[dict], Counter]:
+        some = [records[row] for row in rows]
+        replies = author.ask([Request(record["image"], record["prompt"]) for record in some])
+        kept = [{**record, "chosen": reply.text} for record, reply in zip(some, replies, strict=True) if reply.text]
+        return kept, Counter(reply.problem or "an empty answer" for reply in replies if not reply.text)
 
     return work
 
@@ -451,4 +469,5 @@ def _folder(options: Options) -> Path:
 
 def _origin(options: Options) -> dict:
     judge = {} if options.judge == "scene" else {"judge": options.judge_model or options.judge}
-    return {**options.source, "seed": options.seed, "temperature": options.temperature, **judge}
+    author = {} if options.author == "policy" else {"author": options.author_model or options.author}
+    return {**options.source, "seed": options.seed, "temperature": options.temperature, **judge, **author}

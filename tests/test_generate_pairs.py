@@ -18,6 +18,7 @@ from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
 from generate_pairs import main, read_arguments, read_input, relocate, run
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
+from model.generate import answers
 from pairs import methods
 from pairs.methods import METHODS, Options, make_pairs, needs_clip, needs_model
 from pairs.rank import judge_scene
@@ -93,6 +94,7 @@ def test_what_is_loaded():
     assert [method for method, model in need.items() if not model] == ["povid", "corrupt"]
     assert all(needs_model(method, asked, Options()) for method in METHODS)
     assert needs_model("corrupt", answered, Options(writer="policy"))
+    assert not needs_model("corrupt", asked, Options(author="other"))
     assert [m for m in METHODS if needs_clip(m, Options())] == ["realign", "adavip", "bdhs"]
     assert not needs_clip("bdhs", Options(sentence_model=Path("mpnet")))
     assert needs_clip("rank", Options(judge="clip"))
@@ -146,6 +148,16 @@ def test_judges(models, tmp_path):
     other, _ = make("rank", models, tmp_path, judge=str(DEFAULT_MODEL), source={"model": "tiny"})  # by its folder
     assert [{**p, "source": {**p["source"], "judge": "policy"}} for p in other] == pairs
     assert all(pair["source"]["judge"] == str(DEFAULT_MODEL) for pair in other)
+
+
+def test_a_stronger_model_writes_the_chosen_answers(models, tmp_path):
+    """Its greedy answers become `chosen`; nobody has to judge samples, so photographs need no judge."""
+    said = answers(*models[:2], [scenes.reference(seed) for seed in SEEDS], [scenes.CAPTION_PROMPT] * len(SEEDS))
+    for method in ("corrupt", "bdhs"):
+        pairs, _ = make(method, models, tmp_path, author=str(DEFAULT_MODEL), judge="nobody")
+        texts = {f"scene-{seed}": text for seed, (text,) in zip(SEEDS, said)}
+        assert pairs and all(pair["chosen"] == texts[pair["id"]] for pair in pairs)
+        assert all(pair["source"]["author"] == str(DEFAULT_MODEL) for pair in pairs)
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
@@ -309,6 +321,7 @@ def test_pictures_that_are_lists_as_candidates_move_too(tmp_path):
     (["--judge", "http://x/v1"], "--judge URL and --judge-model NAME belong together"),
     (["--writer-model", "x"], "--writer URL and --writer-model NAME belong together"),
     (["--dilation", "4"], "--dilation 4: must be odd"),
+    (["--author", "model/tiny"], "--author writes chosen answers that are not given, for realign"),
     (["--format", "trl", "--out", "x.jsonl"], "scenes have no files to point to"),
     (["--out", "x.parquet"], "written with --format trl"),
     (["--method", "adavip", "--detector", "nowhere.json"], "nowhere.json: not found"),
