@@ -10,7 +10,8 @@ al., 2024, arXiv 2402.04792.
 
 The samples are data: the loss computes their log-probs again in its own forward pass, so nothing is
 differentiated through the sampling. Ties, duplicates, empty and unfinished answers teach nothing: such an
-example keeps its place in the batch with weight 0, so that batches have one size in every process.
+example keeps its place in the batch with weight 0, so that batches have one size in every process, by which
+the mean divides: a step with few useful pairs is a small one.
 
     symbol     argument      meaning
     x          records       records with `id`, `image`, `prompt` and, where p > 0, `chosen` and `rejected`
