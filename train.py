@@ -287,6 +287,9 @@ def check(args: argparse.Namespace, world: int) -> None:
     looks = getattr(args, "judge", "clip") == "clip"  # fisao and bdhs_online have no judge, and a CLIP
     if "clip_model" in args and looks and args.clip_model is None:
         raise ValueError(f"{args.loss} needs --clip-model DIR: the embedded CLIP knows scenes only")
+    for name in ("objects", "baselines"):
+        if (path := getattr(args, name, None)) and not path.is_file():
+            raise ValueError(f"--{name} {path}: no such file")
     fixed = not (LOSSES[args.loss].online or LOSSES[args.loss].advantages)
     if args.reference_cache and (not fixed or any(":" in s[0] for s in LOSSES[args.loss].sequences.values())):
         raise ValueError(f"--reference-cache: what {args.loss} scores is drawn anew at every step")

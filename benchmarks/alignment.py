@@ -205,6 +205,7 @@ def point(name: str, results: list[dict[str, float]]) -> Point:
 
 
 def main() -> None:
+    """Make what is missing, run by run, then the table and its picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=OFFLINE + ONLINE + METHODS, metavar="LOSS[/METHOD]")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))

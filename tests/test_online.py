@@ -363,6 +363,12 @@ def test_fisao_on_photographs(tmp_path, monkeypatch, verifier):
     assert not (tmp_path / "two" / "scores.svg").exists()
 
 
+@pytest.mark.parametrize("option", ["--objects", "--baselines"])
+def test_a_missing_file_is_named_before_anything_is_loaded(option):
+    with pytest.raises(ValueError, match=f"{option} nowhere.json: no such file"):
+        train.check(train.read_arguments(["--loss", "fisao", option, "nowhere.json"]), 1)
+
+
 def test_the_embedded_clip_is_no_default_for_other_models():
     for options in (["--loss", "fisao"], ["--loss", "online_dpo", "--judge", "clip"], ["--loss", "bdhs_online"]):
         with pytest.raises(ValueError, match="needs --clip-model DIR"):
