@@ -150,6 +150,11 @@ def test_judges(models, tmp_path):
     assert all(pair["source"]["judge"] == str(DEFAULT_MODEL) for pair in other)
 
 
+def test_another_local_writer_is_named_in_the_records():
+    name, _ = methods._writer([], methods.Models(None, None), Options(writer=str(DEFAULT_MODEL)))
+    assert name == str(DEFAULT_MODEL)
+
+
 def test_a_stronger_model_writes_the_chosen_answers(models, tmp_path):
     """Its greedy answers become `chosen`; nobody has to judge samples, so photographs need no judge."""
     said = answers(*models[:2], [scenes.reference(seed) for seed in SEEDS], [scenes.CAPTION_PROMPT] * len(SEEDS))
