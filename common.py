@@ -1,0 +1,50 @@
+"""What all folders share: JSON is read strictly, so that one line names the file and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+
+def parse_json(data: bytes, pairs: Callable[[list[tuple]], object] | None = None) -> object:
+    """JSON text -> value.
+
+    Args:
+        data: UTF-8, with or without a byte order mark.
+        pairs: makes an object of its (key, value) pairs; None: a dict.
+    Raises ValueError in one line, without a file name: no UTF-8, no JSON, NaN or infinity, a number of more digits
+    than Python converts, nested too deeply.
+    """
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"not valid JSON ({error.msg} at {where})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # int() refuses thousands of digits
+        reason = str(error) if str(error).startswith("holds") else "a number has too many digits"
+        raise ValueError(f"not valid JSON ({reason})") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"holds {constant}")
+
+
+def read_json(path: Path | str, kind: type = dict):
+    """The value of a JSON file, a `kind`. Raises ValueError naming the file: missing, unreadable, another type, or
+    as from `parse_json`."""
+    try:
+        value = parse_json(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: {reason}") from None
+    if not isinstance(value, kind):
+        names = {dict: "object", list: "list"}
+        raise ValueError(f"{path}: a JSON {names.get(kind, kind.__name__)} is wanted, found {type(value).__name__}")
+    return value

@@ -1,0 +1,39 @@
+"""Strict JSON: every way of being broken is one line that names the file."""
+
+import pytest
+
+from common import parse_json, read_json
+
+BROKEN = {
+    b"\xff{}": "not UTF-8 (invalid start byte at byte 0)",
+    b'{"a": 1': "not valid JSON (Expecting ',' delimiter at column 8)",
+    b'{"a": 1,\n"b" 2}': "not valid JSON (Expecting ':' delimiter at line 2, column 5)",
+    b'{"a": NaN}': "not valid JSON (holds NaN)",
+    b'{"a": -Infinity}': "not valid JSON (holds -Infinity)",
+    b'{"a": ' + b"9" * 5000 + b"}": "not valid JSON (a number has too many digits)",
+    b"[" * 200_000: "not valid JSON (nested too deeply)",
+}
+
+
+@pytest.mark.parametrize("data", BROKEN, ids=range(len(BROKEN)))
+def test_what_is_broken_is_said_in_one_line(data, tmp_path):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(ValueError) as caught:
+        read_json(tmp_path / "a.json")
+    assert str(caught.value) == f"{tmp_path / 'a.json'}: {BROKEN[data]}"
+
+
+def test_type_and_absence_are_named(tmp_path):
+    (tmp_path / "a.json").write_text("[1]")
+    assert read_json(tmp_path / "a.json", list) == [1]
+    with pytest.raises(ValueError, match="a.json: a JSON object is wanted, found list"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="b.json: not found"):
+        read_json(tmp_path / "b.json")
+    with pytest.raises(ValueError, match=": Is a directory"):
+        read_json(tmp_path)
+
+
+def test_a_byte_order_mark_and_a_hook_are_taken():
+    assert parse_json('\ufeff{"a": "é"}'.encode()) == {"a": "é"}
+    assert parse_json(b'{"a": 1, "a": 2}', list) == [("a", 1), ("a", 2)]
