@@ -2,7 +2,9 @@
 
 Judges (pairs/judge.py) and writers (pairs/corrupt.py) see one interface, a `Model`: a name that goes into
 the records, and a function from requests to replies in the same order. A reply has a text or a problem,
-never both: a text that was cut at the token limit is no answer.
+never both: a text that was cut at the token limit is no answer. What a reasoning model thinks before it answers
+(up to its last </think>, whether the text opens with <think> or the server's template did) is not part of the
+text; nor is `reasoning_content`, where servers that know the model put it.
 
     local_model    a LLaVA in memory; greedy, so the same requests give the same replies
     server_model   POST {url}/chat/completions; the picture goes along as a base64 data URL
@@ -10,31 +12,39 @@ never both: a text that was cut at the token limit is no answer.
 A server is asked again, after 1, 2, 4, ... seconds times a random factor in [.5, 1.5], on time-outs, broken
 connections, answers that are no chat completion, and status 408, 409, 429 and 5xx; `Retry-After` is obeyed.
 Status 401, 403, 404 and redirects stop the run, as every request would meet them. Other refusals concern
-one request and become its problem. Every reply is kept on disk under the SHA-256 of its request, so a run
+one request and become its problem. A try ends after `timeout` seconds, even if the server goes on sending, and
+a reply has at most `max_bytes`. Every reply is kept on disk under the SHA-256 of its request, so a run
 that is repeated or goes on after an interruption pays for nothing twice. The key comes from an environment
-variable, is sent to that server only and written nowhere.
+variable, is sent to that server only, written nowhere and masked where a server repeats it.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import io
 import json
 import os
 import random
+import re
+import socket
+import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from common import parse_json, read_json
 from data.images import open_image
 from data.processor import Processor
 from model.generate import generate
@@ -43,6 +53,8 @@ from model.llava import Llava
 RETRY = (408, 409, 429)  # and 5xx
 STOP = (401, 403, 404)  # and 3xx
 CUT = "cut at the token limit"
+THOUGHTS = re.compile(r".*(?:</(?:seed:)?think(?:ing)?>|\[/think\]|◁/think▷)", re.S | re.I)
+THINKS = re.compile(r"(?:<(?:seed:)?think(?:ing)?>|\[think\]|◁think▷)", re.I)
 
 
 class Request(NamedTuple):
@@ -57,6 +69,19 @@ class Reply(NamedTuple):
 
     text: str
     problem: str = ""
+
+
+def read_reply(text: str) -> Reply:
+    """What a model wrote -> its answer, without the thoughts before it.
+
+    A problem instead: thoughts that lead to no answer, nothing at all, control characters, half a surrogate pair.
+    """
+    answer = THOUGHTS.sub("", text, count=1).strip()
+    if THINKS.match(answer) or not answer:
+        return Reply("", "thoughts without an answer" if THOUGHTS.match(text) or answer else "empty answer")
+    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\r\t" for c in answer):
+        return Reply("", "characters that no text has")
+    return Reply(answer)
 
 
 class Model(NamedTuple):
@@ -92,7 +117,7 @@ def _answer(model: Llava, processor: Processor, batch: list[Request], limit: int
     shows = [names.index(request.image) for request in batch]
     prompts = [processor.prompt(request.text, len(views[i].rows)) for request, i in zip(batch, shows)]
     out = generate(model, views, prompts, eos_id=processor.eos_id, shows=shows, max_new_tokens=limit)
-    return [Reply("", CUT) if len(ids) == limit else Reply(processor.decode(ids).strip()) for (ids,) in out]
+    return [Reply("", CUT) if len(ids) == limit else read_reply(processor.decode(ids)) for (ids,) in out]
 
 
 @dataclass(frozen=True)
@@ -107,7 +132,8 @@ class Server:
     seed: int = 0  # of the server's sampling, where it has one
     pictures: bool = True  # False: a language model that sees no pictures
     side: int = 1024  # longest side of a picture in pixels; larger ones are made smaller
-    timeout: float = 120.0  # seconds for one try
+    timeout: float = 120.0  # seconds for one try, from the connection to the last byte
+    max_bytes: int = 2**24  # of one reply
     tries: int = 6
     wait: float = 1.0  # seconds before the second try
     workers: int = 8  # requests at a time
@@ -141,14 +167,22 @@ def _cached(server: Server, request: Request, cache: Path, root: Path | None) ->
     key = hashlib.sha256(json.dumps([server.url, body], sort_keys=True).encode()).hexdigest()
     path = cache / key[:2] / f"{key}.json"
     if path.exists():
-        return Reply(**json.loads(path.read_text(encoding="utf-8"))["reply"])
-    reply = _read_reply(_post(server, body))
+        return _kept(path)
+    reply = _answered(_post(server, body))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{random.getrandbits(32):08x}")
     row = {"model": server.model, "image": request.image, "text": request.text, "reply": reply._asdict()}
     temporary.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
     return reply
+
+
+def _kept(path: Path) -> Reply:
+    """A reply of an earlier run. ValueError naming the file when it holds none."""
+    reply = read_json(path).get("reply")
+    if not isinstance(reply, dict) or not all(isinstance(reply.get(key), str) for key in ("text", "problem")):
+        raise ValueError(f"{path}: holds no reply; delete it")
+    return Reply("", reply["problem"]) if reply["problem"] else read_reply(reply["text"])
 
 
 def _body(server: Server, request: Request, root: Path | None) -> dict:
@@ -174,54 +208,129 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Remembers the socket of a request, so that it can be broken off from outside."""
+
+    sock: socket.socket | None = None
+    late = False
+
+    def do_open(self, kind, request, **options):
+        def connection(host, **more):
+            made = kind(host, **more)
+            connect = made.connect
+
+            def remember() -> None:
+                connect()
+                self.sock = made.sock  # urllib takes it out of the connection when the headers are there
+                if self.late:
+                    self.break_off()
+
+            made.connect = remember
+            return made
+
+        return super().do_open(connection, request, **options)
+
+    def break_off(self) -> None:
+        """Whoever reads sees the end of the connection."""
+        self.late = True
+        if self.sock is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _exchange(request: urllib.request.Request, seconds: float, most: int) -> tuple[int, Message, bytes]:
+    """(status, headers, at most `most` bytes). The time-out of sockets counts from byte to byte, so a server that
+    drips would never end; here it is of the whole. Raises OSError (TimeoutError), HTTPException or ValueError."""
+    watched = _Watched()
+    timer = threading.Timer(seconds, watched.break_off)
+    timer.daemon = True
+    timer.start()
+    try:
+        try:
+            response = urllib.request.build_opener(_NoRedirect, watched).open(request, timeout=seconds)
+        except urllib.error.HTTPError as error:  # a response, too
+            response = error
+        with response:
+            found = response.status, response.headers, response.read(most)
+    except (OSError, http.client.HTTPException, ValueError):
+        if not watched.late:
+            raise
+    finally:
+        timer.cancel()
+    if watched.late:
+        raise TimeoutError(f"not done after {seconds:g} s")
+    return found
+
+
 def _post(server: Server, body: dict) -> dict | str:
     """The completion, or why the server refuses this request. ConnectionError when asking again is no use."""
     address = f"{server.url.rstrip('/')}/chat/completions"
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(server.key_variable):
-        headers["Authorization"] = f"Bearer {key}"
+    key = os.environ.get(server.key_variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConnectionError(f"{server.key_variable} holds characters that no key has")
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(_NoRedirect)
     for attempt in range(server.tries):
-        wait = server.wait * 2**attempt * random.uniform(0.5, 1.5)  # so that many do not come back at once
+        wait = 0.0
         try:
-            with opener.open(request, timeout=server.timeout) as response:
-                answer = json.load(response)
-            if _choice(answer) is not None:
-                return answer
-            problem = "the answer is no chat completion"
-        except urllib.error.HTTPError as error:
-            problem = f"status {error.code}: {error.read(300).decode('utf-8', 'replace')}"
-            if error.code in STOP or error.code < 400:
-                hint = f" (is {server.key_variable} set?)" if error.code in (401, 403) else ""
-                raise ConnectionError(f"{address}: {problem}{hint}") from None
-            if error.code not in RETRY and error.code < 500:
-                return f"refused by the server, status {error.code}"
-            wait = max(wait, _seconds(error.headers.get("Retry-After")))
+            status, headers, data = _exchange(request, server.timeout, server.max_bytes + 1)
         except (OSError, http.client.HTTPException, ValueError) as error:  # time-outs are OSErrors
             problem = f"{type(error).__name__}: {error}"
-        if attempt + 1 < server.tries:
-            time.sleep(min(wait, 120))
-    raise ConnectionError(f"{address}: no answer after {server.tries} tries; the last one: {problem}")
+        else:
+            if status < 300:
+                answer, problem = _completion(data, server.max_bytes)
+                if answer is not None:
+                    return answer
+            else:
+                problem = f"status {status}: {data[:300].decode('utf-8', 'replace')}"
+            if status in STOP or 300 <= status < 400:
+                hint = f" (is {server.key_variable} set?)" if status in (401, 403) else ""
+                raise ConnectionError(f"{address}: {_presentable(problem, key)}{hint}")
+            if status >= 400 and status not in RETRY and status < 500:
+                return f"refused by the server, status {status}"
+            wait = _seconds(headers.get("Retry-After"))
+        if attempt + 1 < server.tries:  # at random times, so that many do not come back at once
+            time.sleep(min(max(wait, server.wait * 2**attempt * random.uniform(0.5, 1.5)), 120))
+    raise ConnectionError(f"{address}: no answer after {server.tries} tries; the last one: {_presentable(problem, key)}")
+
+
+def _completion(data: bytes, most: int) -> tuple[dict | None, str]:
+    """(the completion, "") or (None, what is wrong with the reply)"""
+    if len(data) > most:
+        return None, f"the reply is longer than {most} bytes"
+    try:
+        answer = parse_json(data)
+    except ValueError as error:
+        return None, f"the reply is {error}"
+    return (answer, "") if _choice(answer) is not None else (None, "the reply is no chat completion")
+
+
+def _presentable(text: str, key: str) -> str:
+    """A line for the screen: what a server says may hold the key, line breaks and codes that move the cursor."""
+    masked = text.replace(key, "***") if key else text
+    return "".join(c if c.isprintable() else " " for c in masked)
 
 
 def _seconds(header: str | None) -> float:
-    return float(header) if header and header.strip().isdigit() else 0.0
+    return float(header) if header and header.strip().isdecimal() else 0.0
 
 
 def _choice(answer: object) -> dict | None:
     try:
         choice = answer["choices"][0]
-        return choice if isinstance(choice["message"]["content"], str | None) else None
+        return choice if isinstance(choice["message"]["content"], str | list | None) else None
     except (KeyError, IndexError, TypeError):
         return None
 
 
-def _read_reply(answer: dict | str) -> Reply:
+def _answered(answer: dict | str) -> Reply:
     if isinstance(answer, str):
         return Reply("", answer)
     choice = _choice(answer)
     if choice.get("finish_reason") == "length":
         return Reply("", CUT)
-    text = (choice["message"]["content"] or "").strip()
-    return Reply(text) if text else Reply("", "empty answer")
+    content = choice["message"]["content"] or ""
+    if isinstance(content, list):  # parts: thoughts may be of a type of their own
+        texts = (part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text")
+        content = "".join(text for text in texts if isinstance(text, str))
+    return read_reply(content)

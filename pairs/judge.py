@@ -20,7 +20,7 @@ import random
 import re
 from itertools import combinations
 
-from pairs.ask import Model, Request
+from pairs.ask import Model, Request, read_reply
 from pairs.rank import Judge, Score
 
 JUDGE_PROMPT = """Two answers to a question about the picture follow. Decide which one hallucinates less.
@@ -41,27 +41,50 @@ Response 2: {second}
 Which response hallucinates less? Begin with "Response 1" or "Response 2", then say why in one sentence."""
 
 
-FIRST = re.compile(r"(?:(?:the |my )?(?:final |better |best )?(?:answer|verdict|choice|response)(?: is\b:?|:)"
-                   r"\s*)?(?:(?:response|answer) ?)?([12])(?=\s*(?:$|[.:,;)\n-]|because|since|as\b|is better"
-                   r"|is preferable|is more|hallucinates less|has fewer))")
-LIKED = re.compile(r"(?:prefer|choose|pick|select|favou?r) response ([12])\b"
-                   r"|response ([12]) (?:is|seems|was) (?:clearly |slightly |much |the )*"
-                   r"(?:better|preferable|right|correct|accurate|more accurate|winner)\b"
-                   r"|response ([12]) (?:hallucinates less|has fewer)"
-                   r"|(?:better|best|preferred) (?:one |response |answer )?(?:is|:) (?:response )?([12])\b")
+# `{n}` stands for the number of a response.
+MARKED = r"\[\[\s*(?:response )?{n}\s*\]\]|\\boxed\{+(?:\\text\{)?\s*(?:response )?{n}\b|<answer>\s*(?:response )?{n}\b"
+FIRST = (r"(?:(?:the |my )?(?:final |better |best )?(?:answer|verdict|choice|response)(?: is\b:?|:)\s*)?"
+         r"(?:(?:response|answer) ?)?{n}(?=\s*(?:$|[.:,;)\n-]|because|since|as\b|is better|is preferable|is more"
+         r"|hallucinates less|has fewer))")
+PREFERRED = (r"(?:prefer|choose|pick|select|favou?r) response {n}\b"
+             r"|response {n} (?:is|seems|was) (?:clearly |slightly |much |the )*"
+             r"(?:better|preferable|more accurate|winner)\b"
+             r"|response {n} (?:hallucinates less|has fewer)"
+             r"|(?:better|best|preferred) (?:one |response |answer )?(?:is|:) (?:response )?{n}\b")
+WORSE = (r"response {n} (?:hallucinates more|has more (?:errors|hallucinations|mistakes)"
+         r"|(?:is|seems|was) (?:clearly |slightly |much )*(?:worse|less accurate)"
+         r"|(?:does not|doesn't) hallucinate less)")
+RIGHT = r"response {n} (?:is|seems|was) (?:clearly |the )*(?:right|correct|accurate)\b"
+DENIED = re.compile(r"\b(?:not|neither|nor|never|cannot|if|whether|unless)\b|n't\b")
 
 
 def verdict(text: str) -> int | None:
     """0 when the text prefers Response 1, 1 when Response 2, None when that is not clear.
 
-    A text that opens with one of them ("Response 2, because ...") means it. Otherwise its phrases of
-    preference ("I prefer response 2", "response 2 is better") decide, if all of them name the same one.
+    Thoughts before the answer do not count. Then the first of these that names a response decides, if all that it
+    finds name the same one:
+
+        a marked answer        [[2]], \\boxed{2}, <answer>2</answer>
+        how the text begins    "Response 2, because ..."
+        a comparison           "I prefer response 2", "response 2 hallucinates less", "response 1 is worse"
+        praise of one          "response 2 is right"
     """
-    plain = re.sub(r"[*_#`\"'“”]", "", text).strip().lower()
-    if opening := FIRST.match(plain):
-        return int(opening.group(1)) - 1
-    liked = {number for found in LIKED.findall(plain) for number in found if number}
-    return int(liked.pop()) - 1 if len(liked) == 1 else None
+    answer = read_reply(text).text.strip().lower()
+    plain = re.sub(r"[*_#`\"“”]", "", answer).replace("’", "'").strip()
+    better, worse = _named(PREFERRED, plain), _named(WORSE, plain)
+    for named in (_named(MARKED, answer), _named(FIRST, plain, begins=True),
+                  better | {3 - number for number in worse}, _named(RIGHT, plain)):
+        if named:
+            return named.pop() - 1 if len(named) == 1 else None
+    return None
+
+
+def _named(pattern: str, text: str, begins: bool = False) -> set[int]:
+    """Numbers of the responses in the matches of a pattern (with `begins`, only at the start), denied ones left out."""
+    matches = re.finditer(pattern.replace("{n}", "([12])"), text)
+    found = [match for match in matches if not DENIED.search(re.split(r"[.,;:!?\n]", text[: match.start()])[-1])]
+    return {int(number) for match in found if not begins or not match.start()
+            for number in match.groups() if number}
 
 
 def model_judge(model: Model, *, seed: int = 0) -> Judge:

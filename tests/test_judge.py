@@ -7,6 +7,7 @@ import io
 import json
 import random
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,7 +19,7 @@ from data import scenes
 from data.places import PLACES
 from data.processor import Processor
 from model.checkpoint import DEFAULT_MODEL, load_llava
-from pairs.ask import CUT, Model, Reply, Request, Server, local_model, server_model
+from pairs.ask import CUT, Model, Reply, Request, Server, local_model, read_reply, server_model
 from pairs.corrupt import (Corruption, _change_count, _change_position, _exchange_object, corrupt_pairs,
                            model_corrupt, scene_corrupt)
 from pairs.judge import model_judge, verdict
@@ -38,16 +39,30 @@ class Handler(BaseHTTPRequestHandler):
             failure = server.failures.pop(0) if server.failures else None
         if failure == "hang up":
             return self.close()
+        if str(failure).startswith("drip"):
+            return self.drip(failure)
         text = next(p["text"] for p in body["messages"][0]["content"] if p["type"] == "text")
-        reply = {"choices": [{"message": {"role": "assistant", "content": f" said: {text} "},
+        said = f" said: {text} " if server.say == "" else server.say
+        reply = {"choices": [{"message": {"role": "assistant", "content": said, "reasoning_content": "Hm."},
                               "finish_reason": "length" if failure == "cut" else "stop"}]}
-        data = b"<html>busy</html>" if failure == "html" else json.dumps(reply).encode()
+        data = failure if isinstance(failure, bytes) else json.dumps(reply).encode()
+        if failure == "echo":
+            failure, data = 401, f"\x1b[2J\r\n{self.headers['Authorization']} is not known".encode()
         self.send_response(failure if isinstance(failure, int) else 200)
-        if failure == 307:
-            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+        if failure in (301, 302, 303, 307, 308):
+            self.send_header("Location", f"http://127.0.0.1:{server.server_port}/elsewhere")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def drip(self, failure):
+        """A byte now and then: no read ever times out."""
+        head = {"drip": "200 OK\r\n\r\n", "drip headers": "200 OK\r\nX: ", "drip error": "500 Oh\r\n\r\n"}
+        self.wfile.write(f"HTTP/1.1 {head[failure]}".encode())
+        for _ in range(100):
+            self.wfile.write(b" ")
+            self.wfile.flush()
+            time.sleep(0.05)
 
     def close(self):
         self.close_connection = True
@@ -60,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.seen, http.failures, http.lock = [], [], threading.Lock()
+    http.seen, http.failures, http.lock, http.say = [], [], threading.Lock(), ""
     http.handle_error = lambda *_: None  # the hang-ups
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -72,7 +87,7 @@ def server(monkeypatch):
 
 def asker(server, cache, **more) -> Model:
     url = f"http://127.0.0.1:{server.server_port}/v1/"
-    return server_model(Server(url, "judge-7b", wait=0.005, timeout=10, **more), cache=cache)
+    return server_model(Server(url, "judge-7b", **{"wait": 0.005, "timeout": 10, **more}), cache=cache)
 
 
 def test_what_is_sent(server, tmp_path):
@@ -91,7 +106,7 @@ def test_what_is_sent(server, tmp_path):
 
 
 def test_transient_failures_are_tried_again(server, tmp_path):
-    server.failures += [429, 503, "hang up", "html"]
+    server.failures += [429, 503, "hang up", b"<html>busy</html>"]
     assert asker(server, tmp_path).ask([Request("scene:1", "a")]) == [Reply("said: a")]
     assert len(server.seen) == 5
 
@@ -115,6 +130,89 @@ def test_what_concerns_one_request_is_its_problem(server, tmp_path):
     server.failures += [400, "cut"]
     replies = asker(server, tmp_path, workers=1).ask([Request("scene:1", name) for name in "abc"])
     assert replies == [Reply("", "refused by the server, status 400"), Reply("", CUT), Reply("said: c")]
+
+
+def test_thoughts_are_no_part_of_an_answer():
+    assert read_reply("<think>\nA cat?\n</think>\n\nA dog.") == Reply("A dog.")
+    assert read_reply("A cat?\n</think>\n\nA dog.\n") == Reply("A dog.")  # the template opened the tag
+    assert read_reply("<think>No </think> yet.</think>A dog.") == Reply("A dog.")
+    assert read_reply("◁think▷A cat?◁/think▷A dog.") == Reply("A dog.")
+    for text in ("<think>A cat, or", "<think>A cat.</think>", "A cat.</think>\n"):
+        assert read_reply(text) == Reply("", "thoughts without an answer")
+    assert read_reply(" \n") == Reply("", "empty answer")
+    assert read_reply("I think so.") == Reply("I think so.")
+
+
+@pytest.mark.parametrize("text", ["A dog \ud83d", "A dog\0", "\x1b[2JA dog"])
+def test_what_no_text_has_is_a_problem_of_the_reply(server, tmp_path, text):
+    server.say = text
+    assert asker(server, tmp_path).ask([Request("scene:1", "a")]) == [Reply("", "characters that no text has")]
+
+
+def test_thoughts_stay_out_of_what_is_stored(server, tmp_path):
+    """In the text, in a field of their own, in parts, and in replies that an earlier version kept."""
+    server.say = "<think>A cat?</think>A dog."
+    asker(server, tmp_path).ask([Request("scene:1", "a")])
+    (file,) = tmp_path.rglob("*.json")
+    row = json.loads(file.read_text())
+    assert row["reply"] == {"text": "A dog.", "problem": ""}
+    file.write_text(json.dumps({**row, "reply": {"text": "A cat?</think>A cow.", "problem": ""}}))
+    assert asker(server, tmp_path).ask([Request("scene:1", "a")]) == [Reply("A cow.")]
+    server.say = [{"type": "thinking", "thinking": "A cat?"}, {"type": "text", "text": "A horse."}]
+    assert asker(server, tmp_path).ask([Request("scene:2", "a")]) == [Reply("A horse.")]
+    server.say = None  # all of it in reasoning_content
+    assert asker(server, tmp_path).ask([Request("scene:3", "a")]) == [Reply("", "empty answer")]
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=f"{file.name}: holds no reply"):
+        asker(server, tmp_path).ask([Request("scene:1", "a")])
+
+
+@pytest.mark.parametrize("failure", ["drip", "drip headers", "drip error"])
+def test_a_try_ends_although_the_server_goes_on_sending(server, tmp_path, failure):
+    server.failures += [failure] * 2
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match="no answer after 2 tries; the last one: TimeoutError: not done after 0.3 s"):
+        asker(server, tmp_path, tries=2, timeout=0.3).ask([Request("scene:1", "a")])
+    assert time.monotonic() - start < 3
+
+
+def test_a_reply_has_a_largest_size(server, tmp_path):
+    server.say = "A dog. " * 100
+    with pytest.raises(ConnectionError, match="the reply is longer than 500 bytes"):
+        asker(server, tmp_path, tries=1, max_bytes=500).ask([Request("scene:1", "a")])
+    assert asker(server, tmp_path, tries=1).ask([Request("scene:1", "a")]) == [Reply(server.say.strip())]
+
+
+def test_the_key_is_masked_where_a_server_repeats_it(server, tmp_path):
+    server.failures += ["echo"]
+    with pytest.raises(ConnectionError) as caught:
+        asker(server, tmp_path).ask([Request("scene:1", "a")])
+    assert SECRET not in str(caught.value) and "Bearer ***" in str(caught.value)
+    assert str(caught.value).isprintable()  # no line breaks, nothing that moves the cursor
+
+
+def test_a_redirect_does_not_carry_the_key_elsewhere(server, tmp_path):
+    for server.redirect in (301, 302, 303, 307, 308):
+        server.failures += [server.redirect]
+        with pytest.raises(ConnectionError, match=f"status {server.redirect}"):
+            asker(server, tmp_path).ask([Request("scene:1", "a")])
+    assert len(server.seen) == 5  # nothing went to the place named, which is this server's /elsewhere
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b"\xff", b'{"choices": [{"message": {"content": 5}}]}',
+                                  b'{"choices": [' + b"9" * 5000 + b"]}", b"null", b""])
+def test_what_is_no_completion_is_asked_for_again(server, tmp_path, data):
+    server.failures += [data]
+    assert asker(server, tmp_path).ask([Request("scene:1", "a")]) == [Reply("said: a")]
+
+
+def test_a_key_that_no_header_can_hold(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\r\nX-Evil: 1")
+    with pytest.raises(ConnectionError, match="OPENAI_API_KEY holds characters") as caught:
+        asker(server, tmp_path).ask([Request("scene:1", "a")])
+    assert SECRET not in str(caught.value) and not server.seen
+    monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\n")  # as `export KEY="$(cat file)"` may leave it
+    assert asker(server, tmp_path).ask([Request("scene:1", "a")]) == [Reply("said: a")]
 
 
 def test_replies_are_kept(server, tmp_path):
@@ -144,11 +242,21 @@ def test_replies_are_kept(server, tmp_path):
     ("Only response 2 is right.", 1), ("Response 1 and Response 2 are equal.", None),
     ("Both are wrong.", None), ("", None),
     ("Response 1 and 2 are equally good.", None), ("Response 1 is right. Response 2 is right.", None),
-    ("Response 1 hallucinates more.", None), ("Response 1 invents a dog. Response 2 is better.", 1),
+    ("Response 1 hallucinates more.", 1), ("Response 1 invents a dog. Response 2 is better.", 1),
     ("Response 2 is not better.", None), ("Response 1\nIt is shorter.", 0),
     ("Response 2 hallucinates less.", 1),
     ("I cannot see the picture.", None), ("Response 12", None), ("Neither response 1 nor the other.", None),
     ("The better response is Response 2, not response 1.", 1),
+    ("<think>\nResponse 1 is better at colours, but it invents a cat.\n</think>\n\nResponse 2. It is right.", 1),
+    ("Response 1 is better on colour but wrong on objects.\n</think>\n\nResponse 2. It is accurate.", 1),
+    ("<think>I would say </think> here. Response 1 is better.</think>Response 2", 1),
+    ("[THINK]Response 1 is better.[/THINK]Response 2", 1), ("<think>Response 1 is better.", None),
+    ("[[2]]", 1), ("\\boxed{2}", 1), ("$\\boxed{\\text{Response 1}}$", 0), ("<answer>2</answer>", 1),
+    ("Response 1 is better in style, but: <answer> Response 2 </answer>", 1), ("[[1]] or [[2]]", None),
+    ("Response 1 is accurate about the dog. However, Response 2 hallucinates less overall.", 1),
+    ("Response 2 does not hallucinate less than Response 1.", 0), ("Response 2 is worse.", 0),
+    ("I do not think that response 1 is better.", None), ("If response 1 is better, nobody knows.", None),
+    ("It doesn’t seem that response 1 is better; response 2 hallucinates less.", 1),
 ])
 def test_verdicts(text, choice):
     assert verdict(text) == choice
