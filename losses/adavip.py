@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """AdaViP: adaptive vision-enhanced preference optimisation.
 
 AdaViP: Aligning Multi-modal LLMs via Adaptive Vision-enhanced Preference Optimization.

@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """BDHS online: given and self-generated rejected responses, averaged.
 
 Understanding Alignment in Multimodal LLMs: A Comprehensive Study.

@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """DPO: direct preference optimisation.
 
 Direct Preference Optimization: Your Language Model is Secretly a Reward Model.

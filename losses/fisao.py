@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """FiSAO: token rewards from the model's own vision encoder, the reward half of the method.
 
 Fine-Grained Verifiers: Preference Modeling as Next-token Prediction in Vision-Language Alignment.

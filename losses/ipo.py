@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """IPO: identity preference optimisation.
 
 A General Theoretical Paradigm to Understand Learning from Human Preferences.

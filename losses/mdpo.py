@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """mDPO: conditional preference optimisation for multimodal models.
 
 mDPO: Conditional Preference Optimization for Multimodal Large Language Models.

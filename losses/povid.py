@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """POVID: preference optimisation with rejected responses from a text model and from a noisy image.
 
 Aligning Modalities in Vision Large Language Models via Preference Fine-tuning.

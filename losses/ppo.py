@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """PPO: proximal policy optimisation of a language model, one token one action.
 
 Proximal Policy Optimization Algorithms.

@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """rDPO: retrieval-augmented direct preference optimisation, the loss of Re-Align.
 
 Re-Align: Aligning Vision Language Models via Retrieval-Augmented Direct Preference Optimization.

@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """Reward model: Bradley-Terry regression on preferences.
 
 Training language models to follow instructions with human feedback.

@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """RLOO: REINFORCE with a leave-one-out baseline; a whole response is one action.
 
 Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs.

@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """SFT: supervised fine-tuning on the chosen response.
 
 Visual instruction tuning. H. Liu, C. Li, Q. Wu, Y. J. Lee, NeurIPS 2023, arXiv 2304.08485.

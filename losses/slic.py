@@ -1,3 +1,4 @@
+# MIT License, copyright (c) 2026 The Plumbline authors: copy this file freely, keep this line.
 """SLiC: sequence likelihood calibration, a hinge in place of DPO's logistic. Two losses share the name.
 
 `slic_loss`, normalised by a reference ("hinge-norm"):

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = sorted(path for path in (ROOT / "losses").glob("*.py") if path.name != "__init__.py")
 ALLOWED = {"torch", "math", "difflib", "typing", "__future__"}
-PROJECT = ("losses", "model", "data", "retrieval", "pairs", "metrics", "benchmarks", "tests",
+PROJECT = ("common", "losses", "model", "data", "retrieval", "pairs", "metrics", "benchmarks", "tests",
            "train", "generate_pairs", "evaluate")
 
 # Runs a script as __main__ after forbidding every import by a name of the project.
@@ -44,6 +44,13 @@ def test_runs_alone(source, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{source.stem} ok: ") and result.stdout.count("\n") == 1
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("source", LOSSES, ids=lambda path: path.stem)
+def test_says_its_licence(source):
+    first = source.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# MIT License, copyright (c) 2026 The Plumbline authors")
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License\n\nCopyright (c) 2026 The Plumbline authors\n")
 
 
 @pytest.mark.parametrize("source", LOSSES, ids=lambda path: path.stem)
