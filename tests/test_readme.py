@@ -1,4 +1,4 @@
-"""The README tells the truth: every command runs, every file is in its tree, every link leads somewhere.
+"""The READMEs tell the truth: every command runs, every file is in its folder's list, every link leads somewhere.
 
 Commands run as written, with options appended that make them short; the two one-line set-ups are run by .ci/run.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 HOME = Path(__file__).resolve().parents[1]
-README = (HOME / "README.md").read_text()
+READMES = {path.parent: path.read_text() for path in [HOME / "README.md", *sorted(HOME.glob("[!.]*/README.md"))]}
 SHORT = {
     "train.py": "--steps 2 --scenes 40 --eval-scenes 4 --batch-size 4 --log-every 1 --lora-rank 4",
     "generate_pairs.py": "--scenes 12",
@@ -26,10 +26,10 @@ SHORT = {
 
 
 def commands() -> list[str]:
-    """Lines of the README's bash blocks, without comments and without the set-up lines."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    """Lines of the bash blocks, the main README's first, without comments and without the set-up lines."""
+    blocks = [block for text in READMES.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
     lines = [line.split(" # ")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
-    return [line for line in lines if "requirements.txt" not in line and "benchmarks/step.py" not in line]
+    return [line for line in lines if "requirements.txt" not in line]
 
 
 def split(command: str) -> tuple[list[str], str]:
@@ -43,7 +43,7 @@ def split(command: str) -> tuple[list[str], str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """The tracked files alone, as in a fresh clone; commands of one README share it, in order."""
+    """The tracked files alone, as in a fresh clone; the commands share it, in order."""
     out = tmp_path_factory.mktemp("clone")
     for name in tracked():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,26 +78,27 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=folder, capture_output=True, text=True)
 
 
-def test_file_tree_is_complete():
-    """Every tracked file stands in the tree, by its own line or by that of its folder, and nothing else does."""
-    tree = re.search(r"## Files\n+```\n(.*?)```", README, re.DOTALL).group(1)
-    named, folder = set(), ""
-    for line in tree.splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-            named.add(name)
-        else:
-            named.add(folder + name)
+def listed(text: str) -> set[str]:
+    """What the fenced list of files in a README names."""
+    tree = re.search(r"## (?:The map|Files)\n.*?^```\n(.*?)```", text, re.DOTALL | re.MULTILINE).group(1)
+    return {line.split()[0] for line in tree.splitlines()}
+
+
+def test_every_file_is_listed():
+    """A README lists the files and folders next to it, all of them and nothing else; those of deeper folders need no
+    list of their own."""
     files = tracked()
-    folders = {f"{'/'.join(f.split('/')[:i])}/" for f in files for i in range(1, f.count("/") + 1)}
-    assert named <= set(files) | folders, named - set(files) - folders
-    whole = {n for n in named if n.endswith("/") and not any(m != n and m.startswith(n) for m in named)}
-    missing = [f for f in files if f not in named and not any(f.startswith(w) for w in whole)]
-    assert [f for f in missing if not f.endswith("__init__.py")] == []
+    for folder, text in READMES.items():
+        inside = [f for f in files if folder == HOME or f.startswith(f"{folder.name}/")]
+        inside = inside if folder == HOME else [f.partition("/")[2] for f in inside]
+        names = {head + slash for head, slash, _ in (f.partition("/") for f in inside)} - {"__init__.py"}
+        assert listed(text) | {"README.md"} == names, folder
+    assert set(READMES) == {HOME, *(HOME / name for name in listed(READMES[HOME]) if (HOME / name).is_dir()
+                                    and name not in ("tests/", ".ci/"))}
 
 
 def test_links_lead_somewhere():
-    targets = [t for t in re.findall(r"\]\(([^)]+)\)", README) if not t.startswith("http")]
-    assert len(targets) > 5
-    assert [t for t in targets if not (HOME / t).exists()] == []
+    targets = [(folder, t) for folder, text in READMES.items() for t in re.findall(r"\]\(([^)]+)\)", text)]
+    targets = [(folder, t) for folder, t in targets if not t.startswith("http")]
+    assert len(targets) > 40
+    assert [t for folder, t in targets if not (folder / t).exists()] == []
