@@ -1,4 +1,4 @@
-"""model/pretrain.py: rows of equal size, a loss that equals scoring every segment alone, and what was shipped."""
+"""tools/pretrain.py: rows of equal size, a loss that equals scoring every segment alone, and what was shipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from data import scenes
 from data.images import stack
 from data.processor import Processor
-from model import pretrain
+from tools import pretrain
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_llava
 from model.logprobs import Scorer, Sequence, naive_logprobs
 

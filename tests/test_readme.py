@@ -20,7 +20,7 @@ SHORT = {
     "train.py": "--steps 2 --scenes 40 --eval-scenes 4 --batch-size 4 --log-every 1 --lora-rank 4",
     "generate_pairs.py": "--scenes 12",
     "evaluate.py": "--num 4",
-    "model.pretrain": "--steps 2 --scenes 64 --out {out}",
+    "tools.pretrain": "--steps 2 --scenes 64 --out {out}",
     "benchmarks/alignment.py": "--rows dpo --seeds 0 --scenes 4 --out {out} -- --steps 2 --scenes 40 --batch-size 4",
 }
 
@@ -35,7 +35,7 @@ def commands() -> list[str]:
 def split(command: str) -> tuple[list[str], str]:
     """(argument list run by this interpreter, the script or module it starts)."""
     words = shlex.split(command)
-    script = next(w for w in words if w.endswith(".py") or w.startswith("model."))
+    script = next(w for w in words if w.endswith(".py") or w.startswith("tools."))
     launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
     port = ["--standalone"] if words[0] == "torchrun" else []
     return [*launcher, *port, *words[1:]], script
@@ -71,7 +71,7 @@ def test_every_command_runs(clone):
         result = run(words + short, clone)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
         done_before.add(script)
-    assert {"train.py", "generate_pairs.py", "evaluate.py", "model.pretrain"} <= done_before
+    assert {"train.py", "generate_pairs.py", "evaluate.py", "tools.pretrain"} <= done_before
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:

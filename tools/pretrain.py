@@ -1,9 +1,9 @@
 """How the embedded model was made: a CLIP and a tiny LLaVA, from random weights, on the scene world.
 
-    python -m model.pretrain tokenizer                              (seconds)
-    python -m model.pretrain clip                                   (about 7 minutes on one core)
-    torchrun --nproc-per-node 2 -m model.pretrain llava             (about 19 minutes on two cores)
-    torchrun --nproc-per-node 2 -m model.pretrain captions          (about 11 minutes on two cores)
+    python -m tools.pretrain tokenizer                              (seconds)
+    python -m tools.pretrain clip                                   (about 7 minutes on one core)
+    torchrun --nproc-per-node 2 -m tools.pretrain llava             (about 19 minutes on two cores)
+    torchrun --nproc-per-node 2 -m tools.pretrain captions          (about 11 minutes on two cores)
 
 Each stage writes into --out (default runs/tiny) and reads what the stage before left there.
 

@@ -6,12 +6,12 @@
 Unpack both archives into FOLDER/emoji-datasource-google and FOLDER/@lobehub/fluent-emoji-3d (`npm install
 --ignore-scripts` gives the same layout with FOLDER = node_modules), then run
 
-    python data/sprites/build.py FOLDER
+    python tools/sprites.py FOLDER
 
-The result, next to this file: `atlas_12.png`, `atlas_24.png`, `atlas_36.png` (RGBA, COLUMNS tiles a row,
+The result, in data/sprites: `atlas_12.png`, `atlas_24.png`, `atlas_36.png` (RGBA, COLUMNS tiles a row,
 the same order in all three) and `index.json` (category, package and code point of every tile). Every size
 is stored rather than scaled at run time, so a rendered scene is the same bytes with every version of
-Pillow. Licences: LICENSE.
+Pillow. Licences: data/sprites/LICENSE.
 """
 
 from __future__ import annotations
@@ -95,4 +95,4 @@ def build(folder: Path, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="build the sprite atlas from unpacked emoji packages")
     parser.add_argument("folder", type=Path, help="folder that holds both unpacked npm packages")
-    build(parser.parse_args().folder, Path(__file__).resolve().parent)
+    build(parser.parse_args().folder, Path(__file__).resolve().parents[1] / "data" / "sprites")

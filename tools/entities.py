@@ -1,6 +1,6 @@
 """Makes data/entities.txt, the object words that FiSAO's rewards look for; data/mentions.py reads it.
 
-    python data/entities.py --lvis lvis_v1_train_cat_info.json --wordnet /usr/share/wordnet
+    python tools/entities.py --lvis lvis_v1_train_cat_info.json --wordnet /usr/share/wordnet
 
 Paper: FiSAO (arXiv 2410.14148), Section 3.3.3 and Appendix A.1.1: the labels of COCO and of Detic (the 1,203
 categories of LVIS v1), with plural forms and WordNet synonyms.
@@ -32,10 +32,10 @@ import os
 import re
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-COCO = HERE.parent / "metrics" / "chair_synonyms.txt"
+HOME = Path(__file__).resolve().parents[1]
+COCO = HOME / "metrics" / "chair_synonyms.txt"
 HEADER = """\
-# Object words for FiSAO's token rewards: word, tab, entity. Made by data/entities.py, do not edit.
+# Object words for FiSAO's token rewards: word, tab, entity. Made by tools/entities.py, do not edit.
 # From COCO class names, LVIS v1 category names and WordNet 3.0; licences in data/entities.LICENSE.
 """
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--lvis", type=Path, required=True, metavar="FILE", help="categories of LVIS v1")
     parser.add_argument("--wordnet", type=Path, required=True, metavar="DIR", help="folder with data.noun")
-    parser.add_argument("--out", type=Path, default=HERE / "entities.txt", metavar="FILE")
+    parser.add_argument("--out", type=Path, default=HOME / "data" / "entities.txt", metavar="FILE")
     args = parser.parse_args()
     senses, members, irregular = read_wordnet(args.wordnet)
     coco = [line.partition(",")[0].strip() for line in COCO.read_text(encoding="utf-8").splitlines()]
