@@ -161,7 +161,7 @@ def test_missing_and_broken_config(folder, tmp_path):
     with pytest.raises(ValueError, match="config.json: not found"):
         load_llava(folder)
     (tmp_path / "config.json").write_text(json.dumps(small.LLAVA))
-    with pytest.raises(ValueError, match="no \\*.safetensors file and no pytorch_model"):
+    with pytest.raises(ValueError, match="no model.safetensors, no pytorch_model.bin, and no shards"):
         load_llava(tmp_path)
 
 
@@ -278,15 +278,17 @@ def test_table_sizes_are_still_checked(tmp_path):
 
 
 def test_shards(folder):
-    """Tensors spread over files; the same tensor in two of them is an error."""
+    """Tensors spread over files; the same tensor in two of them is an error, a file of another name is not read."""
     expected = tensors_of(folder)
     names = sorted(expected)
     (folder / "model.safetensors").unlink()
     for i in range(3):
         save_file({n: expected[n] for n in names[i::3]}, folder / f"model-0000{i + 1}-of-00003.safetensors")
     assert_state(load_llava(folder), expected)
-    save_file({names[0]: expected[names[0]]}, folder / "more.safetensors")
-    with pytest.raises(ValueError, match=f"more.safetensors: tensor {names[0]} is also in model-00001"):
+    save_file({names[0]: expected[names[0]] + 1}, folder / "more.safetensors")
+    assert_state(load_llava(folder), expected)
+    save_file({n: expected[n] for n in [names[0], *names[1::3]]}, folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(ValueError, match=f"model-00002-of-00003.safetensors: tensor {names[0]} is also in model-00001"):
         load_llava(folder)
 
 
@@ -318,7 +320,7 @@ def test_missing_shard(sharded):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda i: i.pop("weight_map"), "index.json: not a readable index (KeyError"),
+        (lambda i: i.pop("weight_map"), "index.json: weight_map is not a map"),
         (lambda i: i.update(weight_map=[1]), "index.json: weight_map is not a map"),
         (lambda i: i["weight_map"].update(x="../a.safetensors"), "index.json: weight_map is not a map"),
         (lambda i: i["weight_map"].update(x="model-00001-of-00003.safetensors"),
@@ -330,7 +332,7 @@ def test_broken_index(sharded, change, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         load_llava(sharded)
     (sharded / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(ValueError, match="index.json: not a readable index"):
+    with pytest.raises(ValueError, match="index.json: not valid JSON"):
         load_llava(sharded)
 
 
@@ -443,7 +445,8 @@ def test_memory_while_loading(tmp_path, llava_folder):
     Anonymous memory (RssAnon, sampled at every tensor) is what the process cannot give back. The high-water
     mark of all resident memory (VmHWM) also counts pages of the mapped file that were looked at. Converting
     needs the new weights and one mapped tensor at a time; without conversion the weights are the file's pages
-    and cost no anonymous memory. Both ways both numbers stay within 1.15 times the weights.
+    and cost no anonymous memory. Both ways both numbers stay within 1.15 times the weights; on top, each tensor's
+    own mapping brings in some pages of its neighbours.
     """
     text = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8, head_dim=64,
                 num_key_value_heads=8, vocab_size=2000)
@@ -456,7 +459,7 @@ def test_memory_while_loading(tmp_path, llava_folder):
     assert not run.returncode, run.stderr
     for line, limit in zip(run.stdout.splitlines(), (0.15, 1.15), strict=True):
         weights, anonymous, resident = map(int, line.split())
-        assert weights > 80e6 and resident < 1.15 * weights and anonymous < limit * weights
+        assert weights > 80e6 and resident < 1.15 * weights + len(shapes) * 2**17 and anonymous < limit * weights
 
 
 def test_tied_embeddings(tmp_path, pixels):

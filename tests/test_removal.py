@@ -218,7 +218,7 @@ def test_unusable_lama_files_are_named(tmp_path):
     torch.save({"state_dict": state, "callbacks": types.SimpleNamespace()}, tmp_path / "pickled.ckpt")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     for name in ("pickled.ckpt", "broken.safetensors"):
-        with pytest.raises(ValueError, match=f"{name}: not readable as weights only"):
+        with pytest.raises(ValueError, match=f"{name}: not a readable"):
             load_lama(tmp_path / name)
     with pytest.raises(ValueError, match="none.pt: not found"):
         load_lama(tmp_path / "none.pt")
