@@ -210,7 +210,7 @@ def generate(
     for step in range(max_new_tokens):
         u = noise[rows, step] if noise is not None else None
         logits = head(states).float()  # (N, V)
-        broken[rows] |= ~logits.sum(-1).isfinite()
+        broken[rows] |= ~logits.sum(-1).isfinite()  # asked about below, where the device is waited for anyway
         if model.config.image_token_index < logits.shape[-1]:  # a row that was never trained, and no word
             logits[:, model.config.image_token_index] = float("-inf")
         new = pick(logits, temperature, top_p, u)  # (N,)

@@ -71,12 +71,15 @@ def _tensors(archive: zipfile.ZipFile, root: str, size: int) -> dict[str, Tensor
         raise ValueError("its data is compressed, or larger than the file")
     storages: dict[Storage, Tensor] = {}
     found: dict[str, Tensor] = {}
-    modules, seen = [("", follow(archive.read(f"{root}/data.pkl")))], set()
+    pickled = archive.read(f"{root}/data.pkl")
+    modules, left = [("", follow(pickled))], len(pickled)  # an attribute takes more than a byte
     while modules:
         prefix, module = modules.pop()
-        if module in seen:
-            raise ValueError(f"the module {prefix} is also somewhere else")
-        seen.add(module)
+        if not isinstance(module.state, dict):
+            raise ValueError(f"the module {prefix} has no attributes but what code of its own would make")
+        left -= 1 + len(module.state)
+        if left < 0 or len(prefix) > 1000:  # a module may be in several places, but not in itself
+            raise ValueError("its modules contain each other")
         for name, value in module.state.items():
             if not isinstance(value, Call):
                 continue
@@ -86,7 +89,7 @@ def _tensors(archive: zipfile.ZipFile, root: str, size: int) -> dict[str, Tensor
                     data = bytearray(archive.read(f"{root}/data/{storage.key}"))
                     storages[storage] = _storage(data, storage)
                 found[prefix + name] = _view(storages[storage], *value.args[1:4])
-            elif isinstance(value.state, dict):
+            elif value.name.startswith("__torch__"):
                 modules.append((f"{prefix}{name}.", value))
     return found
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -322,6 +323,7 @@ def test_missing_shard(sharded):
     [
         (lambda i: i.pop("weight_map"), "index.json: weight_map is not a map"),
         (lambda i: i.update(weight_map=[1]), "index.json: weight_map is not a map"),
+        (lambda i: i["weight_map"].update(x="a" * 5000), "missing shard, named by the index"),
         (lambda i: i["weight_map"].update(x="../a.safetensors"), "index.json: weight_map is not a map"),
         (lambda i: i["weight_map"].update(x="model-00001-of-00003.safetensors"),
          "model-00001-of-00003.safetensors: has no tensor x, which the index places there"),
@@ -362,6 +364,116 @@ def test_bin_files_are_not_trusted(folder, tmp_path, spoil, capfd):
     with pytest.raises(ValueError, match="pytorch_model-00002-of-00002.bin: (not a readable|is no plain)") as error:
         load_llava(original)
     assert "\n" not in str(error.value) and "ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(folder, tmp_path, value):
+    rewrite(folder, lambda t: t[NAME].__setitem__((3, 5), value))
+    with pytest.raises(ValueError, match=re.escape(f"model.safetensors: tensor {NAME} holds NaN or infinity as float32")):
+        load_llava(folder)
+    clip, name = small.write_clip(tmp_path / "clip"), "text_projection.weight"
+    rewrite(clip, lambda t: t[name].__setitem__((1, 2), value))
+    with pytest.raises(ValueError, match=f"model.safetensors: tensor {name} holds NaN or infinity"):
+        load_clip(clip)
+
+
+def test_weights_too_large_for_the_dtype_asked_for(folder):
+    rewrite(folder, lambda t: t[NAME].__setitem__((3, 5), 1e6))
+    load_llava(folder, torch.bfloat16)
+    with pytest.raises(ValueError, match=re.escape(f"tensor {NAME} holds NaN or infinity as float16")):
+        load_llava(folder, torch.float16)
+
+
+# ------------------------------------------------------------------------------- files as trainers leave them
+
+
+def place(folder, write) -> dict[str, torch.Tensor]:
+    """Take the single weight file away, let `write(tensors)` put another; returns the tensors."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    write(tensors)
+    return tensors
+
+
+def write_shards(tensors, folder) -> None:
+    """Two shards and their index."""
+    names = sorted(tensors)
+    files = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({n: tensors[n] for n in names if files[n] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def test_the_single_file_wins_over_shards(folder, capsys):
+    """As in transformers, and it is said; stale .bin files beside safetensors are not read either."""
+    expected = tensors_of(folder)
+    write_shards({n: t + 1 for n, t in expected.items()}, folder)
+    torch.save({n: t + 2 for n, t in expected.items()}, folder / "pytorch_model.bin")
+    assert_state(load_llava(folder), expected)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{folder}/model.safetensors: read instead of the shards that model.safetensors.index.json names,"
+                    " as transformers does"]
+    theirs = pytest.importorskip("transformers").LlavaForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(theirs.lm_head.weight, expected["language_model.lm_head.weight"])
+
+
+def test_foreign_files_are_passed_over(folder):
+    """What a Trainer and other runtimes leave beside the weights."""
+    expected = tensors_of(folder)
+    for name in ("optimizer.safetensors", "consolidated.safetensors", "model.fp16.safetensors"):
+        save_file({"tok_embeddings.weight": torch.zeros(2)}, folder / name)
+    torch.save({"lr": 1}, folder / "training_args.bin")
+    assert_state(load_llava(folder), expected)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no model.safetensors, no pytorch_model.bin"):
+        load_llava(folder)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "nested", "parameters"])
+def test_forms_of_bin_files(folder, form):
+    def write(tensors):
+        state = {n: torch.nn.Parameter(t) for n, t in tensors.items()} if form == "parameters" else tensors
+        state = {"state_dict": state, "epoch": 3} if form == "nested" else state
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form != "legacy")
+
+    assert_state(load_llava(folder), place(folder, write))
+
+
+def test_a_legacy_bin_file_of_clip(tmp_path):
+    """OpenAI's 336-pixel tower is published as one."""
+    folder = small.write_clip(tmp_path)
+    write = partial(torch.save, f=folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_state(load_clip(folder), place(folder, write))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda n: f"_orig_mod.{n}", lambda n: f"module.{n}", lambda n: f"module._orig_mod.{n}",
+             lambda n: n.replace("language_model.", "language_model._orig_mod.", 1)])
+def test_prefixes_of_wrappers(folder, tmp_path, wrap):
+    """torch.compile and DDP put words before the names."""
+    expected = tensors_of(folder)
+    rewrite(folder, lambda t: [t.update({wrap(n): t.pop(n)}) for n in list(t)])
+    assert_state(load_llava(folder), expected)
+    clip = small.write_clip(tmp_path / "clip")
+    before = tensors_of(clip)
+    rewrite(clip, lambda t: [t.update({wrap(n): t.pop(n)}) for n in list(t)])
+    assert_state(load_clip(clip), before)
+    rewrite(folder, lambda t: t.update({NAME: torch.zeros(30, 18)}))  # the same tensor twice
+    with pytest.raises(ValueError, match="is also in model.safetensors, as"):
+        load_llava(folder)
+
+
+def test_empty_tensors_are_explained(folder):
+    rewrite(folder, lambda t: t.update({NAME: torch.zeros(0)}))
+    with pytest.raises(ValueError, match=re.escape(f"tensor {NAME} is empty, as ZeRO-3 leaves it (its zero_to_fp32.py")):
+        load_llava(folder)
+
+
+@pytest.mark.parametrize("value", [torch.eye(3).to_sparse(), torch.zeros(2, device="meta"), 5])
+def test_bin_files_of_other_things(folder, value):
+    place(folder, lambda t: torch.save(t | {"extra": value}, folder / "pytorch_model.bin"))
+    with pytest.raises(ValueError, match="pytorch_model.bin: is no plain dictionary of tensors"):
+        load_llava(folder)
 
 
 # --------------------------------------------------------------------------------------------------------- hub
