@@ -84,8 +84,8 @@ def read_adapter_config(path: Path) -> tuple[int, float]:
         if raw.get(key) is not None and raw[key] not in allowed:
             raise ValueError(f"{path}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
     if (initial := raw.get("init_lora_weights")) is not None and initial not in KEEPS_BASE:
-        raise ValueError(f"{path}: init_lora_weights={initial!r} is not supported (supported: {list(KEEPS_BASE)}): it"
-                         " may have changed the base weights. Merge the adapters, or have PEFT convert them:"
+        raise ValueError(f"{path}: init_lora_weights={initial!r} is not supported (supported: {list(KEEPS_BASE)}):"
+                         " it may have changed the base weights. Merge the adapters, or have PEFT convert them:"
                          " save_pretrained(.., path_initial_model_for_weight_conversion=..)")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not -1e9 < alpha < 1e9:

@@ -5,14 +5,14 @@ layouts that are understood are in model/layouts.py. A hub id in place of a fold
 (model/hub.py), and a folder of LoRA adapters is loaded with its base model (model/adapters.py).
 
 A tensor that is missing, unexpected, of another shape or not floating-point is an error that names it, found
-in the headers before any weight is read; one that holds NaN or infinity, when it is read. Extra tensors are passed over only when the configuration says why:
-vision layers behind the chosen feature layer, the newline embedding of a model that shows single views, and
-index buffers that old versions of `transformers` wrote.
+in the headers before any weight is read; one that holds NaN or infinity, when it is read. Extra tensors are
+passed over only when the configuration says why: vision layers behind the chosen feature layer, the newline
+embedding of a model that shows single views, and index buffers that old versions of `transformers` wrote.
 
 Vocabulary rows that no text uses (model/config.py) are left in the file; `save_llava` carries them over.
 
 Memory: the model is built without weights, and each tensor goes from the mapped file to its final dtype and
-device by itself. On the CPU, weights that keep their dtype stay in the file's pages.
+device by itself. On the CPU, weights that keep their dtype stay in the file's pages (read once, to look for NaN).
 """
 
 from __future__ import annotations
@@ -55,14 +55,15 @@ def load_llava(
     Raises ValueError naming the file and the tensor or setting that does not fit.
     """
     folder = resolve(name)
+    base = adapter_base(folder)
     config = read_llava_config(config_folder(folder))
     with torch.device("meta"), _Unfilled():
         model = Llava(config)
     may_ignore = partial(_is_surplus, config)
-    _fill(model, llava_tensors(folder), adapter_base(folder) or folder, dtype, device, may_ignore, config.surplus_rows)
+    _fill(model, llava_tensors(folder), base or folder, dtype, device, may_ignore, config.surplus_rows)
     if config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
-    if adapter_base(folder):
+    if base:
         load_adapters(model, folder)
     return model.eval()
 

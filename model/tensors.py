@@ -199,10 +199,10 @@ def misfits(found: dict[str, Stored], wanted: dict[str, tuple[int, ...]],
 
 
 def refuse(problems: list[str], prefix: str = "") -> None:
-    """Raise ValueError with the first eight, if there are any."""
+    """Raise ValueError with the first eight in one line, if there are any."""
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(prefix + "; ".join(problems[:8]) + more)
+        raise ValueError(prefix + " ".join("; ".join(problems[:8]).splitlines()) + more)
 
 
 def finite(tensor: Tensor, where: str) -> Tensor:

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import train
 from data import scenes
@@ -531,6 +532,20 @@ def test_fingerprint_sees_template_and_a_weight_in_the_middle(tmp_path):
         model.language_model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     save_llava(model, tmp_path, DEFAULT_MODEL)
     assert key(tmp_path) != before
+
+
+def test_fingerprint_sees_a_vision_tower_of_its_own(tmp_path, llava_folder):
+    """An original checkpoint may name a CLIP folder for its tower."""
+    tensors, tower, folder = load_file(llava_folder / "model.safetensors"), tmp_path / "tower", tmp_path / "llava"
+    part = {n.removeprefix("vision_tower."): t for n, t in tensors.items() if n.startswith("vision_tower.")}
+    small.write(tower, {"model_type": "clip", "vision_config": small.VISION}, part)
+    small.write(folder, {**small.TEXT, "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "x/tower"},
+                {n: t for n, t in tensors.items() if not n.startswith("vision_tower.")})
+    key = lambda: reference.fingerprint(folder, [], {}, Processor(DEFAULT_MODEL), "fp32")
+    before = key()
+    part["vision_model.encoder.layers.0.mlp.fc1.bias"][0] += 1
+    small.write(tower, {"model_type": "clip", "vision_config": small.VISION}, part)
+    assert key() != before
 
 
 @pytest.mark.parametrize("loss, reason", [("mdpo", "drawn anew"), ("online_dpo", "drawn anew"), ("ppo", "drawn anew"),

@@ -12,7 +12,8 @@ from torch import nn
 
 from model.torchscript import follow, script_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning",
+                                        "ignore:.*torch.jit.*:FutureWarning")
 
 
 class Net(nn.Module):
@@ -131,8 +132,8 @@ def test_loops_and_compression_are_refused(archive, tmp_path):
     repack(archive, lambda name, data: module if name.endswith("data.pkl") else data)
     with pytest.raises(ValueError, match="its modules contain each other"):
         script_tensors(archive)
-    twice = [b"c__torch__\nM\n)\x81}(X\x01\x00\x00\x00a%sX\x01\x00\x00\x00b%subq%c" % (child, child, i)  # 2^40 places
-             for i, child in enumerate([b"N", *(b"h%c" % i for i in range(40))])]
+    twice = [b"c__torch__\nM\n)\x81}(X\x01\x00\x00\x00a%sX\x01\x00\x00\x00b%subq%c" % (child, child, i)
+             for i, child in enumerate([b"N", *(b"h%c" % i for i in range(40))])]  # the last in 2^40 places
     repack(archive, lambda name, data: b"".join(twice) + b"." if name.endswith("data.pkl") else data)
     with pytest.raises(ValueError, match="its modules contain each other"):
         script_tensors(archive)
