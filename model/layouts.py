@@ -32,7 +32,8 @@ from model.config import is_original, read_config, tower_folder
 from model.hub import resolve
 from model.tensors import Stored, list_file, list_tensors
 
-WRAPPERS = re.compile(r"^((base_model\.model|module)\.)+|\b(_orig_mod|_fsdp_wrapped_module)\.")
+WRAPPERS = re.compile(r"^((base_model\.model|module|_orig_mod|_fsdp_wrapped_module)\.)+"
+                      r"|\b(_orig_mod|_fsdp_wrapped_module)\.")
 RENAMES = (
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
     (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),

@@ -447,7 +447,7 @@ def test_a_legacy_bin_file_of_clip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda n: f"_orig_mod.{n}", lambda n: f"module.{n}", lambda n: f"module._orig_mod.{n}",
+    "wrap", [lambda n: f"_orig_mod.{n}", lambda n: f"module.{n}", lambda n: f"_orig_mod.module.{n}",
              lambda n: n.replace("language_model.", "language_model._orig_mod.", 1)])
 def test_prefixes_of_wrappers(folder, tmp_path, wrap):
     """torch.compile and DDP put words before the names."""
