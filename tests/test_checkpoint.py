@@ -436,14 +436,16 @@ def test_forms_of_bin_files(folder, form):
         state = {"state_dict": state, "epoch": 3} if form == "nested" else state
         torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form != "legacy")
 
-    assert_state(load_llava(folder), place(folder, write))
+    expected = place(folder, write)
+    assert_state(load_llava(folder), expected)
 
 
 def test_a_legacy_bin_file_of_clip(tmp_path):
     """OpenAI's 336-pixel tower is published as one."""
     folder = small.write_clip(tmp_path)
     write = partial(torch.save, f=folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert_state(load_clip(folder), place(folder, write))
+    expected = place(folder, write)
+    assert_state(load_clip(folder), expected)
 
 
 @pytest.mark.parametrize(
