@@ -50,6 +50,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
+from common import read_json
 from data import scenes
 from data.batch import Batch, MicroBatches, collate, fields_of
 from data.processor import ClipProcessor, Processor
@@ -387,7 +388,9 @@ def make_judge(args, model, processor, root: Path):
     if args.judge == "reward":
         half = torch.bfloat16 if args.precision == "bf16" else None
         reward = load_reward_model(args.reward, half or torch.float32, model.device, autocast=half)
-        config = json.loads((args.reward / "config.json").read_text())
+        config = read_json(args.reward / "config.json")
+        if not all(isinstance(config.get(key, 0), str | None) for key in ("template", "aspect")):
+            raise ValueError(f"{args.reward / 'config.json'}: template and aspect are to be names, or null")
         shown = Processor(args.reward / "model", template=config["template"], aspect=config["aspect"])
         return online.reward_judge(reward, shown, root)
     server = server_model(Server(args.server, args.server_model), cache=args.out / "replies", root=root)

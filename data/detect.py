@@ -21,7 +21,6 @@ COCO stores masks as polygons or as run lengths, in columns from left to right:
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from data.corrupt import to_pixels
 from data.scenes import object_masks, parse_reference
+from model.tensors import finite, read_file
 
 Box = tuple[float, float, float, float]
 
@@ -102,15 +102,7 @@ def mask_rcnn(weights: Path | str | None = None, *, min_score: float = 0.5, min_
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path}: not found")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path}: not readable as weights only ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, want a state dict")
-    return state
+    return {name: finite(tensor, f"{path}: tensor {name}") for name, tensor in read_file(path).items()}
 
 
 def torchvision_detector(model: torch.nn.Module, categories: list[str], min_score: float = 0.5,

@@ -25,7 +25,7 @@ from data.templates import SPECIAL, cut, find_template
 from data.tokenizer import CLIP_SPECIAL, TextTokenizer
 from model.config import LlavaConfig, clip_config, read_config, read_llava_config
 from model.hub import resolve
-from model.layouts import config_folder
+from model.layouts import config_folder, tokenizer_folder
 
 
 
@@ -42,7 +42,7 @@ class Processor:
     def __init__(self, folder: Path | str, template: str | None = None, aspect: str | None = None):
         self.folder = config_folder(resolve(folder))
         config = read_llava_config(self.folder)
-        self.tokenizer = TextTokenizer(self.folder)
+        self.tokenizer = TextTokenizer(tokenizer_folder(resolve(folder)))
         self.template = find_template(template or config.template)
         self.preprocessing = read_preprocessing(self.folder, config.vision.image_size)
         self.aspect, self.pinpoints = find_aspect(self.folder, config, aspect), config.image_grid_pinpoints

@@ -12,14 +12,14 @@
 The prefix may be doubled (checkpoints from the middle of a LLaVA training), and the rest may follow any
 layout of model/layouts.py. The update is alpha / r (alpha / sqrt(r) with `use_rslora`) times B A; dropout is
 a matter of training and is ignored. What changes the mathematics otherwise (DoRA, biases, ranks of single
-layers) is refused.
+layers) is refused, and so is an initialisation that changed the base weights (PiSSA, OLoRA, CorDA, LoftQ,
+LoRA-GA): the update is then one to weights that the base folder does not hold.
 
 Adapters of the vision tower are refused too: policy and reference share its output.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -27,19 +27,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common import read_json
 from model.hub import resolve
-from model.layouts import canonical, copy_companions
+from model.layouts import by_name, canonical, copy_companions, unwrapped
 from model.lora import LoRALinear, lora_layers
-from model.tensors import Stored, list_file, read, save_json, save_tensors
+from model.tensors import Stored, finite, list_file, misfit, read, refuse, save_json, save_tensors
 
-PREFIX = re.compile(r"^(base_model\.model\.)+")
 LORA = re.compile(r"(.+)\.(lora_[AB])(?:\.\w+)?\.weight")
 PROJECTOR = "multi_modal_projector"
 PLAIN = dict(
     peft_type=("LORA",), bias=("none",), use_dora=(False,), fan_in_fan_out=(False,), lora_bias=(False,),
     use_qalora=(False,), rank_pattern=({},), alpha_pattern=({},), layer_replication=(None,),
     trainable_token_indices=(None,), target_parameters=(None, []), modules_to_save=(None, [], [PROJECTOR]),
+    alora_invocation_tokens=(None,), arrow_config=(None,), kasa_config=(None,), monteclora_config=(None,),
+    use_bdlora=(None,),
 )
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # init_lora_weights
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -59,8 +62,9 @@ def load_adapters(model: nn.Module, folder: Path | str) -> None:
     files += [p for p in [folder / "non_lora_trainables.bin"] if p.is_file()]
     pairs, plain = _sort([tensor for file in files for tensor in list_file(file)])
     _check(model, pairs, plain, rank)
+    wanted = [*plain.values(), *(tensor for pair in pairs.values() for tensor in pair.values())]
+    values = {t: finite(value, f"{t.file}: tensor {t.name}") for t, value in read(wanted)}
     model.requires_grad_(False)
-    values = dict(read([*plain.values(), *(tensor for pair in pairs.values() for tensor in pair.values())]))
     with torch.no_grad():
         for name, stored in plain.items():
             model.get_parameter(name).copy_(values[stored])
@@ -75,15 +79,16 @@ def load_adapters(model: nn.Module, folder: Path | str) -> None:
 
 def read_adapter_config(path: Path) -> tuple[int, float]:
     """(rank r, alpha as in alpha / r). Raises ValueError on a kind of adapter that is not plain LoRA."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable ({error})") from None
+    raw = read_json(path)
     for key, allowed in PLAIN.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             raise ValueError(f"{path}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
+    if (initial := raw.get("init_lora_weights")) is not None and initial not in KEEPS_BASE:
+        raise ValueError(f"{path}: init_lora_weights={initial!r} is not supported (supported: {list(KEEPS_BASE)}):"
+                         " it may have changed the base weights. Merge the adapters, or have PEFT convert them:"
+                         " save_pretrained(.., path_initial_model_for_weight_conversion=..)")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not -1e9 < alpha < 1e9:
         raise ValueError(f"{path}: r={rank!r} and lora_alpha={alpha!r} are not a rank and a number")
     return rank, float(alpha) * (math.sqrt(rank) if raw.get("use_rslora") else 1.0)
 
@@ -92,13 +97,20 @@ def _sort(tensors: list[Stored]) -> tuple[dict[str, dict[str, Stored]], dict[str
     """Layer -> its two factors; parameter -> its new value."""
     pairs: dict[str, dict[str, Stored]] = {}
     plain: dict[str, Stored] = {}
-    for tensor in tensors:
-        name = PREFIX.sub("", tensor.name)
-        if match := LORA.fullmatch(name):
-            pairs.setdefault(canonical(match[1] + ".weight").removesuffix(".weight"), {})[match[2]] = tensor
+    for name, tensor in by_name(tensors, _place).items():
+        layer, _, part = name.rpartition(".")
+        if part in ("lora_A", "lora_B"):
+            pairs.setdefault(layer, {})[part] = tensor
         else:
-            plain[canonical(name)] = tensor
+            plain[name] = tensor
     return pairs, plain
+
+
+def _place(name: str) -> str:
+    """Name in a file -> that of the parameter it is for: LAYER.lora_A, LAYER.lora_B, or one of the base."""
+    if match := LORA.fullmatch(unwrapped(name)):
+        return canonical(match[1] + ".weight").removesuffix("weight") + match[2]
+    return canonical(name)
 
 
 def _check(
@@ -117,19 +129,16 @@ def _check(
         for part, shape in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
             if part not in pair:
                 problems.append(f"{file}: missing tensor {name}.{part}")
-            elif pair[part].shape != shape:
-                problems.append(f"{file}: tensor {pair[part].name} is {pair[part].shape}, expected {shape}"
-                                f" for rank {rank}")
+            elif reason := misfit(pair[part], shape):
+                problems.append(f"{file}: {reason} for rank {rank}")
     for name, stored in plain.items():
         if name not in shapes:
             problems.append(f"{stored.file}: tensor {stored.name} is no parameter of the model")
-        elif shapes[name] != stored.shape:
-            problems.append(f"{stored.file}: tensor {stored.name} is {stored.shape}, expected {shapes[name]}")
+        elif reason := misfit(stored, shapes[name]):
+            problems.append(f"{stored.file}: {reason}")
     if not pairs and not plain:
         problems.append("the adapter files hold no tensors")
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError("; ".join(problems[:8]) + more)
+    refuse(problems)
 
 
 def save_adapters(model: nn.Module, folder: Path | str, base: Path | str) -> None:

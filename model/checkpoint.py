@@ -5,14 +5,14 @@ layouts that are understood are in model/layouts.py. A hub id in place of a fold
 (model/hub.py), and a folder of LoRA adapters is loaded with its base model (model/adapters.py).
 
 A tensor that is missing, unexpected, of another shape or not floating-point is an error that names it, found
-in the headers before any weight is read. Extra tensors are passed over only when the configuration says why:
-vision layers behind the chosen feature layer, the newline embedding of a model that shows single views, and
-index buffers that old versions of `transformers` wrote.
+in the headers before any weight is read; one that holds NaN or infinity, when it is read. Extra tensors are
+passed over only when the configuration says why: vision layers behind the chosen feature layer, the newline
+embedding of a model that shows single views, and index buffers that old versions of `transformers` wrote.
 
 Vocabulary rows that no text uses (model/config.py) are left in the file; `save_llava` carries them over.
 
 Memory: the model is built without weights, and each tensor goes from the mapped file to its final dtype and
-device by itself. On the CPU, weights that keep their dtype stay in the file's pages.
+device by itself. On the CPU, weights that keep their dtype stay in the file's pages (read once, to look for NaN).
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from model.adapters import load_adapters
 from model.clip import CLIP
 from model.config import PADDING, clip_config, hf_config, is_original, read_config, read_llava_config
 from model.hub import resolve
-from model.layouts import TOWER, adapter_base, config_folder, copy_companions, llava_tensors
+from model.layouts import (TOWER, adapter_base, by_name, config_folder, copy_companions, llava_tensors,
+                           unwrapped)
 from model.llava import Llava
 from model.lora import LoRALinear, lora_layers
-from model.tensors import SHARD_BYTES, Stored, list_tensors, read, save_json, save_shards, save_tensors
+from model.tensors import (SHARD_BYTES, Stored, finite, list_tensors, misfits, read, refuse, save_json,
+                           save_shards, save_tensors)
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny"
 DEFAULT_CLIP = DEFAULT_MODEL / "clip"
@@ -54,12 +56,11 @@ def load_llava(
     """
     folder = resolve(name)
     base = adapter_base(folder)
-    place = base or folder
     config = read_llava_config(config_folder(folder))
     with torch.device("meta"), _Unfilled():
         model = Llava(config)
     may_ignore = partial(_is_surplus, config)
-    _fill(model, llava_tensors(place), place, dtype, device, may_ignore, config.surplus_rows)
+    _fill(model, llava_tensors(folder), base or folder, dtype, device, may_ignore, config.surplus_rows)
     if config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
     if base:
@@ -94,7 +95,7 @@ def load_clip(
     folder = resolve(name)
     with torch.device("meta"), _Unfilled():
         model = CLIP(clip_config(read_config(folder), str(folder / "config.json")))
-    found = {t.name: t for t in list_tensors(folder)}
+    found = by_name(list_tensors(folder), unwrapped)
     _fill(model, found, folder, dtype, device, lambda name: bool(BUFFERS.search(name)))
     return model.eval().requires_grad_(False)
 
@@ -109,30 +110,19 @@ def _fill(
     surplus_rows: int = 0,
 ) -> None:
     """Put tensors into a model built on the meta device; the tables in the file have `surplus_rows` more."""
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    rows = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     text = getattr(model.config, "text", None)
     if tied := getattr(text, "tie_word_embeddings", False):
-        wanted.pop(HEAD)
+        rows.pop(HEAD)
         found = {n: t for n, t in found.items() if n != HEAD}
-    problems = [f"missing tensor {n}" for n in wanted if n not in found]
-    problems += [f"unexpected tensor {n}" for n in found if n not in wanted and not may_ignore(n)]
-    for name in wanted.keys() & found.keys():
-        stored, shape = found[name], wanted[name]
-        if name in (EMBEDDINGS, HEAD):
-            shape = (shape[0] + surplus_rows, shape[1])
-        if stored.shape != shape:
-            problems.append(f"tensor {name} is {stored.shape}, expected {shape} (in {stored.file.name})")
-        elif stored.dtype is None:
-            problems.append(f"tensor {name} is {stored.written}, not floating-point (in {stored.file.name})")
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{folder}: " + "; ".join(sorted(problems)[:8]) + more)
-    names = {found[name]: name for name in wanted}
+    tables = {n: (rows[n][0] + surplus_rows, rows[n][1]) for n in (EMBEDDINGS, HEAD) if n in rows}
+    refuse(misfits(found, rows | tables, may_ignore), f"{folder}: ")
+    names = {found[name]: name for name in rows}
     loaded = {}
     for stored, tensor in read(names):
         name = names[stored]
-        tensor = tensor[: wanted[name][0]] if name in (EMBEDDINGS, HEAD) else tensor
-        loaded[name] = tensor.to(device=device, dtype=dtype)
+        tensor = tensor[: rows[name][0]] if name in tables else tensor
+        loaded[name] = finite(tensor.to(device=device, dtype=dtype), f"{stored.file}: tensor {stored.name}")
     if tied:
         loaded[HEAD] = loaded[EMBEDDINGS]
     model.load_state_dict(loaded, assign=True)
@@ -163,11 +153,11 @@ def save_llava(
     """
     folder, source = Path(folder), resolve(source)
     base = adapter_base(source) or source
-    original = is_original(read_config(base))
+    original = is_original(read_config(config_folder(source)))
     if original and folder.resolve() == base.resolve():
         raise ValueError(f"{folder}: holds an original checkpoint, which would be mixed with another layout")
     tensors = merged_tensors(model)
-    kept = {n: t for n, t in llava_tensors(base).items() if not BUFFERS.search(n)}
+    kept = {n: t for n, t in llava_tensors(source).items() if not BUFFERS.search(n)}
     extra = model.config.surplus_rows or (PADDING if original else 0)
     for name in (EMBEDDINGS, HEAD) if extra else ():
         tensors[name] = partial(_with_rows, tensors[name], None if original else kept[name], extra)

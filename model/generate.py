@@ -28,6 +28,16 @@ from model.llava import Llava
 Stop = Callable[[int, int, list[int]], bool]
 
 
+class NotFinite(ValueError):
+    """Logits that are NaN or infinite; `prompt` is the number of the prompt they are for."""
+
+    what = "the model's logits are NaN or infinite"
+
+    def __init__(self, prompt: int):
+        super().__init__(f"prompt {prompt}: {self.what}")
+        self.prompt = prompt
+
+
 class Cache:
     """Keys and values of every layer: one prefix per prompt, one continuation per answer.
 
@@ -176,7 +186,8 @@ def generate(
         seeds: one (>= 0) per prompt; needed when temperature > 0.
     Returns: [M][n] lists of new token ids, without EOS. One of max_new_tokens has been cut off.
     Raises ValueError on missing seeds, a temperature or top_p out of range, a prompt of fewer than two
-    tokens, one whose image tokens are not those of its picture, beginnings or hidden flags that do not fit.
+    tokens, one whose image tokens are not those of its picture, beginnings or hidden flags that do not fit;
+    NotFinite, which is one, when logits are NaN or infinite.
     """
     starts = [[[]] * n for _ in prompts] if starts is None else starts
     _check(model, prompts, starts, max_new_tokens, temperature, top_p, seeds)
@@ -192,12 +203,14 @@ def generate(
     states = decoder(*_prefill(model, views, prompts, starts, shows or range(len(prompts))), cache)  # (tails, D)
     states, cache.filling = states[cache.ends.to(device)], False  # (N, D)
     tokens = torch.full((len(names), max_new_tokens), eos_id, device=device)  # (N, steps)
-    finished = torch.zeros(len(names), dtype=torch.bool, device=device)
+    broken = torch.zeros(len(names), dtype=torch.bool, device=device)
+    finished = broken.clone()
     rows = torch.arange(len(names), device=device)  # answers that are going on, and some that are finished
     position = torch.tensor([x + y for x, group in zip(lengths, begun) for y in group], device=device)
     for step in range(max_new_tokens):
         u = noise[rows, step] if noise is not None else None
         logits = head(states).float()  # (N, V)
+        broken[rows] |= ~logits.sum(-1).isfinite()  # asked about below, where the device is waited for anyway
         if model.config.image_token_index < logits.shape[-1]:  # a row that was never trained, and no word
             logits[:, model.config.image_token_index] = float("-inf")
         new = pick(logits, temperature, top_p, u)  # (N,)
@@ -207,6 +220,7 @@ def generate(
         if step + 1 == max_new_tokens:
             break
         if step % 8 == 7:  # asking costs a device synchronisation, so not at every step
+            _refuse_broken(broken, names)
             if stop is not None:
                 finished = finished | _stopped(stop, names, rows, finished, tokens[:, : step + 1])
             going = (~finished).nonzero()[:, 0]
@@ -217,8 +231,15 @@ def generate(
                 rows, new, finished, position = rows[going], new[going], finished[going], position[going]
         cache.column += 1
         states = decoder(decoder.embed_tokens(new), position + step, cache)  # (N, D)
+    _refuse_broken(broken, names)
     answers = iter(_cut(row, eos_id) for row in tokens.tolist())
     return [[next(answers) for _ in group] for group in starts]
+
+
+def _refuse_broken(broken: Tensor, names: list[tuple[int, int]]) -> None:
+    """Raise NotFinite for the first answer with such logits; `broken` (N,)."""
+    if True in (flags := broken.tolist()):
+        raise NotFinite(names[flags.index(True)][0])
 
 
 def _check(model: Llava, prompts: list[list[int]], starts: list[list[list[int]]], max_new_tokens: int,
@@ -316,6 +337,7 @@ def answers(
         finished: an answer that was cut at `max_new_tokens` becomes "".
         progress: label of a progress bar; empty for none.
     Returns: [M][n] answers.
+    Raises ValueError as `generate` does; for logits that are not finite it names the image.
     """
     result: list[list[str]] = []
     seeds = seeds if seeds is not None else [seed + i for i in range(len(images))]
@@ -326,18 +348,21 @@ def answers(
         part = slice(start, start + batch_size)
         distinct = list(dict.fromkeys(images[part]))  # a picture asked about twice is encoded once
         views = {ref: processor.image(ref, root) for ref in distinct}
-        batch = generate(
-            model,
-            list(views.values()),
-            [processor.prompt(text, len(views[ref].rows)) for ref, text in zip(images[part], prompts[part])],
-            eos_id=processor.eos_id,
-            shows=[distinct.index(ref) for ref in images[part]],
-            n=n,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seeds=seeds[part],
-        )
+        try:
+            batch = generate(
+                model,
+                list(views.values()),
+                [processor.prompt(text, len(views[ref].rows)) for ref, text in zip(images[part], prompts[part])],
+                eos_id=processor.eos_id,
+                shows=[distinct.index(ref) for ref in images[part]],
+                n=n,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seeds=seeds[part],
+            )
+        except NotFinite as error:
+            raise ValueError(f"{images[start + error.prompt]}: {error.what}") from None
         result += [["" if finished and len(ids) == max_new_tokens else processor.decode(ids) for ids in group]
                    for group in batch]
         bar.update(len(batch))

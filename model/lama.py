@@ -32,17 +32,15 @@ outside the hole stay exactly what they were.
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.inpaint import Fill, check
+from model.tensors import finite, read_file, refuse
+from model.torchscript import script_tensors
 
 PREFIXES = ("generator.model.", "model.generator.model.", "model.")
 FIRST = "1.ffc.convl2l.weight"
@@ -187,13 +185,14 @@ def load_lama(path: Path | str, device: torch.device | str = "cpu") -> Lama:
     """Load weights; width and number of blocks are read off them. ValueError naming the file and the tensor.
 
     - .safetensors
-    - TorchScript archive (big-lama.pt): only its state dict is taken. Its own code is not called, and
-      torch.jit.load builds tensors and script modules only, never Python objects.
+    - TorchScript archive (big-lama.pt): only its tensors are read, none of its code (model/torchscript.py).
     - other torch files (best.ckpt): with weights_only=True. When torch refuses such a file, export it once
       where it came from: save_file of safetensors on its "state_dict".
     """
     path = Path(path)
     found = _generator(_read(path), path)
+    if found[FIRST].ndim != 4 or not len(found[FIRST]):
+        raise ValueError(f"{path}: tensor {FIRST} is {tuple(found[FIRST].shape)}, expected 4 sizes")
     blocks = {name.split(".")[0] for name in found if ".conv1.ffc." in name}
     with torch.device("meta"):
         model = Lama(len(found[FIRST]), len(blocks))
@@ -203,9 +202,11 @@ def load_lama(path: Path | str, device: torch.device | str = "cpu") -> Lama:
     problems += [f"unexpected tensor {name}" for name in found if name not in wanted]
     problems += [f"tensor {name} is {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
                  for name in wanted if name in found and found[name].shape != wanted[name].shape]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{path}: " + "; ".join(sorted(problems)[:8]) + more)
+    problems += [f"tensor {name} is {tensor.dtype}, not floating-point" for name, tensor in found.items()
+                 if not (tensor.is_floating_point() or name.endswith("num_batches_tracked"))]
+    refuse(sorted(problems), f"{path}: ")
+    for name, tensor in found.items():
+        finite(tensor, f"{path}: tensor {name}")
     state = {f"model.{name}": found.get(name, torch.zeros((), dtype=torch.long)) for name in wanted}
     model.load_state_dict(state, assign=True)
     return model.to(device, torch.float32).eval().requires_grad_(False)
@@ -215,17 +216,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by their names in it."""
     if not path.is_file():
         raise ValueError(f"{path}: not found")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path}: not readable as weights only ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, want a state dict")
-    return state.get("state_dict", state)
+    tensors = script_tensors(path)
+    return read_file(path) if tensors is None else tensors
 
 
 def _generator(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

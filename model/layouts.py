@@ -12,22 +12,28 @@ Every name is translated by itself to that of the model, so mixtures load too:
     multi_modal_projector.linear_2      linear_1, linear_2           model.mm_projector.2
     image_newline                   model.image_newline              model.image_newline
 
+What PEFT, DDP, FSDP and torch.compile put in front of a name is taken off first.
+
 An original checkpoint may leave its vision tower (then it is the CLIP that config.json names) and its
-projector (then it is in mm_projector.bin) outside.
+projector (then it is in mm_projector.bin) outside. LLaVA's adapters may name a bare decoder as their base: then
+the tower is that of the adapters' config.json, and the projector is in their non_lora_trainables.bin.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from common import read_json
 from model.config import is_original, read_config, tower_folder
 from model.hub import resolve
 from model.tensors import Stored, list_file, list_tensors
 
+WRAPPERS = re.compile(r"^((base_model\.model|module|_orig_mod|_fsdp_wrapped_module)\.)+"
+                      r"|\b(_orig_mod|_fsdp_wrapped_module)\.")
 RENAMES = (
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
     (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -38,7 +44,7 @@ RENAMES = (
     (r"^model\.(vision_tower\.|multi_modal_projector\.|image_newline$)", r"\1"),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
-TOWER = "vision_tower.vision_model."
+PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower.vision_model."
 COMPANIONS = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -46,34 +52,46 @@ COMPANIONS = (
 )
 
 
+def unwrapped(name: str) -> str:
+    """The name without what wrappers of the model put before it."""
+    return WRAPPERS.sub("", name)
+
+
 def canonical(name: str) -> str:
     """Name in the model of a tensor in any of the layouts."""
+    name = unwrapped(name)
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def llava_tensors(folder: Path) -> dict[str, Stored]:
-    """Name in the model -> place, for all tensors of a LLaVA folder. ValueError as from `list_tensors`."""
-    found = by_name(list_tensors(folder))
-    raw = read_config(folder)
+    """Name in the model -> place, for all tensors of a LLaVA folder, or of the model that adapters go onto.
+
+    Raises ValueError as from `list_tensors`, and when there is no projector.
+    """
+    base, home = adapter_base(folder) or folder, config_folder(folder)
+    found, raw = by_name(list_tensors(base)), read_config(home)
     if not is_original(raw):
         return found
-    projector = folder / "mm_projector.bin"
-    if projector.is_file() and not any(n.startswith("multi_modal_projector.") for n in found):
-        found |= by_name(list_file(projector))
+    for path in (base / "mm_projector.bin", folder / "non_lora_trainables.bin"):
+        if path.is_file() and not any(n.startswith(PROJECTOR) for n in found):
+            found |= {n: t for n, t in by_name(list_file(path)).items() if n.startswith(PROJECTOR)}
+    if not any(n.startswith(PROJECTOR) for n in found):
+        raise ValueError(f"{folder}: no projector: no tensor mm_projector in the weights of {base}, in its"
+                         " mm_projector.bin or in non_lora_trainables.bin")
     if not any(n.startswith(TOWER) for n in found):
-        clip = tower_folder(folder, raw) or resolve(raw["mm_vision_tower"])
-        found |= {TOWER + n.removeprefix("vision_model."): t
-                  for n, t in ((t.name, t) for t in list_tensors(clip)) if _of_tower(n)}
+        clip = tower_folder(home, raw) or resolve(raw["mm_vision_tower"])
+        tower = by_name(list_tensors(clip), unwrapped)
+        found |= {TOWER + n.removeprefix("vision_model."): t for n, t in tower.items() if _of_tower(n)}
     return found
 
 
-def by_name(tensors: list[Stored]) -> dict[str, Stored]:
+def by_name(tensors: list[Stored], rename: Callable[[str], str] = canonical) -> dict[str, Stored]:
     """Keyed by the name in the model. Raises ValueError when two tensors have the same."""
     found: dict[str, Stored] = {}
     for tensor in tensors:
-        name = canonical(tensor.name)
+        name = rename(tensor.name)
         if name in found:
             raise ValueError(f"{tensor.file}: tensor {tensor.name} is also in {found[name].file.name},"
                              f" as {found[name].name}")
@@ -91,19 +109,25 @@ def adapter_base(folder: Path) -> Path | None:
     path = folder / "adapter_config.json"
     if not path.is_file() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         return None
-    try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not name:
+    name = read_json(path).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
         raise ValueError(f"{path}: names no base_model_name_or_path")
-    return resolve(name)
+    try:
+        return resolve(name)
+    except ValueError as error:
+        raise ValueError(f"{path}: the base model: {error}") from None
 
 
 def config_folder(folder: Path) -> Path:
     """Where config.json and tokenizer of a model are: with it. Adapters may have their own, as LLaVA's do
     (what they were trained with), or go by their base's."""
     return folder if (folder / "config.json").is_file() else adapter_base(folder) or folder
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a model is: with its config.json, or with its base where adapters bring none."""
+    home, base = config_folder(folder), adapter_base(folder)
+    return home if not base or any((home / n).is_file() for n in ("tokenizer.json", "tokenizer.model")) else base
 
 
 def copy_companions(source: Path, folder: Path) -> None:

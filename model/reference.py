@@ -16,12 +16,12 @@ import os
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.hub import resolve
-from model.layouts import adapter_base
+from model.layouts import llava_tensors
 
 BLOCK = 2**24  # bytes of a file that are read at a time
 
@@ -30,12 +30,12 @@ def fingerprint(folder: Path | str, records: list[dict], sequences: dict, proces
     """SHA-256 of what the reference's log-probs depend on.
 
     Args:
-        folder: of the model; one of adapters brings its base along.
+        folder: of the model; one of adapters brings its base along, and either the vision tower beside it.
     Files are read whole: two fine-tunings of one model may differ in the middle of a weight file only.
     Pictures enter by their references.
     """
     digest, folder = hashlib.sha256(), resolve(folder)
-    for place in filter(None, (folder, adapter_base(folder))):
+    for place in dict.fromkeys([folder, *(t.file.parent for t in llava_tensors(folder).values())]):
         for path in sorted(p for p in place.iterdir() if p.is_file()):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
@@ -68,7 +68,7 @@ def read(path: Path, key: str) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             kept = (file.metadata() or {}).get("fingerprint")
             rows = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # the library raises its own
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
     if kept != key:
         raise ValueError(f"{path}: the log-probs in it are of another model, data, template, precision or image"

@@ -16,12 +16,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model.checkpoint import load_llava, save_tensors
+from model.checkpoint import load_llava
 from model.llava import Llava
 from model.logprobs import Packed, Scorer
+from model.tensors import finite, list_file, misfits, read, refuse, save_tensors
 
 HEAD = "reward_head.safetensors"
 
@@ -60,11 +60,16 @@ def save_reward_head(reward: RewardModel, folder: Path) -> None:
 
 def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32, device="cpu",
                       autocast: torch.dtype | None = None) -> RewardModel:
-    """Read a folder that `train.py --loss reward_model` wrote; frozen. ValueError naming what is missing."""
+    """Read a folder that `train.py --loss reward_model` wrote; frozen. ValueError naming the file and the tensor
+    that is missing or does not fit."""
     folder = Path(folder)
     if not (folder / HEAD).is_file():
         raise ValueError(f"{folder / HEAD}: not found; train a reward model first:"
                          " python train.py --loss reward_model")
     reward = RewardModel(load_llava(folder / "model", dtype, device), autocast)
-    reward.head.load_state_dict(load_file(folder / HEAD))
+    found = {stored.name: stored for stored in list_file(folder / HEAD)}
+    wanted = {name: tuple(tensor.shape) for name, tensor in reward.head.state_dict().items()}
+    refuse(misfits(found, wanted), f"{folder}: ")
+    values = {t.name: finite(value, f"{t.file}: tensor {t.name}") for t, value in read(found.values())}
+    reward.head.load_state_dict(values)
     return reward.requires_grad_(False).eval()

@@ -21,7 +21,6 @@ Shapes: B texts, T tokens of the longest, D width, H heads, d = D / H; the embed
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -33,9 +32,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from common import read_json
 from model.checkpoint import _fill
 from model.config import read_config
 from model.hub import resolve
+from model.layouts import by_name, unwrapped
 from model.tensors import list_tensors
 
 MAX_DISTANCE = 128  # tokens further apart share MPNet's last buckets
@@ -74,7 +75,7 @@ class SentenceConfig:
 
 
 def sentence_config(raw: dict, where: str = "config.json") -> SentenceConfig:
-    """Read config.json. Raises ValueError on another network or activation."""
+    """Read config.json. Raises ValueError on another network or activation, and on sizes that are none."""
     required = {"model_type": ("bert", "mpnet"), "hidden_act": ("gelu",),
                 "position_embedding_type": ("absolute",)}
     for key, allowed in required.items():
@@ -83,7 +84,17 @@ def sentence_config(raw: dict, where: str = "config.json") -> SentenceConfig:
             raise ValueError(f"{where}: {key}={value!r} is not supported (supported: {list(allowed)})")
     defaults = {"vocab_size": 30527, "pad_token_id": 1} if raw["model_type"] == "mpnet" else {}
     known = {k: raw[k] for k in SentenceConfig.__dataclass_fields__ if raw.get(k) is not None}
-    return SentenceConfig(**{**defaults, **known})
+    config = SentenceConfig(**{**defaults, **known})
+    for key, value in vars(config).items():
+        least, most = int(key != "pad_token_id"), 1000 if key == "num_hidden_layers" else 10**7
+        if key not in ("model_type", "layer_norm_eps") and not (type(value) is int and least <= value <= most):
+            raise ValueError(f"{where}: {key}={value!r} is not a whole number from {least} to {most}")
+    if type(config.layer_norm_eps) not in (int, float) or not 0 < config.layer_norm_eps < 1:
+        raise ValueError(f"{where}: layer_norm_eps={config.layer_norm_eps!r} is not a number between 0 and 1")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"{where}: hidden_size={config.hidden_size} is no multiple of"
+                         f" num_attention_heads={config.num_attention_heads}")
+    return config
 
 
 class Embeddings(nn.Module):
@@ -198,11 +209,14 @@ class SentenceTransformer(nn.Module):
         self.encoder = Encoder(config)
 
     def forward(self, texts: list[list[int]]) -> Tensor:
-        """Token ids of each text, special tokens included -> unit vectors (B, E). ValueError if too long."""
+        """Token ids of each text, special tokens included -> unit vectors (B, E). ValueError if too long or
+        when a token is unknown."""
         longest = max(len(ids) for ids in texts)
         limit = self.config.max_position_embeddings - self.config.first_position
         if longest > limit:
             raise ValueError(f"a text has {longest} tokens, the encoder takes {limit}")
+        if (last := max((i for ids in texts for i in ids), default=0)) >= self.config.vocab_size:
+            raise ValueError(f"tokenizer.json has a token {last}, the encoder {self.config.vocab_size} words")
         device, pad = self.embeddings.word_embeddings.weight.device, self.config.pad_token_id
         ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)  # (B, T)
         lengths = torch.tensor([len(text) for text in texts], device=device)[:, None]  # (B, 1)
@@ -230,11 +244,16 @@ class SentenceEncoder:
         path = root / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path}: not found")
-        self.tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no other class
+            raise ValueError(f"{path}: not a readable tokenizer ({str(error)[:200]})") from None
         self.tokenizer.no_padding()  # published files pad every text to 128
         limit = config.max_position_embeddings - config.first_position
         settings = root / "sentence_bert_config.json"
-        chosen = _json(settings).get("max_seq_length") if settings.is_file() else None
+        chosen = read_json(settings).get("max_seq_length") if settings.is_file() else None
+        if chosen is not None and (type(chosen) is not int or chosen < 3):
+            raise ValueError(f"{settings}: max_seq_length={chosen!r} is no number of tokens")
         self.max_length = min(chosen or limit, limit)
         self.tokenizer.enable_truncation(self.max_length)
 
@@ -257,35 +276,31 @@ class SentenceEncoder:
 def _transformer_folder(folder: Path) -> Path:
     """Where modules.json has the transformer. ValueError unless mean pooling (and normalisation) follows."""
     listing = folder / "modules.json"
-    modules = _json(listing)
+    modules = read_json(listing, list)
+    for module in modules:
+        if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("type", "path")):
+            raise ValueError(f"{listing}: is not a list of modules with type and path")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ValueError(f"{listing}: the modules {kinds} are not Transformer, Pooling[, Normalize]")
     pooling = folder / modules[1]["path"] / "config.json"
-    modes = [key for key, on in _json(pooling).items() if key.startswith("pooling_mode") and on]
+    modes = [key for key, on in read_json(pooling).items() if key.startswith("pooling_mode") and on]
     if modes != ["pooling_mode_mean_tokens"]:
         raise ValueError(f"{pooling}: {modes} is not supported (supported: pooling_mode_mean_tokens alone)")
     return folder / modules[0]["path"]
-
-
-def _json(path: Path) -> dict | list:
-    if not path.is_file():
-        raise ValueError(f"{path}: not found (a sentence-transformers folder has it)")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
 def _load(config: SentenceConfig, folder: Path, dtype: torch.dtype, device) -> SentenceTransformer:
     """Strictly: every tensor present, none unknown, all of the right shape."""
     with torch.device("meta"):
         model = SentenceTransformer(config)
-    found = {}
-    for stored in list_tensors(folder):
-        name = stored.name.removeprefix(f"{config.model_type}.")
+
+    def rename(name: str) -> str:
+        name = unwrapped(name).removeprefix(f"{config.model_type}.")
         for pattern, replacement in () if config.mpnet else BERT_NAMES:
             name = re.sub(pattern, replacement, name)
-        found[name] = stored
+        return name
+
+    found = by_name(list_tensors(folder), rename)
     _fill(model, found, folder, dtype, device, lambda name: bool(UNUSED.search(name)))
     return model.eval().requires_grad_(False)

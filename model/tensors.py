@@ -1,17 +1,21 @@
 """Tensor files: found, listed and read lazily; written atomically and in shards.
 
-A folder holds *.safetensors, or else pytorch_model*.bin (read with `weights_only`, so no code in it runs), in
-one file or in shards with an index. `list_tensors` looks at headers only. `read` hands out one tensor after
-another, backed by the memory-mapped file: what is converted or moved costs its new size once, and what keeps
-dtype and device costs no memory of its own, only file pages that the system may drop and read again.
+A folder's weights are the files that `transformers` would read: model.safetensors, or the shards of its index,
+or else pytorch_model.bin likewise (read with `weights_only`, so no code in it runs). Whatever else lies there is
+passed over. `list_tensors` looks at headers only. `read` hands out one tensor after another, backed by the
+memory-mapped file: what is converted or moved costs its new size once, and what keeps dtype and device costs no
+memory of its own, only file pages that the system may drop and read again.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
@@ -19,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from common import read_json
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,53 +48,66 @@ class Stored(NamedTuple):
 def list_tensors(folder: Path) -> list[Stored]:
     """All tensors of a folder's weight files. ValueError on a missing shard, a broken index or file."""
     found, seen = [], {}
-    for file in weight_files(folder):
+    files, placed = weight_files(folder)
+    for file in files:
         for tensor in list_file(file):
             if tensor.name in seen:
                 raise ValueError(f"{file}: tensor {tensor.name} is also in {seen[tensor.name].name}")
             seen[tensor.name] = file
             found.append(tensor)
-    for name, file in (_index(folder) or {}).items():
+    for name, file in placed.items():
         if name not in seen:
             raise ValueError(f"{folder / file}: has no tensor {name}, which the index places there")
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, or without one all *.safetensors, or else all pytorch_model*.bin."""
-    index = _index(folder)
-    if index is not None:
-        names = sorted(set(index.values()))
-    else:
-        names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
-        names = names or sorted(p.name for p in folder.glob("pytorch_model*.bin"))
-    if not names:
-        raise ValueError(f"{folder}: no *.safetensors file and no pytorch_model*.bin")
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing shard, named by the index")
-        if index is None and (shard := SHARD.search(name)):
-            for i in range(1, int(shard[2]) + 1):
-                other = name[: shard.start(1)] + f"{i:05d}" + name[shard.end(1) :]
-                if other not in names:
-                    raise ValueError(f"{folder / other}: missing shard, {name} is one of {int(shard[2])}")
-    return [folder / name for name in names]
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files to read, and which tensor the index, where there is one, places in which.
+
+    Safetensors before .bin; of either kind the single file before what the index names, as `transformers` has
+    it, and then shards that are complete without an index.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if single.is_file():
+            if index.is_file():
+                _say(f"{single}: read instead of the shards that {index.name} names, as transformers does")
+            return [single], {}
+        if index.is_file():
+            placed = _index(index)
+            return [folder / name for name in sorted(set(placed.values()))], placed
+        if shards := sorted(p for p in folder.glob(f"{stem}-*.{suffix}") if SHARD.search(p.name)):
+            _complete(shards)
+            return shards, {}
+    raise ValueError(f"{folder}: no model.safetensors, no pytorch_model.bin, and no shards of either")
 
 
-def _index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name of an index file; None without one."""
-    for kind in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        path = folder / kind
-        if not path.is_file() or (kind.startswith("pytorch") and any(folder.glob("model*.safetensors"))):
-            continue
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a readable index ({type(error).__name__}: {error})") from None
-        if not isinstance(index, dict) or any(not isinstance(f, str) or "/" in f for f in index.values()):
-            raise ValueError(f"{path}: weight_map is not a map from tensors to files of this folder")
-        return index
-    return None
+@cache
+def _say(line: str) -> None:
+    """One line on the console, once."""
+    print(line, file=sys.stderr)
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Tensor name -> name of a file that is there."""
+    placed = read_json(path).get("weight_map")
+    if not isinstance(placed, dict) or any(not isinstance(f, str) or "/" in f for f in placed.values()):
+        raise ValueError(f"{path}: weight_map is not a map from tensors to files of this folder")
+    there = {p.name for p in path.parent.iterdir() if p.is_file()}
+    for name in sorted(set(placed.values())):
+        if name not in there:
+            raise ValueError(f"{path.parent / name}: missing shard, named by the index")
+    return placed
+
+
+def _complete(shards: list[Path]) -> None:
+    """Raise ValueError naming a shard that the others' names ask for."""
+    for path in shards:
+        match = SHARD.search(path.name)
+        for i in range(1, int(match[2]) + 1):
+            other = path.with_name(path.name[: match.start(1)] + f"{i:05d}" + path.name[match.end(1) :])
+            if other not in shards:
+                raise ValueError(f"{other}: missing shard, {path.name} is one of {int(match[2])}")
 
 
 def list_file(file: Path) -> list[Stored]:
@@ -120,25 +139,84 @@ def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
             yield tensor, value
 
 
+def read_file(file: Path) -> dict[str, Tensor]:
+    """All tensors of one file by name. ValueError as from `list_file`, and when there is none."""
+    if not file.is_file():
+        raise ValueError(f"{file}: not found")
+    return {stored.name: tensor for stored, tensor in read(list_file(file))}
+
+
 @contextmanager
 def _safetensors(file: Path):
     try:
         with safe_open(file, "pt") as shard:
             yield shard
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
-    """State dict of a .bin file, memory-mapped."""
+    """State dict of a torch file, or what it holds under "state_dict"; memory-mapped, but for files of torch
+    before 1.6, which are no zip archives."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with file.open("rb") as opened:
+            mappable = opened.read(4) == b"PK\x03\x04"
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # torch raises many kinds: RuntimeError, UnpicklingError, EOFError, KeyError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file}: not a readable file of weights ({reason[:200]})") from None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines() or [type(error).__name__]
+        raise ValueError(f"{file}: not a readable file of weights ({reason[0][:200]})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(n, str) and _plain(t) for n, t in state.items()):
         raise ValueError(f"{file}: is no plain dictionary of tensors")
     return state
+
+
+def _plain(value: object) -> bool:
+    """True for a tensor of numbers in memory: not sparse, not quantised, not without data."""
+    return (isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+            and value.device.type == "cpu")
+
+
+# --------------------------------------------------------------------------------------------------- checking
+
+
+def misfit(stored: Stored, shape: tuple[int, ...]) -> str:
+    """What is wrong with a tensor that should be floating-point and of this shape; "" for nothing."""
+    if stored.shape == (0,) != shape:
+        return f"tensor {stored.name} is empty, as ZeRO-3 leaves it (its zero_to_fp32.py writes whole weights)"
+    if stored.shape != shape:
+        return f"tensor {stored.name} is {stored.shape}, expected {shape}"
+    return f"tensor {stored.name} is {stored.written}, not floating-point" if stored.dtype is None else ""
+
+
+def misfits(found: dict[str, Stored], wanted: dict[str, tuple[int, ...]],
+            may_ignore: Callable[[str], bool] = lambda name: False) -> list[str]:
+    """Everything in `found` that is not what `wanted` (name -> shape) asks for, one phrase each."""
+    problems = [f"missing tensor {n}" for n in wanted if n not in found]
+    problems += [f"unexpected tensor {n}" for n in found if n not in wanted and not may_ignore(n)]
+    wrong = ((found[n].file, misfit(found[n], wanted[n])) for n in wanted if n in found)
+    return sorted(problems + [f"{reason} (in {file.name})" for file, reason in wrong if reason])
+
+
+def refuse(problems: list[str], prefix: str = "") -> None:
+    """Raise ValueError with the first eight in one line, if there are any."""
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(prefix + " ".join("; ".join(problems[:8]).splitlines()) + more)
+
+
+def finite(tensor: Tensor, where: str) -> Tensor:
+    """The tensor itself. Raises ValueError when it holds NaN or infinity.
+
+    One pass over it (0.1 s a GiB on one core) without memory of its size.
+
+    Args:
+        where: what the message begins with, file and tensor.
+    """
+    # aminmax hands NaN on, so the two extremes tell of all values.
+    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, tensor.detach().aminmax())):
+        raise ValueError(f"{where} holds NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}")
+    return tensor
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -88,8 +88,11 @@ def _read_shards(folder: Path, width: int) -> dict[bytes, np.ndarray]:
         try:
             found = load_file(path)
             keys, vectors = found["keys"], found["vectors"]
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"{path}: not a shard of embeddings ({error}); delete it") from None
+        if (keys.dtype, vectors.dtype, keys.ndim, vectors.ndim) != (np.uint8, np.float32, 2, 2) or \
+                len(keys) != len(vectors) or not np.isfinite(vectors).all():
+            raise ValueError(f"{path}: not a shard of embeddings (keys or vectors of another kind); delete it")
         if vectors.shape[1] == width:
             known |= {key.tobytes(): vector for key, vector in zip(keys, vectors)}
     return known

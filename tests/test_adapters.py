@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model.adapters import load_adapters, save_adapters
 from model.checkpoint import load_llava, save_llava
+from model.layouts import tokenizer_folder
 from model.lora import TARGETS, add_lora, lora_layers, merge_lora
 
 TIGHT = dict(rtol=1e-4, atol=1e-4)
@@ -129,6 +130,57 @@ def test_files_of_llava(trained, llava_folder, tmp_path, prefix, kind):
     assert torch.equal(logits(load_llava(folder)), logits(trained))
 
 
+@pytest.fixture
+def on_a_decoder(trained, llava_folder, tmp_path):
+    """Folder of LLaVA's adapters whose base is the bare decoder, with the tower in a CLIP folder of its own."""
+    base, tower, folder = tmp_path / "vicuna", tmp_path / "tower", tmp_path / "llava-lora"
+    tensors = load_file(llava_folder / "model.safetensors")
+    part = lambda prefix: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}  # noqa: E731
+    small.write(base, {**small.TEXT, "architectures": ["LlamaForCausalLM"]}, part("language_model."))
+    small.write(tower, {"model_type": "clip", "vision_config": small.VISION}, part("vision_tower."))
+    (base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {f"w{i}": i for i in range(small.VOCAB)}}}))
+    adapters, prefix = {}, "base_model.model."
+    for name, layer in lora_layers(trained).items():
+        name = prefix + name.removeprefix("language_model.")
+        adapters |= {f"{name}.lora_A.weight": layer.lora_A.detach(), f"{name}.lora_B.weight": layer.lora_B.detach()}
+    small.write(folder, {**small.TEXT, "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava",
+                         "mm_vision_tower": "owner/tower", "mm_projector_type": "mlp2x_gelu",
+                         "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+                         "image_aspect_ratio": "pad"}, {})
+    (folder / "model.safetensors").unlink()
+    torch.save(adapters, folder / "adapter_model.bin")
+    torch.save({f"{prefix}model.mm_projector.{0 if '1' in n else 2}.{n.split('.')[1]}": t
+                for n, t in trained.multi_modal_projector.state_dict().items()}, folder / "non_lora_trainables.bin")
+    (folder / "adapter_config.json").write_text(json.dumps(
+        dict(peft_type="LORA", base_model_name_or_path=str(base), r=3, lora_alpha=5, bias="none")))
+    return folder
+
+
+def test_llavas_adapters_on_a_bare_decoder(trained, on_a_decoder, tmp_path):
+    """Decoder of the base, tower of config.json, projector of non_lora_trainables.bin: the model they came from,
+    also when it is written merged."""
+    ids = torch.tensor(small.prompt(7, 8, 9))
+    ids = ids.masked_fill(ids == small.IMAGE_TOKEN, small.VOCAB)  # the original layout's <image>
+    with torch.no_grad():
+        model = load_llava(on_a_decoder)
+        assert model.config.image_token_index == small.VOCAB and len(lora_layers(model)) == 21
+        assert torch.equal(model.logits(ids, small.pictures(1)), logits(trained))
+        save_llava(model, tmp_path / "merged", on_a_decoder)
+        merged = load_llava(tmp_path / "merged")
+        torch.testing.assert_close(merged.logits(ids, small.pictures(1)), logits(trained), **TIGHT)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    assert tokenizer_folder(on_a_decoder) == tmp_path / "vicuna"
+
+
+@pytest.mark.parametrize("content", [None, {}, {"base_model.model.model.norm.weight": torch.ones(18)}])
+def test_adapters_on_a_bare_decoder_bring_the_projector(on_a_decoder, content):
+    (on_a_decoder / "non_lora_trainables.bin").unlink()
+    if content is not None:
+        torch.save(content, on_a_decoder / "non_lora_trainables.bin")
+    with pytest.raises(ValueError, match=f"{on_a_decoder}: no projector: .*non_lora_trainables.bin"):
+        load_llava(on_a_decoder)
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
@@ -171,6 +223,30 @@ def test_other_kinds_of_adapters_are_refused(saved, plain, fields):
     (name, value), = fields.items()
     with pytest.raises(ValueError, match=re.escape(f"adapter_config.json: {name}={value!r} is not supported")):
         load_adapters(plain, saved)
+
+
+@pytest.mark.parametrize("value", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", [1]])
+def test_initialisations_that_change_the_base_are_refused(saved, plain, value):
+    reconfigure(saved, init_lora_weights=value)
+    with pytest.raises(ValueError, match=re.escape(f"_config.json: init_lora_weights={value!r} is not supported")):
+        load_adapters(plain, saved)
+    assert not lora_layers(plain)
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda t: t[A].__setitem__((1, 2), float("nan")), f"adapter_model.safetensors: tensor {A} holds NaN or inf"),
+        (lambda t: t.update({A: t[A].to(torch.int8)}), f"tensor {A} is I8, not floating-point"),
+        (lambda t: t.update({A: torch.zeros(0)}), f"tensor {A} is empty, as ZeRO-3 leaves it"),
+        (lambda t: t.update({A.replace("lora_A", "lora_A.default"): t[A].clone()}), "is also in adapter_model.saf"),
+    ],
+)
+def test_damaged_tensors(saved, plain, spoil, reason):
+    rewrite(saved, spoil)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        load_adapters(plain, saved)
+    assert not lora_layers(plain)
 
 
 def test_broken_folders(saved, plain):
@@ -244,7 +320,8 @@ def test_peft_reads_ours(peft, theirs, trained, llava_folder, tmp_path, projecto
     "options",
     [dict(r=2, lora_alpha=6), dict(r=4, lora_alpha=4, use_rslora=True, lora_dropout=0.1),
      dict(r=2, lora_alpha=2, modules_to_save=["multi_modal_projector"]),
-     dict(r=2, lora_alpha=2, layers_to_transform=[1])],
+     dict(r=2, lora_alpha=2, layers_to_transform=[1]),
+     *(dict(r=2, lora_alpha=2, init_lora_weights=kind) for kind in (False, "gaussian", "orthogonal", "mica"))],
 )
 def test_peft_writes_ours(peft, theirs, model, tmp_path, options):
     targets = "q_proj v_proj down_proj".split() if "layers_to_transform" not in options else ["q_proj"]
@@ -263,3 +340,27 @@ def test_peft_writes_ours(peft, theirs, model, tmp_path, options):
     expected = their_logits(wrapped)
     torch.testing.assert_close(logits(model), expected, **TIGHT)
     assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_peft_converts_what_changed_the_base(peft, theirs, model, tmp_path, kind):
+    """PEFT's own loading changes the base again, ours refuses; converted as the message says, both agree."""
+    targets = r".*language_model.*\.(q_proj|down_proj)"
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=targets, r=2, lora_alpha=6,
+                                                          init_lora_weights=kind)).eval()
+    wrapped.peft_config["default"].init_lora_weights = True  # as PEFT's documentation has it
+    wrapped.save_pretrained(tmp_path / "initial")
+    wrapped.peft_config["default"].init_lora_weights = kind
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    wrapped.save_pretrained(tmp_path / "raw")
+    with pytest.raises(ValueError, match=f"init_lora_weights='{kind}' is not supported"):
+        load_adapters(model, tmp_path / "raw")
+    expected, before = their_logits(wrapped), logits(model)
+    wrapped.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    load_adapters(model, tmp_path / "converted")
+    torch.testing.assert_close(logits(model), expected, **TIGHT)
+    assert not torch.allclose(before, expected, atol=1e-2)

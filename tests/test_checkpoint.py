@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -161,7 +162,7 @@ def test_missing_and_broken_config(folder, tmp_path):
     with pytest.raises(ValueError, match="config.json: not found"):
         load_llava(folder)
     (tmp_path / "config.json").write_text(json.dumps(small.LLAVA))
-    with pytest.raises(ValueError, match="no \\*.safetensors file and no pytorch_model"):
+    with pytest.raises(ValueError, match="no model.safetensors, no pytorch_model.bin, and no shards"):
         load_llava(tmp_path)
 
 
@@ -278,15 +279,17 @@ def test_table_sizes_are_still_checked(tmp_path):
 
 
 def test_shards(folder):
-    """Tensors spread over files; the same tensor in two of them is an error."""
+    """Tensors spread over files; the same tensor in two of them is an error, a file of another name is not read."""
     expected = tensors_of(folder)
     names = sorted(expected)
     (folder / "model.safetensors").unlink()
     for i in range(3):
         save_file({n: expected[n] for n in names[i::3]}, folder / f"model-0000{i + 1}-of-00003.safetensors")
     assert_state(load_llava(folder), expected)
-    save_file({names[0]: expected[names[0]]}, folder / "more.safetensors")
-    with pytest.raises(ValueError, match=f"more.safetensors: tensor {names[0]} is also in model-00001"):
+    save_file({names[0]: expected[names[0]] + 1}, folder / "more.safetensors")
+    assert_state(load_llava(folder), expected)
+    save_file({n: expected[n] for n in [names[0], *names[1::3]]}, folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(ValueError, match=f"model-00002-of-00003.safetensors: tensor {names[0]} is also in"):
         load_llava(folder)
 
 
@@ -318,8 +321,9 @@ def test_missing_shard(sharded):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda i: i.pop("weight_map"), "index.json: not a readable index (KeyError"),
+        (lambda i: i.pop("weight_map"), "index.json: weight_map is not a map"),
         (lambda i: i.update(weight_map=[1]), "index.json: weight_map is not a map"),
+        (lambda i: i["weight_map"].update(x="a" * 5000), "missing shard, named by the index"),
         (lambda i: i["weight_map"].update(x="../a.safetensors"), "index.json: weight_map is not a map"),
         (lambda i: i["weight_map"].update(x="model-00001-of-00003.safetensors"),
          "model-00001-of-00003.safetensors: has no tensor x, which the index places there"),
@@ -330,7 +334,7 @@ def test_broken_index(sharded, change, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         load_llava(sharded)
     (sharded / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(ValueError, match="index.json: not a readable index"):
+    with pytest.raises(ValueError, match="index.json: not valid JSON"):
         load_llava(sharded)
 
 
@@ -360,6 +364,118 @@ def test_bin_files_are_not_trusted(folder, tmp_path, spoil, capfd):
     with pytest.raises(ValueError, match="pytorch_model-00002-of-00002.bin: (not a readable|is no plain)") as error:
         load_llava(original)
     assert "\n" not in str(error.value) and "ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(folder, tmp_path, value):
+    rewrite(folder, lambda t: t[NAME].__setitem__((3, 5), value))
+    with pytest.raises(ValueError, match=re.escape(f"model.safetensors: tensor {NAME} holds NaN or inf")):
+        load_llava(folder)
+    clip, name = small.write_clip(tmp_path / "clip"), "text_projection.weight"
+    rewrite(clip, lambda t: t[name].__setitem__((1, 2), value))
+    with pytest.raises(ValueError, match=f"model.safetensors: tensor {name} holds NaN or infinity"):
+        load_clip(clip)
+
+
+def test_weights_too_large_for_the_dtype_asked_for(folder):
+    rewrite(folder, lambda t: t[NAME].__setitem__((3, 5), 1e6))
+    load_llava(folder, torch.bfloat16)
+    with pytest.raises(ValueError, match=re.escape(f"tensor {NAME} holds NaN or infinity as float16")):
+        load_llava(folder, torch.float16)
+
+
+# ------------------------------------------------------------------------------- files as trainers leave them
+
+
+def place(folder, write) -> dict[str, torch.Tensor]:
+    """Take the single weight file away, let `write(tensors)` put another; returns the tensors."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    write(tensors)
+    return tensors
+
+
+def write_shards(tensors, folder) -> None:
+    """Two shards and their index."""
+    names = sorted(tensors)
+    files = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({n: tensors[n] for n in names if files[n] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def test_the_single_file_wins_over_shards(folder, capsys):
+    """As in transformers, and it is said; stale .bin files beside safetensors are not read either."""
+    expected = tensors_of(folder)
+    write_shards({n: t + 1 for n, t in expected.items()}, folder)
+    torch.save({n: t + 2 for n, t in expected.items()}, folder / "pytorch_model.bin")
+    assert_state(load_llava(folder), expected)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{folder}/model.safetensors: read instead of the shards that model.safetensors.index.json names,"
+                    " as transformers does"]
+    theirs = pytest.importorskip("transformers").LlavaForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(theirs.lm_head.weight, expected["language_model.lm_head.weight"])
+
+
+def test_foreign_files_are_passed_over(folder):
+    """What a Trainer and other runtimes leave beside the weights."""
+    expected = tensors_of(folder)
+    for name in ("optimizer.safetensors", "consolidated.safetensors", "model.fp16.safetensors"):
+        save_file({"tok_embeddings.weight": torch.zeros(2)}, folder / name)
+    torch.save({"lr": 1}, folder / "training_args.bin")
+    assert_state(load_llava(folder), expected)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no model.safetensors, no pytorch_model.bin"):
+        load_llava(folder)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "nested", "parameters"])
+def test_forms_of_bin_files(folder, form):
+    def write(tensors):
+        state = {n: torch.nn.Parameter(t) for n, t in tensors.items()} if form == "parameters" else tensors
+        state = {"state_dict": state, "epoch": 3} if form == "nested" else state
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form != "legacy")
+
+    expected = place(folder, write)
+    assert_state(load_llava(folder), expected)
+
+
+def test_a_legacy_bin_file_of_clip(tmp_path):
+    """OpenAI's 336-pixel tower is published as one."""
+    folder = small.write_clip(tmp_path)
+    write = partial(torch.save, f=folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    expected = place(folder, write)
+    assert_state(load_clip(folder), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda n: f"_orig_mod.{n}", lambda n: f"module.{n}", lambda n: f"_orig_mod.module.{n}",
+             lambda n: n.replace("language_model.", "language_model._orig_mod.", 1)])
+def test_prefixes_of_wrappers(folder, tmp_path, wrap):
+    """torch.compile and DDP put words before the names."""
+    expected = tensors_of(folder)
+    rewrite(folder, lambda t: [t.update({wrap(n): t.pop(n)}) for n in list(t)])
+    assert_state(load_llava(folder), expected)
+    clip = small.write_clip(tmp_path / "clip")
+    before = tensors_of(clip)
+    rewrite(clip, lambda t: [t.update({wrap(n): t.pop(n)}) for n in list(t)])
+    assert_state(load_clip(clip), before)
+    rewrite(folder, lambda t: t.update({NAME: torch.zeros(30, 18)}))  # the same tensor twice
+    with pytest.raises(ValueError, match="is also in model.safetensors, as"):
+        load_llava(folder)
+
+
+def test_empty_tensors_are_explained(folder):
+    rewrite(folder, lambda t: t.update({NAME: torch.zeros(0)}))
+    with pytest.raises(ValueError, match=re.escape(f"tensor {NAME} is empty, as ZeRO-3 leaves it (its zero")):
+        load_llava(folder)
+
+
+@pytest.mark.parametrize("value", [torch.eye(3).to_sparse(), torch.zeros(2, device="meta"), 5])
+def test_bin_files_of_other_things(folder, value):
+    place(folder, lambda t: torch.save(t | {"extra": value}, folder / "pytorch_model.bin"))
+    with pytest.raises(ValueError, match="pytorch_model.bin: is no plain dictionary of tensors"):
+        load_llava(folder)
 
 
 # --------------------------------------------------------------------------------------------------------- hub
@@ -443,7 +559,8 @@ def test_memory_while_loading(tmp_path, llava_folder):
     Anonymous memory (RssAnon, sampled at every tensor) is what the process cannot give back. The high-water
     mark of all resident memory (VmHWM) also counts pages of the mapped file that were looked at. Converting
     needs the new weights and one mapped tensor at a time; without conversion the weights are the file's pages
-    and cost no anonymous memory. Both ways both numbers stay within 1.15 times the weights.
+    and cost no anonymous memory. Both ways both numbers stay within 1.15 times the weights; on top, each tensor's
+    own mapping brings in some pages of its neighbours.
     """
     text = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8, head_dim=64,
                 num_key_value_heads=8, vocab_size=2000)
@@ -456,7 +573,7 @@ def test_memory_while_loading(tmp_path, llava_folder):
     assert not run.returncode, run.stderr
     for line, limit in zip(run.stdout.splitlines(), (0.15, 1.15), strict=True):
         weights, anonymous, resident = map(int, line.split())
-        assert weights > 80e6 and resident < 1.15 * weights and anonymous < limit * weights
+        assert weights > 80e6 and resident < 1.15 * weights + len(shapes) * 2**17 and anonymous < limit * weights
 
 
 def test_tied_embeddings(tmp_path, pixels):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data.images import View
 from model.checkpoint import load_llava
-from model.generate import Cache, answers, generate, pick
+from model.generate import Cache, NotFinite, answers, generate, pick
 from model.lora import add_lora, lora_layers, merge_lora
 
 NEVER = 999  # an EOS id that is never drawn
@@ -366,3 +366,38 @@ def test_longer_than_the_decoder_takes(model, pictures):
     limit = model.config.text.max_position_embeddings
     with pytest.raises(ValueError, match=f"the decoder takes {limit}"):
         generate(model, pictures[:1], PROMPTS[:1], eos_id=NEVER, max_new_tokens=limit)
+
+
+# --------------------------------------------------------------------------------------------- broken weights
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, dict(temperature=1.0, seeds=SEEDS[:3]), dict(stop=lambda *_: False)])
+def test_logits_that_are_not_finite(llava_folder, pictures, value, options):
+    """The embedding of a token that only prompt 1 holds is broken: that prompt is named, early or at the end."""
+    model = load_llava(llava_folder)
+    prompts = [list(small.prompt(7, token)) for token in (8, 30, 9)]
+    model.language_model.lm_head.weight.data[30] = 0  # so that nobody else comes to say it
+    model.language_model.model.embed_tokens.weight.data[30] = value
+    for tokens in (1, 20):
+        with pytest.raises(NotFinite, match="prompt 1: the model's logits are NaN or infinite"):
+            generate(model, pictures[:3], prompts, eos_id=NEVER, max_new_tokens=tokens, **options)
+    fine = [prompts[0], prompts[2]]
+    assert generate(model, [pictures[0], pictures[2]], fine, eos_id=NEVER, max_new_tokens=1)
+
+
+def test_a_broken_answer_that_ends_at_once_is_named(llava_folder, pictures):
+    """The argmax of NaN is token 0, here EOS."""
+    model = load_llava(llava_folder)
+    prompts = [list(small.prompt(7, token)) for token in (30, 9)]
+    model.language_model.model.embed_tokens.weight.data[30] = float("nan")
+    for tokens in (1, 7, 9, 20):
+        with pytest.raises(NotFinite, match="prompt 0"):
+            generate(model, pictures[:2], prompts, eos_id=0, max_new_tokens=tokens)
+
+
+def test_answers_names_the_image_of_broken_logits(llava_folder):
+    model = load_llava(llava_folder)
+    model.language_model.model.embed_tokens.weight.data[30] = float("nan")
+    with pytest.raises(ValueError, match="^4: the model's logits are NaN or infinite"):
+        answers(model, Words(), ["0", "1", "0", "4", "2"], ["7", "8 9", "8", "30", "10"], batch_size=2, max_new_tokens=1)

@@ -16,8 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import train
 from data import scenes
@@ -188,6 +190,42 @@ def test_reward_is_read_at_the_end_token_and_survives_the_disk(tmp_path):
     scores = judge(run.records, [[r["chosen"], r["rejected"]] for r in run.records])
     judged = torch.tensor([[s.score for s in group] for group in scores])
     torch.testing.assert_close(judged.T.flatten(), found.detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda t: t.pop("bias"), "missing tensor bias"),
+        (lambda t: t.update(more=torch.zeros(1)), "unexpected tensor more"),
+        (lambda t: t.update(weight=torch.zeros(1, 7)), r"tensor weight is \(1, 7\), expected \(1, 160\)"),
+        (lambda t: t.update(bias=torch.zeros(1).int()), "tensor bias is I32, not floating-point"),
+        (lambda t: t.update(bias=torch.tensor([float("nan")])), "reward_head.safetensors: tensor bias holds NaN"),
+        (None, "reward_head.safetensors: not a readable safetensors file"),
+    ],
+)
+def test_damaged_reward_heads_are_named(tmp_path, spoil, reason):
+    (tmp_path / "model").symlink_to(DEFAULT_MODEL)
+    head = {"weight": torch.zeros(1, 160), "bias": torch.zeros(1)}
+    save_file(head, tmp_path / "reward_head.safetensors")
+    load_reward_model(tmp_path)
+    if spoil:
+        spoil(head)
+        save_file(head, tmp_path / "reward_head.safetensors")
+    else:
+        (tmp_path / "reward_head.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match=reason) as error:
+        load_reward_model(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "{}", '{"template": 5, "aspect": null}'])
+def test_a_reward_run_without_its_configuration(tmp_path, config):
+    (tmp_path / "model").symlink_to(DEFAULT_MODEL)
+    save_file({"weight": torch.zeros(1, 160), "bias": torch.zeros(1)}, tmp_path / "reward_head.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    args = SimpleNamespace(judge="reward", reward=tmp_path, precision="fp32")
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json: "):
+        train.make_judge(args, load_llava(DEFAULT_MODEL), None, tmp_path)
 
 
 def test_the_unused_head_of_a_reward_model_does_not_train():
@@ -494,6 +532,20 @@ def test_fingerprint_sees_template_and_a_weight_in_the_middle(tmp_path):
         model.language_model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     save_llava(model, tmp_path, DEFAULT_MODEL)
     assert key(tmp_path) != before
+
+
+def test_fingerprint_sees_a_vision_tower_of_its_own(tmp_path, llava_folder):
+    """An original checkpoint may name a CLIP folder for its tower."""
+    tensors, tower, folder = load_file(llava_folder / "model.safetensors"), tmp_path / "tower", tmp_path / "llava"
+    part = {n.removeprefix("vision_tower."): t for n, t in tensors.items() if n.startswith("vision_tower.")}
+    small.write(tower, {"model_type": "clip", "vision_config": small.VISION}, part)
+    small.write(folder, {**small.TEXT, "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "x/tower"},
+                {n: t for n, t in tensors.items() if not n.startswith("vision_tower.")})
+    key = lambda: reference.fingerprint(folder, [], {}, Processor(DEFAULT_MODEL), "fp32")
+    before = key()
+    part["vision_model.encoder.layers.0.mlp.fc1.bias"][0] += 1
+    small.write(tower, {"model_type": "clip", "vision_config": small.VISION}, part)
+    assert key() != before
 
 
 @pytest.mark.parametrize("loss, reason", [("mdpo", "drawn anew"), ("online_dpo", "drawn anew"), ("ppo", "drawn anew"),

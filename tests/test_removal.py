@@ -185,7 +185,7 @@ def test_load_lama(kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
-def test_load_lama_from_torchscript(tmp_path):
+def test_load_lama_from_torchscript(tmp_path, monkeypatch):
     """Only the tensors of a script archive are taken, so a wrapper of the same names will do."""
     model, x = small_lama(), torch.rand(1, 4, 16, 24)
     wrapper = torch.nn.Module()
@@ -200,8 +200,12 @@ def test_load_lama_from_torchscript(tmp_path):
             place = getattr(place, part)
         place.register_buffer(leaf, tensor)
     torch.jit.script(wrapper).save(tmp_path / "big-lama.pt")
+    monkeypatch.setattr(torch.jit, "load", None)  # it would run the archive's code
     with torch.no_grad():
         assert torch.equal(load_lama(tmp_path / "big-lama.pt")(x), model(x))
+    (tmp_path / "big-lama.pt").write_bytes((tmp_path / "big-lama.pt").read_bytes()[:-40])
+    with pytest.raises(ValueError, match="big-lama.pt: not a readable"):
+        load_lama(tmp_path / "big-lama.pt")
 
 
 def test_unusable_lama_files_are_named(tmp_path):
@@ -210,6 +214,9 @@ def test_unusable_lama_files_are_named(tmp_path):
     cases = {"other": ({"x.weight": torch.zeros(1)}, "no LaMa generator"),
              "lacking": (lacking, "missing tensor 18.bias"),
              "more": ({**state, "generator.model.40.weight": torch.zeros(1)}, "unexpected tensor 40.weight"),
+             "first": ({**state, "generator.model.1.ffc.convl2l.weight": torch.tensor(1.0)}, "tensor 1.ffc.convl2l"),
+             "bytes": ({**state, "generator.model.18.bias": torch.zeros(3).byte()}, "tensor 18.bias is torch.uint8"),
+             "nan": ({**state, "generator.model.18.bias": torch.full((3,), float("nan"))}, "tensor 18.bias holds NaN"),
              "shape": ({**state, "generator.model.18.bias": torch.zeros(4)}, r"tensor 18.bias is \(4,\)")}
     for name, (tensors, reason) in cases.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
@@ -218,7 +225,7 @@ def test_unusable_lama_files_are_named(tmp_path):
     torch.save({"state_dict": state, "callbacks": types.SimpleNamespace()}, tmp_path / "pickled.ckpt")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     for name in ("pickled.ckpt", "broken.safetensors"):
-        with pytest.raises(ValueError, match=f"{name}: not readable as weights only"):
+        with pytest.raises(ValueError, match=f"{name}: not a readable"):
             load_lama(tmp_path / name)
     with pytest.raises(ValueError, match="none.pt: not found"):
         load_lama(tmp_path / "none.pt")

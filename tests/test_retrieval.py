@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 from model.clip import CLIP
 from model.config import ClipConfig, ClipTextConfig, VisionConfig
@@ -208,3 +209,9 @@ def test_a_broken_shard(tiny, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="x.safetensors: not a shard"):
         cached_images(["scene:1"], *tiny, tmp_path)
+    keys, vectors = np.zeros((2, 32), np.uint8), np.ones((2, 16), np.float32)
+    for damage in ({"vectors": vectors[0]}, {"vectors": vectors[:1]}, {"vectors": vectors * np.nan},
+                   {"vectors": vectors.astype(np.float64)}, {"keys": keys.astype(np.float32)}):
+        save_file({"keys": keys, "vectors": vectors} | damage, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match="x.safetensors: not a shard"):
+            cached_images(["scene:1"], *tiny, tmp_path)

@@ -148,6 +148,42 @@ def test_refusals(tmp_path, file, edit, reason):
         SentenceEncoder(folder)
 
 
+@pytest.mark.parametrize(
+    "file, text, reason",
+    [
+        ("modules.json", "{", "modules.json: not valid JSON"),
+        ("modules.json", '[{"type": 5, "path": ""}]', "modules.json: is not a list of modules"),
+        ("config.json", json.dumps(RAW["bert"] | {"hidden_size": "24"}), "hidden_size='24' is not a whole number"),
+        ("config.json", json.dumps(RAW["bert"] | {"num_hidden_layers": 10**6}), "num_hidden_layers=1000000 is not"),
+        ("config.json", json.dumps(RAW["bert"] | {"num_attention_heads": 5}), "no multiple of num_attention_heads=5"),
+        ("config.json", json.dumps(RAW["bert"] | {"layer_norm_eps": "x"}), "layer_norm_eps='x' is not"),
+        ("sentence_bert_config.json", '{"max_seq_length": -1}', "sentence_bert_config.json: max_seq_length=-1 is no"),
+        ("tokenizer.json", "{}", "tokenizer.json: not a readable tokenizer"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, file, text, reason):
+    folder = write(tmp_path / "m", "bert")
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        SentenceEncoder(folder)
+
+
+def test_tokens_without_an_embedding(tmp_path):
+    folder = write(tmp_path / "m", "bert")
+    change(folder / "tokenizer.json", lambda t: t["model"]["vocab"].update(w3=45))
+    with pytest.raises(ValueError, match="tokenizer.json has a token 45, the encoder 45 words"):
+        SentenceEncoder(folder).encode(["w3"])
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    folder = write(tmp_path / "m", "mpnet")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors: tensor embeddings.LayerNorm.bias holds NaN"):
+        SentenceEncoder(folder)
+
+
 @pytest.mark.parametrize("file", ["modules.json", "tokenizer.json", "config.json", "model.safetensors"])
 def test_missing_files_are_named(tmp_path, file):
     folder = write(tmp_path / "m", "bert")
