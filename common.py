@@ -1,9 +1,11 @@
-"""What all folders share: JSON is read strictly, so that one line names the file and what is wrong with it."""
+"""What all folders share: JSON is read strictly, so that one line names the file and what is wrong with it, and a
+file of many faults is refused in few lines."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -48,3 +50,21 @@ def read_json(path: Path | str, kind: type = dict):
         names = {dict: "object", list: "list"}
         raise ValueError(f"{path}: a JSON {names.get(kind, kind.__name__)} is wanted, found {type(value).__name__}")
     return value
+
+
+SHOWN = 20  # problems that an error names; all are counted
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """ValueError with one line for each of the first SHOWN problems and one that counts the others, if any."""
+    problems = list(problems)
+    if problems:
+        rest = [f"... and {len(problems) - SHOWN:,} more problems"] if len(problems) > SHOWN else []
+        raise ValueError("\n".join(problems[:SHOWN] + rest))
+
+
+def brief(value: object) -> str:
+    """`repr` in one short line that can be printed, whatever a file held."""
+    return _short.repr(value)

@@ -12,29 +12,34 @@ Pictures (one of two)
     scenes        without --annotations: --num scenes of --split, whose contents are known. POPE then has two
                   more rows, other_picture and removed, that tell looking from guessing: metrics/questions.py
     photographs   --annotations FILE, and --images FOLDER where a model shall answer. chair: one JSON object
-                  {image id: [COCO classes]}, or an instances file of COCO; an id stands for the file of this
-                  name, of this stem or of this COCO number (40468 is COCO_val2014_000000040468.jpg). pope:
-                  the label files of POPE (JSONL with question_id, image, text, label), one for each split
+                  {image id: [COCO classes]}, or an instances file of COCO; an id stands for the picture of this
+                  name, of this stem or of this COCO number (40468 is COCO_val2014_000000040468.jpg):
+                  data/names.py. pope: the label files of POPE (JSONL with question_id, image, text, label), one
+                  for each split
 Answers (one of two)
     a model       --model FOLDER: greedy, one question a prompt
-    a file        --answers FILE: JSONL with an id (id, question_id, image_id) and a text (text, answer,
-                  response, caption, model_prediction). Joined by id: one that is missing, unknown or given
-                  twice is refused. With several POPE label files the ids are SPLIT-ID (random-17). Understood
-                  as well: POPE's own answers, in label order and each with its `question`, which is compared;
-                  and LLaVA's, with --questions llava_pope_test.jsonl
+    a file        --answers FILE: JSONL, or a JSON list, with an id (id, question_id, image_id) and a text (text,
+                  answer, response, caption, model_prediction). Joined by id, for chair in any way that names the
+                  picture: one that is missing, unknown or given twice is refused. --subset scores the questions
+                  that are answered, and says so in the result. With several POPE label files the ids are SPLIT-ID
+                  (random-17). Understood as well: POPE's own answers, in label order and each with its `question`,
+                  which is compared; and LLaVA's, with --questions llava_pope_test.jsonl, whose other splits than
+                  those of --annotations do not count
 
 Output: a table, and with --out a JSON file {benchmark, protocol, scores}. `protocol` holds what decides
 whether two figures may be compared: rules, pictures and their sample, prompt, length limit, decoding, model.
-Fractions are not rounded; `percent` is. Nothing is written unless all went well. Exit status 2 and one line
-a problem on bad input.
+Fractions are not rounded; `percent` is. Nothing is written unless all went well. Exit status 2 on bad input, and
+one line for each of the first problems.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -48,13 +53,14 @@ from metrics import chair as chair_metric
 from metrics import pope as pope_metric
 from metrics.files import read_answers
 from metrics.questions import CHAIR_PROMPT, CONTROLS, POPE_PROMPT
-from metrics.questions import chair_photographs, chair_scenes, pope_photographs, pope_scenes
+from metrics.questions import chair_photographs, chair_scenes, pope_photographs, pope_scenes, read_asked
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import answers
 from model.llava import Llava
 
 HOME = Path(__file__).resolve().parent
 FIRST_SEED = {"dev": scenes.DEV, "test": scenes.TEST}
+PART = scenes.TEST - scenes.DEV  # scenes of a split
 SCENES = 300
 PROMPTS = {"chair": CHAIR_PROMPT, "pope": POPE_PROMPT}
 LENGTHS = {"chair": 96, "pope": 4}  # tokens
@@ -148,17 +154,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_jsonl(args.save_answers, ({**row, "text": said[row["id"]]} for row in rows))
         if args.out:
             write_jsonl(args.out, [result])
+        print(table(result))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    print(table(result))
 
 
 def run(args: argparse.Namespace) -> tuple[dict, dict[str, str], list[dict]]:
     """Questions -> answers -> scores: (what --out holds, answers by id, questions)."""
-    rows = make_questions(args)
+    asked = read_asked(args.questions) if args.questions else None
+    rows = make_questions(args, asked)
     if args.answers:
-        said = read_answers(args.answers, rows, args.benchmark)
+        also = asked.values() if asked else ()
+        said = read_answers(args.answers, rows, args.benchmark, subset=args.subset, also=also)
+        rows = [row for row in rows if row["id"] in said]
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -172,8 +181,8 @@ def run(args: argparse.Namespace) -> tuple[dict, dict[str, str], list[dict]]:
     return {"benchmark": args.benchmark, "protocol": protocol(args, rows), "scores": scores}, said, rows
 
 
-def make_questions(args: argparse.Namespace) -> list[dict]:
-    """The questions that the arguments describe."""
+def make_questions(args: argparse.Namespace, asked: Mapping | None = None) -> list[dict]:
+    """The questions that the arguments describe; `asked` is what --questions holds."""
     chair = args.benchmark == "chair"
     if args.annotations is None:
         seeds = range(FIRST_SEED[args.split], FIRST_SEED[args.split] + args.num)
@@ -181,7 +190,7 @@ def make_questions(args: argparse.Namespace) -> list[dict]:
     common = args.images, args.num, args.seed, args.prompt
     if chair:
         return chair_photographs(args.annotations[0], *common)
-    return pope_photographs(args.annotations, *common, args.questions)
+    return pope_photographs(args.annotations, *common, asked)
 
 
 def protocol(args: argparse.Namespace, rows: Sequence[dict]) -> dict:
@@ -192,6 +201,7 @@ def protocol(args: argparse.Namespace, rows: Sequence[dict]) -> dict:
         "pictures": [str(path) for path in args.annotations] if args.annotations else f"scenes, {args.split}",
         "num": args.num,
         "seed": args.seed,
+        "subset": args.subset,
         "questions": len(rows),
         "questions_sha256": hashlib.sha256(listed.encode()).hexdigest(),
         "max_sentences": args.max_sentences,
@@ -236,16 +246,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--aspect", choices=("crop", "pad", "anyres"),
         help="how pictures are shown (default: the checkpoint's way)")
     add("--answers", type=Path, help="score this file instead of running a model")
+    add("--subset", action="store_true", help="score the questions that --answers answers, not all or nothing")
     add("--annotations", type=Path, nargs="+", help="ground truth of photographs; without it: scenes")
     add("--questions", type=Path, help="pope: LLaVA's question file, if --answers has LLaVA's ids")
     add("--images", type=Path, help="folder of the photographs")
     add("--split", choices=tuple(FIRST_SEED), default="test", help="scenes: which part (default: test)")
-    add("--num", type=_positive, help="scenes: how many (default: 300); photographs: sample (default: all)")
+    add("--num", type=positive, help="scenes: how many (default: 300); photographs: sample (default: all)")
     add("--seed", type=int, default=0, help="of the sample and of POPE's random questions (default: 0)")
     add("--prompt", help='default: "Describe the image in detail." or "{question}"')
-    add("--max-new-tokens", type=_positive, help="default: 96 for chair, 4 for pope")
-    add("--max-sentences", type=_positive, help="chair: score only the first sentences of each answer")
-    add("--batch-size", type=_positive, default=64, help="prompts at a time; changes no figure (default: 64)")
+    add("--max-new-tokens", type=positive, help="default: 96 for chair, 4 for pope")
+    add("--max-sentences", type=positive, help="chair: score only the first sentences of each answer")
+    add("--batch-size", type=positive, default=64, help="prompts at a time; changes no figure (default: 64)")
     add("--out", type=Path, help="write the result here (JSON)")
     add("--save-answers", type=Path, help="write the answers here (JSONL), for --answers")
     args = parser.parse_args(argv)
@@ -266,15 +277,30 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         (not pope and photographs and len(args.annotations) > 1, "chair takes one --annotations file"),
         (photographs and not (args.answers or args.images), "--annotations needs --images or --answers"),
         (not photographs and (args.questions or args.images), "--questions, --images need --annotations"),
+        (args.subset and not args.answers, "--subset is for --answers"),
+        (not photographs and (args.num or 0) > PART, f"--num: a split has {PART:,} scenes"),
     ):
         if wrong:
             parser.error(reason)
-    for path in (args.out, args.save_answers):
-        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-            parser.error(f"cannot write {path}: it is a folder, or its folder does not exist")
+    taken = {os.path.realpath(path) for path in (args.answers, args.questions, *(args.annotations or ())) if path}
+    for path in filter(None, (args.out, args.save_answers)):
+        if reason := "another argument names it" if os.path.realpath(path) in taken else _unwritable(path):
+            parser.error(f"cannot write {path}: {reason}")
+        taken.add(os.path.realpath(path))
 
 
-def _positive(text: str) -> int:
+def _unwritable(path: Path) -> str:
+    """Why `write_jsonl` could not put a file there, or ""."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "it is no regular file"
+    try:
+        tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f".{path.name}.").close()
+    except OSError as error:
+        return error.strerror
+    return ""
+
+
+def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value

@@ -3,34 +3,27 @@
 A detector is a function (picture reference, RGB picture) -> detections. Three are here:
 
     mask_rcnn(...)          torchvision's Mask R-CNN, the 80 classes of COCO: tag, box and mask at once
-    coco_instances(FILE)    ground truth of an instances JSON file of COCO; pictures are found by file name
+    coco_instances(FILE)    ground truth of an instances file of COCO (data/coco.py)
     scene_objects           ground truth of the scene world (data/scenes.py)
 
 Another one (RAM's tags, GroundingDINO's boxes, SAM's masks, as in the paper: Lu et al. 2025, arXiv
 2504.15619, Eq. 5-7) is any function of that kind.
-
-COCO stores masks as polygons or as run lengths, in columns from left to right:
-
-    polygons     x0, y0, x1, y1, ..: the pixels whose middle lies inside (even-odd); several are united
-    counts       list: lengths of runs 0, 1, 0, 1, ..
-                 string: the same numbers, five bits a character (value + 48), lowest first; the sixth bit
-                 says that more follow, the fifth of the last one is the sign; from the fourth number on,
-                 differences to the last but one
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from common import read_json
+from data.coco import check_masks, decode_mask, read_instances, segmentation_of
 from data.corrupt import to_pixels
+from data.names import Names
 from data.scenes import object_masks, parse_reference
 from model.tensors import finite, read_file
 
@@ -124,79 +117,32 @@ def torchvision_detector(model: torch.nn.Module, categories: list[str], min_scor
 # ---------------------------------------------------------------------------------------- COCO ground truth
 
 
-def coco_instances(path: Path | str) -> Detect:
-    """Detector from an instances JSON file; ValueError when a picture is not in it, or of another size."""
-    path = Path(path)
-    try:
-        data = json.loads(path.read_bytes())
-        names = {category["id"]: category["name"] for category in data["categories"]}
-        images = {image["file_name"]: image for image in data["images"]}
-        annotations: dict[int, list[dict]] = {image["id"]: [] for image in data["images"]}
-        for annotation in data["annotations"]:
-            annotations[annotation["image_id"]].append(annotation)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not an instances file of COCO ({type(error).__name__}: {error})") from None
+def coco_instances(path: Path | str, *, box_masks: bool = True) -> Detect:
+    """Detector from an instances file of COCO; pictures are found by name, folders apart (data/names.py).
+
+    Args:
+        box_masks: reconstructed: the mask of an annotation without segmentation is its box. An object that is left
+            out would still be in the picture that shall lack it; a box takes some surroundings away with it.
+            False: such a file is refused.
+
+    Raises ValueError naming everything that is wrong with the file; the detector does for a picture that is not in
+    it, may be several, or has another size.
+    """
+    found = read_instances(read_json(path), path)
+    check_masks(found, path, box_masks)
+    ids = {image["file_name"]: key for key, image in found.images.items()}
+    names = Names(path, ids, ids)
 
     def detect(reference: str, image: Image.Image) -> list[Detection]:
-        name = PurePosixPath(reference).name
-        entry = images.get(name) or images.get(reference)
-        if entry is None:
-            raise ValueError(f"{path}: no picture {name}")
+        name = names.find(reference)
+        if name is None:
+            raise ValueError(f"{path}: no picture {PurePosixPath(reference).name}")
+        entry = found.images[ids[name]]
         if image.size != (entry["width"], entry["height"]):
             raise ValueError(f"{path}: {name} is {image.width} x {image.height} pixels, the file says "
                              f"{entry['width']} x {entry['height']}")
-        result = []
-        for annotation in annotations[entry["id"]]:
-            try:
-                mask = decode_mask(annotation["segmentation"], image.height, image.width)
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise ValueError(f"{path}: annotation {annotation.get('id')}: {error}") from None
-            result.append(Detection(names[annotation["category_id"]], 1.0, box_of(mask), mask))
-        return result
+        objects = [(label, decode_mask(segmentation_of(row), image.height, image.width))
+                   for label, row in found.annotations[ids[name]]]
+        return [Detection(label, 1.0, box_of(mask), mask) for label, mask in objects]
 
     return detect
-
-
-def decode_mask(segmentation: list | dict, height: int, width: int) -> Tensor:
-    """Polygons or run lengths -> (H, W) bool."""
-    if isinstance(segmentation, list):
-        mask = np.zeros((height, width), bool)
-        for polygon in segmentation:
-            mask |= _polygon(np.asarray(polygon, float).reshape(-1, 2), height, width)
-        return torch.from_numpy(mask)
-    counts = segmentation["counts"]
-    runs = _uncompress(counts) if isinstance(counts, str) else list(counts)
-    if segmentation["size"] != [height, width] or sum(runs) != height * width or min(runs) < 0:
-        raise ValueError(f"run lengths {segmentation['size']} of {sum(runs)} pixels for a picture of "
-                         f"{height} x {width}")
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return torch.from_numpy(np.ascontiguousarray(flat.reshape(width, height).T))
-
-
-def _polygon(corners: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pixels whose middle is inside: going down a column, each crossed edge changes sides."""
-    changes = np.zeros((height + 1, width), int)
-    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
-        left, right = sorted((x0, x1))
-        columns = np.arange(max(0, np.ceil(left - 0.5)), min(width, np.ceil(right - 0.5)), dtype=int)
-        if len(columns):
-            crossing = y0 + (columns + 0.5 - x0) * (y1 - y0) / (x1 - x0)
-            changes[np.clip(np.ceil(crossing - 0.5), 0, height).astype(int), columns] += 1
-    return changes[:height].cumsum(0) % 2 == 1
-
-
-def _uncompress(counts: str) -> list[int]:
-    """COCO's string -> run lengths."""
-    runs, value, shift = [], 0, 0
-    for character in counts:
-        bits = ord(character) - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value, shift = 0, 0
-    return runs

@@ -5,6 +5,7 @@ A question is a dict:
     key       chair                             pope
     id        unique string                     unique string
     image     picture reference                 picture reference
+    image_id  its id, of an instances file      -
     prompt    text for the model                text for the model
     objects   COCO classes the picture shows    -
     split     -                                 random, popular, adversarial or a control row
@@ -18,20 +19,28 @@ Scenes are known exactly. For POPE they also allow two control rows that tell lo
                     label is "no", so the share of "yes" (yes_ratio) should be near 0
 
 Photographs are described by annotation files: for chair one JSON object {image id: [classes]} or an instances
-file of COCO, for pope the label files of POPE (JSONL with question_id, image, text, label), each a split.
+file of COCO, for pope the label files of POPE (JSONL with question_id, image, text, label), each a split. How ids
+and files of pictures are matched stands in data/names.py.
 """
 
 from __future__ import annotations
 
+import os
 import random
-import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
+from PIL import Image
+
+from common import brief, refuse
 from data import scenes
-from metrics.files import read_json, read_jsonl, refuse, refuse_repeats
+from data.coco import read_instances
+from data.names import Names, as_id
+from metrics.chair import load_synonyms
+from metrics.files import read_json, read_jsonl, refuse_repeats
 from metrics.pope import SPLITS
 
 CHAIR_PROMPT = scenes.CAPTION_PROMPT
@@ -78,59 +87,64 @@ def chair_photographs(
     """Questions about all annotated images, or a random sample of `number` of them.
 
     path: annotation file; images: folder of the photographs, or None where no model is asked.
-    Raises ValueError naming every bad entry and every image without a file.
+    Raises ValueError naming bad entries, classes that CHAIR does not know and images without a file.
     """
-    table = read_objects(path)
-    keys = _sample(list(table), number, seed, path)
-    files = _image_files(images, keys) if images else {}
-    rows = [{"id": key, "image": files.get(key, key), "prompt": prompt} for key in keys]
-    return [{**row, "objects": table[row["id"]]} for row in rows]
+    rows = _sample(read_objects(path), number, seed, path)
+    known = set(load_synonyms().values())
+    shown = dict.fromkeys(name for row in rows for name in row["objects"])
+    refuse(f"{path}: class {brief(name)} is none of the 80 that CHAIR knows" for name in shown if name not in known)
+    files = _image_files(images, [row["id"] for row in rows]) if images else {}
+    return [{**row, "image": files.get(row["id"], row["id"]), "prompt": prompt} for row in rows]
 
 
-def read_objects(path: Path) -> dict[str, list[str]]:
-    """Image id -> classes, from {image id: [classes]} or an instances file of COCO (ids: its file names).
+def read_objects(path: Path) -> list[dict]:
+    """What is in pictures: rows of `id` and `objects` (classes).
+
+    path: {image id: [classes]}, or an instances file of COCO, where `id` is the file name and a row has `image_id`.
+
 
     CHAIR's published figures also count the classes that COCO's captions name as shown: an instances file alone
-    is stricter. Raises ValueError naming every bad entry.
+    is stricter. Raises ValueError naming bad entries.
     """
     table = read_json(path)
-    if isinstance(table, dict) and table.keys() >= {"images", "annotations", "categories"}:
-        try:
-            names = {row["id"]: row["name"] for row in table["categories"]}
-            files = {row["id"]: row["file_name"] for row in table["images"]}
-            shown: dict[str, dict] = {name: {} for name in files.values()}
-            for row in table["annotations"]:
-                shown[files[row["image_id"]]][names[row["category_id"]]] = None
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not an instances file of COCO ({type(error).__name__}: {error})") from None
-        table = {name: list(classes) for name, classes in shown.items()}
     if not isinstance(table, dict) or not table:
-        raise ValueError(f"{path}: want a filled JSON object {{image id: [classes]}}")
+        raise ValueError(f"{path}: want a filled JSON object {{image id: [classes]}}, or an instances file of COCO")
+    if {"images", "annotations"} <= table.keys():
+        found = read_instances(table, path)
+        if not found.images:
+            raise ValueError(f"{path}: lists no images")
+        return [{"id": image["file_name"], "image_id": key,
+                 "objects": list(dict.fromkeys(name for name, _ in found.annotations[key]))}
+                for key, image in found.images.items()]  # fmt: skip
     refuse(
-        f"{path}: image {key!r}: want a list of class names"
+        f"{path}: image {brief(key)}: want a list of class names"
         for key, names in table.items()
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names)
     )
-    return table
+    return [{"id": key, "objects": names} for key, names in table.items()]
 
 
 class KnownObjects:
     """What pictures show, where that is known: of scenes always, of photographs if an annotation file lists them.
 
     Args:
-        path: as for `read_objects`. An id stands for the picture of this name, of this stem, or of the number
-            at the end of its stem.
+        path: as for `read_objects`.
     """
 
     def __init__(self, path: Path | None = None):
-        self.table = {key: set(names) for key, names in read_objects(path).items()} if path else {}
+        rows = read_objects(path) if path else []
+        self.table = {row["id"]: set(row["objects"]) for row in rows}
+        self.names = Names(path, self.table, {row["id"]: row["image_id"] for row in rows if "image_id" in row})
         self.classes = set().union(*self.table.values())  # what was looked for
 
     def __call__(self, reference: str) -> tuple[set[str], set[str]] | None:
-        """(classes shown, classes that were looked for) of a picture reference, None where nobody knows."""
+        """(classes shown, classes that were looked for) of a picture reference, None where nobody knows.
+
+        Raises ValueError if the reference may be several pictures of the file.
+        """
         if reference.startswith("scene:"):
             return scenes.objects_present(*scenes.parse_reference(reference)), set(scenes.CATEGORIES)
-        key = next((name for name in _names(Path(reference)) if name in self.table), None)
+        key = self.names.find(reference)
         return None if key is None else (self.table[key], self.classes)
 
 
@@ -140,45 +154,63 @@ def pope_photographs(
     number: int | None = None,
     seed: int = 0,
     prompt: str = POPE_PROMPT,
-    asked: Path | None = None,
+    asked: Mapping[tuple[str, str, str], str] | None = None,
 ) -> list[dict]:
     """Questions of POPE label files, one split each, or of a random sample of `number` lines of each.
 
     A file's split is random, popular or adversarial if its name says so, else its stem. The ids of several
-    files are made unique as SPLIT-ID. `asked`: LLaVA's question file, whose ids are then used instead; it is
-    joined by category, image and question. Raises ValueError naming every bad line and every line without its
-    partner.
+    files are made unique as SPLIT-ID. `asked` (`read_asked`): LLaVA's ids, which are then used instead; of its
+    splits, only those of the label files count. Raises ValueError naming bad lines and lines without their partner.
     """
+    names = {path: next((name for name in SPLITS if name in path.stem), path.stem) for path in paths}
+    refuse_repeats((names[path] for path in paths), "label files: split")
+    refuse(f"{path}: {name!r} is the name of a control row, not of a split"
+           for path, name in names.items() if name in CONTROLS)  # fmt: skip
     rows = []
-    for path in paths:
-        split = next((name for name in SPLITS if name in path.stem), path.stem)
-        labels = [row for _, row in read_jsonl(path, ("question_id", "image", "text", "label"))]
-        refuse_repeats((str(row["question_id"]) for row in labels), f"{path}: question_id")
-        for row in _sample(labels, number, seed, path):
-            name = str(row["question_id"]) if len(paths) == 1 else f"{split}-{row['question_id']}"
-            keep = {key: str(row[key]) for key in ("image", "text", "label")}
-            question = prompt.replace("{question}", keep["text"])
-            rows.append({"id": name, "split": split, "prompt": question, **keep})
-    refuse_repeats((row["id"] for row in rows), "label files: id")
+    for path, split in names.items():
+        labels = _read_labels(path, split)
+        if asked is not None:
+            labels = _rename(labels, asked, split, path)
+        elif len(paths) > 1:
+            labels = [{**row, "id": f"{split}-{row['id']}"} for row in labels]
+        rows += _sample(labels, number, seed, path)
     if images:
-        names = dict.fromkeys(row["image"] for row in rows)
-        refuse(f"{images / name}: no such image" for name in names if not (images / name).is_file())
-    return _rename(rows, asked) if asked else rows
+        _want_folder(images)
+        files = dict.fromkeys(row["image"] for row in rows)
+        refuse(f"{images / name}: no such image" for name in files if not os.path.isfile(images / name))
+    return [{**row, "prompt": prompt.replace("{question}", row["text"])} for row in rows]
 
 
-def _rename(rows: list[dict], asked: Path) -> list[dict]:
-    """The rows under the ids of LLaVA's question file."""
-    lines = read_jsonl(asked, ("question_id", "image", "text", "category"))
-    keys = [(str(row["category"]), str(row["image"]), str(row["text"]).split("\n")[0]) for _, row in lines]
-    ids = {key: str(row["question_id"]) for key, (_, row) in zip(keys, lines)}
-    refuse_repeats((str(row["question_id"]) for _, row in lines), f"{asked}: question_id")
-    refuse_repeats((" / ".join(key) for key in keys), f"{asked}: question")
-    wanted = {(row["split"], row["image"], row["text"]): row for row in rows}
-    refuse(
-        [f"{asked}: does not ask {' / '.join(key)}" for key in wanted if key not in ids]
-        + [f"{asked}:{number}: has no label" for key, (number, _) in zip(keys, lines) if key not in wanted]
-    )
-    return [{**row, "id": ids[key]} for key, row in wanted.items()]
+def _read_labels(path: Path, split: str) -> list[dict]:
+    """Rows of `id`, `split`, `image`, `text` and `label`."""
+    lines = read_jsonl(path, ("question_id", "image", "text", "label"))
+    refuse_repeats((as_id(row["question_id"]) for _, row in lines), f"{path}: question_id")
+    refuse(f"{path}:{number}: label {brief(row['label'])}: want 'yes' or 'no'"
+           for number, row in lines if row["label"] not in ("yes", "no"))  # fmt: skip
+    return [{"id": as_id(row["question_id"]), "split": split, "label": row["label"],
+             "image": as_id(row["image"]), "text": as_id(row["text"])} for _, row in lines]
+
+
+def read_asked(path: Path) -> dict[tuple[str, str, str], str]:
+    """LLaVA's question file: (category, image, first line of the question) -> id. ValueError naming bad lines."""
+    lines = [row for _, row in read_jsonl(path, ("question_id", "image", "text", "category"))]
+    rows = [{key: as_id(row[key]) for key in ("question_id", "image", "text", "category")} for row in lines]
+    keys = [(row["category"], row["image"], row["text"].split("\n")[0]) for row in rows]
+    refuse_repeats((row["question_id"] for row in rows), f"{path}: question_id")
+    refuse_repeats((" / ".join(key) for key in keys), f"{path}: question")
+    return {key: row["question_id"] for key, row in zip(keys, rows)}
+
+
+def _rename(rows: list[dict], asked: Mapping[tuple[str, str, str], str], split: str, path: Path) -> list[dict]:
+    """The rows of a split under LLaVA's ids."""
+    ids = {key[1:]: name for key, name in asked.items() if key[0] == split}
+    if not ids:
+        raise ValueError(f"{path}: split {brief(split)} by its name, the question file has "
+                         f"{', '.join(map(brief, sorted({key[0] for key in asked})))}")
+    times = Counter((row["image"], row["text"]) for row in rows)
+    refuse(f"{path}: {brief(' / '.join(key))}: {times[key]} labels, asked {int(key in ids)} times"
+           for key in {**ids, **times} if times[key] != 1 or key not in ids)  # fmt: skip
+    return [{**row, "id": ids[row["image"], row["text"]]} for row in rows]
 
 
 def _sample(items: list, number: int | None, seed: int, path: Path) -> list:
@@ -189,19 +221,16 @@ def _sample(items: list, number: int | None, seed: int, path: Path) -> list:
     return random.Random(seed).sample(items, number)
 
 
-def _names(path: Path) -> tuple[str, str, str]:
-    """The ids that a picture's file answers to."""
-    digits = re.search(r"\d+$", path.stem)
-    return path.name, path.stem, str(int(digits[0])) if digits else path.stem
+def _want_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
 
 
 def _image_files(folder: Path, keys: Sequence[str]) -> dict[str, str]:
-    """Image id -> file name in the folder: the id itself, its stem, or the number at the end of its stem."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    files: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        for name in _names(path):
-            files.setdefault(name, path.name)
-    refuse(f"{folder}: no file for image {key!r}" for key in keys if key not in files)
-    return {key: files[key] for key in keys}
+    """Image id -> file name in the folder."""
+    _want_folder(folder)
+    suffixes = {"", *Image.registered_extensions()}  # there may be texts of the same names
+    names = Names(folder, sorted(path.name for path in folder.iterdir() if path.suffix.lower() in suffixes))
+    files = {key: names.find(key) for key in keys}
+    refuse(f"{folder}: no file for image {brief(key)}" for key in keys if files[key] is None)
+    return files

@@ -348,8 +348,8 @@ def test_unusable_instances_are_named(tmp_path):
         detect("a.png", Image.new("RGB", (10, 12)))
     broken = [{"id": 5, "image_id": 7, "category_id": 3, "segmentation": {"size": [10, 12], "counts": [1]}}]
     with pytest.raises(ValueError, match="annotation 5: run lengths"):
-        coco_file(tmp_path, annotations=broken)("a.png", picture)
-    with pytest.raises(ValueError, match="not an instances file of COCO"):
+        coco_file(tmp_path, annotations=broken)
+    with pytest.raises(ValueError, match="image '7': file_name None is no name"):
         coco_file(tmp_path, images=[{"id": 7}])
     with pytest.raises(ValueError, match="none.json: not found"):
         coco_instances(tmp_path / "none.json")
@@ -409,3 +409,95 @@ def test_filled_scenes_resemble_the_scenes_that_never_had_the_object(tmp_path):
             errors.append([float((picture - truth).square().sum()) for picture in (before, after)])
     before, after = np.array(errors).T
     assert len(errors) > 12 and after.sum() < 0.15 * before.sum() and np.median(after / before) < 0.1
+
+
+ANNOTATION = {"id": 5, "image_id": 7, "category_id": 3, "bbox": [2, 3, 3, 4]}
+IMAGE = {"id": 7, "file_name": "a.png", "width": 12, "height": 10}
+
+
+@pytest.mark.parametrize("given", [{}, {"segmentation": []}, {"segmentation": None}])
+def test_a_box_is_the_mask_where_there_is_no_other(tmp_path, given):
+    (found,) = coco_file(tmp_path, annotations=[{**ANNOTATION, **given}])("a.png", Image.new("RGB", (12, 10)))
+    assert found[:3] == ("car", 1.0, (2, 3, 5, 7)) and found.mask.equal(hole(10, 12, (3, 7, 2, 5)))
+    with pytest.raises(ValueError, match="annotation 5: no segmentation"):
+        coco_instances(tmp_path / "instances.json", box_masks=False)
+
+
+@pytest.mark.parametrize(("wrong", "reason"), [
+    ({"segmentation": [], "bbox": [2, 3, 0, 4]}, "annotation 5: no segmentation, bbox [2, 3, 0, 4]"),
+    ({"segmentation": [], "bbox": None}, "annotation 5: no segmentation, bbox None"),
+    ({"segmentation": [[2, 3, 5, 7]]}, "annotation 5: polygon of 4 numbers"),
+    ({"segmentation": [[2, 3, 5, 7, 5]]}, "annotation 5: polygon of 5 numbers"),
+    ({"segmentation": [2, 3, 5, 3, 5, 7]}, "annotation 5: segmentation [2, 3, 5, 3, 5, 7]"),
+    ({"segmentation": [["2", 3, 5, 3, 5, 7]]}, "annotation 5: segmentation [['2', 3"),
+    ({"segmentation": [[1e300, 3, 5, 3, 5, 7]]}, "annotation 5: segmentation [[1e+300"),
+    ({"segmentation": "x"}, "annotation 5: segmentation 'x'"),
+    ({"segmentation": {"size": [10, 12]}}, "annotation 5: counts None: no run lengths"),
+    ({"segmentation": {"size": [10, 12], "counts": [60.0, 60.0]}}, "annotation 5: counts [60.0, 60.0]"),
+    ({"segmentation": {"size": [10, 12], "counts": [130, -10]}}, "annotation 5: counts [130, -10]"),
+    ({"segmentation": {"size": [10, 12], "counts": "b'01'"}}, "annotation 5: counts"),
+    ({"segmentation": {"size": [10, 12], "counts": "o" * 40 + "0"}}, "annotation 5: counts"),
+    ({"segmentation": {"size": [10, 12], "counts": "h"}}, "annotation 5: counts 'h'"),
+    ({"segmentation": {"size": ["10", "12"], "counts": [120]}}, "annotation 5: run lengths ['10', '12']"),
+    ({"category_id": 99}, "annotation 5: category_id 99 is none of the categories"),
+    ({"image_id": 8}, "annotation 5: image_id 8 is none of the images"),
+    ({"image_id": True}, "annotation 5: image_id True is none of the images"),
+])  # fmt: skip
+def test_bad_annotations_are_named_when_the_file_is_read(tmp_path, wrong, reason):
+    with pytest.raises(ValueError) as error:
+        coco_file(tmp_path, annotations=[{**ANNOTATION, **wrong}])
+    assert str(error.value).startswith(f"{tmp_path}/instances.json: {reason}")
+
+
+@pytest.mark.parametrize(("images", "reason"), [
+    ([{**IMAGE, "width": "12"}], "image '7': width '12', height 10: numbers of pixels are wanted"),
+    ([{**IMAGE, "height": 0.5}], "image '7': width 12, height 0.5: numbers"),
+    ([{"id": 7, "file_name": "a.png"}], "image '7': width None, height None: numbers"),
+    ([IMAGE, IMAGE], "image id 7 is given twice"),
+    ([IMAGE, {**IMAGE, "id": None}], "image id None is no number or text"),
+    ([IMAGE, {**IMAGE, "id": 8}], "file_name 'a.png' is given 2 times"),
+    ([{**IMAGE, "file_name": "\ud800"}], "image '7': file_name '\\ud800' is no name"),
+    ([7], "not an instances file of COCO: 'images' must be a list of objects"),
+])  # fmt: skip
+def test_bad_pictures_are_named_when_the_file_is_read(tmp_path, images, reason):
+    with pytest.raises(ValueError) as error:
+        coco_file(tmp_path, images=images)
+    assert str(error.value).startswith(f"{tmp_path}/instances.json: {reason}")
+
+
+def test_problems_are_counted_and_the_first_are_named(tmp_path):
+    with pytest.raises(ValueError) as error:
+        coco_file(tmp_path, annotations=[{**ANNOTATION, "category_id": 99}] * 1500)
+    assert len(lines := str(error.value).split("\n")) == 21 and lines[-1] == "... and 1,480 more problems"
+
+
+def test_ids_and_sizes_may_be_other_numbers_of_the_same_value(tmp_path):
+    detect = coco_file(tmp_path, images=[{"id": "7", "file_name": "a.png", "width": 12.0, "height": 10.0}],
+                       annotations=[{**ANNOTATION, "image_id": 7.0, "category_id": "3"}])
+    assert [found.label for found in detect("a.png", Image.new("RGB", (12, 10)))] == ["car"]
+
+
+def test_pictures_are_found_by_name_apart_from_folders(tmp_path):
+    """train/a.png and val/a.png are told apart by their folders, or refused."""
+    sizes = {"train/a.png": (12, 10), "val/a.png": (6, 5), "val/b.png": (3, 3)}
+    detect = coco_file(tmp_path, annotations=[], images=[
+        {"id": i, "file_name": name, "width": w, "height": h} for i, (name, (w, h)) in enumerate(sizes.items())])
+    for reference, name in (("train/a.png",) * 2, ("/data/val/a.png", "val/a.png"), ("x/b.png", "val/b.png")):
+        assert detect(reference, Image.new("RGB", sizes[name])) == []
+    with pytest.raises(ValueError, match="instances.json: 'x/a.png' may be 'train/a.png' or 'val/a.png'"):
+        detect("x/a.png", Image.new("RGB", (12, 10)))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("segmentation", [
+    [[5, 5, 15, 5, 15, 15, 5, 15]], [[-5, -5, 60, -5, 60, 15, -5, 15]], [[35, 25, 60, 25, 60, 50, 35, 50]],
+    [[5, 5, 15, 5, 15, 15], [20, 2, 30, 2, 30, 9]],
+    {"size": [30, 40], "counts": [0, 1200]}, {"size": [30, 40], "counts": [7, 9, 1184]},
+])  # fmt: skip
+def test_segmentations_equal_pycocotools(segmentation):
+    """Beyond the edge, of several parts, run lengths that begin with an object: the same pixels but for slopes."""
+    coco = pytest.importorskip("pycocotools.mask")
+    encoded = coco.frPyObjects(segmentation, 30, 40)
+    theirs = coco.decode(coco.merge(encoded) if isinstance(encoded, list) else encoded).astype(bool)
+    ours = decode_mask(segmentation, 30, 40).numpy()
+    assert (ours != theirs).sum() <= (10 if len(segmentation) == 2 and isinstance(segmentation, list) else 0)
