@@ -384,7 +384,8 @@ def check_texts(args, recipe: Recipe, processor, records: list[dict], path: Path
     samples = recipe.online or recipe.advantages
     about = dict(root=path.parent, source=path, progress="checking texts" * (rank == 0))
     check_records(records, processor, **about, sequences=recipe.sequences if recipe.pairs else None,
-                  end=recipe.loss is reward_model.reward_model_loss, new_tokens=args.max_new_tokens if samples else 0)
+                  end=recipe.loss is reward_model.reward_model_loss,
+                  new_tokens=args.max_new_tokens if samples else 0)
     if getattr(args, "judge", "") == "reward":  # reads each answer with one more token behind it
         check_records(records, reward_processor(args), **about, new_tokens=args.max_new_tokens + 1)
 

@@ -43,8 +43,10 @@ def check_records(
         raise ValueError("\n".join(lines))
 
 
-def problems_of(record: dict, processor: Processor, root: Path | str | None,
-                sequences: Mapping[str, tuple] | None = None, *, end: bool = False, new_tokens: int = 0) -> list[str]:
+def problems_of(
+    record: dict, processor: Processor, root: Path | str | None, sequences: Mapping[str, tuple] | None = None, *,
+    end: bool = False, new_tokens: int = 0,
+) -> list[str]:
     """What is wrong with the texts of a record, [] for nothing.
 
     Args:
@@ -71,6 +73,6 @@ def problems_of(record: dict, processor: Processor, root: Path | str | None,
             found[f"{field!r}: {total} tokens with prompt and picture, the decoder takes {processor.window}"] = True
     begun = counts["image"] + lengths["prompt"]
     if new_tokens and begun + new_tokens > processor.window:
-        found[f"{begun} tokens of prompt and picture and {new_tokens} new ones (--max-new-tokens), the decoder takes"
-              f" {processor.window}"] = True
+        found[f"{begun} tokens of prompt and picture and {new_tokens} new ones (--max-new-tokens), the decoder"
+              f" takes {processor.window}"] = True
     return list(found)

@@ -203,8 +203,8 @@ def parse_reference(ref: str) -> tuple[Scene, tuple[str, ...]]:
     head, mark, query = ref.partition("?")
     digits = head.removeprefix("scene:")
     if digits == head or not (digits.isascii() and digits.isdigit() and len(digits) <= MAX_DIGITS):
-        raise ValueError(f"image reference {ref[:80]!r}: want scene:SEED or scene:SEED?without=CLASS,CLASS, the seed a"
-                         f" whole number >= 0 of at most {MAX_DIGITS} digits")
+        raise ValueError(f"image reference {ref[:80]!r}: want scene:SEED or scene:SEED?without=CLASS,CLASS,"
+                         f" the seed a whole number of at most {MAX_DIGITS} digits")
     if not mark:
         return sample_scene(int(digits)), ()
     names = query.removeprefix("without=")

@@ -207,7 +207,8 @@ def completion(model: Llava, processor: Processor, *, noise: Noise | None = None
         out = generate(model, views, prompts, eos_id=processor.eos_id, hidden=hidden,
                        starts=[[writing.start for writing in group] for group in kept],
                        stop=lambda i, j, new: kept[i][j].read(new, whole=False) is not None,
-                       max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seeds=seeds) if fits else []
+                       max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                       seeds=seeds) if fits else []
         # Nothing but EOS ends an answer that `stop` lets go on before the limit.
         read = {row: [w.read(new, whole=len(new) < max_new_tokens) for w, new in zip(writings[row], group)]
                 for row, group in zip(fits, out)}

@@ -238,8 +238,8 @@ def _realign(records: list[dict], models: Models, options: Options) -> Plan:
     similarity = _similarity(models, options)
 
     def work(rows: list[int], bars: bool = False) -> tuple[list[dict], Counter]:
-        if unread := [row for row in rows if records[row]["image"] not in near]:
-            raise ValueError(f"record {records[unread[0]]['id']!r}: its picture was not read")  # `_readable` drops it
+        if any(records[row]["image"] not in near for row in rows):
+            raise ValueError("a picture could not be read")  # `_readable` finds out which
         some, dropped = answered(rows, bars)
         made, more = retrieval_pairs(some, [near[record["image"]] for record in some], complete, similarity,
                                      tau=options.tau, source=_origin(options),

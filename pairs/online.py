@@ -100,7 +100,8 @@ def bdhs_triples(records: list[dict], seeds: list[int], model: Llava, processor:
     complete = completion(model, processor, max_new_tokens=max_new_tokens, temperature=temperature, root=root)
     asked = [{**record, "id": f"{record['id']}/{seed}"} for record, seed in zip(records, seeds)]
     made, _ = bdhs_pairs(asked, complete, similarity, rho_th=rho_th, iterations=iterations, eps_s=eps_s)
-    generated = {pair["id"]: pair["rejected"] for pair in made if not problems_of(pair, processor, root, dpo.SEQUENCES)}
+    generated = {pair["id"]: pair["rejected"] for pair in made
+                 if not problems_of(pair, processor, root, dpo.SEQUENCES)}
     return [{**record, "generated": generated.get(asking["id"], record["rejected"]),
              "weight": float(asking["id"] in generated)} for record, asking in zip(records, asked)]
 

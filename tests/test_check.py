@@ -15,8 +15,8 @@ from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import generate
 from model.logprobs import Scorer
 
-RECORD = {"id": "a", "image": "scene:7", "rejected_image": "scene:8", "prompt": "What is there?", "chosen": "A dog.",
-          "rejected": "A cat."}
+RECORD = {"id": "a", "image": "scene:7", "rejected_image": "scene:8", "prompt": "What is there?",
+          "chosen": "A dog.", "rejected": "A cat."}
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,9 @@ def test_all_records_are_listed_and_a_long_list_is_cut(processor, monkeypatch):
     records = [{**RECORD, "id": f"r{i}", "chosen": "<s>" * (i % 2)} for i in range(9)]
     with pytest.raises(ValueError) as error:
         check_records(records, processor, None, "d.jsonl", sequences=dpo.SEQUENCES)
-    assert [line.split(":")[1] for line in str(error.value).split("\n")] == [f" record 'r{i}'" for i in (1, 3, 5, 7)]
+    lines = str(error.value).split("\n")
+    assert [line.split(":")[1] for line in lines] == [f" record 'r{i}'" for i in (1, 3, 5, 7)]
     monkeypatch.setattr(check, "LISTED", 2)
     with pytest.raises(ValueError) as error:
         check_records(records, processor, None, "d.jsonl", sequences=dpo.SEQUENCES)
-    assert str(error.value).split("\n")[1:] == ["d.jsonl: record 'r3': 'chosen': text contains the special token <s>:"
-                                                " '<s>'", "d.jsonl: and 2 more"]
+    assert str(error.value).split("\n") == [*lines[:2], "d.jsonl: and 2 more"]

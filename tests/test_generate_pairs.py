@@ -392,13 +392,13 @@ def test_an_error_that_no_picture_explains_is_not_skipped(models, tmp_path, monk
     ("bdhs", {"chosen": "It says <unk>."}, "'chosen': text contains the special token <unk>"),
     ("realign", {"prompt": "<s>"}, "'prompt': text contains the special token <s>"),
     ("realign", {"chosen": "A dog. " * 400}, "'chosen': .* tokens with prompt and picture, the decoder takes 1024"),
-    ("bdhs", {"prompt": "What? " * 450}, "972 tokens of prompt and picture and 96 new ones .--max-new-tokens., the decoder takes 1024"),
+    ("bdhs", {"prompt": "What? " * 450}, "972 tokens of prompt and picture and 96 new ones .--max-new-tokens."),
 ])
 def test_texts_are_refused_before_the_model_is_loaded(damaged, tmp_path, monkeypatch, method, change, reason):
     monkeypatch.setattr("generate_pairs.load_llava", None)
     rows = read_pairs(damaged)
     write_jsonl(damaged, [{**row, **change} if row["id"] in ("r1", "r4") else row for row in rows])
-    with pytest.raises(ValueError, match=f"(?s)pairs.jsonl: record 'r1': {reason}.*pairs.jsonl: record 'r4': {reason}"):
+    with pytest.raises(ValueError, match=f"(?s)pairs.jsonl: record 'r1': {reason}.*: record 'r4': {reason}"):
         run(read_arguments(["--method", method, "--pairs", str(damaged), "--out", str(tmp_path / "p.jsonl"),
                             "--clip", str(DEFAULT_CLIP)]))
 

@@ -161,7 +161,8 @@ def damaged(tmp_path_factory) -> Path:
 
 
 def bad_run(damaged: Path, out: Path, *more: str) -> list[str]:
-    return arguments(damaged, out, "--loss", "dpo", "--batch-size", "2", "--steps", "6", "--lora-dropout", "0.1", *more)
+    return arguments(damaged, out, "--loss", "dpo", "--batch-size", "2", "--steps", "6", "--lora-dropout", "0.1",
+                     *more)
 
 
 def test_a_damaged_picture_stops_the_run_and_skip_goes_on_bit_for_bit(damaged, tmp_path):
@@ -240,7 +241,7 @@ def test_the_reward_model_is_measured_on_held_out_pairs_that_can_be_used(damaged
     [
         ("dpo", {"chosen": "It costs <s>10</s> 8."}, "'chosen': text contains the special token <s>"),
         ("sft", {"prompt": "<pad>What?"}, "'prompt': text contains the special token <pad>"),
-        ("dpo", {"rejected": "A cat. " * 400}, "'rejected': 12[0-9]{2} tokens with prompt and picture, the decoder takes"),
+        ("dpo", {"rejected": "A cat. " * 400}, "'rejected': 12[0-9]{2} tokens with prompt and picture, the"),
         ("mixed_dpo", {"prompt": "What? " * 450}, r"96 new ones \(--max-new-tokens\), the decoder takes 1024"),
     ],
 )
