@@ -46,6 +46,7 @@ from pathlib import Path
 import torch
 
 from data import scenes
+from data.check import check_records
 from data.processor import Processor
 from data.templates import TEMPLATES
 from data.records import write_jsonl
@@ -171,8 +172,10 @@ def run(args: argparse.Namespace) -> tuple[dict, dict[str, str], list[dict]]:
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model = load_llava(args.model, dtype, device)
         processor = Processor(args.model, template=args.template, aspect=args.aspect)
+        source = ", ".join(map(str, args.annotations or ["scenes"]))
+        check_records(rows, processor, args.images, source, new_tokens=args.max_new_tokens)
+        model = load_llava(args.model, dtype, device)
         said = ask(model, processor, rows, args.max_new_tokens, args.batch_size, args.images, args.benchmark)
     if args.benchmark == "chair":
         scores = score_chair(rows, said, args.max_sentences)

@@ -38,6 +38,7 @@ and --detector (adavip). A server's key is read from the environment variable OP
 
 Long runs. What is done stands in part files beside the output, and the same command goes on where it was
 interrupted; under torchrun the processes share the records. Neither changes the result (pairs/progress.py).
+A picture that turns out to be damaged ends the run, and it goes on from there with --bad-records skip.
 
 Output: pair records, written in one go at the end; the same arguments give the same file. Pictures that a
 method makes lie beside it, in NAME-images. Then a summary: pairs made, pictures dropped and why and, for
@@ -62,6 +63,7 @@ import torch
 import torch.distributed as dist
 
 from data import scenes
+from data.check import check_records
 from data.corrupt import STEPS
 from data.formats import read, write
 from data.processor import ClipProcessor, Processor
@@ -120,6 +122,9 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="(default: %(default)s)")
     add("--batch-size", type=_count, metavar="N", help="pictures at a time (default: %(default)s)")
+    add("--bad-records", choices=("stop", "skip"),
+        help="when a picture turns out to be damaged: stop, keeping what is done, or leave the record out"
+             " (default: %(default)s)")
     _add_models(parser.add_argument_group("models"))
     _add_methods(parser.add_argument_group("options of single methods"))
     parser.set_defaults(**{option.name: option.default for option in fields(Options)
@@ -306,7 +311,9 @@ def load(arguments: argparse.Namespace, records: list[dict], options: Options) -
     models, source = [None] * 4, {}
     if needs_model(arguments.method, records, options):
         folder = resolve(arguments.model)
-        models[:2] = load_llava(folder, **where), Processor(folder, arguments.template, arguments.aspect)
+        processor = Processor(folder, arguments.template, arguments.aspect)
+        check_texts(arguments, records, processor, options)  # before a large model is loaded
+        models[:2] = load_llava(folder, **where), processor
         source["model"] = _name(arguments.model)
     if needs_clip(arguments.method, options):
         folder = resolve(arguments.clip or DEFAULT_CLIP)
@@ -315,6 +322,15 @@ def load(arguments: argparse.Namespace, records: list[dict], options: Options) -
     if arguments.sentence_model and arguments.method in ("realign", "bdhs"):
         source["sentence_model"] = _name(arguments.sentence_model)
     return models, source
+
+
+def check_texts(arguments: argparse.Namespace, records: list[dict], processor: Processor, options: Options) -> None:
+    """Name all records whose texts the model would refuse in the middle. Raises ValueError."""
+    given = "chosen" in records[0]
+    generates = arguments.method == "bdhs" or (arguments.author == "policy" and not given)
+    check_records(records, processor, options.root, arguments.pairs or arguments.images or "scenes",
+                  sequences={"chosen": ("image", "chosen")} if arguments.method in ("realign", "bdhs") else None,
+                  new_tokens=arguments.max_new_tokens if generates else 0, progress="checking texts")
 
 
 def _name(model: Path) -> str:

@@ -21,8 +21,12 @@ Losses that need samples draw them first: pairs from pairs/online.py, rollouts f
 
 --out receives: config.json (the resolved configuration), pairs.jsonl (if made here), metrics.jsonl (one line
 an interval), checkpoint.pt (to resume), model/ (llava-hf folder, adapters merged), adapters/ (PEFT's format),
-result.json (before and after), and from fisao baselines.json and scores.svg (what the verifier says of words
-and sentences, before and after).
+result.json (before and after, and the records that --bad-records skip has replaced), and from fisao
+baselines.json and scores.svg (what the verifier says of words and sentences, before and after).
+
+What can be known of the records is checked before the model is loaded, and all bad ones are listed: fields, the
+headers of pictures, special tokens in texts, answers beyond the decoder's window. That a picture is damaged
+inside shows when it is decoded: --bad-records says what happens then.
 """
 
 from __future__ import annotations
@@ -52,7 +56,8 @@ from tqdm import tqdm
 import evaluate
 from common import read_json
 from data import scenes
-from data.batch import Batch, MicroBatches, collate, fields_of
+from data.batch import BadRecord, Batch, MicroBatches, collate, fields_of, with_seeds, without_bad
+from data.check import check_records
 from data.processor import ClipProcessor, Processor
 from data.records import read_images, read_pairs, write_jsonl
 from data.templates import TEMPLATES
@@ -195,6 +200,9 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--log-every", type=int, default=5, help="steps between log lines (default: %(default)s)")
     add("--save-every", type=int, default=20, help="steps between checkpoints (default: %(default)s)")
     add("--workers", type=int, default=0, help="processes that prepare batches (default: %(default)s)")
+    add("--bad-records", choices=("stop", "skip"), default="stop",
+        help="when a picture turns out to be damaged: save a checkpoint and stop, or put another record in its"
+             " place (default: %(default)s)")
 
 
 def add_online_options(group, recipe: Recipe) -> None:
@@ -341,6 +349,8 @@ def find_records(args, recipe: Recipe, model, processor, rank: int, world: int) 
     if world > 1:
         dist.barrier()
     records = read_records(path, recipe)
+    if args.data is None:
+        check_texts(args, recipe, processor, records, path, rank)
     if len(records) < args.batch_size:
         raise ValueError(f"{path}: {len(records)} records are fewer than one batch of {args.batch_size}")
     return records, path.parent
@@ -369,6 +379,17 @@ def read_records(path: Path, recipe: Recipe) -> list[dict]:
     return read_pairs(path, fields_of(recipe.sequences) - {"generated"})
 
 
+def check_texts(args, recipe: Recipe, processor, records: list[dict], path: Path, rank: int) -> None:
+    """Name all records that the tokenizer or the decoder's window would refuse later. Raises ValueError."""
+    samples = recipe.online or recipe.advantages
+    about = dict(root=path.parent, source=path, progress="checking texts" * (rank == 0))
+    check_records(records, processor, **about, sequences=recipe.sequences if recipe.pairs else None,
+                  end=recipe.loss is reward_model.reward_model_loss,
+                  new_tokens=args.max_new_tokens if samples else 0)
+    if getattr(args, "judge", "") == "reward":  # reads each answer with one more token behind it
+        check_records(records, reward_processor(args), **about, new_tokens=args.max_new_tokens + 1)
+
+
 def make_scorer(args, recipe: Recipe, model) -> torch.nn.Module:
     """What turns a batch into the numbers that the loss asks for, with all that trains inside."""
     autocast = torch.bfloat16 if args.precision == "bf16" else None
@@ -388,13 +409,17 @@ def make_judge(args, model, processor, root: Path):
     if args.judge == "reward":
         half = torch.bfloat16 if args.precision == "bf16" else None
         reward = load_reward_model(args.reward, half or torch.float32, model.device, autocast=half)
-        config = read_json(args.reward / "config.json")
-        if not all(isinstance(config.get(key, 0), str | None) for key in ("template", "aspect")):
-            raise ValueError(f"{args.reward / 'config.json'}: template and aspect are to be names, or null")
-        shown = Processor(args.reward / "model", template=config["template"], aspect=config["aspect"])
-        return online.reward_judge(reward, shown, root)
+        return online.reward_judge(reward, reward_processor(args), root)
     server = server_model(Server(args.server, args.server_model), cache=args.out / "replies", root=root)
     return model_judge(server, seed=args.seed)
+
+
+def reward_processor(args) -> Processor:
+    """How the reward model of --reward reads pictures and texts."""
+    config = read_json(args.reward / "config.json")
+    if not all(isinstance(config.get(key, 0), str | None) for key in ("template", "aspect")):
+        raise ValueError(f"{args.reward / 'config.json'}: template and aspect are to be names, or null")
+    return Processor(args.reward / "model", template=config["template"], aspect=config["aspect"])
 
 
 @dataclass
@@ -594,24 +619,89 @@ def make_helper(run: Run) -> Callable | None:
 
 
 def reference_cache(run: Run) -> dict[str, torch.Tensor]:
-    """The reference's log-probs of every record, computed once and kept in --reference-cache."""
+    """The reference's log-probs of every record that can be used, computed once and kept in --reference-cache."""
     args, path = run.args, run.args.reference_cache
     key = reference.fingerprint(args.model, run.records, run.recipe.sequences, run.processor, args.precision)
-    if path.exists():
-        return reference.read(path, key)
+    rows = reference.read(path, key) if path.exists() else {}
+    missing = [record for record in run.records
+               if any(f"{name}/{record['id']}" not in rows for name in run.recipe.sequences)]
+    if not missing:
+        return rows
     run.model.eval()
-    share, rows = run.records[run.rank :: run.world], {}
+    make = partial(collate_with, run.recipe, run.processor, run.root, seeds=None)
+    share, bad, rows = missing[run.rank :: run.world], [], {} if run.rank else rows
     for start in tqdm(range(0, len(share), args.micro_batch_size), desc="reference",
                       disable=True if run.rank else None):
-        batch = collate_with(run.recipe, run.processor, run.root,
-                             share[start : start + args.micro_batch_size], None)
+        batch, refused = without_bad(share[start : start + args.micro_batch_size], make)
+        bad += refused
+        if batch is None:
+            continue
         with run.reference():
             features = run.model.vision_features(batch.pixels.to(run.device))
             logps, mask, *_ = run.plain(batch.packed.to(run.device), features)
         names = [f"{name}/{i}" for name in batch.names for i in batch.ids]
         rows |= {name: row[m].cpu() for name, row, m in zip(names, logps, mask)}
     reference.write(path, rows, key, run.rank, run.world)
+    refuse(args, of_all(bad, run.world))
     return reference.read(path, key)
+
+
+def of_all(bad: list[BadRecord], world: int) -> list[BadRecord]:
+    """The bad records that any process has met, the same list in all. A collective call."""
+    if world == 1:
+        return bad
+    count = torch.tensor([len(bad)])
+    dist.all_reduce(count)
+    if not count:
+        return bad
+    found: list = [None] * world
+    dist.all_gather_object(found, bad)
+    return sum(found, [])
+
+
+def refuse(args, bad: list[BadRecord], advice: str = "mend it, or leave it out with --bad-records skip") -> None:
+    """With --bad-records stop, raise one ValueError that lists these records and says how to go on."""
+    if bad and args.bad_records == "stop":
+        raise ValueError("\n".join(map(str, bad)) + f"; {advice}")
+
+
+def draw(run: Run, loader, parts: int) -> tuple[list, list[BadRecord]]:
+    """The micro-batches of a step, and the bad records that any process met. A collective call."""
+    drawn = [next(loader) for _ in range(parts)]
+    return [part.batch for part in drawn], of_all([record for part in drawn for record in part.bad], run.world)
+
+
+def replaced(run: Run, bad: list[BadRecord]) -> bool:
+    """With --bad-records skip, note whose places others have taken; False when nobody is left to take them."""
+    known = run.state.setdefault("bad_records", {})
+    for record in bad:
+        if record.name not in known and run.rank == 0:
+            tqdm.write(f"{record}; another record takes its place")
+        known[record.name] = record.reason
+    return len(known) < len(run.records)
+
+
+def keep(run: Run, path: Path, done: int, norm: torch.Tensor | None, config: dict) -> None:
+    """Save a checkpoint; ValueError when the last gradient, the same in every process, was not finite."""
+    if norm is not None and not math.isfinite(norm.item()):
+        raise ValueError(f"step {done}: the gradient is not finite; {path} keeps the last good state")
+    if run.rank == 0:
+        save_checkpoint(path, run, done, config)
+
+
+def give_up(run: Run, bad: list[BadRecord], path: Path, done: int) -> None:
+    """Raise ValueError in all processes, once the first has saved the checkpoint."""
+    if run.world > 1:
+        dist.barrier()  # torchrun ends all as soon as one has failed
+    refuse(run.args, bad, f"{path} holds the {done} finished steps: go on with --resume, and with the record mended"
+                          " or --bad-records skip")
+    raise ValueError(f"none of the {len(run.records)} records can be used; {bad[-1]}")
+
+
+def step_figures(run: Run, norm: torch.Tensor, done: int) -> dict[str, float]:
+    """What the log says of a step beside its metrics."""
+    bad = {"bad_records": len(run.state["bad_records"])} if "bad_records" in run.state else {}
+    return {"grad_norm": norm.item(), "lr": learning_rate(run.args, done - 1), **bad}
 
 
 def train(run: Run, config: dict) -> bool:
@@ -623,10 +713,11 @@ def train(run: Run, config: dict) -> bool:
     samples = recipe.online or recipe.advantages
     make = partial(collate_with, recipe, run.processor, run.root)
     data = MicroBatches(run.records, batch_size=args.batch_size, parts=parts, rank=run.rank, world=run.world,
-                        seed=args.seed, steps=args.steps, make=None if samples else make)
+                        seed=args.seed, steps=args.steps, skip=args.bad_records == "skip",
+                        make=partial(with_seeds, root=run.root) if samples else make)
     if recipe.advantages and not start:
         calibrate(run)
-    log, stop, done = Log(run, start), StopRequest(run.world), start
+    log, stop, done, norm = Log(run, start), StopRequest(run.world), start, None
     # Behind StopRequest, whose signal handlers the loader's processes inherit: Ctrl-C must not end them.
     loader = iter(DataLoader(data, batch_size=None, sampler=range(start * parts, len(data)),
                              num_workers=args.workers, pin_memory=run.device.type == "cuda" and not samples))
@@ -636,7 +727,13 @@ def train(run: Run, config: dict) -> bool:
         torch.manual_seed(hash((args.seed, step, run.rank)))  # dropout; integers always hash alike
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
-        drawn = [next(loader) for _ in range(parts)]
+        drawn, bad = draw(run, loader, parts)
+        if bad and (args.bad_records == "stop" or not replaced(run, bad)):
+            if log.sums:
+                log.write(done, step_figures(run, norm, done))
+            keep(run, path, done, norm, config)
+            stop.close()
+            give_up(run, bad, path, done)
         if recipe.advantages:
             norm = reinforce_step(run, drawn, step, log)
         else:
@@ -644,12 +741,9 @@ def train(run: Run, config: dict) -> bool:
         done = step + 1
         halt = stop.asked()
         if halt or done % args.log_every == 0 or done == args.steps:
-            log.write(done, {"grad_norm": norm.item(), "lr": learning_rate(args, step)})
+            log.write(done, step_figures(run, norm, done))
         if halt or done % args.save_every == 0 or done == args.steps:
-            if not math.isfinite(norm.item()):  # the same in every process
-                raise ValueError(f"step {done}: the gradient is not finite; {path} keeps the last good state")
-            if run.rank == 0:
-                save_checkpoint(path, run, done, config)
+            keep(run, path, done, norm, config)
         if halt and done < args.steps:
             break
     stop.close()
@@ -678,14 +772,17 @@ def measure(args, model, processor) -> dict[str, float]:
 def measure_rewards(run: Run, held: list[dict]) -> dict[str, float]:
     """How often, in percent, the reward model scores the chosen answer of a held-out pair higher."""
     right = []
+    make = partial(collate_with, run.recipe, run.processor, run.root, seeds=None)
     for start in range(0, len(held), run.args.micro_batch_size):
-        batch = collate_with(run.recipe, run.processor, run.root,
-                             held[start : start + run.args.micro_batch_size], None)
+        batch, bad = without_bad(held[start : start + run.args.micro_batch_size], make)
+        refuse(run.args, bad)
+        if batch is None:
+            continue
         with torch.no_grad():
             features = run.model.vision_features(batch.pixels.to(run.device))
             chosen, rejected = run.plain(batch.packed.to(run.device), features).chunk(2)
         right += (chosen > rejected).tolist()
-    return {"accuracy": 100 * sum(right) / len(right)}
+    return {"accuracy": 100 * sum(right) / max(1, len(right))}
 
 
 def table(before: dict[str, float], after: dict[str, float]) -> str:
@@ -703,10 +800,10 @@ def main(argv: list[str] | None = None) -> int:
     recipe = LOSSES[args.loss]
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.data:
-        read_records(args.data, recipe)  # bad records are named before a large model is loaded
-    model, processor = (load_policy(args, device),
-                        Processor(args.model, template=args.template, aspect=args.aspect))
+    processor = Processor(args.model, template=args.template, aspect=args.aspect)
+    if args.data:  # bad records are named before a large model is loaded
+        check_texts(args, recipe, processor, read_records(args.data, recipe), args.data, rank)
+    model = load_policy(args, device)
     records, root = find_records(args, recipe, model, processor, rank, world)
     held, rewards = [], recipe.loss is reward_model.reward_model_loss
     if rewards:
@@ -736,6 +833,9 @@ def main(argv: list[str] | None = None) -> int:
         after = figures()
         minutes = (time.perf_counter() - started) / 60
         result = {"config": config, "before": before, "after": after, "minutes": minutes}
+        if bad := run.state.get("bad_records"):
+            result["bad_records"] = bad
+            print(f"bad records, whose places others took: {len(bad)}; result.json lists them")
         save_json(result, args.out / "result.json")
         print(table(before, after) if before else "")
         print(f"{args.out}/model written, {minutes:.1f} minutes")

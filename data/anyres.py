@@ -45,8 +45,13 @@ def anyres(image: Image.Image, pinpoints: tuple[Size, ...], how: Preprocessing, 
     """RGB image -> n tiles and the rows of their n * patches features."""
     size = image.height, image.width
     canvas = best_resolution(size, pinpoints)
-    grid = canvas[0] // how.size, canvas[1] // how.size
-    return View(tiles(image, canvas, how), merge(size, grid, math.isqrt(patches)))
+    return View(tiles(image, canvas, how), image_rows(size, pinpoints, how.size, patches))
+
+
+def image_rows(size: Size, pinpoints: tuple[Size, ...], side: int, patches: int) -> Tensor:
+    """What `merge` gives for a picture of `size` in tiles of `side` pixels: (image tokens,)."""
+    canvas = best_resolution(size, pinpoints)
+    return merge(size, (canvas[0] // side, canvas[1] // side), math.isqrt(patches))
 
 
 def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:

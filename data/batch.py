@@ -12,10 +12,11 @@ A loss file declares its sequences as {name: (image field, response field)}.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,17 @@ from data.images import View, open_image, stack
 from data.processor import Processor
 from losses.dpo_weighted import changed_tokens
 from model.logprobs import Packed, Sequence, pack
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used, and why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)  # whole, so that a loader's process can send it
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"record {self.name!r}: {self.reason}"
 
 
 @dataclass
@@ -73,7 +85,7 @@ def collate(
         records: their response fields hold text, or token ids with the end token.
         seeds: one for each record, for crops and noise.
         end: repeat the last token of each response, for a reward that is read at it (model/reward.py).
-    Raises ValueError naming the record that cannot be used.
+    Raises BadRecord of the first record that cannot be used.
     """
     views: dict[tuple, View] = {}
     scored, noisy, answers = [], [], {}
@@ -111,7 +123,7 @@ def _look(views: dict, record: dict, picture: str, processor: Processor, root, s
         try:
             views[key] = _open(reference, change, processor, root, seed)
         except ValueError as error:
-            raise ValueError(f"record {record['id']!r}: {error}") from None
+            raise BadRecord(record["id"], str(error)) from None
     return key
 
 
@@ -127,7 +139,7 @@ def _response(record: dict, response_field: str, processor: Processor) -> tuple[
     try:
         return tuple(processor.response(answer) if isinstance(answer, str) else answer)
     except ValueError as error:
-        raise ValueError(f"record {record['id']!r}: {error}") from None
+        raise BadRecord(record["id"], str(error)) from None
 
 
 def _prompt(record: dict, view: View, processor: Processor) -> tuple[int, ...]:
@@ -135,11 +147,45 @@ def _prompt(record: dict, view: View, processor: Processor) -> tuple[int, ...]:
     try:
         ids = processor.prompt(record["prompt"], len(view.rows))
     except ValueError as error:
-        raise ValueError(f"record {record['id']!r}: {error}") from None
+        raise BadRecord(record["id"], str(error)) from None
     if ids.count(processor.image_id) != len(view.rows):
-        raise ValueError(f"record {record['id']!r}: {ids.count(processor.image_id)} image tokens in the prompt, "
-                         f"{record['image']} has {len(view.rows)} features")
+        raise BadRecord(record["id"], f"{ids.count(processor.image_id)} image tokens in the prompt, "
+                                      f"{record['image']} has {len(view.rows)} features")
     return tuple(ids)
+
+
+def look(record: dict, root: Path | str | None = None) -> None:
+    """Decode the picture that the record is about. Raises BadRecord when that fails."""
+    try:
+        open_image(record["image"], root)
+    except ValueError as error:
+        raise BadRecord(record["id"], str(error)) from None
+
+
+def with_seeds(records: list[dict], seeds: list[int], root: Path | str | None = None) -> list[tuple[dict, int]]:
+    """What a loss that samples starts a step from, once all its pictures have been decoded. Raises BadRecord."""
+    for record in records:
+        look(record, root)
+    return list(zip(records, seeds))
+
+
+def without_bad(records: list[dict], make: Callable[[list[dict]], object]) -> tuple[object, list[BadRecord]]:
+    """(`make` of those records that it does not refuse, None if there are none; the refusals)"""
+    bad: list[BadRecord] = []
+    while records:
+        try:
+            return make(records), bad
+        except BadRecord as error:
+            bad.append(error)
+            records = [record for record in records if record["id"] != error.name]
+    return None, bad
+
+
+class Drawn(NamedTuple):
+    """A micro-batch, None when it could not be made, and the records that could not be used."""
+
+    batch: object
+    bad: list[BadRecord]
 
 
 class MicroBatches(Dataset):
@@ -148,32 +194,47 @@ class MicroBatches(Dataset):
     Each epoch is a fresh permutation of the records. A step takes `batch_size` consecutive records of that
     order, cut into equal parts for the processes and then for gradient accumulation. Since nothing is
     remembered, a resumed run continues exactly where it stopped, and one process sees the same global batches
-    as many.
+    as many. With `skip` a record that cannot be used is replaced by one drawn at random for its place, again
+    and again until one can be used, which depends on seed, place and records only: batches keep their size.
 
     Args:
         parts: micro-batches per step and process.
-        make: (records, seeds) -> micro-batch; left out, the records and seeds themselves come.
+        make: (records, seeds) -> micro-batch; it may raise BadRecord.
+        skip: replace bad records; otherwise the first one leaves no micro-batch.
     """
 
-    def __init__(self, records, *, batch_size, parts, rank, world, seed, steps, make=None):
-        self.records, self.make = records, make
+    def __init__(self, records, *, batch_size, parts, rank, world, seed, steps, make, skip=False):
+        self.records, self.make, self.skip = records, make, skip
         self.batch_size, self.parts, self.rank, self.world, self.seed = batch_size, parts, rank, world, seed
         self.steps = steps
 
     def __len__(self) -> int:
         return self.steps * self.parts
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> Drawn:
         step, part = divmod(i, self.parts)
         size = self.batch_size // (self.world * self.parts)
         start = step * self.batch_size + (self.rank * self.parts + part) * size
-        picked = [self.records[self._index(start + j)] for j in range(size)]
-        seeds = [random.Random(f"{self.seed}/{start + j}").getrandbits(48) for j in range(size)]
-        return self.make(picked, seeds) if self.make else list(zip(picked, seeds))
+        places = range(start, start + size)
+        seeds = [random.Random(f"{self.seed}/{place}").getrandbits(48) for place in places]
+        bad: list[BadRecord] = []
+        while len(bad) < len(self.records):
+            try:
+                return Drawn(self.make([self._pick(place, bad) for place in places], seeds), bad)
+            except BadRecord as error:
+                bad.append(error)
+                if not self.skip:
+                    break
+        return Drawn(None, bad)
 
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.records))
-        return _order(self.seed, epoch, len(self.records))[place]
+    def _pick(self, place: int, bad: list[BadRecord]) -> dict:
+        """The record of a place, or the first that is drawn for it and not among the bad ones."""
+        epoch, row = divmod(place, len(self.records))
+        record, names = self.records[_order(self.seed, epoch, len(self.records))[row]], {b.name for b in bad}
+        others = random.Random(f"{self.seed}/{place}/other")
+        while record["id"] in names:
+            record = self.records[others.randrange(len(self.records))]
+        return record
 
 
 @lru_cache(maxsize=2)  # a batch may reach into the next epoch

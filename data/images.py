@@ -20,6 +20,8 @@ converted, transparency dropped (hidden colours show). Pictures are not rotated 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +31,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data.scenes import open_scene
+from data.places import SIDE
+from data.scenes import open_scene, parse_reference
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -75,18 +78,40 @@ def stack(views: list[View], patches: int) -> tuple[Tensor, list[Tensor]]:
 def open_image(reference: str, root: Path | str | None = None) -> Image.Image:
     """The picture behind a reference, in RGB; relative paths start at `root`.
 
-    Raises ValueError naming the file when it is missing, no picture, truncated, empty, larger than MAX_PIXELS,
-    longer than MAX_SIDE, thinner than 1 : MAX_RATIO, or of numbers without a known range (32-bit, floats).
+    Raises ValueError naming the file when it is truncated or damaged, or as from `image_size`.
     """
     if reference.startswith("scene:"):
         return open_scene(reference)
-    path = Path(root or ".") / reference
+    with _opened(Path(root or ".") / reference) as image:
+        return _rgb(image)
+
+
+def image_size(reference: str, root: Path | str | None = None) -> tuple[int, int]:
+    """(height, width) of the picture behind a reference; of a file only the header is read.
+
+    Raises ValueError naming the reference when it is no scene, or the file when it is missing, no regular file, no
+    picture, empty, larger than MAX_PIXELS, longer than MAX_SIDE, thinner than 1 : MAX_RATIO, or of numbers without
+    a known range (32-bit, floats). What only decoding shows, damaged pixels, passes: `open_image` finds it.
+    """
+    if reference.startswith("scene:"):
+        parse_reference(reference)
+        return SIDE, SIDE
+    with _opened(Path(root or ".") / reference) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The file with its header read and found good; whatever fails inside is one ValueError naming the file."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("no regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on sizes checked here and on dropped transparency
             with Image.open(path) as image:
                 _check_size(*image.size)
-                return _rgb(image)
+                _check_mode(image)
+                yield image
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except UnidentifiedImageError:
@@ -106,11 +131,14 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # old Pillow says "I"
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
+def _check_mode(image: Image.Image) -> None:
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise ValueError(f"values of mode {image.mode}, whose range is not known")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit; old Pillow says "I" of PNG files
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 

@@ -19,8 +19,10 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from data.anyres import anyres
-from data.images import CLIP_MEAN, CLIP_STD, Preprocessing, View, open_image, pad_to_square, preprocess, single
+from data.anyres import anyres, image_rows
+from data.images import (
+    CLIP_MEAN, CLIP_STD, Preprocessing, View, image_size, open_image, pad_to_square, preprocess, single,
+)
 from data.templates import SPECIAL, cut, find_template
 from data.tokenizer import CLIP_SPECIAL, TextTokenizer
 from model.config import LlavaConfig, clip_config, read_config, read_llava_config
@@ -49,6 +51,7 @@ class Processor:
         self.eos_id = self.tokenizer.id(self.template.stop)
         self.image_id = config.image_token_index
         self.patches = config.vision.num_patches
+        self.window = config.text.max_position_embeddings  # tokens that the decoder takes
         self.before = self._encode(self.template.before)
         self.prefix = [*self.before, *[self.image_id] * self.patches]
         self.tag = cut(self.template.after)[-1].rpartition("{prompt}")[2]  # " ASSISTANT:", before the answer
@@ -66,6 +69,12 @@ class Processor:
             return anyres(image, self.pinpoints, self.preprocessing, self.patches)
         image = pad_to_square(image, self.preprocessing.mean) if self.aspect == "pad" else image
         return single(preprocess(image, self.preprocessing), self.patches)
+
+    def image_tokens(self, reference: str, root: Path | str | None = None) -> int:
+        """len(rows) of `image`, of the picture's header alone. ValueError as from `data.images.image_size`."""
+        if self.aspect != "anyres":
+            return self.patches
+        return len(image_rows(image_size(reference, root), self.pinpoints, self.preprocessing.size, self.patches))
 
     def prompt(self, text: str, count: int | None = None) -> list[int]:
         """Question -> ids of everything in front of the answer.

@@ -25,9 +25,7 @@ import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from PIL import Image
-
-from data.scenes import parse_reference
+from data.images import image_size
 
 PAIR_TEXTS = ("id", "image", "prompt", "chosen", "rejected")
 PAIR_OPTIONAL = ("rejected_image", "source")
@@ -157,17 +155,8 @@ def _check_images(row: dict, root: Path, checked: dict[str, str]) -> list[str]:
 
 def reference_problem(reference: str, root: Path) -> str:
     """Why a picture reference cannot be opened, or "". Of a file only the header is read."""
-    if reference.startswith("scene:"):
-        try:
-            parse_reference(reference)
-        except ValueError as error:
-            return str(error)
-        return ""
-    path = root / reference
     try:
-        Image.open(path).close()
-    except FileNotFoundError:
-        return f"{path} not found"
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return f"{path} is not a readable image ({error})"
+        image_size(reference, root)
+    except ValueError as error:
+        return str(error)
     return ""

@@ -42,6 +42,7 @@ __all__ = ["CAPTION_PROMPT", "CATEGORIES", "COUNT_WORDS", "DEV", "Object", "PAIR
            "sample_scene"]
 
 TRAIN, PAIRS, DEV, TEST = 0, 1_000_000, 2_000_000, 3_000_000      # first seed of each part
+MAX_DIGITS = 18                                                   # of a seed in a reference
 GRID = SIDE // CELL
 MAX_OBJECTS = 7
 COUNT_WEIGHTS = (.75, .18, .07)                                   # one, two, three objects of a class
@@ -201,8 +202,9 @@ def parse_reference(ref: str) -> tuple[Scene, tuple[str, ...]]:
     """Scene and left-out classes of a reference; ValueError naming the reference if it is malformed."""
     head, mark, query = ref.partition("?")
     digits = head.removeprefix("scene:")
-    if digits == head or not (digits.isascii() and digits.isdigit()):
-        raise ValueError(f"image reference {ref!r}: want scene:SEED or scene:SEED?without=CLASS,CLASS")
+    if digits == head or not (digits.isascii() and digits.isdigit() and len(digits) <= MAX_DIGITS):
+        raise ValueError(f"image reference {ref[:80]!r}: want scene:SEED or scene:SEED?without=CLASS,CLASS,"
+                         f" the seed a whole number of at most {MAX_DIGITS} digits")
     if not mark:
         return sample_scene(int(digits)), ()
     names = query.removeprefix("without=")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from data.batch import BadRecord, look
 from losses import fisao
 from model import rollout
 from model.tensors import save_json
@@ -31,9 +32,25 @@ def answers_to(run, records: list[dict], temperature: float) -> list[list[int]]:
     return ids
 
 
+def readable(run, records: list[dict]) -> list[dict]:
+    """The first of these records whose pictures can be decoded; ValueError of one that cannot, unless the run skips
+    bad records."""
+    picked: list[dict] = []
+    for record in records:
+        if len(picked) == CALIBRATION:
+            break
+        try:
+            look(record, run.root)
+            picked.append(record)
+        except BadRecord as error:
+            if run.args.bad_records == "stop":
+                raise ValueError(f"{error}; mend it, or leave it out with --bad-records skip") from None
+    return picked
+
+
 def look_at_scores(run) -> dict[str, list[float]]:
     """What the verifier says of the policy's answers to the first records whose objects are known."""
-    picked = [r for r in run.records if run.helper.known(r["image"])][:CALIBRATION]
+    picked = readable(run, [r for r in run.records if run.helper.known(r["image"])])
     ids = answers_to(run, picked, temperature=0.0)
     texts = [run.processor.decode(answer) for answer in ids]
     return rollout.verifier_scores([r["image"] for r in picked], ids, texts, run.helper)
@@ -48,7 +65,7 @@ def calibrate(run) -> None:
         if run.rank == 0:
             save_json(run.state["baselines"], run.args.out / "baselines.json")
         return
-    picked = run.records[:CALIBRATION]
+    picked = readable(run, run.records)
     ids = answers_to(run, picked, run.args.temperature)
     size = run.args.micro_batch_size
     parts = [slice(start, start + size) for start in range(0, len(picked), size)]
@@ -61,7 +78,7 @@ def fisao_baselines(run) -> dict:
     """S_gt and S_hal of Eq. 7 and what goes with them, of --baselines or of the untrained model's answers."""
     if path := run.args.baselines:
         return rollout.read_baselines(path, run.helper.unit)
-    picked = [record for record in run.records if run.helper.known(record["image"])][:CALIBRATION]
+    picked = readable(run, [record for record in run.records if run.helper.known(record["image"])])
     if not picked:
         raise ValueError("fisao measures its baselines on pictures whose objects are known, and of none of these they"
                          " are: give --objects FILE, or the --baselines FILE of another run")

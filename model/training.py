@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# Settings that may change when a run is resumed: they touch nothing that is computed.
-HARMLESS = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_split"}
+# Settings that may change when a run is resumed: they touch nothing that is computed, or what comes next only.
+HARMLESS = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_split", "bad_records"}
 
 
 def save_checkpoint(path: Path, run, step: int, config: dict) -> None:

@@ -115,9 +115,23 @@ def _answer(model: Llava, processor: Processor, batch: list[Request], limit: int
     names = list(dict.fromkeys(request.image for request in batch))  # each picture is encoded once
     views = [processor.image(name, root) for name in names]
     shows = [names.index(request.image) for request in batch]
-    prompts = [processor.prompt(request.text, len(views[i].rows)) for request, i in zip(batch, shows)]
-    out = generate(model, views, prompts, eos_id=processor.eos_id, shows=shows, max_new_tokens=limit)
-    return [Reply("", CUT) if len(ids) == limit else read_reply(processor.decode(ids)) for (ids,) in out]
+    prompts = [_prompt(processor, request.text, len(views[i].rows), limit) for request, i in zip(batch, shows)]
+    rows = [row for row, prompt in enumerate(prompts) if not isinstance(prompt, Reply)]
+    out = generate(model, views, [prompts[row] for row in rows], eos_id=processor.eos_id,
+                   shows=[shows[row] for row in rows], max_new_tokens=limit) if rows else []
+    replies = list(prompts)  # why it was not asked, or the answer
+    for row, (ids,) in zip(rows, out):
+        replies[row] = Reply("", CUT) if len(ids) == limit else read_reply(processor.decode(ids))
+    return replies
+
+
+def _prompt(processor: Processor, text: str, count: int, limit: int) -> list[int] | Reply:
+    """The prompt's ids, or why it cannot be asked."""
+    try:
+        ids = processor.prompt(text, count)
+    except ValueError:
+        return Reply("", "a special token in the question")
+    return ids if len(ids) + limit <= processor.window else Reply("", "question longer than the model's window")
 
 
 @dataclass(frozen=True)

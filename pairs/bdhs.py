@@ -188,6 +188,8 @@ def completion(model: Llava, processor: Processor, *, noise: Noise | None = None
         temperature, top_p: reconstructed.
         batch_size: attempts at a time; the texts do not depend on it.
         root: folder that relative file paths start from.
+
+    An attempt for which the decoder's window has no room is not finished: None.
     """
 
     def write(attempts: list[Attempt]) -> list[str | None]:
@@ -198,14 +200,19 @@ def completion(model: Llava, processor: Processor, *, noise: Noise | None = None
         writings = [[Writing.of(processor, cut) for cut in a.cuts or [None]] for a in attempts]
         hidden = [draw_mask(ids, processor.image_id, a.rho_th, stream)
                   for ids, a, stream in zip(prompts, attempts, streams)]
+        longest = [len(ids) + max(len(w.start) for w in group) for ids, group in zip(prompts, writings)]
+        fits = [row for row, length in enumerate(longest) if length + max_new_tokens <= processor.window]
+        views, prompts, hidden, seeds, kept = ([x[row] for row in fits]
+                                               for x in (views, prompts, hidden, seeds, writings))
         out = generate(model, views, prompts, eos_id=processor.eos_id, hidden=hidden,
-                       starts=[[writing.start for writing in group] for group in writings],
-                       stop=lambda i, j, new: writings[i][j].read(new, whole=False) is not None,
-                       max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seeds=seeds)
+                       starts=[[writing.start for writing in group] for group in kept],
+                       stop=lambda i, j, new: kept[i][j].read(new, whole=False) is not None,
+                       max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                       seeds=seeds) if fits else []
         # Nothing but EOS ends an answer that `stop` lets go on before the limit.
-        read = [[w.read(new, whole=len(new) < max_new_tokens) for w, new in zip(*pair)]
-                for pair in zip(writings, out)]
-        return [assemble(a.cuts, texts) for a, texts in zip(attempts, read)]
+        read = {row: [w.read(new, whole=len(new) < max_new_tokens) for w, new in zip(writings[row], group)]
+                for row, group in zip(fits, out)}
+        return [assemble(a.cuts, read[row]) if row in read else None for row, a in enumerate(attempts)]
 
     def look(attempt: Attempt, seed: int) -> View:
         if noise is None:

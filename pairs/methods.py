@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from data import inpaint, scenes
+from data.batch import BadRecord, look
 from data.corrupt import add_noise
 from data.detect import coco_instances, mask_rcnn
 from data.processor import ClipProcessor, Processor
@@ -68,7 +70,7 @@ class Models(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Plain data: what the pairs depend on, and (the last five) what they do not."""
+    """Plain data: what the pairs depend on, and (the last six) what they do not."""
 
     samples: int = 4  # answers to each picture
     temperature: float = 1.0  # of the sampling
@@ -101,9 +103,10 @@ class Options:
     folder: Path | None = None  # where mdpo, povid and adavip (of photographs) put the pictures they make
     cache: Path | None = None  # folder of embeddings and servers' replies
     progress: bool = True  # bars with the remaining time, on a terminal
+    bad_records: str = "stop"  # at a picture that cannot be decoded: stop, or skip the record
 
 
-HARMLESS = ("batch_size", "root", "folder", "cache", "progress")  # of the options
+HARMLESS = ("batch_size", "root", "folder", "cache", "progress", "bad_records")  # of the options
 
 # rows of the records, whether to show bars -> (records made, how many were dropped for which reason)
 Work = Callable[..., tuple[list[dict], Counter]]
@@ -148,10 +151,15 @@ def make_pairs(method: str, model: Llava | None, processor: Processor | None, cl
         raise ValueError("there are no pictures to make pairs of")
     models, options = Models(model, processor, clip, clip_processor, share), Options(**options)
     plan = METHODS[method](records, models, options)
+
+    def work(rows: list[int], bars: bool = False) -> tuple[list[dict], Counter]:
+        (made, dropped), bad = _readable(rows, records, options, lambda good: plan.work(good, bars))
+        return made, dropped + +Counter({"unreadable picture": bad})
+
     if out is None:
-        made, dropped = plan.work(list(range(len(records))), options.progress)
+        made, dropped = work(list(range(len(records))), options.progress)
     else:
-        found = in_chunks([record["id"] for record in records], plan.work, out,
+        found = in_chunks([record["id"] for record in records], work, out,
                           settings(method, records, models, options), chunk=options.batch_size,
                           rank=share.rank, world=share.world, barrier=share.barrier,
                           progress="pictures" * options.progress)
@@ -159,6 +167,38 @@ def make_pairs(method: str, model: Llava | None, processor: Processor | None, cl
             return None
         made, dropped = found
     return made, {**report_on(method, records, made, dropped), **plan.notes}
+
+
+def _readable(rows: list[int], records: list[dict], options: Options, do: Callable[[list[int]], object]) -> tuple:
+    """(`do` of rows, 0). Where it fails because pictures cannot be decoded: with --bad-records skip, (`do` of the
+    other rows, how many there were); else ValueError that names the records."""
+    try:
+        return do(rows), 0
+    except ValueError:
+        bad = _damaged([records[row] for row in rows], options)
+        if not bad:
+            raise
+    if options.bad_records == "stop":
+        raise ValueError("\n".join(map(str, bad)) + "; mend it, or leave it out with --bad-records skip: the same"
+                         " command goes on where this one stopped")
+    names = {record.name for record in bad}
+    good = [row for row in rows if records[row]["id"] not in names]
+    if not good:
+        return ([], Counter()), len(bad)
+    return do(good), len(bad)
+
+
+def _damaged(records: list[dict], options: Options) -> list[BadRecord]:
+    """The records whose picture cannot be decoded; each distinct picture is decoded once."""
+    verdicts: dict[str, str] = {}
+    for record in records:
+        if record["image"] not in verdicts:
+            try:
+                look(record, options.root)
+                verdicts[record["image"]] = ""
+            except BadRecord as error:
+                verdicts[record["image"]] = error.reason
+    return [BadRecord(record["id"], verdicts[record["image"]]) for record in records if verdicts[record["image"]]]
 
 
 def scene_records(seeds: Iterable[int]) -> list[dict]:
@@ -189,11 +229,17 @@ def _rank(records: list[dict], models: Models, options: Options) -> Plan:
 
 def _realign(records: list[dict], models: Models, options: Options) -> Plan:
     answered = _answered(records, models, options)
-    near, notes = _retrieve([record["image"] for record in records], models, options)
+
+    def retrieve(rows: list[int]) -> tuple[dict[str, list], dict]:
+        return _retrieve([records[row]["image"] for row in rows], models, options)
+
+    (near, notes), _ = _readable(list(range(len(records))), records, options, retrieve)
     complete = infill(models.model, models.processor, batch_size=options.batch_size, root=options.root)
     similarity = _similarity(models, options)
 
     def work(rows: list[int], bars: bool = False) -> tuple[list[dict], Counter]:
+        if any(records[row]["image"] not in near for row in rows):
+            raise ValueError("a picture could not be read")  # `_readable` finds out which
         some, dropped = answered(rows, bars)
         made, more = retrieval_pairs(some, [near[record["image"]] for record in some], complete, similarity,
                                      tau=options.tau, source=_origin(options),
@@ -434,9 +480,10 @@ def _embed(pictures: list[str], models: Models, options: Options) -> np.ndarray:
         return embed_images(pictures, models.clip, models.clip_processor, **show)
     folder, (rank, world, barrier) = options.cache / "embeddings", models.share
     distinct = list(dict.fromkeys(pictures))
-    for start in range(SHARD * rank, len(distinct) if world > 1 else 0, SHARD * world):
-        part = distinct[start : start + SHARD]  # in batches as one process would make them
-        cached_images(part, models.clip, models.clip_processor, folder, shard=SHARD, **show)
+    with suppress(ValueError):  # of a picture: all processes meet it below, behind the barrier
+        for start in range(SHARD * rank, len(distinct) if world > 1 else 0, SHARD * world):
+            part = distinct[start : start + SHARD]  # in batches as one process would make them
+            cached_images(part, models.clip, models.clip_processor, folder, shard=SHARD, **show)
     barrier()
     return cached_images(pictures, models.clip, models.clip_processor, folder, shard=SHARD, **show)
 

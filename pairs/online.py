@@ -9,7 +9,7 @@ al., 2024, arXiv 2402.04792.
                    beside the given pair, losses/bdhs.py averages their losses                           Eq. 5
 
 The samples are data: the loss computes their log-probs again in its own forward pass, so nothing is
-differentiated through the sampling. Ties, duplicates, empty and unfinished answers teach nothing: such an
+differentiated through the sampling. Ties, duplicates, empty, unfinished and unusable answers teach nothing: such an
 example keeps its place in the batch with weight 0, so that batches have one size in every process, by which
 the mean divides: a step with few useful pairs is a small one.
 
@@ -32,7 +32,9 @@ from pathlib import Path
 import torch
 
 from data.batch import collate
+from data.check import problems_of
 from data.processor import Processor
+from losses import dpo
 from model.generate import generate
 from model.llava import Llava
 from model.reward import RewardModel
@@ -98,7 +100,8 @@ def bdhs_triples(records: list[dict], seeds: list[int], model: Llava, processor:
     complete = completion(model, processor, max_new_tokens=max_new_tokens, temperature=temperature, root=root)
     asked = [{**record, "id": f"{record['id']}/{seed}"} for record, seed in zip(records, seeds)]
     made, _ = bdhs_pairs(asked, complete, similarity, rho_th=rho_th, iterations=iterations, eps_s=eps_s)
-    generated = {pair["id"]: pair["rejected"] for pair in made}
+    generated = {pair["id"]: pair["rejected"] for pair in made
+                 if not problems_of(pair, processor, root, dpo.SEQUENCES)}
     return [{**record, "generated": generated.get(asking["id"], record["rejected"]),
              "weight": float(asking["id"] in generated)} for record, asking in zip(records, asked)]
 
@@ -112,8 +115,8 @@ def reward_judge(reward: RewardModel, processor: Processor, root: Path | None = 
 
     @torch.no_grad()
     def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score]]:
-        rows = [{**record, "answer": text} for record, texts in zip(records, answers, strict=True)
-                for text in texts]
+        rows = [{**record, "answer": processor.refused.sub("", text)}  # special tokens that the policy spelt out
+                for record, texts in zip(records, answers, strict=True) for text in texts]
         batch = collate(rows, {"answer": ("image", "answer")}, processor, root, end=True)
         device = reward.head.weight.device
         features = reward.scorer.model.vision_features(batch.pixels.to(device))

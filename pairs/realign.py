@@ -142,8 +142,11 @@ def infill(model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_siz
     def write(views: list[View], jobs: list[Job], prefixes: list[str]) -> list[str]:
         ids = [processor.prompt(job.prompt, len(view.rows)) + processor.opening(prefix)
                for view, job, prefix in zip(views, jobs, prefixes)]
-        out = generate(model, views, ids, eos_id=processor.eos_id, max_new_tokens=gap_tokens)
-        return [processor.decode(tokens) for (tokens,) in out]
+        fits = [row for row, row_ids in enumerate(ids) if len(row_ids) + gap_tokens <= processor.window]
+        out = generate(model, [views[row] for row in fits], [ids[row] for row in fits], eos_id=processor.eos_id,
+                       max_new_tokens=gap_tokens) if fits else []
+        written = {row: processor.decode(tokens) for row, (tokens,) in zip(fits, out)}
+        return [written.get(row, "") for row in range(len(ids))]  # nothing: the hidden words stay
 
     def complete(jobs: list[Job], progress: str = "") -> list[str]:
         texts = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import small
 import torch
 
-from data.batch import collate
+from data.batch import BadRecord, Drawn, MicroBatches, collate, with_seeds, without_bad
 from data.images import View
 from losses.rdpo import SEQUENCES
 
@@ -59,3 +61,73 @@ def test_errors_name_the_pair():
         collate([RECORDS[0], {**RECORDS[1], "image": "bad"}], SEQUENCES, Words())
     with pytest.raises(ValueError, match="record 'a': 13 image tokens in the prompt, 3 has 12 features"):
         collate(RECORDS, SEQUENCES, Words(extra=1))
+
+
+NAMES = [{"id": name} for name in "abcdefgh"]
+
+
+def ids_of(records: list[dict], seeds: list[int] | None = None) -> str:
+    """Records c and f cannot be used."""
+    for record in records:
+        if record["id"] in "cf":
+            raise BadRecord(record["id"], "damaged")
+    return "".join(record["id"] for record in records)
+
+
+def micro_batches(rank: int = 0, world: int = 1, parts: int = 1, **more) -> MicroBatches:
+    return MicroBatches(NAMES, **{**dict(batch_size=4, parts=parts, rank=rank, world=world, seed=3, steps=12,
+                                         make=ids_of, skip=True), **more})
+
+
+def test_a_bad_record_is_replaced_in_its_place():
+    """Only the places of c and f change, and each of them gets what can be used."""
+    data = micro_batches()
+    made = "".join(data[i].batch for i in range(len(data)))
+    plain = micro_batches(make=lambda records, seeds: "".join(record["id"] for record in records))
+    order = "".join(plain[i].batch for i in range(len(plain)))
+    assert sorted(order[:8]) == list("abcdefgh") and not set("cf") & set(made)
+    assert [a for a, b in zip(order, made) if a != b] == [a for a in order if a in "cf"]
+    assert len(set(b for a, b in zip(order, made) if a in "cf")) > 2  # not always the same one
+    bad = [record for i in range(2) for record in data[i].bad]
+    assert sorted(record.name for record in bad) == ["c", "f"] and str(bad[0]).endswith(": damaged")
+
+
+def test_replacements_do_not_depend_on_processes_and_parts():
+    whole = [micro_batches()[i].batch for i in range(12)]
+    for world, parts in ((2, 1), (1, 4), (2, 2)):
+        shares = [micro_batches(rank, world, parts) for rank in range(world)]
+        assert whole == ["".join(share[step * parts + part].batch for share in shares for part in range(parts))
+                         for step in range(12)]
+
+
+def test_without_skip_the_first_bad_record_leaves_no_batch():
+    found = [micro_batches(skip=False)[i] for i in range(2)]
+    assert any(drawn.batch is None and len(drawn.bad) == 1 for drawn in found)
+    assert all(drawn.bad == [] for drawn in found if drawn.batch is not None)
+
+
+def test_when_no_record_can_be_used():
+    def never(records, seeds):
+        raise BadRecord(records[0]["id"], "damaged")
+
+    drawn = micro_batches(make=never)[0]
+    assert drawn.batch is None and sorted(record.name for record in drawn.bad) == list("abcdefgh")
+
+
+def test_without_bad():
+    made, bad = without_bad(NAMES[:4], ids_of)
+    assert made == "abd" and [record.name for record in bad] == ["c"]
+    assert without_bad([NAMES[2]], ids_of)[0] is None
+
+
+def test_a_refusal_can_be_sent_to_another_process():
+    drawn = pickle.loads(pickle.dumps(Drawn(None, [BadRecord("a", "damaged")])))
+    assert str(drawn.bad[0]) == "record 'a': damaged" and isinstance(drawn.bad[0], ValueError)
+
+
+def test_losses_that_sample_get_records_whose_pictures_can_be_decoded(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"?")
+    good, bad = {"id": "a", "image": "scene:1"}, {"id": "b", "image": "bad.png"}
+    assert with_seeds([good], [5], tmp_path) == [(good, 5)]
+    with pytest.raises(BadRecord, match="record 'b': .*bad.png: not a readable image"):
+        with_seeds([good, bad], [5, 6], tmp_path)

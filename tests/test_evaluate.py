@@ -572,3 +572,10 @@ def test_model_on_photographs(tmp_path, random_folder):
     direct = evaluate.ask(model, processor, chair_scenes(range(4)), 8)
     assert [row["text"] for _, row in read_jsonl(said)] == list(direct.values())
     assert len(set(direct.values())) > 1
+
+
+def test_questions_beyond_the_window_are_named_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_llava", None)
+    args = evaluate.parse(["--benchmark", "chair", "--num", "2", "--max-new-tokens", "1000"])
+    with pytest.raises(ValueError, match="scenes: record '.*1000 new ones .--max-new-tokens., the decoder takes 1024"):
+        evaluate.run(args)

@@ -139,7 +139,7 @@ def test_all_bad_rows_at_once_and_files_that_are_nothing(folder):
 def test_pictures_elsewhere(folder):
     (folder / "sub").mkdir()
     path = save(folder / "sub" / "d.jsonl", ROWS["povid"])
-    assert "sub/one.png not found" in problems(path)[0]
+    assert "sub/one.png: no such image" in problems(path)[0]
     assert read(path, root=folder)[0]["image"] == "one.png"
 
 

@@ -107,7 +107,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "p.jsonl", [{**PAIR, "image": "none.png"}])
     with pytest.raises(SystemExit):
         main()
-    assert "none.png not found" in capsys.readouterr().err
+    assert "none.png: no such image" in capsys.readouterr().err
 
 
 def test_in_a_browser(tmp_path):

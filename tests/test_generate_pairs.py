@@ -19,7 +19,8 @@ from data.records import read_pairs, write_jsonl
 from generate_pairs import main, read_arguments, read_input, relocate, run
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.generate import answers
-from pairs import methods
+from pairs import bdhs, methods, realign
+from pairs.ask import Request, local_model
 from pairs.methods import METHODS, Options, make_pairs, needs_clip, needs_model
 from pairs.rank import judge_scene
 
@@ -341,3 +342,86 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, reason):
         main()
     assert ended.value.code == 2 and reason in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+# ---- bad records ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """Six pairs; of the fourth one's picture only the header is whole."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(6):
+        scenes.open_scene(f"scene:{scenes.PAIRS + i}").save(folder / f"{i}.bmp")
+    (folder / "3.bmp").write_bytes((folder / "3.bmp").read_bytes()[:900])
+    write_jsonl(folder / "pairs.jsonl", [
+        {"id": f"r{i}", "image": f"{i}.bmp", "prompt": Q, "chosen": "A dog and a car on the grass.", "rejected": B}
+        for i in range(6)])
+    return folder / "pairs.jsonl"
+
+
+@pytest.mark.parametrize("method", ["mdpo", "realign"])
+def test_a_damaged_picture_stops_the_run_or_is_dropped(method, damaged, tmp_path):
+    """`stop` names the record and keeps what is done; the same command with `skip` goes on and counts it."""
+    out = tmp_path / "p.jsonl"
+    command = ["--method", method, "--pairs", str(damaged), "--out", str(out), "--clip", str(DEFAULT_CLIP),
+               "--batch-size", "2", "--tau", "1"]
+    with pytest.raises(ValueError, match="record 'r3': .*3.bmp: not a readable image .*--bad-records skip"):
+        run(read_arguments(command))
+    assert not out.exists()
+    if method == "mdpo":
+        assert "r0" in (tmp_path / "p.jsonl.part-0").read_text()
+    report = run(read_arguments([*command, "--bad-records", "skip"]))
+    assert report["dropped"].pop("unreadable picture") == 1
+    assert report["pairs"] + sum(report["dropped"].values()) == 5
+    assert all("3.bmp" not in (pair["image"], pair["rejected_image"]) for pair in read_pairs(out))
+    assert method == "realign" or report["pairs"] == 5
+
+
+def test_an_error_that_no_picture_explains_is_not_skipped(models, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("something else")
+
+    monkeypatch.setattr(methods, "answers", fail)
+    with pytest.raises(ValueError, match="^something else$"):
+        make("rank", models, tmp_path, bad_records="skip")
+
+
+@pytest.mark.parametrize(("method", "change", "reason"), [
+    ("bdhs", {"chosen": "It says <unk>."}, "'chosen': text contains the special token <unk>"),
+    ("realign", {"prompt": "<s>"}, "'prompt': text contains the special token <s>"),
+    ("realign", {"chosen": "A dog. " * 400}, "'chosen': .* tokens with prompt and picture, the decoder takes 1024"),
+    ("bdhs", {"prompt": "What? " * 450}, "972 tokens of prompt and picture and 96 new ones .--max-new-tokens."),
+])
+def test_texts_are_refused_before_the_model_is_loaded(damaged, tmp_path, monkeypatch, method, change, reason):
+    monkeypatch.setattr("generate_pairs.load_llava", None)
+    rows = read_pairs(damaged)
+    write_jsonl(damaged, [{**row, **change} if row["id"] in ("r1", "r4") else row for row in rows])
+    with pytest.raises(ValueError, match=f"(?s)pairs.jsonl: record 'r1': {reason}.*: record 'r4': {reason}"):
+        run(read_arguments(["--method", method, "--pairs", str(damaged), "--out", str(tmp_path / "p.jsonl"),
+                            "--clip", str(DEFAULT_CLIP)]))
+
+
+def test_an_answer_that_leaves_no_room_is_no_completion(models):
+    """It is dropped alone; what stands beside it is written as if it were not there."""
+    model, processor = models[:2]
+    long = "Yes" + ", yes" * 500 + ". A dog."
+    rows = [{"id": name, "image": "scene:5", "prompt": Q, "chosen": text}
+            for name, text in (("long", long), ("short", "A dog is there. It runs on the grass."))]
+    complete = bdhs.completion(model, processor, max_new_tokens=24)
+    attempts = [bdhs._attempt(row, 1, False, 0.9, 0.5, 0) for row in rows]
+    assert complete(attempts) == [None, *complete(attempts[1:])]
+    jobs = [realign.Job("scene:5", Q, row["chosen"], realign.mask_words(row["chosen"])) for row in rows]
+    fill = realign.infill(model, processor)
+    assert fill(jobs)[0] == long and fill(jobs)[1] == fill(jobs[1:])[0]
+
+
+def test_questions_that_a_local_model_cannot_be_asked_are_problems_of_their_own(models):
+    model, processor = models[:2]
+    ask = local_model(model, processor, "tiny", max_new_tokens=8).ask
+    good = Request("scene:5", Q)
+    replies = ask([Request("scene:5", "<s>"), good, Request("scene:5", "What? " * 600)])
+    assert [reply.problem for reply in replies[::2]] == ["a special token in the question",
+                                                         "question longer than the model's window"]
+    assert replies[1:2] == ask([good]) and [reply.text for reply in ask([Request("scene:5", "<s>")])] == [""]

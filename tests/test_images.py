@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from data import images
-from data.images import Preprocessing, View, open_image, pad_to_square, preprocess, single, stack
+from data.images import Preprocessing, View, image_size, open_image, pad_to_square, preprocess, single, stack
 from data.processor import find_aspect, read_preprocessing
 from model.config import llava_config
 
@@ -117,6 +118,43 @@ def test_missing_files_and_folders(tmp_path):
         open_image("none.png", tmp_path)
     with pytest.raises(ValueError, match="not a readable image"):
         open_image(".", tmp_path)
+
+
+@pytest.mark.parametrize("image, name", [
+    (Image.new("L", (4021, 20)), "a.png"), (Image.new("1", (16385, 90)), "a.png"), (Image.new("I", (9, 9)), "a.tif"),
+    (Image.new("F", (9, 9)), "a.tif"), (Image.new("1", (8193, 8192)), "a.png"), (None, "a.png"),
+])
+def test_the_header_is_refused_by_the_words_that_refuse_the_picture(tmp_path, image, name):
+    image.save(tmp_path / name) if image else (tmp_path / name).write_bytes(b"")
+    said = []
+    for read in (open_image, image_size):
+        with pytest.raises(ValueError) as error:
+            read(name, tmp_path)
+        said.append(str(error.value))
+    assert said[0] == said[1] and str(tmp_path / name) in said[0]
+
+
+def test_the_size_is_read_from_the_header(tmp_path):
+    """(height, width), also where the pixels are cut off and of 16-bit files."""
+    (tmp_path / "cut.jpg").write_bytes(encoded(photo(90, 60), "JPEG")[:900])
+    Image.fromarray(np.zeros((6, 9), np.uint16)).save(tmp_path / "deep.png")
+    assert image_size("cut.jpg", tmp_path) == (60, 90) and image_size("deep.png", tmp_path) == (6, 9)
+    assert image_size("scene:3") == (96, 96)
+    with pytest.raises(ValueError, match="cut.jpg: not a readable image .*truncated"):
+        open_image("cut.jpg", tmp_path)
+
+
+@pytest.mark.parametrize("read", [open_image, image_size])
+def test_what_is_no_file_is_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "/dev/zero", "."):
+        with pytest.raises(ValueError, match="not a readable image .no regular file"):
+            read(name, tmp_path)
+    for name in ("a\0b.png", "x" * 5000):
+        with pytest.raises(ValueError, match="not a readable image"):
+            read(name, tmp_path)
+    with pytest.raises(ValueError, match="image reference 'scene:999"):
+        read("scene:" + "9" * 5000)
 
 
 def test_a_zero_sized_picture(tmp_path):

@@ -190,6 +190,8 @@ def test_reward_is_read_at_the_end_token_and_survives_the_disk(tmp_path):
     scores = judge(run.records, [[r["chosen"], r["rejected"]] for r in run.records])
     judged = torch.tensor([[s.score for s in group] for group in scores])
     torch.testing.assert_close(judged.T.flatten(), found.detach(), rtol=0, atol=1e-4)
+    first = run.records[0]
+    assert judge([first], [["A dog.<s>"]]) == judge([first], [["A dog."]])  # spelt out by the policy
 
 
 @pytest.mark.parametrize(
@@ -553,6 +555,15 @@ def test_fingerprint_sees_a_vision_tower_of_its_own(tmp_path, llava_folder):
 def test_reference_cache_is_refused_where_it_cannot_be(tmp_path, loss, reason):
     with pytest.raises(ValueError, match=reason):
         make_run(loss, "--reference-cache", str(tmp_path / "x"), *(["--judge", "clip"] if loss == "ppo" else []))
+
+
+@pytest.mark.parametrize("text, used", [("A cat.", 1.0), ("A <s> cat.", 0.0), ("A cat. " * 400, 0.0)])
+def test_a_completion_that_cannot_be_scored_teaches_nothing(monkeypatch, text, used):
+    """A special token that was spelt out, and more than the decoder takes."""
+    monkeypatch.setattr(online, "bdhs_pairs", lambda rows, *_, **__: ([{**row, "rejected": text} for row in rows], {}))
+    model, processor = SimpleNamespace(training=False), Processor(DEFAULT_MODEL)
+    (made,) = online.bdhs_triples(records()[:1], [3], model, processor, None, None)
+    assert made["weight"] == used and made["generated"] == (text if used else made["rejected"])
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------

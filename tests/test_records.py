@@ -41,15 +41,20 @@ def test_what_is_written_is_read_back(tmp_path):
     ({"prompt": "  "}, "'prompt' is empty"),
     ({"id": 7}, "'id' must be a string, found int"),
     ({"rejected": "A dog. "}, "'chosen' and 'rejected' are the same text"),
-    ({"image": "nowhere.jpg"}, "nowhere.jpg not found"),
-    ({"image": "broken.jpg"}, "broken.jpg is not a readable image"),
+    ({"image": "nowhere.jpg"}, "nowhere.jpg: no such image"),
+    ({"image": "broken.jpg"}, "broken.jpg: not a readable image"),
+    ({"image": "thin.png"}, "thin.png: not a readable image (499 x 1 pixels: one side is more than 200 times"),
+    ({"rejected_image": "float.tif"}, "float.tif: not a readable image (values of mode F"),
     ({"image": "scene:x"}, "'image': image reference 'scene:x'"),
+    ({"image": "scene:" + "9" * 5000}, "at most 18 digits"),
     ({"rejected_image": "scene:3?without=unicorn"}, "unicorn"),
     ({"rejected_imgae": "scene:3"}, "unknown key 'rejected_imgae'"),
     ({"source": "me"}, "'source' must be a JSON object"),
 ])
 def test_one_bad_field(tmp_path, change, reason):
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    Image.new("RGB", (499, 1)).save(tmp_path / "thin.png")
+    Image.new("F", (9, 9)).save(tmp_path / "float.tif")
     path = lines(tmp_path / "p.jsonl", GOOD, {**GOOD, "id": "b", **change})
     (found,) = problems(path)
     assert found.startswith(f"{path}:2: ") and reason in found

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 import train
 from data import scenes
@@ -139,3 +143,115 @@ def test_bad_pairs_are_all_listed_before_training(pairs, tmp_path):
     with pytest.raises(ValueError) as error:
         train.main(arguments(path, tmp_path / "out", "--loss", "adavip"))
     assert ":2:" in str(error.value) and ":4:" in str(error.value)
+
+
+# ---- bad records ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> Path:
+    """Ten pairs; the header of r4's picture is whole, its pixels are cut off."""
+    folder = tmp_path_factory.mktemp("damaged")
+    Image.new("RGB", (90, 60), (200, 30, 90)).save(folder / "p.bmp")
+    (folder / "p.bmp").write_bytes((folder / "p.bmp").read_bytes()[:3000])
+    write_jsonl(folder / "pairs.jsonl", [
+        {"id": f"r{i}", "image": "p.bmp" if i == 4 else f"scene:{scenes.PAIRS + i}", "prompt": "What is there?",
+         "chosen": f"A dog and {i} cats.", "rejected": f"A cat and {i} dogs."} for i in range(10)])
+    return folder / "pairs.jsonl"
+
+
+def bad_run(damaged: Path, out: Path, *more: str) -> list[str]:
+    return arguments(damaged, out, "--loss", "dpo", "--batch-size", "2", "--steps", "6", "--lora-dropout", "0.1",
+                     *more)
+
+
+def test_a_damaged_picture_stops_the_run_and_skip_goes_on_bit_for_bit(damaged, tmp_path):
+    """`stop` saves the finished steps and names the record; going on with `skip` is an uninterrupted `skip`."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main(bad_run(damaged, whole, "--bad-records", "skip", "--workers", "1")) == 0
+    with pytest.raises(ValueError, match="record 'r4': .*p.bmp: not a readable image .*--bad-records skip") as error:
+        train.main(bad_run(damaged, parts))
+    done = torch.load(parts / "checkpoint.pt", weights_only=True)["step"]
+    assert 0 < done < 6 and f"holds the {done} finished steps" in str(error.value) and "\n" not in str(error.value)
+    assert len(losses(parts)) == done
+    with pytest.raises(ValueError, match="record 'r4'"):  # again, also from a loader's process, in one line
+        train.main(bad_run(damaged, parts, "--resume", "--workers", "1"))
+    assert train.main(bad_run(damaged, parts, "--resume", "--bad-records", "skip")) == 0
+    assert weights(parts) == weights(whole) and losses(parts) == losses(whole)
+    last = [json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["bad_records"] for out in (whole, parts)]
+    result = json.loads((parts / "result.json").read_text())["bad_records"]
+    assert last == [1, 1] and list(result) == ["r4"] and "truncated" in result["r4"]
+
+
+def test_two_processes_stop_where_one_does(damaged, tmp_path):
+    """Only one of them meets the picture: both stop, and what they saved goes on in one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--lora-dropout", "0", "--micro-batch-size", "1"]
+    assert train.main(bad_run(damaged, one, "--bad-records", "skip", *more)) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(HOME / "train.py"), *bad_run(damaged, two, *more)]
+    stopped = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                             timeout=120)
+    assert stopped.returncode != 0 and stopped.stderr.count("train.py: record 'r4'") == 2, stopped.stderr
+    assert train.main(bad_run(damaged, two, "--resume", "--bad-records", "skip", *more)) == 0
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+
+
+def test_losses_that_sample_stop_and_skip_too(damaged, tmp_path):
+    rows = [json.loads(line) for line in damaged.read_text().splitlines()]
+    images = damaged.with_name("images.jsonl")
+    write_jsonl(images, [{key: row[key] for key in ("id", "image", "prompt")} for row in rows])
+    command = [*arguments(images, tmp_path, "--loss", "rloo", "--judge", "clip"), "--batch-size", "2", "--steps", "3",
+               "--samples", "2", "--max-new-tokens", "8"]
+    with pytest.raises(ValueError, match="record 'r4': .*p.bmp.*--bad-records skip"):
+        train.main(command)
+    assert train.main([*command, "--bad-records", "skip"]) == 0
+
+
+def test_the_reference_cache_holds_what_can_be_used_and_is_completed(damaged, tmp_path):
+    """All other records are computed before the damaged one is named; mended, only its rows are computed."""
+    mended, cache = tmp_path / "data", tmp_path / "cache.safetensors"
+    shutil.copytree(damaged.parent, mended)
+    command = [*bad_run(mended / "pairs.jsonl", tmp_path / "out"), "--reference-cache", str(cache)]
+    with pytest.raises(ValueError, match="record 'r4'"):
+        train.main(command)
+    kept = load_file(cache)
+    assert {name.partition("/")[2] for name in kept} == {f"r{i}" for i in range(10)} - {"r4"}
+    assert train.main([*command, "--bad-records", "skip"]) == 0
+    Image.new("RGB", (90, 60), (200, 30, 90)).save(mended / "p.bmp")
+    assert train.main(command) == 0
+    found = load_file(cache)
+    assert found.keys() - kept.keys() == {"chosen/r4", "rejected/r4"}
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+def test_the_reward_model_is_measured_on_held_out_pairs_that_can_be_used(damaged, tmp_path):
+    rows = [json.loads(line) for line in damaged.read_text().splitlines()]
+    path = damaged.with_name("first.jsonl")
+    write_jsonl(path, [rows[4], *rows[:4], *rows[5:], *({**row, "id": f"{row['id']}x"} for row in rows[5:])])
+    command = [*arguments(path, tmp_path, "--loss", "reward_model"), "--batch-size", "2", "--steps", "1"]
+    with pytest.raises(ValueError, match="record 'r4': .*leave it out with --bad-records skip"):
+        train.main(command)
+    assert train.main([*command, "--bad-records", "skip"]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["after"].keys() == {"accuracy"}
+
+
+@pytest.mark.parametrize(
+    "loss, change, reason",
+    [
+        ("dpo", {"chosen": "It costs <s>10</s> 8."}, "'chosen': text contains the special token <s>"),
+        ("sft", {"prompt": "<pad>What?"}, "'prompt': text contains the special token <pad>"),
+        ("dpo", {"rejected": "A cat. " * 400}, "'rejected': 12[0-9]{2} tokens with prompt and picture, the"),
+        ("mixed_dpo", {"prompt": "What? " * 450}, r"96 new ones \(--max-new-tokens\), the decoder takes 1024"),
+    ],
+)
+def test_texts_are_refused_before_the_model_is_loaded(damaged, tmp_path, monkeypatch, loss, change, reason):
+    """Each by the file and the record, all at once."""
+    monkeypatch.setattr(train, "load_policy", None)
+    rows = [json.loads(line) for line in damaged.read_text().splitlines()]
+    path = tmp_path / "pairs.jsonl"
+    write_jsonl(path, [{**row, **change} if row["id"] in ("r2", "r7") else row for row in rows if row["id"] != "r4"])
+    with pytest.raises(ValueError) as error:
+        train.main(arguments(path, tmp_path / "out", "--loss", loss))
+    lines = str(error.value).split("\n")
+    assert [re.match(rf"{path}: record '(r\d)': .*{reason}", line)[1] for line in lines] == ["r2", "r7"]

@@ -1,0 +1,78 @@
+"""What only a model's tokenizer and window can say about records, said of all of them before any work.
+
+Each record's texts go through the very methods that would refuse them later (data/processor.py): special tokens in
+a text, an answer that merges with the tag in front of it. Then the tokens are counted that the decoder would get:
+
+    scored      image tokens + prompt + response, less the last token, which predicts nothing   (model/logprobs.py)
+    generated   image tokens + prompt + new tokens                                              (model/generate.py)
+
+Image tokens follow from a picture's header alone. Readers of files look at everything else (data/records.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.processor import Processor
+
+LISTED = 20  # bad records that are named; the others are counted
+
+
+def check_records(
+    records: Iterable[dict], processor: Processor, root: Path | str | None, source: Path | str, *,
+    sequences: Mapping[str, tuple] | None = None, end: bool = False, new_tokens: int = 0, progress: str = "",
+) -> None:
+    """Raise one ValueError that lists records as `source: record ID: reason`, if there are any to list.
+
+    Args:
+        root: folder that relative paths of pictures start from.
+        source: the file that the records come from.
+        sequences, end, new_tokens: as for `problems_of`.
+        progress: label of a progress bar, shown after a few seconds; empty for none.
+    """
+    lines = []
+    for record in tqdm(records, desc=progress, disable=None if progress else True, delay=3):
+        reasons = problems_of(record, processor, root, sequences, end=end, new_tokens=new_tokens)
+        lines += [f"{source}: record {record['id']!r}: {reason}" for reason in reasons]
+    if len(lines) > LISTED:
+        lines[LISTED:] = [f"{source}: and {len(lines) - LISTED} more"]
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def problems_of(
+    record: dict, processor: Processor, root: Path | str | None, sequences: Mapping[str, tuple] | None = None, *,
+    end: bool = False, new_tokens: int = 0,
+) -> list[str]:
+    """What is wrong with the texts of a record, [] for nothing.
+
+    Args:
+        sequences: what is scored, as for `data.batch.collate`, if anything is; of fields that the record lacks
+            nothing is said.
+        end: as for `collate`.
+        new_tokens: what the option --max-new-tokens lets a model add to the prompt; 0: nothing.
+    """
+    scored = [(picture.partition(":")[0], field) for picture, field, *_ in (sequences or {}).values()
+              if field in record]
+    lengths, found = {}, {}  # a dict: what holds for two pictures is said once
+    for field in dict.fromkeys(["prompt", *(field for _, field in scored)]):
+        try:
+            ids = processor.prompt(record[field], 0) if field == "prompt" else processor.response(record[field])
+            lengths[field] = len(ids)
+        except ValueError as error:
+            found[f"{field!r}: {error}"] = True
+    if found:
+        return list(found)
+    counts = {name: processor.image_tokens(record[name], root) for name in {"image", *(name for name, _ in scored)}}
+    for name, field in scored:
+        total = counts[name] + lengths["prompt"] + lengths[field] + end - 1
+        if total > processor.window:
+            found[f"{field!r}: {total} tokens with prompt and picture, the decoder takes {processor.window}"] = True
+    begun = counts["image"] + lengths["prompt"]
+    if new_tokens and begun + new_tokens > processor.window:
+        found[f"{begun} tokens of prompt and picture and {new_tokens} new ones (--max-new-tokens), the decoder"
+              f" takes {processor.window}"] = True
+    return list(found)
