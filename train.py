@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 train.py --loss dpo                     two processes, same losses
     python train.py --loss rdpo --steps 20                              without torchrun
     python train.py --loss adavip --data pairs.jsonl --model DIR        your pairs, your LLaVA checkpoint
+    python train.py --loss dpo --data rlaif-v.parquet --model DIR       published ones, as they are
     python train.py --loss adavip --out runs/adavip --resume            go on after an interruption
     python train.py --loss reward_model                                 a reward model, for the next line
     python train.py --loss ppo --reward runs/reward_model               reinforcement; rloo too, fisao needs none
@@ -52,8 +53,9 @@ from tqdm import tqdm
 import evaluate
 from data import scenes
 from data.batch import Batch, MicroBatches, collate, fields_of
+from data.formats import Data, load
 from data.processor import ClipProcessor, Processor
-from data.records import read_images, read_pairs, write_jsonl
+from data.records import write_jsonl
 from data.templates import TEMPLATES
 from losses import (
     adavip, bdhs, dpo, dpo_weighted, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic,
@@ -163,7 +165,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def add_general_options(parser: argparse.ArgumentParser) -> None:
     """Those that every loss has."""
     add = parser.add_argument
-    add("--data", type=Path, metavar="FILE", help="records; left out, they are made from scenes")
+    add("--data", type=Path, metavar="FILE",
+        help="records in any format of data/formats.py; left out, they are made from scenes")
     add("--pairs", choices=METHODS,
         help="method that makes pairs of scenes (default: the loss's own)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
@@ -339,10 +342,13 @@ def find_records(args, recipe: Recipe, model, processor, rank: int, world: int) 
         write_jsonl(path, make_records(args, recipe, model, processor))
     if world > 1:
         dist.barrier()
-    records = read_records(path, recipe)
-    if len(records) < args.batch_size:
-        raise ValueError(f"{path}: {len(records)} records are fewer than one batch of {args.batch_size}")
-    return records, path.parent
+    data = read_records(path, recipe)
+    if args.data and rank == 0:
+        print(f"--data {path}: {len(data.records):,} records, read as {data.format}", flush=True)
+    if len(data.records) < args.batch_size:
+        raise ValueError(f"{path}: {len(data.records)} records are fewer than one batch of {args.batch_size}"
+                         " (--batch-size)")
+    return data.records, data.root
 
 
 def make_records(args, recipe: Recipe, model, processor) -> list[dict]:
@@ -361,11 +367,13 @@ def make_records(args, recipe: Recipe, model, processor) -> list[dict]:
     return records
 
 
-def read_records(path: Path, recipe: Recipe) -> list[dict]:
+def read_records(path: Path, recipe: Recipe) -> Data:
     """Validated records with what this loss reads; pictures and questions only if it samples everything."""
-    if not recipe.pairs:
-        return read_images(path)
-    return read_pairs(path, fields_of(recipe.sequences) - {"generated"})
+    command = f"python generate_pairs.py --method {recipe.pairs}"
+    hints = {"rejected": f"{command} --images {path} makes pairs",
+             "rejected_image": f"{command} --pairs {path} adds one"}
+    needs = fields_of(recipe.sequences) - {"generated"} if recipe.pairs else ()
+    return load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
 
 
 def make_scorer(args, recipe: Recipe, model) -> torch.nn.Module:

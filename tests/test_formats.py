@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.formats import FORMATS, detect, read, write
-from data.records import read_images, read_pairs
+from data.records import read_pairs
 
 Q, A, B = "What is it?", "A red bus.", "A blue bus."
 
@@ -34,6 +34,9 @@ ROWS = {
     "llava": {"id": "a", "image": "one.png", "conversations": talk(f"{Q}\n<image>", A, "And?", "Rain.")},
     "povid": {"id": "a", "image": "one.png", "conversations": talk(f"<image>\n{Q}", A),
               "rejected_conversations": talk(f"<image>\n{Q}", B)},
+    "llama-factory": {"images": ["one.png"], "conversations": talk(f"<image>{Q}", "")[:1],
+                      "chosen": {"from": "gpt", "value": A}, "rejected": {"role": "assistant", "content": B}},
+    "ms-swift": {"messages": chat(f"<image>{Q}", A), "images": ["one.png"], "rejected_response": B},
     "realign": {"image": "one.png", "retrieved_image": "two.png", "chosen": chat(f"<image>\n{Q}", A),
                 "rejected": chat(f"<image>\n{Q}", B)},
     "rlhf-v": {"idx": 7, "image": None, "image_path": "one.png", "origin_dataset": "vqa",
@@ -67,7 +70,7 @@ def test_every_format_becomes_the_same_record(folder, name, lines):
     if name == "llava":
         assert record.keys() == {"id", "image", "prompt", "chosen"}
         write(folder / "own.jsonl", [record])
-        assert read_images(folder / "own.jsonl") == [record]
+        assert read(folder / "own.jsonl", "plumbline") == [record]
     else:
         assert record["rejected"] == B
         write(folder / "own.jsonl", [record])
@@ -101,7 +104,7 @@ def problems(path, **options) -> list[str]:
     ("llava", {"image": None}, "no picture"),
     ("llava", {"conversations": []}, "not a conversation"),
     ("llava", {"conversations": talk(A, Q, roles=("gpt", "human"))}, "a message of the user is wanted"),
-    ("llava", {"conversations": talk("<image><image>" + Q, A)}, "2 pictures"),
+    ("llava", {"conversations": talk("<image><image>" + Q, A)}, "'prompt' contains <image>"),
     ("povid", {"rejected_conversations": talk("Why?", B)}, "ask different questions"),
     ("povid", {"rejected_conversations": talk(Q, "<image> " + B)}, "'rejected' contains <image>"),
     ("povid", {"rejected_conversations": talk(Q, A + " ")}, "are the same text"),
@@ -129,7 +132,7 @@ def test_all_bad_rows_at_once_and_files_that_are_nothing(folder):
     assert [line.split(":")[1] for line in problems(path)] == ["2", "3", "4"]
     path.write_text("[{")
     assert "not valid JSON" in problems(path)[0]
-    assert "no known format (povid, llava," in problems(save(path, {"url": "x", "caption": "y"}))[0]
+    assert "no known format (povid, llama-factory, llava," in problems(save(path, {"url": "x", "caption": "y"}))[0]
     assert problems(save(path)) == [f"{path}: no records"]
     assert problems(folder / "none.json") == [f"{folder / 'none.json'}: not found"]
     assert "unknown format 'coco'" in problems(path, format="coco")[0]

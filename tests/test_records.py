@@ -8,7 +8,8 @@ import os
 import pytest
 from PIL import Image
 
-from data.records import read_images, read_pairs, write_jsonl
+from data.formats import read
+from data.records import SHOWN, read_pairs, relocate, write_jsonl
 
 GOOD = {"id": "a", "image": "scene:1000000", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."}
 
@@ -56,12 +57,12 @@ def test_one_bad_field(tmp_path, change, reason):
 
 
 def test_all_bad_lines_are_listed_at_once(tmp_path):
-    twice, empty = '{"id": "x", "id": "y"}', {**GOOD, "id": "z", "chosen": ""}
-    path = lines(tmp_path / "p.jsonl", "{", "[1]", GOOD, GOOD, twice, "", empty)
+    twice, empty = '{"id": "x", "id": "y"}', {**GOOD, "id": "z", "chosen": "", "prompt": 3}
+    path = lines(tmp_path / "p.jsonl", "{]", "[1]", GOOD, GOOD, twice, "", empty)
     found = problems(path)
-    assert [int(line.split(":")[1]) for line in found] == [1, 2, 4] + [5] * 5 + [7]
-    assert "not valid JSON" in found[0] and "found list" in found[1] and "already used in line 3" in found[2]
-    assert "key 'id' is given twice" in found[3] and "'chosen' is empty" in found[-1]
+    assert [int(line.split(":")[1]) for line in found] == [1, 2, 4, 5, 7, 7]
+    assert "not valid JSON" in found[0] and "found list" in found[1] and f"already used in {path}:3" in found[2]
+    assert "not valid JSON (holds the key 'id' twice)" in found[3] and "'chosen' is empty" in found[-1]
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
@@ -73,7 +74,7 @@ def test_bytes_that_are_not_utf8(tmp_path):
 def test_needs(tmp_path):
     path = lines(tmp_path / "p.jsonl", GOOD, {**GOOD, "id": "b", "rejected_image": None})
     assert len(read_pairs(path)) == 2
-    assert problems(path, {"rejected_image"}) == [f"{path}:{n}: 'rejected_image' is missing" for n in (1, 2)]
+    assert problems(path, {"rejected_image"}) == [f"{path}: 'rejected_image' is missing (in all 2 records)"]
     with pytest.raises(ValueError, match="no field \\['mask'\\]"):
         read_pairs(path, {"mask"})
 
@@ -85,9 +86,9 @@ def test_no_file_and_no_records(tmp_path):
 
 def test_image_records(tmp_path):
     row = {"id": "a", "image": "scene:0", "prompt": "What?"}
-    assert read_images(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "chosen": "It."}))[0] == row
-    with pytest.raises(ValueError, match="i.jsonl:1: unknown key 'rejected'"):
-        read_images(lines(tmp_path / "i.jsonl", {**row, "rejected": "No."}))
+    assert read(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "chosen": "It."}))[0] == row
+    with pytest.raises(ValueError, match="i.jsonl:2: unknown key 'rejected'"):
+        read(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "rejected": "No."}))
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
