@@ -48,7 +48,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common import parse_json
 from data.images import open_image
@@ -183,18 +183,16 @@ def _convert(rows: Iterable[Row], format: str | None, root: Path, answers: bool,
     """Rows -> records; a row that cannot become one says why."""
     names: dict[str, int] = {}
     for where, row, reasons in rows:
-        record = None
         if row is not None:
             try:
-                record = FORMATS[format].convert(row, Pictures(where, root, images))
+                row = FORMATS[format].convert(row, Pictures(where, root, images))
                 if format != "plumbline":
-                    filled = {key: value for key, value in record.items() if value is not None}
-                    record = _named(filled, where, names)
+                    row = _named({key: value for key, value in row.items() if value is not None}, where, names)
                 if not answers:
-                    record = {key: value for key, value in record.items() if key not in ANSWERS}
+                    row = {key: value for key, value in row.items() if key not in ANSWERS}
             except ValueError as error:
-                reasons = [str(error)]
-        yield where, record, reasons
+                row, reasons = None, [str(error)]
+        yield where, row, reasons
 
 
 class Pictures:
@@ -229,6 +227,8 @@ class Pictures:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 kind = (image.format or "").lower()
+        except UnidentifiedImageError:
+            raise ValueError("its picture is not readable (no format that Pillow knows)") from None
         except Exception as error:  # Pillow's readers raise almost anything on broken files
             raise ValueError(f"its picture is not readable ({str(error) or type(error).__name__})") from None
         path = self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{'jpg' if kind == 'jpeg' else kind}"

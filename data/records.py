@@ -113,14 +113,16 @@ def json_rows(path: Path) -> Iterator[Row]:
         if not path.is_file():
             raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
         with path.open("rb") as file:
-            first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
+            starts = iter(lambda: file.readline(64), b"")  # a JSON list may be one line of gigabytes
+            first = next((line for line in starts if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
             file.seek(0)
             if first[:1] == b"[" or first == b"{":
                 rows = _whole(path, file.read())
                 for number, row in enumerate(rows, 1):
                     yield f"{path}:{number}", *_object(row)
             elif first and first[:1] != b"{":
-                raise ValueError(f"{path}: neither JSON, JSONL nor Parquet: it starts with {first[:20]!r}")
+                raise ValueError(f"{path}: neither JSON nor JSONL, it starts with {first[:20]!r};"
+                                 " Parquet files are named .parquet")
             else:
                 for number, line in enumerate(file, 1):
                     if line.strip():
@@ -140,7 +142,7 @@ def _whole(path: Path, data: bytes) -> list:
 def parse_line(line: bytes) -> tuple[dict | None, list[str]]:
     """One line -> (object, problems); (None, problems) when there is no object to look into."""
     try:
-        return _object(parse_json(line, _no_repeats))
+        return _object(parse_json(line.rstrip(), _no_repeats))
     except ValueError as error:
         return None, [str(error)]
 
@@ -213,7 +215,7 @@ class Faults:
         """One line for each named reason; one for a reason that several rows have without exception."""
         common = self.common if self.rows > 1 else set()
         shared = dict.fromkeys(reason for _, reason in self.named if reason in common)
-        lines = [f"{self.path}: {_short(reason)} (in all {self.rows:,} records)" for reason in shared]
+        lines = [f"{self.path}: all {self.rows:,} records: {_short(reason)}" for reason in shared]
         single = [f"{where}: {_short(reason)}" for where, reason in self.named if reason not in common]
         if single and self.bad > SHOWN:
             single.append(f"{self.path}: and {self.bad - SHOWN:,} more bad records"

@@ -341,3 +341,16 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, reason):
         main()
     assert ended.value.code == 2 and reason in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_bad_texts_are_named_before_any_work(photos, tmp_path):
+    rows = [json.loads(line) for line in (photos / "pairs.jsonl").read_text().splitlines()]
+    rows[1]["chosen"] = "A dog \ud83d"
+    (photos / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="bad.jsonl:2: 'chosen' holds half a character"):
+        run(read_arguments(["--method", "mdpo", "--pairs", str(photos / "bad.jsonl"),
+                            "--out", str(tmp_path / "p.jsonl")]))
+    (photos / "images.jsonl").write_text(json.dumps({"id": "a", "image": "one.png", "prompt": Q}))
+    with pytest.raises(ValueError, match="'rejected' is missing .say --images where there are no pairs."):
+        run(read_arguments(["--pairs", str(photos / "images.jsonl"), "--out", str(tmp_path / "p.jsonl")]))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
