@@ -65,8 +65,10 @@ import torch.distributed as dist
 from data import scenes
 from data.check import check_records
 from data.corrupt import STEPS
-from data.formats import read, write
+from data.formats import load as load_data
+from data.formats import write
 from data.processor import ClipProcessor, Processor
+from data.records import relocate
 from data.templates import TEMPLATES
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.hub import resolve
@@ -79,22 +81,6 @@ from pairs.report import summary
 
 HOME = Path(__file__).resolve().parent
 FIRST_SEED = {"pairs": scenes.PAIRS, "train": scenes.TRAIN, "dev": scenes.DEV}
-
-
-def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
-    """Rewrite relative image paths, which start at `root`, so that they start at `folder`."""
-
-    def move(row: dict) -> dict:
-        moved = {key: os.path.relpath(root / row[key], folder) for key in ("image", "rejected_image")
-                 if row.get(key) and not row[key].startswith("scene:") and not os.path.isabs(row[key])}
-        return {**row, **moved}
-
-    made = []
-    for record in map(move, records):
-        if listed := (record.get("source") or {}).get("candidates"):
-            record["source"] = {**record["source"], "candidates": [move(candidate) for candidate in listed]}
-        made.append(record)
-    return made
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -260,10 +246,11 @@ def read_input(arguments: argparse.Namespace) -> tuple[str, list[dict], Path]:
     if file is None:
         first = FIRST_SEED[arguments.scene_split]
         return "images", scene_records(range(first, first + arguments.scenes)), arguments.out.parent
-    records = read(file, needs=("rejected",) if arguments.pairs else ())
-    if arguments.images and "rejected" in records[0]:
+    hints = {"rejected": "say --images where there are no pairs"}
+    data = load_data(file, needs=("rejected",) if arguments.pairs else (), hints=hints)
+    if arguments.images and "rejected" in data.records[0]:
         raise ValueError(f"{file}: holds preference pairs: say --pairs")
-    return "pairs" if arguments.pairs else "images", records, file if file.is_dir() else file.parent
+    return "pairs" if arguments.pairs else "images", data.records, data.root
 
 
 def start_processes() -> Share:

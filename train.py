@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 train.py --loss dpo                     two processes, same losses
     python train.py --loss rdpo --steps 20                              without torchrun
     python train.py --loss adavip --data pairs.jsonl --model DIR        your pairs, your LLaVA checkpoint
+    python train.py --loss dpo --data rlaif-v.parquet --model DIR       published ones, as they are
     python train.py --loss adavip --out runs/adavip --resume            go on after an interruption
     python train.py --loss reward_model                                 a reward model, for the next line
     python train.py --loss ppo --reward runs/reward_model               reinforcement; rloo too, fisao needs none
@@ -58,8 +59,9 @@ from common import read_json
 from data import scenes
 from data.batch import BadRecord, Batch, MicroBatches, collate, fields_of, with_seeds, without_bad
 from data.check import check_records
+from data.formats import Data, load
 from data.processor import ClipProcessor, Processor
-from data.records import read_images, read_pairs, write_jsonl
+from data.records import write_jsonl
 from data.templates import TEMPLATES
 from losses import (
     adavip, bdhs, dpo, dpo_weighted, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic,
@@ -169,7 +171,8 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def add_general_options(parser: argparse.ArgumentParser) -> None:
     """Those that every loss has."""
     add = parser.add_argument
-    add("--data", type=Path, metavar="FILE", help="records; left out, they are made from scenes")
+    add("--data", type=Path, metavar="FILE",
+        help="records in any format of data/formats.py; left out, they are made from scenes")
     add("--pairs", choices=METHODS,
         help="method that makes pairs of scenes (default: the loss's own)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
@@ -348,12 +351,15 @@ def find_records(args, recipe: Recipe, model, processor, rank: int, world: int) 
         write_jsonl(path, make_records(args, recipe, model, processor))
     if world > 1:
         dist.barrier()
-    records = read_records(path, recipe)
+    data = read_records(path, recipe)
     if args.data is None:
-        check_texts(args, recipe, processor, records, path, rank)
-    if len(records) < args.batch_size:
-        raise ValueError(f"{path}: {len(records)} records are fewer than one batch of {args.batch_size}")
-    return records, path.parent
+        check_texts(args, recipe, processor, data, path, rank)
+    elif rank == 0:
+        print(f"--data {path}: {len(data.records):,} records, read as {data.format}", flush=True)
+    if len(data.records) < args.batch_size:
+        raise ValueError(f"{path}: {len(data.records)} records are fewer than one batch of {args.batch_size}"
+                         " (--batch-size)")
+    return data.records, data.root
 
 
 def make_records(args, recipe: Recipe, model, processor) -> list[dict]:
@@ -372,22 +378,24 @@ def make_records(args, recipe: Recipe, model, processor) -> list[dict]:
     return records
 
 
-def read_records(path: Path, recipe: Recipe) -> list[dict]:
+def read_records(path: Path, recipe: Recipe) -> Data:
     """Validated records with what this loss reads; pictures and questions only if it samples everything."""
-    if not recipe.pairs:
-        return read_images(path)
-    return read_pairs(path, fields_of(recipe.sequences) - {"generated"})
+    command = f"python generate_pairs.py --method {recipe.pairs}"
+    hints = {"rejected": f"{command} --images {path} makes pairs",
+             "rejected_image": f"{command} --pairs {path} adds one"}
+    needs = fields_of(recipe.sequences) - {"generated"} if recipe.pairs else ()
+    return load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
 
 
-def check_texts(args, recipe: Recipe, processor, records: list[dict], path: Path, rank: int) -> None:
+def check_texts(args, recipe: Recipe, processor, data: Data, path: Path, rank: int) -> None:
     """Name all records that the tokenizer or the decoder's window would refuse later. Raises ValueError."""
     samples = recipe.online or recipe.advantages
-    about = dict(root=path.parent, source=path, progress="checking texts" * (rank == 0))
-    check_records(records, processor, **about, sequences=recipe.sequences if recipe.pairs else None,
+    about = dict(root=data.root, source=path, progress="checking texts" * (rank == 0))
+    check_records(data.records, processor, **about, sequences=recipe.sequences if recipe.pairs else None,
                   end=recipe.loss is reward_model.reward_model_loss,
                   new_tokens=args.max_new_tokens if samples else 0)
     if getattr(args, "judge", "") == "reward":  # reads each answer with one more token behind it
-        check_records(records, reward_processor(args), **about, new_tokens=args.max_new_tokens + 1)
+        check_records(data.records, reward_processor(args), **about, new_tokens=args.max_new_tokens + 1)
 
 
 def make_scorer(args, recipe: Recipe, model) -> torch.nn.Module:

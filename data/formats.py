@@ -1,23 +1,33 @@
 """Preference data in the shapes that people have it in, to and from Plumbline's records.
 
-    format      a row holds                                                        becomes
-    plumbline   data/records.py                                                    itself
-    llava       id, image, conversations [{from: human | gpt, value}]              image record with `chosen`
-    povid       the same and rejected_conversations (POVID, arXiv 2402.11411)      pair
-    realign     image, retrieved_image, chosen and rejected as [{role, content}]   pair with rejected image
-    rlhf-v      image or image_path, text = JSON of question, chosen, rejected     pair
-    rlaif-v     image or image_path, question, chosen, rejected                    pair
-    trl         images or image, prompt, chosen, rejected: texts or conversations  pair
+    python -m data.formats rlaif-v.parquet pairs.jsonl         any of these -> Plumbline's
+    python -m data.formats pairs.jsonl out.parquet --format trl
 
-Files are JSONL, JSON (one list) or Parquet, the last through pyarrow where it is installed; a folder stands
-for the Parquet files in it, in the order of their names. Pictures that a Parquet file carries as bytes are
-written to a folder beside it, each once, named by its content; row groups are streamed, so a file may be
-larger than memory. The format is known from the keys of the first row, or named.
+    format          a row holds                                                          becomes
+    plumbline       data/records.py                                                      itself
+    llava           id, image, conversations [{from: human | gpt, value}]                image record with `chosen`
+    povid           the same and rejected_conversations (POVID, arXiv 2402.11411)        pair
+    llama-factory   images, conversations up to the question, chosen and rejected as     pair
+                    {from, value} or {role, content}; or: images, instruction, input,
+                    chosen, rejected
+    ms-swift        images, messages [{role, content}], rejected_response or             pair
+                    rejected_messages, perhaps rejected_images
+    realign         image, retrieved_image, chosen and rejected as [{role, content}]     pair with rejected image
+    rlhf-v          image or image_path, text = JSON of question, chosen, rejected       pair
+    rlaif-v         image or image_path, question, chosen, rejected                      pair
+    trl             images or image, prompt, chosen, rejected: texts or conversations    pair
 
-A record is one question and one answer. `<image>` is taken out of the question; of a conversation of
-several turns the first one is taken, as later ones refer to what was said before. Rows without a picture
-are bad rows. All bad rows are listed at once, as `file:row: reason`, rows counted from 1 (in JSONL: lines).
-Ids that a foreign file repeats get a number behind them.
+Without the rejected answer, or without any, a row of these is an image record. Files are JSONL, JSON (one list)
+or Parquet, the last through pyarrow where it is installed; a folder stands for the Parquet files in it, in the
+order of their names. A picture is a path, which starts at the file's folder, or its bytes: raw, as {bytes, path}
+or as a data URL. Bytes are written to a folder beside the file (the command: beside its output), each picture
+once, named by its content. Row groups are streamed, so a file may be larger than memory. The format is known from
+the keys of the first row, or named.
+
+A record is one picture, one question and one answer. Of a conversation of several turns the first one is taken, as
+later ones refer to what was said before; where the answers belong to a later one, or a system message stands before
+the question, the row is a bad one, as is a row without a picture. All bad rows are counted, the first are listed as
+`file:row: reason`, rows counted from 1 (in JSONL: lines). Ids that a foreign file repeats get a number behind them.
 
 TRL's columns are those of its vision DPO (`images`, conversational `prompt`, `chosen`, `rejected`). What it
 has no column for (`id`, `rejected_images`) is written as an extra one, and read back; `source` is not
@@ -26,62 +36,70 @@ written.
 
 from __future__ import annotations
 
+import argparse
+import base64
 import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from common import parse_json
 from data.images import open_image
-from data.records import PAIR_OPTIONAL, PAIR_TEXTS, parse_line, problems, write_jsonl
+from data.records import PAIR_TEXTS, Row, brief, collect, json_rows, relocate, without_mark, write_jsonl
 
-IMAGE = "<image>"
 QUESTION, ANSWER = ("human", "user"), ("gpt", "assistant")
+ANSWERS = ("chosen", "rejected", "rejected_image", "source")
 ORIGIN = ("ds_name", "origin_dataset", "origin_split")  # what RLHF-V and RLAIF-V say about a row's making
 
-Row = tuple[str, dict | None, list[str]]  # where it stands, what it holds, what is wrong with it
+
+class Data(NamedTuple):
+    """What a file holds."""
+
+    records: list[dict]
+    format: str  # a key of FORMATS
+    root: Path  # folder that relative paths of pictures start from
 
 
-def read(path: Path | str, format: str | None = None, root: Path | str | None = None,
-         needs: Collection[str] = ()) -> list[dict]:
+def load(path: Path | str, format: str | None = None, root: Path | str | None = None,
+         needs: Collection[str] = (), *, hints: Mapping[str, str] = {}, answers: bool = True,
+         images: Path | None = None) -> Data:
     """Read and validate preference data of any known format.
 
     Args:
         path: JSONL, JSON or Parquet file, or a folder of Parquet files.
         format: a key of FORMATS; None goes by the keys of the first row.
         root: folder that relative paths of pictures start from, before and after; None is that of the file.
-        needs: optional keys of a pair record that must be there, e.g. {"rejected_image"}.
+        needs: keys that must be there, e.g. {"rejected", "rejected_image"}.
+        hints: key -> what to do where it is missing.
+        answers: keep the answers; without them, all records are image records of `id`, `image` and `prompt`.
+        images: folder for pictures that the file carries; None: beside it.
 
-    Returns pair records or image records (of "llava", and of "plumbline" rows without `rejected`) in file
-    order. Raises one ValueError that lists every bad row as `file:row: reason`.
+    Returns pair records or image records (of rows without a rejected answer) in file order. Raises one ValueError
+    that counts all bad rows and lists the first as `file:row: reason`.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise ValueError(f"unknown format {format!r}, there are {', '.join(FORMATS)}")
     root = Path(root) if root is not None else path if path.is_dir() else path.parent
-    records, errors, names, checked, keys = [], [], {}, {}, None
-    for where, row, reasons in _rows(path):
-        if row is not None:
-            format = format or detect(row, where)
-            try:
-                record = FORMATS[format].convert(row, Pictures(where, root))
-            except ValueError as error:
-                reasons.append(str(error))
-            else:
-                record = record if format == "plumbline" else _named(record, where, names)
-                keys = keys or _keys(record, needs)
-                reasons += problems(record, *keys, root, checked) + _markers(record)
-                if format == "plumbline" and names.setdefault(str(record.get("id")), where) != where:
-                    reasons.append(f"id {record.get('id')!r} already used in {names[str(record.get('id'))]}")
-                records.append(record)
-        errors += [f"{where}: {reason}" for reason in reasons]
-    if errors or not records:
-        raise ValueError("\n".join(errors) or f"{path}: no records")
-    return records
+    rows, first = _rows(path), []
+    while format is None and (row := next(rows, None)):
+        first.append(row)
+        format = detect(row[1], row[0]) if row[1] is not None else None
+    records = _convert(chain(first, rows), format, root, answers, images)
+    return Data(collect(path, records, root, needs, hints), format, root)
+
+
+def read(path: Path | str, format: str | None = None, root: Path | str | None = None,
+         needs: Collection[str] = ()) -> list[dict]:
+    """The records of `load`."""
+    return load(path, format, root, needs).records
 
 
 def write(path: Path | str, records: list[dict], format: str = "plumbline",
@@ -91,15 +109,20 @@ def write(path: Path | str, records: list[dict], format: str = "plumbline",
     Args:
         path: for "trl" a name ending in .parquet, with the pictures inside, or .jsonl, with absolute paths.
         records: for "trl" pair records.
-        root: folder that relative paths of pictures start from; None is that of the file. Unused by
-        "plumbline".
+        root: folder that relative paths of pictures start from; None is that of the file. In Plumbline's file they
+            start from its own folder.
+    Raises ValueError naming what cannot be written.
     """
     path = Path(path)
     root = Path(root) if root is not None else path.parent
+    if format not in WRITTEN:
+        raise ValueError(f"cannot write format {format!r}, only {' and '.join(WRITTEN)}")
+    if format == "plumbline" and path.suffix == ".parquet":
+        raise ValueError(f"{path}: a Parquet file is written with --format trl")
+    if format == "trl" and any(record.get("rejected") is None for record in records):
+        raise ValueError(f"{path}: TRL's columns are for pairs, not all records have a rejected answer")
     if format == "plumbline":
-        write_jsonl(path, records)
-    elif format != "trl":
-        raise ValueError(f"cannot write format {format!r}, only plumbline and trl")
+        write_jsonl(path, relocate(records, root, path.parent))
     elif path.suffix == ".parquet":
         _write_parquet(path, records, root)
     else:
@@ -113,51 +136,34 @@ def detect(row: dict, where: str = "row") -> str:
     for name, format in FORMATS.items():
         if format.fits(filled):
             return name
-    raise ValueError(f"{where}: the keys {', '.join(row)} are those of no known format "
-                     f"({', '.join(FORMATS)})")
+    keys = ", ".join(brief(key) for key in list(row)[:12]) + ", ..." * (len(row) > 12)
+    raise ValueError(f"{where}: the keys {keys} are those of no known format ({', '.join(FORMATS)})")
 
 
 # Rows of a file
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    if not path.exists():
-        raise ValueError(f"{path}: not found")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path}: a folder without .parquet files")
     for file in files:
-        read_rows = _parquet_rows if file.suffix == ".parquet" else _json_rows
-        yield from read_rows(file)
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    """A file that starts with `[` is one list, any other has one object a line."""
-    data = path.read_bytes()
-    if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        for number, line in enumerate(data.splitlines(), 1):
-            if line.strip():
-                yield f"{path}:{number}", *parse_line(line)
-        return
-    try:
-        rows = json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    for number, row in enumerate(rows, 1):
-        fine = isinstance(row, dict)
-        found = [] if fine else [f"a JSON object is wanted, found {type(row).__name__}"]
-        yield f"{path}:{number}", row if fine else None, found
+        yield from _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
 
 
 def _parquet_rows(path: Path, batch: int = 64) -> Iterator[Row]:
+    if not path.is_file():
+        raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
     parquet = _parquet(path)
-    try:
-        file = parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error})") from None
     number = 0
-    for rows in file.iter_batches(batch):
-        for row in rows.to_pylist():
-            number += 1
-            yield f"{path}:{number}", row, []
+    try:
+        for rows in parquet.ParquetFile(path).iter_batches(batch):
+            for row in rows.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row, []
+    except Exception as error:  # pyarrow's own, Python's on texts that are no UTF-8, and others on damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a readable Parquet file, behind row {number} ({reason})") from None
 
 
 def _parquet(path: Path):
@@ -172,20 +178,47 @@ def _parquet(path: Path):
 # Rows to records
 
 
+def _convert(rows: Iterable[Row], format: str | None, root: Path, answers: bool,
+             images: Path | None) -> Iterator[Row]:
+    """Rows -> records; a row that cannot become one says why."""
+    names: dict[str, int] = {}
+    for where, row, reasons in rows:
+        if row is not None:
+            try:
+                row = FORMATS[format].convert(row, Pictures(where, root, images))
+                if format != "plumbline":
+                    row = _named({key: value for key, value in row.items() if value is not None}, where, names)
+                if not answers:
+                    row = {key: value for key, value in row.items() if key not in ANSWERS}
+            except ValueError as error:
+                row, reasons = None, [str(error)]
+        yield where, row, reasons
+
+
 class Pictures:
     """Turns what a row says about its picture into a reference; writes out a picture it carries itself."""
 
-    def __init__(self, where: str, root: Path):
-        self.file, self.root = Path(where.rpartition(":")[0]), root
+    def __init__(self, where: str, root: Path, images: Path | None = None):
+        file = Path(where.rpartition(":")[0])
+        self.folder, self.root = images or file.with_name(f"{file.stem}-images"), root
 
     def __call__(self, value: object) -> str:
         if isinstance(value, list):
-            if len(value) != 1:
+            if len(value) > 1:
                 raise ValueError(f"{len(value)} pictures; a record has one")
-            value = value[0]
+            value = value[0] if value else None
         if isinstance(value, dict):
-            value = self._save(value["bytes"]) if value.get("bytes") else value.get("path")
-        if not isinstance(value, str) or not value.strip():
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and value.startswith("data:"):
+            try:
+                value = base64.b64decode(value.partition(";base64,")[2], validate=True)
+            except ValueError:
+                value = b""
+        if isinstance(value, bytes):
+            return self._save(value)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"the picture must be a path or bytes, found {type(value).__name__}")
+        if not value or not value.strip():
             raise ValueError("no picture: 'image' is missing or empty")
         return value
 
@@ -194,16 +227,26 @@ class Pictures:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 kind = (image.format or "").lower()
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"its picture is not readable ({error})") from None
-        folder = self.file.with_name(f"{self.file.stem}-images")
-        path = folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{'jpg' if kind == 'jpeg' else kind}"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+        except UnidentifiedImageError:
+            raise ValueError("its picture is not readable (no format that Pillow knows)") from None
+        except Exception as error:  # Pillow's readers raise almost anything on broken files
+            raise ValueError(f"its picture is not readable ({str(error) or type(error).__name__})") from None
+        path = self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{'jpg' if kind == 'jpeg' else kind}"
+        try:
+            if not path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f".{path.name}.{os.getpid()}")
+                temporary.write_bytes(data)
+                os.replace(temporary, path)
+        except OSError as error:
+            raise ValueError(f"its picture cannot be stored in {self.folder} ({error.strerror}); python -m"
+                             " data.formats writes records and pictures elsewhere") from None
         return os.path.relpath(path, self.root)
+
+
+def _plumbline(row: dict, picture: Pictures) -> dict:
+    return row | {key: picture(row[key]) for key in ("image", "rejected_image")
+                  if isinstance(row.get(key), bytes | dict | str) and row[key]}
 
 
 def _llava(row: dict, picture: Pictures) -> dict:
@@ -216,6 +259,33 @@ def _povid(row: dict, picture: Pictures) -> dict:
     return {**_llava(row, picture), "rejected": rejected, "source": {"format": "povid"}}
 
 
+def _llama_factory(row: dict, picture: Pictures) -> dict:
+    for key in ("system", "history", "tools"):
+        if row.get(key):
+            raise ValueError(f"{key!r} is filled: a record is one question and its answers")
+    if "instruction" in row:
+        question = "\n".join(_question(row[key]) for key in ("instruction", "input") if row.get(key))
+    else:
+        key = "conversations" if row.get("conversations") is not None else "messages"
+        question = _question(_said(row.get(key), QUESTION, key))
+    return {"id": row.get("id"), "image": picture(row.get("images") or row.get("image")), "prompt": question,
+            "chosen": _answer(row, "chosen", "output"), "rejected": _answer(row, "rejected"),
+            "source": {"format": "llama-factory"}}
+
+
+def _ms_swift(row: dict, picture: Pictures) -> dict:
+    question, chosen = _turn(row.get("messages"), "messages")
+    rejected = _answer(row, "rejected_response")
+    if row.get("rejected_messages") is not None:
+        rejected = _same_question(row, "messages", "rejected_messages")
+    elif rejected is not None and len(row["messages"]) > 2:
+        raise ValueError("'rejected_response' answers the last of several questions; a record has one")
+    image, other = picture(row.get("images") or row.get("image")), row.get("rejected_images")
+    other = picture(other) if other else None
+    return {"id": row.get("id"), "image": image, "prompt": question, "chosen": chosen, "rejected": rejected,
+            "rejected_image": other if other != image else None, "source": {"format": "ms-swift"}}
+
+
 def _realign(row: dict, picture: Pictures) -> dict:
     question, chosen = _turn(row.get("chosen"), "chosen")
     return {"id": row.get("id"), "image": picture(row.get("image")), "prompt": question, "chosen": chosen,
@@ -225,8 +295,8 @@ def _realign(row: dict, picture: Pictures) -> dict:
 
 def _rlhf_v(row: dict, picture: Pictures) -> dict:
     try:
-        texts = json.loads(row["text"])
-    except (KeyError, TypeError, ValueError):
+        texts = parse_json(row.get("text").encode("utf-8", "surrogatepass"))
+    except (AttributeError, ValueError):
         texts = None
     if not isinstance(texts, dict):
         raise ValueError("'text' is not a JSON object of question, chosen and rejected")
@@ -245,11 +315,11 @@ def _trl(row: dict, picture: Pictures) -> dict:
         rejected = _same_question(row, "chosen", "rejected")
     else:
         question = _question(_said(row["prompt"], QUESTION, "prompt"))
-        chosen, rejected = (_said(row.get(key), ANSWER, key) for key in ("chosen", "rejected"))
-    record = {"id": row.get("id", row.get("idx")), "image": picture(row.get("images") or row.get("image")),
-              "prompt": question, "chosen": chosen, "rejected": rejected, "source": {"format": "trl"}}
+        chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
     other = row.get("rejected_images")
-    return {**record, "rejected_image": picture(other)} if other else record
+    return {"id": row.get("id", row.get("idx")), "image": picture(row.get("images") or row.get("image")),
+            "prompt": question, "chosen": chosen, "rejected": rejected,
+            "rejected_image": picture(other) if other else None, "source": {"format": "trl"}}
 
 
 class Format(NamedTuple):
@@ -259,50 +329,63 @@ class Format(NamedTuple):
 
 FORMATS = {  # the first that fits is taken
     "povid": Format(lambda row: "rejected_conversations" in row, _povid),
+    "llama-factory": Format(lambda row: "instruction" in row or (
+        "chosen" in row and not {"conversations", "messages"}.isdisjoint(row)), _llama_factory),
     "llava": Format(lambda row: "conversations" in row, _llava),
+    "ms-swift": Format(lambda row: "messages" in row, _ms_swift),
     "realign": Format(lambda row: "retrieved_image" in row, _realign),
-    "trl": Format(lambda row: "images" in row or isinstance(row.get("chosen"), list), _trl),
-    "rlaif-v": Format(lambda row: {"question", "chosen", "rejected"} <= row.keys(), _rlaif_v),
+    "trl": Format(lambda row: {"images", "prompt"} <= row.keys() or isinstance(row.get("prompt"), list)
+                  or isinstance(row.get("chosen"), list), _trl),
+    "rlaif-v": Format(lambda row: "question" in row, _rlaif_v),
     "rlhf-v": Format(lambda row: "text" in row and bool({"image", "image_path"} & row.keys()), _rlhf_v),
-    "plumbline": Format(lambda row: {"image", "prompt"} <= row.keys(), lambda row, picture: row),
+    "plumbline": Format(lambda row: {"image", "prompt"} <= row.keys(), _plumbline),
 }
+WRITTEN = ("plumbline", "trl")
 
 
 def _question(text: object) -> str:
-    """A prompt without its mark for the picture."""
     if not isinstance(text, str):
         raise ValueError(f"the question must be a string, found {type(text).__name__}")
-    if text.count(IMAGE) > 1:
-        raise ValueError(f"the question has {text.count(IMAGE)} pictures; a record has one")
-    return text.replace(IMAGE, "").strip()
+    return text.strip()
 
 
-def _turn(messages: object, key: str) -> tuple[str, str]:
-    """First question and answer of a conversation."""
-    if not isinstance(messages, list) or len(messages) < 2:
+def _turn(messages: object, key: str) -> tuple[str, str | None]:
+    """First question of a conversation, and the answer if there is one."""
+    if not isinstance(messages, list) or not messages:
         raise ValueError(f"{key!r} is not a conversation of a question and an answer")
-    return _question(_said(messages[:1], QUESTION, key)), _said(messages[1:2], ANSWER, key)
+    return (_question(_said(messages[:1], QUESTION, key)),
+            _said(messages[1:2], ANSWER, key) if len(messages) > 1 else None)
 
 
 def _same_question(row: dict, chosen: str, rejected: str) -> str:
     """The rejected answer, to the same question as the chosen one."""
     question, answer = _turn(row.get(rejected), rejected)
-    if question != _turn(row.get(chosen), chosen)[0]:
+    if without_mark(question) != without_mark(_turn(row.get(chosen), chosen)[0]):
         raise ValueError(f"{chosen!r} and {rejected!r} ask different questions")
     return answer
 
 
+def _answer(row: dict, *keys: str) -> str | None:
+    """The answer under the first key that is filled."""
+    return next((_said(row[key], ANSWER, key) for key in keys if row.get(key) is not None), None)
+
+
 def _said(value: object, roles: tuple[str, str], key: str) -> str:
-    """A text, or the text of the one message of a conversation; parts of it that are pictures say nothing."""
+    """A text, or that of a message or a conversation of one; parts of it that are pictures say nothing."""
     if isinstance(value, list):
-        if len(value) != 1 or not isinstance(value[0], dict):
+        if len(value) != 1:
             raise ValueError(f"{key!r} has {len(value)} messages, one is wanted")
-        role = value[0].get("role", value[0].get("from"))
+        value = value[0]
+        if not isinstance(value, dict):
+            raise ValueError(f"{key!r}: a message must be an object, found {type(value).__name__}")
+    if isinstance(value, dict):
+        role = value.get("role", value.get("from"))
         if role not in roles:
-            raise ValueError(f"{key!r}: a message of the {roles[1]} is wanted, found one of {role!r}")
-        value = value[0].get("content", value[0].get("value"))
+            raise ValueError(f"{key!r}: a message of the {roles[1]} is wanted, found one of {brief(role)}")
+        value = value.get("content", value.get("value"))
         if isinstance(value, list):
-            value = "".join(part.get("text") or "" for part in value if isinstance(part, dict))
+            parts = [part.get("text") or "" if isinstance(part, dict) else part for part in value]
+            value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
     if not isinstance(value, str):
         raise ValueError(f"{key!r} must be a text, found {type(value).__name__}")
     return value
@@ -313,7 +396,7 @@ def _origin(row: dict) -> dict:
     found = {key: row[key] for key in ORIGIN if row.get(key) is not None}
     if isinstance(found.get("origin_split"), str):
         try:
-            found["origin_split"] = json.loads(found["origin_split"])
+            found["origin_split"] = parse_json(found["origin_split"].encode())
         except ValueError:
             pass  # a plain string is fine, too
     return found
@@ -321,25 +404,15 @@ def _origin(row: dict) -> dict:
 
 def _named(record: dict, where: str, names: dict[str, int]) -> dict:
     """Give a record an id, unique in its file: its own or the row's number; repeated ones get -2, -3, ..."""
-    name = record["id"] if record["id"] is not None else f"row-{where.rpartition(':')[2]}"
+    name = record.get("id", f"row-{where.rpartition(':')[2]}")
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise ValueError(f"the id must be a string or a whole number, found {type(name).__name__}")
     name = base = str(name)
     while name in names:
         names[base] += 1
         name = f"{base}-{names[base]}"
     names[name] = 1
-    return {**record, "id": name}
-
-
-def _keys(record: dict, needs: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Required and optional keys of the file's records, by the kind of the first."""
-    if "rejected" not in record and not needs:
-        return ("id", "image", "prompt"), ("chosen",)
-    return PAIR_TEXTS + tuple(key for key in PAIR_OPTIONAL if key in needs), PAIR_OPTIONAL
-
-
-def _markers(record: dict) -> list[str]:
-    return [f"{key!r} contains {IMAGE}" for key in ("prompt", "chosen", "rejected")
-            if isinstance(record.get(key), str) and IMAGE in record[key]]
+    return {"id": "", **record, "id": name}  # in front
 
 
 # Records to TRL's rows
@@ -405,3 +478,26 @@ def _write_parquet(path: Path, records: list[dict], root: Path, group: int = 64)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def main() -> None:
+    """The command line; exit status 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="python -m data.formats", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="IN", help="JSONL, JSON, Parquet or a folder of Parquet files")
+    parser.add_argument("out", type=Path, metavar="OUT", help="for trl .parquet or .jsonl")
+    parser.add_argument("--format", choices=WRITTEN, default=WRITTEN[0], help="of OUT (default: %(default)s)")
+    parser.add_argument("--read-as", choices=FORMATS, help="format of IN (default: by the keys of its first row)")
+    arguments = parser.parse_args()
+    out = arguments.out
+    try:
+        data = load(arguments.data, arguments.read_as, images=out.with_name(f"{out.stem}-images"))
+        write(out, data.records, arguments.format, data.root)
+    except ValueError as error:
+        print(f"data.formats: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{out}: {len(data.records):,} records, read as {data.format}")
+
+
+if __name__ == "__main__":
+    main()

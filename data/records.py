@@ -3,7 +3,7 @@
     key              type     meaning
     id               string   unique in its file
     image            string   picture reference the answers are about
-    prompt           string   question, without any image token
+    prompt           string   question; one `<image>` at either end of it is taken away
     chosen           string   preferred answer, y_w
     rejected         string   dispreferred answer, y_l (differs from `chosen`)
     rejected_image   string   optional (or null): picture reference v_l on which `chosen` is no longer right
@@ -11,49 +11,55 @@
 
 Any other key is refused, so a misspelt `rejected_image` cannot turn a vision loss into a text loss unnoticed.
 A picture reference is a file path (absolute, or relative to the folder of the JSONL file) or `scene:SEED` /
-`scene:SEED?without=dog,cat` (see data/scenes.py).
+`scene:SEED?without=dog,cat` (see data/scenes.py). An image record, where no answers are compared, has `id`,
+`image`, `prompt` and, optionally, `chosen` and `source`.
 
-Readers look at the whole file before anything else happens and name all bad lines at once: a run must not die
-in its third hour of a typo in line 20,000.
+Readers look at the whole file before anything else happens, count all bad records and name the first SHOWN: a
+run must not die in its third hour of a typo in line 20,000. So nothing passes that could not be written again,
+shown or tokenised: half a character, NUL, texts of which nothing is visible, and in `source` what JSON lacks.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import tempfile
-from collections.abc import Collection, Iterable
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from common import parse_json
 from data.images import image_size
 
+IMAGE_TEXTS = ("id", "image", "prompt")
+IMAGE_OPTIONAL = ("chosen", "source")
 PAIR_TEXTS = ("id", "image", "prompt", "chosen", "rejected")
 PAIR_OPTIONAL = ("rejected_image", "source")
 REFERENCES = ("image", "rejected_image")
+IMAGE = "<image>"
+MARK = re.compile(r"<\|?(?:img|image)\w*\|?>", re.IGNORECASE)  # <image>, <ImageHere>, <|image_pad|>, ...
+TAGS = ("ASSISTANT:", "[/INST]")  # a question that ends so has a template (data/templates.py) around it
+INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode categories: spaces, controls, zero-width characters
+SHOWN = 20  # bad records that an error names
+DEEPEST = 50  # levels of `source`
+LONGEST = 1024  # characters of a path; a picture in base64 has more
+
+Row = tuple[str, dict | None, list[str]]  # where it stands, what it holds, what is wrong with it
 
 
 def read_pairs(path: str | Path, needs: Collection[str] = ()) -> list[dict]:
-    """Read and validate a pairs file.
+    """Read and validate a pairs file in this format; data/formats.py reads others, too.
 
     Args:
-        path: the JSONL file.
+        path: JSONL, or JSON (one list).
         needs: optional keys that this run cannot do without, e.g. {"rejected_image"}.
 
-    Returns the records in file order. Raises one ValueError that lists every bad line as `file:line: reason`.
+    Returns the records in file order. Raises ValueError as `collect`.
     """
-    unknown = set(needs) - set(PAIR_TEXTS + PAIR_OPTIONAL)
-    if unknown:
-        raise ValueError(f"pair records have no field {sorted(unknown)}")
-    required = PAIR_TEXTS + tuple(key for key in PAIR_OPTIONAL if key in needs)
-    return _read(Path(path), required, PAIR_OPTIONAL)
-
-
-def read_images(path: str | Path) -> list[dict]:
-    """Read and validate pictures to make pairs of: `id`, `image`, `prompt` and, optionally, `chosen`.
-
-    Raises one ValueError that lists every bad line as `file:line: reason`.
-    """
-    return _read(Path(path), ("id", "image", "prompt"), ("chosen",))
+    path = Path(path)
+    return collect(path, json_rows(path), path.parent, {"rejected", *needs})
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
@@ -74,71 +80,230 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
         raise
 
 
-def _read(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> list[dict]:
-    if not path.is_file():
-        raise ValueError(f"{path}: not found")
-    rows, errors, first_line, checked = [], [], {}, {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        row, reasons = parse_line(line)
-        if row is not None:
-            reasons += problems(row, required, optional, path.parent, checked)
-            name = row.get("id")
-            if isinstance(name, str) and first_line.setdefault(name, number) != number:
-                reasons.append(f"id {name!r} already used in line {first_line[name]}")
-            rows.append(row)
-        errors += [f"{path}:{number}: {reason}" for reason in reasons]
-    if not rows and not errors:
-        errors.append(f"{path}: no records")
-    if errors:
-        raise ValueError("\n".join(errors))
-    return rows
+def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
+    """Rewrite relative image paths, which start at `root`, so that they start at `folder`."""
+    if root.resolve() == folder.resolve():
+        return records
+
+    def move(row: dict) -> dict:
+        paths = {key: row[key] for key in REFERENCES if isinstance(row.get(key), str) and row[key]}
+        return row | {key: os.path.relpath(root / path, folder) for key, path in paths.items()
+                      if not path.startswith("scene:") and not os.path.isabs(path)}
+
+    made = []
+    for record in map(move, records):
+        listed = (record.get("source") or {}).get("candidates")  # of pairs/adavip.py; others may mean anything
+        if isinstance(listed, list) and all(isinstance(candidate, dict) for candidate in listed):
+            record["source"] = {**record["source"], "candidates": [move(candidate) for candidate in listed]}
+        made.append(record)
+    return made
+
+
+# Files to rows
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """Rows of a JSON file: one list, one object over several lines, or one object a line (JSONL).
+
+    Raises ValueError naming the file when it is missing, no regular file, unreadable, neither of the three.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
+        with path.open("rb") as file:
+            starts = iter(lambda: file.readline(64), b"")  # a JSON list may be one line of gigabytes
+            first = next((line for line in starts if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
+            file.seek(0)
+            if first[:1] == b"[" or first == b"{":
+                rows = _whole(path, file.read())
+                for number, row in enumerate(rows, 1):
+                    yield f"{path}:{number}", *_object(row)
+            elif first and first[:1] != b"{":
+                raise ValueError(f"{path}: neither JSON nor JSONL, it starts with {first[:20]!r};"
+                                 " Parquet files are named .parquet")
+            else:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path}:{number}", *parse_line(line)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def _whole(path: Path, data: bytes) -> list:
+    try:
+        rows = parse_json(data, _no_repeats)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return rows if isinstance(rows, list) else [rows]
 
 
 def parse_line(line: bytes) -> tuple[dict | None, list[str]]:
     """One line -> (object, problems); (None, problems) when there is no object to look into."""
-    twice: list[str] = []
-
-    def no_repeats(items: list[tuple]) -> dict:
-        keys = [key for key, _ in items]
-        twice.extend(sorted({key for key in keys if keys.count(key) > 1}))
-        return dict(items)
-
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=no_repeats)
-    except UnicodeDecodeError as error:
-        return None, [f"not UTF-8 ({error.reason} at byte {error.start})"]
-    except json.JSONDecodeError as error:
-        return None, [f"not valid JSON ({error.msg} at column {error.colno})"]
-    if not isinstance(row, dict):
-        return None, [f"a JSON object is wanted, found {type(row).__name__}"]
-    return row, [f"key {key!r} is given twice" for key in twice]
+        return _object(parse_json(line.rstrip(), _no_repeats))
+    except ValueError as error:
+        return None, [str(error)]
 
 
-def problems(row: dict, required: tuple[str, ...], optional: tuple[str, ...], root: Path,
-             checked: dict[str, str]) -> list[str]:
-    """What is wrong with a record; relative pictures start at `root`, `checked` is kept from row to row."""
-    return _check_fields(row, required, optional) + _check_images(row, root, checked)
+def _object(value: object) -> tuple[dict | None, list[str]]:
+    if isinstance(value, dict):
+        return value, []
+    return None, [f"a JSON object is wanted, found {type(value).__name__}"]
 
 
-def _check_fields(row: dict, required: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
+def _no_repeats(items: list[tuple]) -> dict:
+    made: dict = {}
+    for key, value in items:
+        if key in made:
+            raise ValueError(f"holds the key {brief(key)} twice")
+        made[key] = value
+    return made
+
+
+# Rows to records
+
+
+def collect(path: Path, rows: Iterable[Row], root: Path, needs: Collection[str] = (),
+            hints: Mapping[str, str] = {}) -> list[dict]:
+    """Check the rows of a file, which are records or cannot be.
+
+    Args:
+        root: folder that relative paths of pictures start from.
+        needs: keys that must be there beside those that every record has, e.g. {"rejected"}.
+        hints: key -> what to do where it is missing.
+
+    Returns the records in file order: pairs if the first one has a `rejected`, or `needs` says so, otherwise
+    image records. Raises one ValueError that counts the bad ones and lists the first as `file:line: reason`.
+    """
+    if unknown := set(needs) - set(PAIR_TEXTS + PAIR_OPTIONAL):
+        raise ValueError(f"pair records have no field {sorted(unknown)}")
+    records, faults, first, checked, keys = [], Faults(path), {}, {}, None
+    for where, record, reasons in rows:
+        if record is not None:
+            keys = keys or _keys(record, needs)
+            if isinstance(record.get("prompt"), str):
+                record["prompt"] = without_mark(record["prompt"])
+            reasons = reasons + _check_fields(record, *keys, hints) + _check_images(record, root, checked)
+            name = record.get("id")
+            if isinstance(name, str) and first.setdefault(name, where) != where:
+                reasons.append(f"id {brief(name)} already used in {first[name]}")
+            records.append(record)
+        faults.add(where, reasons)
+    if faults.bad or not records:
+        raise ValueError(faults.report() or f"{path}: no records")
+    return records
+
+
+class Faults:
+    """What is wrong with the rows of a file: all are counted, the first ones are named."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows, self.bad = path, 0, 0
+        self.named: list[tuple[str, str]] = []  # (where, reason)
+        self.common: set[str] = set()  # reasons that all rows share
+
+    def add(self, where: str, reasons: list[str]) -> None:
+        self.rows += 1
+        self.bad += bool(reasons)
+        self.common = self.common & set(reasons) if self.rows > 1 else set(reasons)
+        if reasons and self.bad <= SHOWN:
+            self.named += [(where, reason) for reason in reasons]
+
+    def report(self) -> str:
+        """One line for each named reason; one for a reason that several rows have without exception."""
+        common = self.common if self.rows > 1 else set()
+        shared = dict.fromkeys(reason for _, reason in self.named if reason in common)
+        lines = [f"{self.path}: all {self.rows:,} records: {_short(reason)}" for reason in shared]
+        single = [f"{where}: {_short(reason)}" for where, reason in self.named if reason not in common]
+        if single and self.bad > SHOWN:
+            single.append(f"{self.path}: and {self.bad - SHOWN:,} more bad records"
+                          f" ({self.bad:,} of {self.rows:,} are bad)")
+        return "\n".join(lines + single)
+
+
+def without_mark(prompt: str) -> str:
+    """A prompt without the `<image>` at its beginning or end: the template places the picture."""
+    bare = prompt.strip()
+    if bare.startswith(IMAGE):
+        return bare.removeprefix(IMAGE).lstrip()
+    return bare.removesuffix(IMAGE).rstrip() if bare.endswith(IMAGE) else prompt
+
+
+def brief(value: object) -> str:
+    """`repr`, cut where it is long: errors stay readable whatever a file holds."""
+    shown = repr(value[:80] if isinstance(value, str) else value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _short(reason: str) -> str:
+    """One line that can be printed, whatever the file put into it."""
+    line = reason if len(reason) <= 500 else f"{reason[:250]} ... {reason[-250:]}"
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
+
+
+def _keys(record: dict, needs: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Required and optional keys of the file's records, by the kind of the first."""
+    pair = "rejected" in record or not {"rejected", "rejected_image"}.isdisjoint(needs)
+    required, optional = (PAIR_TEXTS, PAIR_OPTIONAL) if pair else (IMAGE_TEXTS, IMAGE_OPTIONAL)
+    return required + tuple(key for key in optional if key in needs), optional
+
+
+def _check_fields(row: dict, required: tuple[str, ...], optional: tuple[str, ...],
+                  hints: Mapping[str, str]) -> list[str]:
     reasons = []
     for key in dict.fromkeys(required + optional):
         value = row.get(key)
         if value is None:
-            reasons += [f"{key!r} is missing"] if key in required else []
-        elif key == "source":
-            reasons += [] if isinstance(value, dict) else ["'source' must be a JSON object"]
-        elif not isinstance(value, str):
+            hint = f" ({hints[key]})" if key in hints else ""
+            reasons += [f"{key!r} is missing{hint}"] if key in required else []
+        elif key != "source" and not isinstance(value, str):
             reasons.append(f"{key!r} must be a string, found {type(value).__name__}")
-        elif not value.strip():
-            reasons.append(f"{key!r} is empty")
-    reasons += [f"unknown key {key!r}" for key in row if key not in required + optional]
+        elif flaw := _source_flaw(value) if key == "source" else _text_flaw(value, key):
+            reasons.append(f"{key!r} {flaw}")
+    if unknown := [brief(key) for key in row if key not in required + optional]:
+        reasons.append(f"unknown key {', '.join(unknown[:8])}" + ", ..." * (len(unknown) > 8))
     texts = row.get("chosen"), row.get("rejected")
     if all(isinstance(text, str) for text in texts) and texts[0].strip() == texts[1].strip() != "":
         reasons.append("'chosen' and 'rejected' are the same text")
     return reasons
+
+
+def _text_flaw(text: str, key: str = "") -> str:
+    """What is wrong with a text, or ""."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character, the lone surrogate {text[error.start]!r}"
+    if "\0" in text:
+        return "holds a NUL character"
+    if key and all(unicodedata.category(character) in INVISIBLE for character in text):
+        return "is empty"
+    if key == "prompt" and (mark := MARK.search(text)):
+        return f"contains {mark.group()}: one {IMAGE} may stand at either end, the template places the picture"
+    if key == "prompt" and text.rstrip().endswith(TAGS):
+        return f"ends as a template does ({' or '.join(TAGS)}): the question alone is wanted"
+    if key in ("chosen", "rejected") and IMAGE in text:
+        return f"contains {IMAGE}"
+    return ""
+
+
+def _source_flaw(value: object, depth: int = 0) -> str:
+    """Why `source`, or a part of it, cannot be written as JSON and read back, or ""."""
+    if depth == 0 and not isinstance(value, dict):
+        return "must be a JSON object"
+    if depth > DEEPEST:
+        return "is nested too deeply"
+    if isinstance(value, dict):
+        value = [part for item in value.items() for part in item]
+    if isinstance(value, list):
+        return next(filter(None, (_source_flaw(part, depth + 1) for part in value)), "")
+    if isinstance(value, str):
+        return _text_flaw(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"holds {value}, which JSON has not"
+    if value is not None and not isinstance(value, int | float):
+        return f"holds {type(value).__name__}, which JSON has not"
+    return ""
 
 
 def _check_images(row: dict, root: Path, checked: dict[str, str]) -> list[str]:
@@ -146,11 +311,20 @@ def _check_images(row: dict, root: Path, checked: dict[str, str]) -> list[str]:
     reasons = []
     for key in REFERENCES:
         reference = row.get(key)
-        if isinstance(reference, str) and reference.strip():
+        if isinstance(reference, str) and not _text_flaw(reference, key):
             if reference not in checked:
-                checked[reference] = reference_problem(reference, root)
+                checked[reference] = _no_path(reference) or reference_problem(reference, root)
             reasons += [f"{key!r}: {checked[reference]}"] if checked[reference] else []
     return reasons
+
+
+def _no_path(reference: str) -> str:
+    """Why a picture reference cannot be a path, or ""."""
+    if re.match(r"[a-z]+://", reference):
+        return f"{brief(reference)} is a URL: a path to a file is wanted"
+    if len(reference) > LONGEST:
+        return f"{len(reference):,} characters are no path: they start with {reference[:20]!r}"
+    return ""
 
 
 def reference_problem(reference: str, root: Path) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from data.images import open_image
 from data.records import read_pairs
 
+COMPARED = 10**7  # words times words: a second or so
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bad: #d33; --good: #283; --soft: #888; }
 @media (prefers-color-scheme: dark) { :root { --bad: #f77; --good: #6c8; } }
@@ -79,8 +80,13 @@ def write_gallery(path: Path | str, pairs: list[dict], *, root: Path | str | Non
 
 
 def marked(chosen: str, rejected: str) -> tuple[str, str]:
-    """Both texts as HTML, with the words that only the chosen one has in <ins>, the other's in <del>."""
+    """Both texts as HTML, with the words that only the chosen one has in <ins>, the other's in <del>.
+
+    Comparing takes up to the product of their lengths: texts of more than COMPARED stay without marks.
+    """
     left, right = (re.findall(r"\w+(?:['’-]\w+)*|\s+|[^\w\s]", text) for text in (chosen, rejected))
+    if len(left) * len(right) > COMPARED:
+        return escape(chosen), escape(rejected)
     sides: tuple[list[str], list[str]] = ([], [])
     for kind, a, b, c, d in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
         for side, tag, words in ((sides[0], "ins", left[a:b]), (sides[1], "del", right[c:d])):

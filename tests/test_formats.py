@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import sys
+from datetime import datetime
 
 import pytest
 from PIL import Image
 
-from data.formats import FORMATS, detect, read, write
-from data.records import read_images, read_pairs
+from data.formats import FORMATS, detect, load, main, read, write
+from data.records import read_pairs
 
 Q, A, B = "What is it?", "A red bus.", "A blue bus."
 
@@ -34,6 +36,9 @@ ROWS = {
     "llava": {"id": "a", "image": "one.png", "conversations": talk(f"{Q}\n<image>", A, "And?", "Rain.")},
     "povid": {"id": "a", "image": "one.png", "conversations": talk(f"<image>\n{Q}", A),
               "rejected_conversations": talk(f"<image>\n{Q}", B)},
+    "llama-factory": {"images": ["one.png"], "conversations": talk(f"<image>{Q}", "")[:1],
+                      "chosen": {"from": "gpt", "value": A}, "rejected": {"role": "assistant", "content": B}},
+    "ms-swift": {"messages": chat(f"<image>{Q}", A), "images": ["one.png"], "rejected_response": B},
     "realign": {"image": "one.png", "retrieved_image": "two.png", "chosen": chat(f"<image>\n{Q}", A),
                 "rejected": chat(f"<image>\n{Q}", B)},
     "rlhf-v": {"idx": 7, "image": None, "image_path": "one.png", "origin_dataset": "vqa",
@@ -67,7 +72,7 @@ def test_every_format_becomes_the_same_record(folder, name, lines):
     if name == "llava":
         assert record.keys() == {"id", "image", "prompt", "chosen"}
         write(folder / "own.jsonl", [record])
-        assert read_images(folder / "own.jsonl") == [record]
+        assert read(folder / "own.jsonl", "plumbline") == [record]
     else:
         assert record["rejected"] == B
         write(folder / "own.jsonl", [record])
@@ -101,7 +106,7 @@ def problems(path, **options) -> list[str]:
     ("llava", {"image": None}, "no picture"),
     ("llava", {"conversations": []}, "not a conversation"),
     ("llava", {"conversations": talk(A, Q, roles=("gpt", "human"))}, "a message of the user is wanted"),
-    ("llava", {"conversations": talk("<image><image>" + Q, A)}, "2 pictures"),
+    ("llava", {"conversations": talk("<image><image>" + Q, A)}, "'prompt' contains <image>"),
     ("povid", {"rejected_conversations": talk("Why?", B)}, "ask different questions"),
     ("povid", {"rejected_conversations": talk(Q, "<image> " + B)}, "'rejected' contains <image>"),
     ("povid", {"rejected_conversations": talk(Q, A + " ")}, "are the same text"),
@@ -129,7 +134,7 @@ def test_all_bad_rows_at_once_and_files_that_are_nothing(folder):
     assert [line.split(":")[1] for line in problems(path)] == ["2", "3", "4"]
     path.write_text("[{")
     assert "not valid JSON" in problems(path)[0]
-    assert "no known format (povid, llava," in problems(save(path, {"url": "x", "caption": "y"}))[0]
+    assert "no known format (povid, llama-factory, llava," in problems(save(path, {"url": "x", "caption": "y"}))[0]
     assert problems(save(path)) == [f"{path}: no records"]
     assert problems(folder / "none.json") == [f"{folder / 'none.json'}: not found"]
     assert "unknown format 'coco'" in problems(path, format="coco")[0]
@@ -219,3 +224,158 @@ def test_trl_reads_what_is_written(folder):
     (message,) = utils.prepare_multimodal_messages(rows[0]["prompt"], images=rows[0]["images"])
     assert [part["type"] for part in message["content"]] == ["image", "text"]
     assert message["content"][1]["text"] == Q and rows[1]["rejected"][0]["content"][0]["text"] == A
+
+
+# Forms that one format has
+
+
+@pytest.mark.parametrize(("name", "row"), [
+    ("llama-factory", {"images": "one.png", "instruction": f"<image>{Q}", "input": "", "chosen": A, "rejected": B}),
+    ("llama-factory", {"images": ["one.png"], "instruction": "<image>What", "input": "is it?", "chosen": A,
+                       "rejected": B}),
+    ("llama-factory", {"images": ["one.png"], "messages": chat(Q, "")[:1], "system": "", "history": [],
+                       "chosen": {"role": "assistant", "content": A}, "rejected": {"from": "gpt", "value": B}}),
+    ("ms-swift", {"messages": chat(f"<image>{Q}", A), "images": [{"path": "one.png"}],
+                  "rejected_messages": chat(Q, B), "rejected_images": ["one.png"]}),
+    ("rlaif-v", {"question": Q, "chosen": A, "rejected": B, "image": "one.png"}),
+    ("trl", {"images": ["one.png"], "prompt": Q, "chosen": A, "rejected": B}),
+    ("plumbline", {**ROWS["plumbline"], "prompt": f"{Q}\n<image>"}),
+])
+def test_every_form_becomes_the_same_pair(folder, name, row):
+    data = load(save(folder / "d.jsonl", row))
+    (record,) = data.records
+    assert (data.format, data.root) == (name, folder)
+    assert (record["image"], record["chosen"], record["rejected"]) == ("one.png", A, B)
+    assert " ".join(record["prompt"].split()) == Q and "rejected_image" not in record
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({**ROWS["llama-factory"], "conversations": talk("Hi", "Hello", Q)}, "has 3 messages, one is wanted"),
+    ({**ROWS["llama-factory"], "system": "Be brief."}, "'system' is filled"),
+    ({**ROWS["llama-factory"], "chosen": {"from": "human", "value": A}}, "a message of the assistant is wanted"),
+    ({**ROWS["ms-swift"], "messages": [*chat("Hi", "Hello"), *chat(Q, A)]}, "the last of several questions"),
+    ({**ROWS["ms-swift"], "messages": [{"role": "system", "content": "x"}, *chat(Q, A)]}, "found one of 'system'"),
+    ({**ROWS["ms-swift"], "rejected_response": None, "rejected_images": ["two.png"]}, "'rejected' is missing"),
+    ({**ROWS["trl"], "chosen": [{"role": "assistant", "content": [{"text": 3}]}]}, "must be a text"),
+    ({**ROWS["rlaif-v"], "idx": [1]}, "the id must be a string or a whole number, found list"),
+    ({**ROWS["rlaif-v"], "image_path": 7}, "the picture must be a path or bytes, found int"),
+    ({**ROWS["rlaif-v"], "image_path": "data:image/png;base64,AA"}, "its picture is not readable"),
+    ({**ROWS["rlaif-v"], "question": f"USER: <image>\n{Q} ASSISTANT:"}, "'prompt' contains <image>"),
+    ({**ROWS["rlaif-v"], "chosen": "\ud83d"}, "'chosen' holds half a character"),
+    ({**ROWS["rlaif-v"], "ds_name": "\ud83d"}, "'source' holds half a character"),
+    ({"img_path": "one.png", "prompt": Q, "chosen": A, "rejected": B}, "the keys 'img_path', 'prompt', 'chosen', "),
+    ({"data": [ROWS["rlaif-v"]]}, "the keys 'data' are those of no known format"),
+    ({"x" * 5000: 1}, "of no known format"),
+])
+def test_what_is_no_pair_is_said(folder, row, reason):
+    (found,) = problems(save(folder / "d.jsonl", row), needs={"rejected"})
+    assert found.startswith(f"{folder / 'd.jsonl'}:1: ") and reason in found and len(found) < 600
+
+
+def test_hints_say_what_to_do(folder):
+    path = save(folder / "d.jsonl", ROWS["llava"], {**ROWS["llava"], "image": None})
+    with pytest.raises(ValueError) as caught:
+        load(path, needs={"rejected"}, hints={"rejected": "say --images"})
+    assert str(caught.value).split("\n") == [f"{path}:1: 'rejected' is missing (say --images)",
+                                             f"{path}:2: no picture: 'image' is missing or empty"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pairs_serve_as_prompts(folder, name):
+    """Where nothing reads the answers, pairs of any format are pictures and questions, and so are rows without."""
+    path = save(folder / "d.json", ROWS[name], lines=False)
+    (record,) = load(path, answers=False).records
+    assert record == {"id": record["id"], "image": "one.png", "prompt": Q}
+    for row in ({"images": ["one.png"], "messages": chat(Q, "")[:1]}, {"images": ["one.png"], "prompt": Q},
+                {"image": "one.png", "question": Q}):
+        (record,) = load(save(folder / "d.json", row), answers=False).records
+        assert (record["image"], record["prompt"]) == ("one.png", Q)
+    with pytest.raises(ValueError, match="unknown key 'promt'"):
+        load(save(folder / "d.json", {**ROWS["plumbline"], "promt": Q}), answers=False)
+
+
+def test_pictures_as_bytes(folder):
+    """A binary column, structs and data URLs are the same picture, stored once."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
+    for i, picture in enumerate([png("red"), {"bytes": png("red"), "path": "x.png"}, url]):
+        row = {"id": "a", "image": picture, "prompt": Q, "chosen": A, "rejected": B}
+        pa.parquet.write_table(pa.Table.from_pylist([row, {**row, "id": "b"}]), folder / "d.parquet")
+        records = load(folder / "d.parquet", images=folder / "pictures").records
+        (stored,) = (folder / "pictures").iterdir()
+        assert [record["image"] for record in records] == [f"pictures/{stored.name}"] * 2
+
+
+def test_parquet_holds_what_json_does_not(folder):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    def found(**column):
+        pa.parquet.write_table(pa.Table.from_pylist([{**ROWS["rlaif-v"], **column}]), folder / "d.parquet")
+        return problems(folder / "d.parquet")
+
+    assert found(ds_name=float("nan")) == [f"{folder}/d.parquet:1: 'source' holds nan, which JSON has not"]
+    assert "'source' holds datetime, which JSON has not" in found(ds_name=datetime(2020, 1, 1))[0]
+    assert found(question=b"x") == [f"{folder}/d.parquet:1: the question must be a string, found bytes"]
+    (folder / "empty").mkdir()
+    assert problems(folder / "empty") == [f"{folder / 'empty'}: a folder without .parquet files"]
+    table = pa.table({"question": pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())})
+    pa.parquet.write_table(table, folder / "d.parquet")
+    (line,) = problems(folder / "d.parquet")
+    assert line.startswith(f"{folder}/d.parquet: not a readable Parquet file, behind row 0")
+
+
+# The command
+
+
+def run(monkeypatch, capsys, *words) -> str:
+    monkeypatch.setattr("sys.argv", ["formats", *map(str, words)])
+    main()
+    return capsys.readouterr().out
+
+
+def test_the_command_changes_nothing(folder, monkeypatch, capsys):
+    """Its own format comes out equal, in another folder too but for the paths."""
+    source = {"method": "hand", "scores": [1, 2.5, None], "text": "\u2028"}
+    rows = [{**PAIRS[0], "source": source}, {**PAIRS[1], "rejected_image": None}]
+    write(folder / "in.jsonl", rows)
+    said = run(monkeypatch, capsys, folder / "in.jsonl", folder / "out.jsonl")
+    assert said == f"{folder / 'out.jsonl'}: 2 records, read as plumbline\n"
+    assert (folder / "out.jsonl").read_bytes() == (folder / "in.jsonl").read_bytes()
+    run(monkeypatch, capsys, folder / "in.jsonl", folder / "sub" / "out.jsonl")
+    assert read_pairs(folder / "sub" / "out.jsonl") == \
+        [{**rows[0], "image": "../one.png", "rejected_image": "../two.png"}, rows[1]]
+
+
+def test_the_command_stores_pictures_beside_its_output(folder, monkeypatch, capsys):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    (folder / "in").mkdir()
+    rows = [{**ROWS["rlaif-v"], "idx": i, "image": {"bytes": png(colour), "path": "x.png"}}
+            for i, colour in enumerate(("red", "blue", "red"))]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), folder / "in" / "d.parquet")
+    out = folder / "out" / "pairs.jsonl"
+    assert run(monkeypatch, capsys, folder / "in" / "d.parquet", out).endswith("3 records, read as rlaif-v\n")
+    assert sorted(path.name for path in (folder / "in").iterdir()) == ["d.parquet"]
+    stored = [(out.parent / pair["image"]).read_bytes() for pair in read_pairs(out)]
+    assert stored == [png("red"), png("blue"), png("red")]
+    run(monkeypatch, capsys, out, folder / "t.parquet", "--format", "trl")
+    assert [pair["id"] for pair in read(folder / "t.parquet", "trl")] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["in.jsonl", "out.parquet"], "a Parquet file is written with --format trl"),
+    (["in.jsonl", "out.jsonl", "--format", "trl"], "TRL's columns are for pairs"),
+    (["none.jsonl", "out.jsonl"], "none.jsonl: not found"),
+    (["in.jsonl", "out.jsonl", "--read-as", "rlaif-v"], "the question must be a string"),
+])
+def test_the_command_refuses_in_one_line(folder, monkeypatch, capsys, words, reason):
+    monkeypatch.chdir(folder)
+    save(folder / "in.jsonl", ROWS["llava"])
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, capsys, *words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and reason in said and said.count("\n") == 1

@@ -425,3 +425,16 @@ def test_questions_that_a_local_model_cannot_be_asked_are_problems_of_their_own(
     assert [reply.problem for reply in replies[::2]] == ["a special token in the question",
                                                          "question longer than the model's window"]
     assert replies[1:2] == ask([good]) and [reply.text for reply in ask([Request("scene:5", "<s>")])] == [""]
+
+
+def test_bad_texts_are_named_before_any_work(photos, tmp_path):
+    rows = [json.loads(line) for line in (photos / "pairs.jsonl").read_text().splitlines()]
+    rows[1]["chosen"] = "A dog \ud83d"
+    (photos / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="bad.jsonl:2: 'chosen' holds half a character"):
+        run(read_arguments(["--method", "mdpo", "--pairs", str(photos / "bad.jsonl"),
+                            "--out", str(tmp_path / "p.jsonl")]))
+    (photos / "images.jsonl").write_text(json.dumps({"id": "a", "image": "one.png", "prompt": Q}))
+    with pytest.raises(ValueError, match="'rejected' is missing .say --images where there are no pairs."):
+        run(read_arguments(["--pairs", str(photos / "images.jsonl"), "--out", str(tmp_path / "p.jsonl")]))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

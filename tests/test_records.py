@@ -8,7 +8,8 @@ import os
 import pytest
 from PIL import Image
 
-from data.records import read_images, read_pairs, write_jsonl
+from data.formats import read
+from data.records import SHOWN, read_pairs, relocate, write_jsonl
 
 GOOD = {"id": "a", "image": "scene:1000000", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."}
 
@@ -50,6 +51,23 @@ def test_what_is_written_is_read_back(tmp_path):
     ({"rejected_image": "scene:3?without=unicorn"}, "unicorn"),
     ({"rejected_imgae": "scene:3"}, "unknown key 'rejected_imgae'"),
     ({"source": "me"}, "'source' must be a JSON object"),
+    ({"chosen": "A dog \ud83d"}, "'chosen' holds half a character, the lone surrogate '\\ud83d'"),
+    ({"id": "\udc80"}, "'id' holds half a character"),
+    ({"image": "a\0b.png"}, "'image' holds a NUL character"),
+    ({"rejected": "A\0dog"}, "'rejected' holds a NUL character"),
+    ({"rejected": "\u200b\u00a0\ufeff"}, "'rejected' is empty"),
+    ({"rejected": "One <image>."}, "'rejected' contains <image>"),
+    ({"prompt": "USER: <image>\nWhat?"}, "'prompt' contains <image>"),
+    ({"prompt": "<image>What?<image>"}, "'prompt' contains <image>"),
+    ({"prompt": "<ImageHere>What?"}, "'prompt' contains <ImageHere>"),
+    ({"prompt": "USER: What? ASSISTANT: "}, "'prompt' ends as a template does"),
+    ({"prompt": "<image>\n"}, "'prompt' is empty"),
+    ({"image": "https://x.org/a.png"}, "'https://x.org/a.png' is a URL"),
+    ({"image": "iVBORw0KGgo" * 1000}, "'image': 11,000 characters are no path"),
+    ({"image": "a\nb.png"}, "a\\nb.png"),
+    ({"source": {"says": ["\ud83d"]}}, "'source' holds half a character"),
+    ({"source": json.loads('{"a":' * 60 + "1" + "}" * 60)}, "'source' is nested too deeply"),
+    ({f"key{i}": 1 for i in range(99)}, "'key6', 'key7', ..."),
 ])
 def test_one_bad_field(tmp_path, change, reason):
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
@@ -61,12 +79,12 @@ def test_one_bad_field(tmp_path, change, reason):
 
 
 def test_all_bad_lines_are_listed_at_once(tmp_path):
-    twice, empty = '{"id": "x", "id": "y"}', {**GOOD, "id": "z", "chosen": ""}
-    path = lines(tmp_path / "p.jsonl", "{", "[1]", GOOD, GOOD, twice, "", empty)
+    twice, empty = '{"id": "x", "id": "y"}', {**GOOD, "id": "z", "chosen": "", "prompt": 3}
+    path = lines(tmp_path / "p.jsonl", "{]", "[1]", GOOD, GOOD, twice, "", empty)
     found = problems(path)
-    assert [int(line.split(":")[1]) for line in found] == [1, 2, 4] + [5] * 5 + [7]
-    assert "not valid JSON" in found[0] and "found list" in found[1] and "already used in line 3" in found[2]
-    assert "key 'id' is given twice" in found[3] and "'chosen' is empty" in found[-1]
+    assert [int(line.split(":")[1]) for line in found] == [1, 2, 4, 5, 7, 7]
+    assert "not valid JSON" in found[0] and "found list" in found[1] and f"already used in {path}:3" in found[2]
+    assert "not valid JSON (holds the key 'id' twice)" in found[3] and "'chosen' is empty" in found[-1]
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
@@ -78,7 +96,7 @@ def test_bytes_that_are_not_utf8(tmp_path):
 def test_needs(tmp_path):
     path = lines(tmp_path / "p.jsonl", GOOD, {**GOOD, "id": "b", "rejected_image": None})
     assert len(read_pairs(path)) == 2
-    assert problems(path, {"rejected_image"}) == [f"{path}:{n}: 'rejected_image' is missing" for n in (1, 2)]
+    assert problems(path, {"rejected_image"}) == [f"{path}: all 2 records: 'rejected_image' is missing"]
     with pytest.raises(ValueError, match="no field \\['mask'\\]"):
         read_pairs(path, {"mask"})
 
@@ -90,9 +108,9 @@ def test_no_file_and_no_records(tmp_path):
 
 def test_image_records(tmp_path):
     row = {"id": "a", "image": "scene:0", "prompt": "What?"}
-    assert read_images(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "chosen": "It."}))[0] == row
-    with pytest.raises(ValueError, match="i.jsonl:1: unknown key 'rejected'"):
-        read_images(lines(tmp_path / "i.jsonl", {**row, "rejected": "No."}))
+    assert read(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "chosen": "It."}))[0] == row
+    with pytest.raises(ValueError, match="i.jsonl:2: unknown key 'rejected'"):
+        read(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "rejected": "No."}))
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
@@ -107,3 +125,75 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError):
         write_jsonl(tmp_path / "p.jsonl", [{"score": float("nan")}])
     assert os.listdir(tmp_path) == ["p.jsonl"] and read_pairs(tmp_path / "p.jsonl") == [GOOD]
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ('{"source": {"score": NaN}', "not valid JSON (holds NaN)"),
+    ('{"source": {"score": 1e999}', "'source' holds inf, which JSON has not"),
+    ('{"source": {"score": ' + "9" * 5000 + "}", "not valid JSON (a number has too many digits)"),
+    ('{"source": ' + '{"a":' * 100_000, "not valid JSON (nested too deeply)"),
+    ('{"source": {"a": 1, "a": 2}', "not valid JSON (holds the key 'a' twice)"),
+])
+def test_what_json_allows_and_no_writer_writes(tmp_path, text, reason):
+    good = json.dumps(GOOD)
+    path = lines(tmp_path / "p.jsonl", good, text + f', {json.dumps({**GOOD, "id": "b"})[1:]}')
+    assert problems(path) == [f"{path}:2: {reason}"]
+
+
+@pytest.mark.parametrize("prompt", ["<image>\nWhat?", "What?\n<image>", " <image> What?", "<image>What?"])
+def test_one_mark_of_the_picture_is_taken_away(tmp_path, prompt):
+    rows = [{**GOOD, "prompt": prompt}, {**GOOD, "id": "b", "prompt": " What? "}]
+    assert [row["prompt"] for row in read_pairs(lines(tmp_path / "p.jsonl", *rows))] == ["What?", " What? "]
+
+
+def test_a_line_that_is_cut_off_says_where(tmp_path):
+    path = lines(tmp_path / "p.jsonl", GOOD, '{"a": 1')
+    assert problems(path) == [f"{path}:2: not valid JSON (Expecting ',' delimiter at column 8)"]
+
+
+def test_lines_end_where_json_says(tmp_path):
+    """U+2028 and U+0085 are characters, a carriage return is a space; a list or one object may take many lines."""
+    row = {**GOOD, "chosen": "One\u2028two\x85three\x0bfour"}
+    (tmp_path / "p.jsonl").write_bytes(json.dumps(row, ensure_ascii=False).replace("{", "{\r").encode() + b"\r\n")
+    assert read_pairs(tmp_path / "p.jsonl") == [row]
+    for rows in ([row, {**row, "id": "b"}], row):
+        (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
+        assert read_pairs(tmp_path / "p.json") == (rows if isinstance(rows, list) else [rows])
+
+
+@pytest.mark.parametrize("data", [
+    b"\x1f\x8b\x08 gzip\n{}\n", json.dumps(GOOD).encode("utf-16"), b"id,image,prompt\n" * 50, b"PAR1\n" * 50, b"[{",
+    b"[]", b"{\n" * 50, b"", b"\n\n",
+])
+def test_what_is_no_data_is_said_in_one_line(tmp_path, data):
+    (tmp_path / "p.jsonl").write_bytes(data)
+    (found,) = problems(tmp_path / "p.jsonl")
+    assert found.startswith(f"{tmp_path / 'p.jsonl'}: ")
+
+
+def test_what_is_no_file_is_said_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert problems(tmp_path / "pipe") == [f"{tmp_path / 'pipe'}: not a regular file"]
+    assert problems(tmp_path) == [f"{tmp_path}: not a regular file"]
+
+
+def test_many_bad_lines_are_counted(tmp_path):
+    """What all records lack is said once; of the others the first are named."""
+    rows = [{**GOOD, "id": str(i), "chosen": "" if i % 2 else "A dog."} for i in range(5000)]
+    path = lines(tmp_path / "p.jsonl", *rows)
+    found = problems(path, {"rejected_image"})
+    assert found[0] == f"{path}: all 5,000 records: 'rejected_image' is missing"
+    assert found[1:] == [f"{path}:{n}: 'chosen' is empty" for n in range(2, SHOWN + 1, 2)] + \
+        [f"{path}: and 4,980 more bad records (5,000 of 5,000 are bad)"]
+    found = problems(path)
+    assert found == [f"{path}:{n}: 'chosen' is empty" for n in range(2, 2 * SHOWN + 1, 2)] + \
+        [f"{path}: and 2,480 more bad records (2,500 of 5,000 are bad)"]
+
+
+def test_paths_move_and_nothing_else_does(tmp_path):
+    row = {**GOOD, "image": "a.png", "source": {"image": "c.png", "candidates": [{"image": "b.png"}]}}
+    odd = {**GOOD, "rejected_image": None, "source": {"candidates": "three"}}
+    (moved, same) = relocate([row, odd], tmp_path / "in", tmp_path / "out")
+    source = {"image": "c.png", "candidates": [{"image": "../in/b.png"}]}
+    assert moved == {**row, "image": "../in/a.png", "source": source}
+    assert same == odd and relocate([{"image": "./a.png"}], tmp_path, tmp_path) == [{"image": "./a.png"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -255,3 +256,49 @@ def test_texts_are_refused_before_the_model_is_loaded(damaged, tmp_path, monkeyp
         train.main(arguments(path, tmp_path / "out", "--loss", loss))
     lines = str(error.value).split("\n")
     assert [re.match(rf"{path}: record '(r\d)': .*{reason}", line)[1] for line in lines] == ["r2", "r7"]
+
+
+def published(folder: Path, count: int = 4) -> list[dict]:
+    """Rows as RLAIF-V has them, with their pictures inside."""
+    rows = []
+    for i in range(count):
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 30), (60 * i, 90, 30)).save(buffer, "PNG")
+        (folder / f"{i}.png").write_bytes(buffer.getvalue())
+        rows.append({"idx": i, "ds_name": "RLAIF-V", "image": {"bytes": buffer.getvalue(), "path": f"{i}.png"},
+                     "question": "What is it?", "chosen": "A dog.", "rejected": "A cat."})
+    return rows
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "json", "jsonl"])
+def test_published_pairs_are_read_as_they_are(tmp_path, capsys, suffix):
+    rows, path = published(tmp_path), tmp_path / f"rlaif-v.{suffix}"
+    if suffix == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        rows = [{**row, "image": row["image"]["path"]} for row in rows]
+        path.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    assert train.main(arguments(path, tmp_path / "out", "--loss", "dpo", "--steps", "1")) == 0
+    assert f"--data {path}: 4 records, read as rlaif-v\n" in capsys.readouterr().out
+
+
+def test_data_serves_a_loss_as_far_as_it_goes(tmp_path):
+    """Pairs are prompts for losses that sample, captions teach sft; a command adds what is missing."""
+    rows = [{**row, "image": row["image"]["path"]} for row in published(tmp_path)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for loss in ("online_dpo", "ppo", "rloo", "fisao"):
+        records = train.read_records(path, train.LOSSES[loss]).records
+        assert records[0] == {"id": "0", "image": "0.png", "prompt": "What is it?"} and len(records) == 4
+    for loss, method in (("rdpo", "realign"), ("adavip", "adavip")):
+        with pytest.raises(ValueError) as error:
+            train.read_records(path, train.LOSSES[loss])
+        assert str(error.value) == (f"{path}: all 4 records: 'rejected_image' is missing (python generate_pairs.py"
+                                    f" --method {method} --pairs {path} adds one)")
+    path.write_text(json.dumps([{key: value for key, value in row.items() if key != "rejected"} for row in rows]))
+    assert train.read_records(path, train.LOSSES["sft"]).records[3]["chosen"] == "A dog."
+    with pytest.raises(ValueError, match=f"python generate_pairs.py --method rank --images {path} makes pairs"):
+        train.read_records(path, train.LOSSES["dpo"])
