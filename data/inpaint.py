@@ -53,10 +53,10 @@ def fill(pixels: Tensor, hole: Tensor, tolerance: float = 1e-4) -> Tensor:
         return pixels
     known = pixels[:, ~hole].float().mean(1)[:, None, None]
     # The hole with its rim: nothing further away counts.
-    window = [slice(max(0, int(axis.min()) - 1), int(axis.max()) + 2) for axis in hole.nonzero().T]
-    part = torch.where(hole, known, pixels.float())[:, *window]
+    down, across = (slice(max(0, int(axis.min()) - 1), int(axis.max()) + 2) for axis in hole.nonzero().T)
+    part = torch.where(hole, known, pixels.float())[:, down, across]
     filled = pixels.clone()
-    filled[:, *window] = _solve(part, hole[*window], tolerance).to(pixels.dtype)
+    filled[:, down, across] = _solve(part, hole[down, across], tolerance).to(pixels.dtype)
     return torch.where(hole, filled, pixels)
 
 
