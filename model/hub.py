@@ -6,6 +6,7 @@ safetensors or, where a repository has none, as .bin files.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -20,8 +21,10 @@ PICKLED = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin", "non_l
 def resolve(name: Path | str) -> Path:
     """Folder of a model. Raises ValueError in one line when there is none and none can be downloaded."""
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path's, it takes names that no file can have
         return folder
+    if os.path.isfile(folder):
+        raise ValueError(f"{name}: is a file; the folder that holds it is wanted")
     if not HUB_ID.fullmatch(str(name)) or folder.is_absolute():
         raise ValueError(f"{name}: no such folder, and not a hub id (owner/name)")
     folder = _download(str(name), SMALL + SAFE)
