@@ -70,10 +70,10 @@ def tiles(image: Image.Image, canvas: Size, how: Preprocessing) -> Tensor:
     side = how.size
     height, width = _fit((image.height, image.width), canvas)
     large = Image.new("RGB", canvas[::-1])  # black
-    large.paste(_resize(image, (height, width)), ((canvas[1] - width) // 2, (canvas[0] - height) // 2))
+    large.paste(_resize(image, (height, width), how), ((canvas[1] - width) // 2, (canvas[0] - height) // 2))
     corners = [(x, y) for y in range(0, canvas[0], side) for x in range(0, canvas[1], side)]
     cut = [large.crop((x, y, x + side, y + side)) for x, y in corners]
-    return torch.stack([normalise(tile, how) for tile in (_resize(image, (side, side)), *cut)])
+    return torch.stack([normalise(tile, how) for tile in (_resize(image, (side, side), how), *cut)])
 
 
 def merge(size: Size, grid: Size, p: int) -> Tensor:
@@ -108,5 +108,5 @@ def _margins(size: Size, places: Size) -> Size:
     return 0, (places[1] - shown) // 2
 
 
-def _resize(image: Image.Image, size: Size) -> Image.Image:
-    return image.resize(size[::-1], Image.Resampling.BICUBIC)
+def _resize(image: Image.Image, size: Size, how: Preprocessing) -> Image.Image:
+    return image.resize(size[::-1], how.resample)

@@ -4,8 +4,9 @@ A picture is named by a reference: a file path, or `scene:SEED` / `scene:SEED?wi
 of the scene world (data/scenes.py), drawn on the spot.
 
 Preprocessing follows CLIP and equals the slow image processor of `transformers` pixel for pixel: shorter side
-to the target size (Pillow, bicubic), centre crop, scale to [0, 1], normalise each channel. What comes before
-depends on the checkpoint (`aspect` in model/config.py):
+to the target size (Pillow, bicubic), centre crop, scale to [0, 1], normalise each channel. A folder may set the
+numbers and the filter (data/settings.py). What comes before depends on the checkpoint (`aspect` in
+model/config.py):
 
     crop     nothing: what lies outside the centre square is lost           llava-hf's LLaVA-1.5
     pad      centred on a square of the mean colour (122, 116, 104)         original LLaVA-1.5; Re-Align also 1.6
@@ -38,16 +39,28 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 2**26  # 8192 x 8192; a larger picture is a mistake or a decompression bomb
 MAX_SIDE = 2**14  # padded to a square, a longer side would take gigabytes
+MAX_RESIZE = 2**11  # of the shorter side when resized; the longer one may be MAX_RATIO times that
 MAX_RATIO = 200  # of the sides; resizing the short one of a thinner picture would make a huge one
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Target side in pixels and the mean and standard deviation of each channel."""
+    """From a picture to what a tower takes, CLIP's way unless told otherwise.
+
+    size: side of the result in pixels.
+    mean, std: mean and standard deviation of each channel, of colours in [0, 1].
+    resize: what the shorter side becomes before the crop, or (height, width) for a picture of any shape; None: the
+        shorter side becomes `size`.
+    resample: number of Pillow's filter.
+    fill: colour around a picture that is padded to a square, 0 ... 255 in each channel.
+    """
 
     size: int
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    resize: int | tuple[int, int] | None = None
+    resample: int = Image.Resampling.BICUBIC.value
+    fill: tuple[int, ...] = tuple(int(x * 255) for x in CLIP_MEAN)
 
 
 class View(NamedTuple):
@@ -143,15 +156,15 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, how: Preprocessing) -> Tensor:
-    """RGB image -> (3, size, size) fp32: short side to `size`, centre crop, normalise."""
+    """RGB image -> (3, size, size) fp32: resized, cropped at the centre (black where it is smaller), normalised."""
     width, height = image.size
     if min(width, height) < 1:
         raise ValueError(f"image of {width} x {height} pixels")
-    short, long = sorted((width, height))
-    sides = how.size, int(how.size * long / short)
-    resized = sides if width <= height else sides[::-1]
-    if short != how.size:
-        image = image.resize(resized, Image.Resampling.BICUBIC)
+    target = how.resize or how.size
+    if isinstance(target, int):
+        long = int(target * max(width, height) / min(width, height))
+        target = (long, target) if width <= height else (target, long)
+    image = image.resize(target[::-1], how.resample)
     left, top = (image.width - how.size) // 2, (image.height - how.size) // 2
     return normalise(image.crop((left, top, left + how.size, top + how.size)), how)
 
@@ -162,9 +175,9 @@ def normalise(image: Image.Image, how: Preprocessing) -> Tensor:
     return ((pixels - torch.tensor(how.mean)) / torch.tensor(how.std)).permute(2, 0, 1).contiguous()
 
 
-def pad_to_square(image: Image.Image, mean: tuple[float, ...] = CLIP_MEAN) -> Image.Image:
+def pad_to_square(image: Image.Image, fill: tuple[int, ...] = Preprocessing.fill) -> Image.Image:
     """The picture centred on a square of the mean colour, as LLaVA's `image_aspect_ratio` "pad" does."""
     side = max(image.size)
-    square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in mean))
+    square = Image.new("RGB", (side, side), fill)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -12,7 +12,6 @@ the answer, which prefix sharing relies on.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -20,15 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from data.anyres import anyres, image_rows
-from data.images import (
-    CLIP_MEAN, CLIP_STD, Preprocessing, View, image_size, open_image, pad_to_square, preprocess, single,
-)
+from data.images import View, image_size, open_image, pad_to_square, preprocess, single
+from data.settings import find_aspect, read_preprocessing
 from data.templates import SPECIAL, cut, find_template
 from data.tokenizer import CLIP_SPECIAL, TextTokenizer
-from model.config import LlavaConfig, clip_config, read_config, read_llava_config
+from model.config import clip_config, read_config, read_llava_config
 from model.hub import resolve
 from model.layouts import config_folder, tokenizer_folder
-
 
 
 class Processor:
@@ -46,13 +43,14 @@ class Processor:
         config = read_llava_config(self.folder)
         self.tokenizer = TextTokenizer(tokenizer_folder(resolve(folder)))
         self.template = find_template(template or config.template)
-        self.preprocessing = read_preprocessing(self.folder, config.vision.image_size)
         self.aspect, self.pinpoints = find_aspect(self.folder, config, aspect), config.image_grid_pinpoints
+        self.preprocessing = read_preprocessing(self.folder, config.vision.image_size, self.aspect)
         self.eos_id = self.tokenizer.id(self.template.stop)
+        self.before = self._encode(self.template.before)
+        self.tokenizer.check_rows(config.text.vocab_size, [*self.before, self.eos_id])
         self.image_id = config.image_token_index
         self.patches = config.vision.num_patches
         self.window = config.text.max_position_embeddings  # tokens that the decoder takes
-        self.before = self._encode(self.template.before)
         self.prefix = [*self.before, *[self.image_id] * self.patches]
         self.tag = cut(self.template.after)[-1].rpartition("{prompt}")[2]  # " ASSISTANT:", before the answer
         self.tag_ids = self.tokenizer.encode(self.tag)
@@ -67,7 +65,7 @@ class Processor:
         """RGB image -> tiles and rows, by `aspect`."""
         if self.aspect == "anyres":
             return anyres(image, self.pinpoints, self.preprocessing, self.patches)
-        image = pad_to_square(image, self.preprocessing.mean) if self.aspect == "pad" else image
+        image = pad_to_square(image, self.preprocessing.fill) if self.aspect == "pad" else image
         return single(preprocess(image, self.preprocessing), self.patches)
 
     def image_tokens(self, reference: str, root: Path | str | None = None) -> int:
@@ -134,6 +132,7 @@ class ClipProcessor:
         self.bos_id, self.eos_id = map(self.tokenizer.id, names)
         # eos_token_id = 2 is the old convention of pooling at the largest id (model/clip.py).
         pooled = config.text.vocab_size - 1 if config.text.eos_token_id == 2 else config.text.eos_token_id
+        self.tokenizer.check_rows(config.text.vocab_size, [self.bos_id])
         if self.eos_id != pooled:
             raise ValueError(f"{folder}: the tokenizer ends a text with id {self.eos_id},"
                              f" the tower pools at {pooled}")
@@ -146,40 +145,3 @@ class ClipProcessor:
         """Text -> ids with BOS and EOS; text beyond the tower's limit is cut, as CLIP's own tokenizer does."""
         ids = self.tokenizer.encode(text)
         return [self.bos_id, *ids[: self.limit - 2], self.eos_id]
-
-
-def find_aspect(folder: Path, config: LlavaConfig, asked: str | None) -> str:
-    """How pictures are shown: as asked for, or as the folder's configurations say. ValueError if impossible."""
-    aspect = asked or config.aspect
-    raw = _preprocessor_config(folder)
-    if not asked and aspect == "crop" and raw.get("do_pad") and "Llava" in raw.get("image_processor_type", ""):
-        aspect = "pad"  # transformers' LlavaImageProcessor; CLIP's does not know the field
-    if aspect not in ("crop", "pad", "anyres"):
-        raise ValueError(f"aspect {aspect!r} is none of crop, pad, anyres")
-    if aspect == "anyres":
-        odd = [pair for pair in config.image_grid_pinpoints if any(x % config.vision.image_size for x in pair)]
-        if odd or not config.anyres:
-            reason = f"{odd[0]} is no multiple of {config.vision.image_size}" if odd else "there are none"
-            raise ValueError(f"{folder / 'config.json'}: anyres needs image_grid_pinpoints, {reason}")
-    return aspect
-
-
-def read_preprocessing(folder: Path, size: int) -> Preprocessing:
-    """Mean and standard deviation from preprocessor_config.json (CLIP's where it is absent), side from the model.
-
-    Raises ValueError when the file leaves out a step or resamples in another way than bicubic.
-    """
-    raw = _preprocessor_config(folder)
-    steps = dict(do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True, resample=3)
-    for key, supported in steps.items():
-        if raw.get(key, supported) != supported:
-            raise ValueError(f"{folder / 'preprocessor_config.json'}: {key}={raw[key]!r} is not supported")
-    return Preprocessing(size, tuple(raw.get("image_mean", CLIP_MEAN)), tuple(raw.get("image_std", CLIP_STD)))
-
-
-def _preprocessor_config(folder: Path) -> dict:
-    path = folder / "preprocessor_config.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None

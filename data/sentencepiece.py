@@ -79,7 +79,7 @@ def read_model(path: Path) -> Model:
         message = _collect(path.read_bytes())
         pieces = [_piece(_collect(raw)) for raw in message.get(1, [])]
         trainer, normalizer = (_collect(b"".join(message.get(number, []))) for number in (2, 3))
-    except (IndexError, ValueError, TypeError, struct.error) as error:
+    except (OSError, IndexError, ValueError, TypeError, struct.error) as error:
         raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
     if not pieces:
         raise ValueError(f"{path}: not a SentencePiece model (it has no pieces)")
@@ -140,8 +140,11 @@ def _collect(message: bytes) -> dict[int, list]:
 
 
 def _last(fields: dict[int, list], number: int, default):
-    """The value of a field that occurs once (protobuf: the last one counts)."""
-    return fields.get(number, [default])[-1]
+    """The value of a field that occurs once (protobuf: the last one counts), as the default a number or bytes."""
+    value = fields.get(number, [default])[-1]
+    if isinstance(value, bytes) != isinstance(default, bytes):
+        raise ValueError(f"field {number} is of another type")
+    return value
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -166,10 +169,10 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     """Seven bits a byte, lowest first, the top bit says that more follow -> (value, position behind it)."""
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value, at = value | (byte & 127) << shift, at + 1
+    value = 0
+    for i in range(10):  # enough for 64 bits
+        byte = message[at + i]
+        value |= (byte & 127) << 7 * i
         if byte < 128:
-            return value, at
-        shift += 7
+            return value, at + i + 1
+    raise ValueError(f"a number of more than 64 bits at byte {at}")

@@ -38,6 +38,15 @@ class TextTokenizer:
         """Ids -> text without special tokens."""
         return self.core.decode(ids, skip_special_tokens=True)
 
+    def check_rows(self, rows: int, used: list[int]) -> None:
+        """Raise ValueError when a text may have an id without a row in the embedding table: of a token that is not
+        special, or one of those `used` around it."""
+        plain = (i for token, i in self.core.get_vocab().items() if token not in self.special)
+        largest = max([*plain, *used])
+        if largest >= rows:
+            raise ValueError(f"{self.path}: token {self.core.id_to_token(largest)!r} has the id {largest}, the"
+                             f" embedding table has {rows} rows")
+
     def id(self, token: str) -> int:
         """Id of one token. Raises ValueError naming the file when it is not in the vocabulary."""
         found = self.core.token_to_id(token)
@@ -82,4 +91,6 @@ def _load(read: Callable[..., Tokenizer], *paths: Path) -> Tokenizer:
     try:
         return read(*map(str, paths))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{paths[0]}: not a readable tokenizer ({error})") from None
+        names = " with ".join([str(paths[0]), *(path.name for path in paths[1:])])
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{names}: not a readable tokenizer ({reason})") from None

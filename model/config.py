@@ -2,7 +2,8 @@
 
 Only what the forward pass needs is kept. Fields that a file leaves out get the defaults of `transformers`,
 because that is what the file's writer relied on; a value that we cannot honour (another activation, scaled
-RoPE, attention biases) is refused here, before any weight is read.
+RoPE, attention biases) or that cannot be (a string for a number, 0 heads) is refused here, before any weight is
+read.
 
 Families and what tells them apart:
 
@@ -27,9 +28,12 @@ and `surplus_rows` the rest (`text_rows`).
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from common import read_json
+from data.templates import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,15 @@ TOWERS = {  # the towers that original checkpoints name
     "clip-vit-large-patch14": {**OPENAI_TOWER, "image_size": 224},
 }
 ORIGINAL = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
+TYPES = {  # annotation of a field -> what JSON may hold for it, and what that is called
+    "int": (int, "a whole number"), "float": ((int, float), "a number"), "bool": (bool, "true or false"),
+    "str": (str, "a string"),
+}
+LIMITS = {  # smallest and largest value; of the numbers not named here 1 and 2**20
+    "num_hidden_layers": (1, 1000), "image_size": (1, 2048), "max_position_embeddings": (1, 2**31),
+    "layer_norm_eps": (0, 1), "rms_norm_eps": (0, 1), "rope_theta": (1, 1e12),
+    "eos_token_id": (0, 2**20), "image_token_index": (0, 2**20), "image_token_id": (0, 2**20),
+}
 
 
 @dataclass(frozen=True)
@@ -141,71 +154,106 @@ class LlavaConfig:
         return layer if layer >= 0 else self.vision.num_hidden_layers + 1 + layer
 
 
-def _take(cls, raw: dict, **fixed):
-    """Build `cls` from the keys of `raw` that it knows; `fixed` wins."""
-    known = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None}
-    return cls(**{**known, **fixed})
+def _take(cls, raw: dict, where: str, **fixed):
+    """Build `cls` from the keys of `raw` that it knows; `fixed` wins. ValueError on a value that cannot be."""
+    known = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None} | fixed
+    for name, value in known.items():
+        _check(name, value, cls.__dataclass_fields__[name].type, where)
+    return cls(**known)
 
 
-def _refuse(raw: dict, where: str, **required) -> None:
+def _check(name: str, value, kind: str, where: str) -> None:
+    """Raise ValueError when a value is not of the kind (a key of TYPES), or beyond its LIMITS."""
+    types, called = TYPES[kind]
+    if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
+        raise ValueError(f"{where}: {name}={value!r:.80} is not {called}")
+    low, high = LIMITS.get(name, (1, 2**20))
+    if kind in ("int", "float") and not low <= value <= high:
+        raise ValueError(f"{where}: {name}={value!r:.80} is not between {low} and {high}")
+
+
+def _value(raw: dict, names: tuple[str, ...], default, where: str, kind: str = "int"):
+    """The first of the keys that is there; ValueError as from `_check`."""
+    name, value = next(((n, raw[n]) for n in names if raw.get(n) is not None), (names[0], default))
+    _check(name, value, kind, where)
+    return value
+
+
+def refuse(raw: dict, where: str, **supported) -> None:
     """Raise ValueError when a key is present with a value that this code does not implement."""
-    for key, allowed in required.items():
+    for key, allowed in supported.items():
         if key in raw and raw[key] not in allowed:
-            raise ValueError(f"{where}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
+            raise ValueError(f"{where}: {key}={raw[key]!r:.80} is not supported (supported: {list(allowed)})")
 
 
-def _require(raw: dict, where: str, *sections: str) -> None:
-    """Raise ValueError when a section is missing."""
-    for name in sections:
-        if not isinstance(raw.get(name), dict):
-            raise ValueError(f"{where}: has no {name}")
+def _section(raw: dict, name: str, where: str) -> dict:
+    """A section of the file. Raises ValueError when it is missing or no object."""
+    if not isinstance(raw.get(name), dict):
+        raise ValueError(f"{where}: " + (f"{name} is no object" if raw.get(name) is not None else f"has no {name}"))
+    return raw[name]
+
+
+def _shared(width: int, heads: int, where: str, names: str = "hidden_size, num_attention_heads") -> None:
+    """Raise ValueError when a width cannot be shared out among the heads."""
+    if width % heads:
+        raise ValueError(f"{where}: {width} is no multiple of {heads} ({names})")
 
 
 def llama_config(raw: dict, where: str = "config.json") -> LlamaConfig:
     """Read a LLaMA-type section. Raises ValueError on features that change the mathematics."""
-    _refuse(raw, where, model_type=("llama", "mistral"), hidden_act=("silu",), attention_bias=(False, None),
-            mlp_bias=(False, None))
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    _refuse(rope, where, rope_type=("default",), type=("default",))
+    refuse(raw, where, model_type=("llama", "mistral"), hidden_act=("silu",), attention_bias=(False, None),
+           mlp_bias=(False, None))
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = _section(raw, key, where) if raw.get(key) else {}
+    refuse(rope, f"{where}: {key}", rope_type=("default",), type=("default",))
     mistral = raw.get("model_type") == "mistral"
     raw = {**MISTRAL, **raw} if mistral else raw
-    base = _take(LlamaConfig, raw)
-    heads = base.num_attention_heads
-    window = raw.get("sliding_window", 4096) if mistral else None
-    return _take(
-        LlamaConfig, raw,
+    base = _take(LlamaConfig, raw, where)
+    heads, longest = base.num_attention_heads, base.max_position_embeddings
+    if raw.get("head_dim") is None:
+        _shared(base.hidden_size, heads, where)
+    if mistral and raw.get("sliding_window", 4096) is not None:
+        longest = min(longest, _value(raw, ("sliding_window",), 4096, where))
+    config = replace(
+        base,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or base.hidden_size // heads,
-        rope_theta=float(rope.get("rope_theta") or base.rope_theta),
-        max_position_embeddings=min(base.max_position_embeddings, window or base.max_position_embeddings),
+        rope_theta=float(_value(rope, ("rope_theta",), base.rope_theta, f"{where}: {key}", "float")),
+        max_position_embeddings=longest,
     )
+    _shared(heads, config.num_key_value_heads, where, "num_attention_heads, num_key_value_heads")
+    _shared(config.head_dim, 2, where, "head_dim, whose halves are rotated")
+    return config
 
 
-def llava_config(raw: dict, where: str = "config.json", tower: dict | None = None) -> LlavaConfig:
+def llava_config(raw: dict, where: str = "config.json", tower: VisionConfig | None = None) -> LlavaConfig:
     """Read a config.json of llava-hf or of the original repository.
 
     Args:
-        tower: vision section of an original checkpoint whose `mm_vision_tower` is none of OpenAI's.
+        tower: that of an original checkpoint whose `mm_vision_tower` is none of OpenAI's.
     Raises ValueError on an architecture that is not LLaVA-1.5's or 1.6's.
     """
     if is_original(raw):
         return _original_config(raw, where, tower)
-    _require(raw, where, "vision_config", "text_config")
-    _refuse(raw, where, model_type=("llava", "llava_next"), projector_hidden_act=("gelu",),
-            vision_feature_select_strategy=("default",), multimodal_projector_bias=(True,),
-            use_image_newline_parameter=(True, None))
-    text = llama_config(raw["text_config"], where)
-    tiles = raw.get("model_type") == "llava_next"
-    grid = (raw.get("image_grid_pinpoints") or PINPOINTS) if tiles else ()
-    family = _template(raw["text_config"], text, where) if tiles else "hf"
+    family = raw.get("model_type", "llava")
+    if family not in ("llava", "llava_next"):
+        raise ValueError(f"{where}: model_type={family!r:.80} is not supported (LLaVA-1.5 and 1.6 are: llava,"
+                         " llava_next, or the original layout)")
+    refuse(raw, where, projector_hidden_act=("gelu",), vision_feature_select_strategy=("default",),
+           multimodal_projector_bias=(True,), use_image_newline_parameter=(True, None),
+           prompt_template=(*TEMPLATES, None))
+    vision = _vision(_section(raw, "vision_config", where), f"{where}: vision_config")
+    section = _section(raw, "text_config", where)
+    text = llama_config(section, f"{where}: text_config")
+    tiles = family == "llava_next"
     return LlavaConfig(
-        vision=_vision(raw["vision_config"], where),
+        vision=vision,
         text=text,
-        image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
-        vision_feature_layer=_layer(raw, "vision_feature_layer", raw["vision_config"], where),
-        image_grid_pinpoints=_pairs(grid, where),
+        image_token_index=_value(raw, ("image_token_index", "image_token_id"), 32000, where),
+        vision_feature_layer=_layer(raw, "vision_feature_layer", vision, where),
+        image_grid_pinpoints=_pairs(raw.get("image_grid_pinpoints") or PINPOINTS, where) if tiles else (),
         aspect="anyres" if tiles else "pad" if raw.get("image_aspect_ratio") == "pad" else "crop",
-        template=raw.get("prompt_template") or family,
+        template=raw.get("prompt_template") or (_template(section, text, where) if tiles else "hf"),
     )
 
 
@@ -240,49 +288,61 @@ def is_original(raw: dict) -> bool:
     return "mm_vision_tower" in raw
 
 
-def _original_config(raw: dict, where: str, tower: dict | None) -> LlavaConfig:
-    name = (raw.get("architectures") or [None])[0]
-    _refuse({"architectures[0]": name}, where, **{"architectures[0]": ORIGINAL})
-    _refuse(raw, where, mm_projector_type=("mlp2x_gelu",), mm_vision_select_feature=("patch",),
-            mm_use_im_start_end=(False, None), image_aspect_ratio=("pad", "anyres", "square", None))
-    aspect = {"pad": "pad", "anyres": "anyres"}.get(raw.get("image_aspect_ratio"), "crop")
+def _original_config(raw: dict, where: str, tower: VisionConfig | None) -> LlavaConfig:
+    names = raw.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    refuse({"architectures[0]": name}, where, **{"architectures[0]": ORIGINAL})
+    refuse(raw, where, mm_projector_type=("mlp2x_gelu",), mm_vision_select_feature=("patch",),
+           mm_use_im_start_end=(False, None), image_aspect_ratio=("pad", "anyres", "square", None))
+    ratio = raw.get("image_aspect_ratio")
+    aspect = ratio if ratio in ("pad", "anyres") else "crop"
     if aspect == "anyres":
-        _refuse({"mm_patch_merge_type": None} | raw, where, mm_patch_merge_type=("spatial_unpad",))
-    named = raw["mm_vision_tower"]
-    tower = tower or TOWERS.get(str(named).rsplit("/", 1)[-1])
-    if tower is None:
-        raise ValueError(f"{where}: mm_vision_tower={named!r} is no CLIP folder and none of {list(TOWERS)}")
+        refuse({"mm_patch_merge_type": None} | raw, where, mm_patch_merge_type=("spatial_unpad",))
+    named = str(raw["mm_vision_tower"]).rstrip("/").rsplit("/", 1)[-1]
+    if tower is None and named not in TOWERS:
+        raise ValueError(f"{where}: mm_vision_tower={raw['mm_vision_tower']!r:.200} is no CLIP folder and none of"
+                         f" {list(TOWERS)}")
+    tower = tower or _vision(TOWERS[named], where)
     section = {**raw, "model_type": "mistral" if name == ORIGINAL[1] else "llama"}
     text = llama_config(section, where)
-    grid = [pair[::-1] for pair in raw.get("image_grid_pinpoints") or PINPOINTS] if aspect == "anyres" else ()
+    grid = _pairs(raw.get("image_grid_pinpoints") or PINPOINTS, where) if aspect == "anyres" else ()
     return LlavaConfig(
-        vision=_vision(tower, where),
+        vision=tower,
         text=text,
         image_token_index=text.vocab_size,  # the original has none; llava-hf takes the first free id
         vision_feature_layer=_layer(raw, "mm_vision_select_layer", tower, where),
-        image_grid_pinpoints=_pairs(grid, where),
+        image_grid_pinpoints=tuple(pair[::-1] for pair in grid),
         aspect=aspect,
         template=_template(section, text, where),
     )
 
 
-def _vision(raw: dict, where: str) -> VisionConfig:
-    _refuse(raw, where, model_type=("clip_vision_model",), hidden_act=("quick_gelu",))
-    return _take(VisionConfig, raw)
+def _vision(raw: dict, where: str, **fixed) -> VisionConfig:
+    refuse(raw, where, model_type=("clip_vision_model",), hidden_act=("quick_gelu",))
+    config = _take(VisionConfig, raw, where, **fixed)
+    _shared(config.hidden_size, config.num_attention_heads, where)
+    if config.patch_size > config.image_size:
+        raise ValueError(f"{where}: patch_size={config.patch_size} is larger than image_size={config.image_size}")
+    return config
 
 
-def _layer(raw: dict, key: str, tower: dict, where: str) -> int:
-    layer, layers = raw.get(key, -2), tower.get("num_hidden_layers", 12)
-    if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
-        raise ValueError(f"{where}: {key}={layer!r} is not one of the tower's {layers + 1} states")
+def _layer(raw: dict, key: str, tower: VisionConfig, where: str) -> int:
+    layer, layers = raw.get(key, -2), tower.num_hidden_layers
+    if type(layer) is not int or not -layers - 1 <= layer <= layers:
+        raise ValueError(f"{where}: {key}={layer!r:.80} is not one of the tower's {layers + 1} states")
     return layer
 
 
 def _pairs(grid, where: str) -> tuple[tuple[int, int], ...]:
-    pairs = tuple(tuple(pair) for pair in grid)
-    if not all(len(p) == 2 and all(isinstance(x, int) and x > 0 for x in p) for p in pairs):
-        raise ValueError(f"{where}: image_grid_pinpoints={grid!r} is not a list of two sizes each")
-    return pairs
+    """Pinpoints as the file orders them. A canvas has as many pixels as a picture may have at most."""
+    fits = isinstance(grid, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(x) is int and 0 < x <= 2**13 for x in pair)
+        for pair in grid
+    )
+    if not fits:
+        raise ValueError(f"{where}: image_grid_pinpoints={grid!r:.80} is not a list of two sizes each, of at most"
+                         f" {2**13} pixels")
+    return tuple(map(tuple, grid))
 
 
 def _template(section: dict, text: LlamaConfig, where: str) -> str:
@@ -296,16 +356,13 @@ def _template(section: dict, text: LlamaConfig, where: str) -> str:
 
 def clip_config(raw: dict, where: str = "config.json") -> ClipConfig:
     """Read a CLIP config.json (both towers). Raises ValueError like `llava_config`."""
-    _require(raw, where, "vision_config", "text_config")
-    _refuse(raw, where, model_type=("clip",))
-    dim = raw.get("projection_dim", 512)
-    for tower in ("vision_config", "text_config"):
-        _refuse(raw[tower], where, hidden_act=("quick_gelu",))
-    return ClipConfig(
-        vision=_take(VisionConfig, raw["vision_config"], projection_dim=dim),
-        text=_take(ClipTextConfig, raw["text_config"], projection_dim=dim),
-        projection_dim=dim,
-    )
+    refuse(raw, where, model_type=("clip",))
+    vision, text = (_section(raw, name, where) for name in ("vision_config", "text_config"))
+    dim, where_text = _value(raw, ("projection_dim",), 512, where), f"{where}: text_config"
+    refuse(text, where_text, model_type=("clip_text_model",), hidden_act=("quick_gelu",))
+    text = _take(ClipTextConfig, text, where_text, projection_dim=dim)
+    _shared(text.hidden_size, text.num_attention_heads, where_text)
+    return ClipConfig(_vision(vision, f"{where}: vision_config", projection_dim=dim), text, dim)
 
 
 def read_llava_config(folder: Path | str) -> LlavaConfig:
@@ -314,12 +371,13 @@ def read_llava_config(folder: Path | str) -> LlavaConfig:
     Raises ValueError naming the file and the setting that does not fit.
     """
     folder = Path(folder)
-    raw, where = read_config(folder), str(folder / "config.json")
-    tower = None
+    raw, tower = read_config(folder), None
     if is_original(raw) and (place := tower_folder(folder, raw)):
-        tower = read_config(place)
-        tower = tower.get("vision_config", tower)
-    config = llava_config(raw, where, tower)
+        section, where = read_config(place), str(place / "config.json")
+        if "vision_config" in section:  # a CLIP with both towers
+            section, where = _section(section, "vision_config", where), f"{where}: vision_config"
+        tower = _vision(section, where)
+    config = llava_config(raw, str(folder / "config.json"), tower)
     rows = text_rows(folder, config)
     return replace(
         config, text=replace(config.text, vocab_size=rows), surplus_rows=config.text.vocab_size - rows
@@ -327,11 +385,15 @@ def read_llava_config(folder: Path | str) -> LlavaConfig:
 
 
 def tower_folder(folder: Path, raw: dict) -> Path | None:
-    """The CLIP folder that an original checkpoint names: as written, inside the checkpoint, or beside it."""
-    name = str(raw["mm_vision_tower"])
+    """The CLIP folder that an original checkpoint names: as written, inside the checkpoint, or beside it.
+
+    Raises ValueError when the name is none."""
+    name = raw["mm_vision_tower"]
+    if not isinstance(name, str) or not name.strip("/."):
+        raise ValueError(f"{folder / 'config.json'}: mm_vision_tower={name!r:.80} names no vision tower")
     leaf = name.rstrip("/").rsplit("/", 1)[-1]
     places = (Path(name), folder / name, folder / leaf, folder.parent / leaf)
-    return next((p for p in places if (p / "config.json").is_file()), None)
+    return next((p for p in places if os.path.isfile(p / "config.json")), None)
 
 
 def text_rows(folder: Path, config: LlavaConfig) -> int:
@@ -344,14 +406,24 @@ def text_rows(folder: Path, config: LlavaConfig) -> int:
     path, size = folder / "tokenizer.json", config.text.vocab_size
     if not path.is_file():
         return config.image_token_index if config.image_token_index + PADDING == size else size
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    vocabulary = raw.get("model", {}).get("vocab", {})
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {t: i for i, (t, _) in enumerate(vocabulary)}
-    ids |= {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
-    return min(size, 1 + max((i for t, i in ids.items() if t not in ("<image>", "<pad>")), default=size - 1))
+    ids = [i for token, i in _token_ids(path) if token not in ("<image>", "<pad>")]
+    return min(size, 1 + max(ids, default=size - 1))
+
+
+def _token_ids(path: Path) -> list[tuple[str, int]]:
+    """(token, id) of a tokenizer.json: its vocabulary and what is added. Raises ValueError naming the file."""
+    raw = read_json(path)
+    model, added = raw.get("model", {}), raw.get("added_tokens") or []
+    known = model.get("vocab", {}) if isinstance(model, dict) else None
+    if not isinstance(known, (dict, list)) or not isinstance(added, list):
+        raise ValueError(f"{path}: not a readable tokenizer (it has no vocabulary)")
+    if isinstance(known, list):  # (token, score), in the order of the ids
+        known = {str(entry[0]) if isinstance(entry, list) and entry else "": i for i, entry in enumerate(known)}
+    ids = [*known.items(), *((t.get("content"), t.get("id")) if isinstance(t, dict) else (t, None) for t in added)]
+    for token, i in ids:
+        if type(i) is not int or i < 0:
+            raise ValueError(f"{path}: not a readable tokenizer (token {token!r:.80} has the id {i!r:.80})")
+    return ids
 
 
 def read_config(folder: Path) -> dict:
@@ -359,7 +431,4 @@ def read_config(folder: Path) -> dict:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path}: not found (a checkpoint folder has one, with weights and a tokenizer)")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return read_json(path)

@@ -23,6 +23,8 @@ def resolve(name: Path | str) -> Path:
     folder = Path(name)
     if os.path.isdir(folder):  # False also for what can be no path: too long, a null byte
         return folder
+    if os.path.isfile(folder):
+        raise ValueError(f"{name}: is a file; the folder that holds it is wanted")
     if not HUB_ID.fullmatch(str(name)) or folder.is_absolute():
         raise ValueError(f"{name}: no such folder, and not a hub id (owner/name)")
     folder = _download(str(name), SMALL + SAFE)

@@ -45,10 +45,10 @@ RENAMES = (
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower.vision_model."
+SETTINGS = ("processor_config.json", "preprocessor_config.json")  # of images (data/settings.py)
 COMPANIONS = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json",
+    "config.json", "generation_config.json", *SETTINGS, "chat_template.json", "chat_template.jinja",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )
 
 
@@ -130,11 +130,21 @@ def tokenizer_folder(folder: Path) -> Path:
     return home if not base or any((home / n).is_file() for n in ("tokenizer.json", "tokenizer.model")) else base
 
 
+def settings_folder(folder: Path) -> Path:
+    """Where the image settings of a folder are: in it, or with the CLIP that an original checkpoint names."""
+    if any((folder / name).is_file() for name in SETTINGS) or not (folder / "config.json").is_file():
+        return folder
+    raw = read_config(folder)
+    return (tower_folder(folder, raw) if is_original(raw) else None) or folder
+
+
 def copy_companions(source: Path, folder: Path) -> None:
-    """Configuration and tokenizer files (what adapters lack, of their base), each replaced atomically."""
+    """Configuration and tokenizer files (what adapters lack, of their base; image settings of an original
+    checkpoint's tower), each replaced atomically."""
+    base = adapter_base(source)
     for name in COMPANIONS:
-        places = (p / name for p in (source, adapter_base(source)) if p and (p / name).is_file())
-        path = next(places, None)
+        places = [source, base, settings_folder(base or source) if name in SETTINGS else None]
+        path = next((p / name for p in places if p and (p / name).is_file()), None)
         if path and path.resolve() != (folder / name).resolve():
             shutil.copyfile(path, folder / f"{name}.tmp")
             os.replace(folder / f"{name}.tmp", folder / name)

@@ -264,7 +264,8 @@ def test_newline_exists_only_with_tiles(model, llava_folder):
 def test_processor_shows_what_the_checkpoint_says(tmp_path):
     """Tiles by default, one padded tile when asked; the prompt takes as many image tokens as the picture has rows."""
     grid = [list(pair) for pair in GRID]
-    raw = {**small.LLAVA, "model_type": "llava_next", "image_token_index": 4, "image_grid_pinpoints": grid}
+    raw = {**small.LLAVA, "model_type": "llava_next", "image_token_index": 4, "image_grid_pinpoints": grid,
+           "text_config": {**small.TEXT, "vocab_size": 400}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     tokenizer().save(str(tmp_path / "tokenizer.json"))
     photo((40, 24)).save(tmp_path / "a.png")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data import images
 from data.images import Preprocessing, View, image_size, open_image, pad_to_square, preprocess, single, stack
-from data.processor import find_aspect, read_preprocessing
+from data.settings import find_aspect
 from model.config import llava_config
 
 GRID = ((17, 34), (34, 17), (34, 34))
@@ -234,13 +234,3 @@ def test_aspects_that_cannot_be(tmp_path):
                              vision=SimpleNamespace(image_size=17))
     with pytest.raises(ValueError, match=r"\(17, 30\) is no multiple of 17"):
         find_aspect(tmp_path, config, None)
-
-
-@pytest.mark.parametrize("key, value", [("resample", 2), ("do_center_crop", False), ("do_normalize", False)])
-def test_other_preprocessing_is_refused(tmp_path, key, value):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({key: value}))
-    with pytest.raises(ValueError, match=f"preprocessor_config.json: {key}={value} is not supported"):
-        read_preprocessing(tmp_path, small.SIDE)
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match="preprocessor_config.json: not valid JSON"):
-        read_preprocessing(tmp_path, small.SIDE)

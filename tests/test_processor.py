@@ -34,9 +34,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(spec))
 
 
+CONFIG = {**small.LLAVA, "text_config": {**small.TEXT, "vocab_size": 400}, "image_token_index": 4}
+
+
 @pytest.fixture
 def processor(tmp_path) -> Processor:
-    (tmp_path / "config.json").write_text(json.dumps({**small.LLAVA, "image_token_index": 4}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     tokenizer().save(str(tmp_path / "tokenizer.json"))
     return Processor(tmp_path)
 
@@ -100,12 +103,27 @@ def test_a_folder_without_the_tokens_is_refused(tmp_path):
         Processor(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "vocabulary, eos_in_config, fits", [(400, 3, True), (400, 2, False), (4, 2, True), (400, 5, False)]
-)
-def test_clip_must_pool_where_its_tokenizer_ends(tmp_path, vocabulary, eos_in_config, fits):
-    """eos_token_id 2 stands for the largest id, which must then be the tokenizer's EOS (3 here)."""
-    text = {**small.CLIP_TEXT, "vocab_size": vocabulary, "eos_token_id": eos_in_config}
+def test_a_vocabulary_larger_than_the_table_is_refused(tmp_path, processor):
+    """Ids that text can have need a row; <image> and other special tokens that no template uses do not."""
+    largest = max(i for t, i in processor.tokenizer.core.get_vocab().items() if t not in SPECIAL)
+    core = processor.tokenizer.core
+    core.add_special_tokens(["<extra>"])
+    core.save(str(tmp_path / "tokenizer.json"))
+    for rows, fits in ((largest + 1, True), (largest, False)):
+        config = {**CONFIG, "text_config": {**small.TEXT, "vocab_size": rows}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if fits:
+            assert Processor(tmp_path).eos_id == 3
+        else:
+            reason = f"tokenizer.json: token '.*' has the id {largest}, the embedding table has {rows} rows"
+            with pytest.raises(ValueError, match=reason):
+                Processor(tmp_path)
+
+
+@pytest.mark.parametrize("eos_in_config, fits", [(3, True), (2, False), (5, False)])
+def test_clip_must_pool_where_its_tokenizer_ends(tmp_path, eos_in_config, fits):
+    """At </s>, id 3 here; eos_token_id 2 stands for the largest id."""
+    text = {**small.CLIP_TEXT, "vocab_size": 400, "eos_token_id": eos_in_config}
     (tmp_path / "config.json").write_text(json.dumps({**small.CLIP_BOTH, "text_config": text}))
     tokenizer().save(str(tmp_path / "tokenizer.json"))
     if not fits:
@@ -114,3 +132,11 @@ def test_clip_must_pool_where_its_tokenizer_ends(tmp_path, vocabulary, eos_in_co
     else:
         ids = ClipProcessor(tmp_path).text("Is there a dog in the image? " * 5)
         assert len(ids) == 12 and ids[0] == 1 and ids[-1] == 3  # cut to the tower's 12 positions
+
+
+def test_clip_vocabulary_larger_than_the_table(tmp_path):
+    text = {**small.CLIP_TEXT, "vocab_size": 100, "eos_token_id": 3}
+    (tmp_path / "config.json").write_text(json.dumps({**small.CLIP_BOTH, "text_config": text}))
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="tokenizer.json: token .* the embedding table has 100 rows"):
+        ClipProcessor(tmp_path)

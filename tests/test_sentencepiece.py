@@ -121,13 +121,25 @@ def test_other_kinds_are_refused(tail, reason, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"version https://git-lfs", b"\x0a\x10abc", b"\x0a", b"\x0f", b"\x0a\x02\x0a\x00\x80"]
+    "content",
+    [
+        b"", b"version https://git-lfs", b"\x0a\x10abc", b"\x0a", b"\x0f", b"\x0a\x02\x0a\x00\x80",
+        b"\x0a\x02\x08\x05",  # a piece whose text is a number
+    ],
+    ids=range(7),
 )
 def test_other_files_are_refused(content, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="tokenizer.model: not a SentencePiece model"):
         read_sentencepiece(path)
+
+
+def test_a_number_ends_after_64_bits(tmp_path):
+    """In a damaged file it would take minutes to add up."""
+    (tmp_path / "tokenizer.model").write_bytes(b"\x08" + b"\xff" * 2**10)
+    with pytest.raises(ValueError, match="tokenizer.model: not a SentencePiece model .a number of more than 64 bits"):
+        read_sentencepiece(tmp_path / "tokenizer.model")
 
 
 def test_a_field_may_be_cut_off_anywhere(tmp_path):

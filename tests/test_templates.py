@@ -194,5 +194,7 @@ def test_an_answer_that_merges_with_the_tag_is_refused(tmp_path):
     score = b"\x15\x00\x00\x80\xbf"  # -1
     pieces = b"\x0a\x08\x0a\x01\n" + score + b"\x0a\x09\x0a\x02\n\n" + score
     (place / "tokenizer.model").write_bytes(MODEL.read_bytes() + pieces)
+    raw = {**small.LLAVA, "text_config": {**small.TEXT, "vocab_size": IMAGE + 2}}
+    (place / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="merges with the 'assistant.n' in front of it"):
         Processor(place, "chatml_direct").response("\nYes.")

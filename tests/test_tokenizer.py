@@ -40,6 +40,10 @@ def test_clip_bpe(tmp_path):
     ids = processor.text("A DOG's \n cat12")
     names = " ".join(processor.tokenizer.core.id_to_token(i) for i in ids)
     assert names == "<|startoftext|> a</w> dog</w> 's</w> cat</w> 1</w> 2</w> <|endoftext|>"
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["text_config"]["eos_token_id"] = 2  # the old convention: pooled at the largest id
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert ClipProcessor(tmp_path).eos_id == processor.eos_id == raw["text_config"]["vocab_size"] - 1
     assert len(processor.text("dog " * 50)) == small.CLIP_TEXT["max_position_embeddings"]
 
 
@@ -85,8 +89,21 @@ def test_a_vocabulary_without_merges_is_no_tokenizer(tmp_path):
         TextTokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("name, content", [("vocab.json", "{"), ("merges.txt", "not in the vocabulary\n")])
+@pytest.mark.parametrize(
+    "name, content",
+    [("vocab.json", "{"), ("merges.txt", "not in the vocabulary\n"), ("merges.txt", "a " + "b" * 9000)],
+    ids=range(3),
+)
 def test_damaged_files_are_named(tmp_path, name, content):
     (clip_folder(tmp_path) / name).write_text(content)
-    with pytest.raises(ValueError, match="vocab.json: not a readable tokenizer"):
+    with pytest.raises(ValueError, match="vocab.json with merges.txt: not a readable tokenizer .{10,250}$"):
         TextTokenizer(tmp_path)
+
+
+def test_what_the_library_says_is_one_line(tmp_path):
+    """It quotes the token as it is."""
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "\n"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": []}))
+    with pytest.raises(ValueError, match="tokenizer.json: not a readable tokenizer") as caught:
+        TextTokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
