@@ -158,6 +158,9 @@ def _add_methods(group) -> None:
     add("--top-k", type=_count, metavar="K", help="realign: neighbours tried (default: %(default)s)")
     add("--tau", type=_between(-1, 1), metavar="X",
         help="realign: similarity that a rejected answer must stay below (default: %(default)s)")
+    add("--same-image", type=_between(0, 2), metavar="X",
+        help="realign: neighbours of at least this cosine are the same picture under another name, reconstructed; above"
+             " 1: those of equal pixels only (default: %(default)s)")
     add("--nprobe", type=_count, metavar="N",
         help="realign: cells that an approximate search looks into (default: exact search)")
     add("--rho-th", type=_between(0, 1), metavar="X",
@@ -176,6 +179,8 @@ def _add_methods(group) -> None:
     add("--lama", type=Path, metavar="FILE", help="adavip: weights of LaMa (default: a smooth fill)")
     add("--dilation", type=_count, metavar="N",
         help="adavip: side of the square that masks grow by, odd (default: %(default)s)")
+    add("--any-object", action="store_true",
+        help="adavip: remove objects, too, that the chosen answer does not mention (the paper's rule)")
     add("--max-area", type=_between(0, 1), metavar="X",
         help="adavip: larger objects stay in the picture (default: %(default)s)")
 

@@ -45,7 +45,7 @@ from pairs.realign import Similarity, clip_similarity, infill, retrieval_pairs
 from pairs.report import report_on
 from retrieval.cache import cached_images
 from retrieval.embed import embed_images
-from retrieval.index import approximate_neighbours, neighbours
+from retrieval.index import Duplicates, approximate_neighbours, neighbours
 
 SHARD = 1024  # pictures that a process embeds at a time, when several do
 
@@ -85,6 +85,7 @@ class Options:
     sentence_model: Path | None = None  # realign, bdhs: compares answers; None: CLIP does
     top_k: int = 5  # realign: neighbours tried, nearest first
     tau: float = 0.95  # realign: similarity that a rejected answer must stay below
+    same_image: float = 0.98  # realign: neighbours of at least this cosine are the same picture, and passed over
     nprobe: int | None = None  # realign: cells of an approximate index that are searched; None: exact search
     rho_th: float = 0.99  # bdhs: share of the image tokens that is hidden
     iterations: int = 5  # bdhs: attempts, the last of them free
@@ -96,6 +97,7 @@ class Options:
     detector_weights: Path | None = None  # maskrcnn's; None: torchvision downloads them
     lama: Path | None = None  # adavip: weights of the inpainter; None: harmonic fill (data/inpaint.py)
     dilation: int = 15  # adavip: pixels by which masks grow
+    any_object: bool = False  # adavip: remove objects, too, that the chosen answer does not mention
     max_area: float = 0.8  # adavip: objects that take a larger share of the picture are left in it
     source: dict = field(default_factory=dict)  # goes into the records' `source`: model, ...
     batch_size: int = 64  # pictures at a time
@@ -258,8 +260,8 @@ def _adavip(records: list[dict], models: Models, options: Options) -> Plan:
     def work(rows: list[int], bars: bool = False) -> tuple[list[dict], Counter]:
         pairs, dropped = texts(rows, bars)
         made, more = vision_pairs(pairs, models.clip, models.clip_processor, candidates=candidates,
-                                  batch_size=options.batch_size, root=options.root, source=source,
-                                  progress="scoring removals" * bars)
+                                  any_object=options.any_object, batch_size=options.batch_size,
+                                  root=options.root, source=source, progress="scoring removals" * bars)
         return made, dropped + more
 
     return Plan(work)
@@ -464,12 +466,19 @@ def _similarity(models: Models, options: Options) -> Similarity:
 
 
 def _retrieve(pictures: list[str], models: Models, options: Options) -> tuple[dict[str, list], dict]:
-    """Nearest other pictures of each picture, and the recall of an approximate search."""
+    """Nearest other pictures of each picture; for the report, which were the same, and the recall of an approximate
+    search."""
     vectors = _embed(pictures, models, options)
+    duplicates = Duplicates(options.same_image, options.root)
+    notes = {}
     if options.nprobe is None:
-        return dict(zip(pictures, neighbours(pictures, vectors, options.top_k))), {}
-    found, recall = approximate_neighbours(pictures, vectors, options.top_k, options.nprobe)
-    return dict(zip(pictures, found)), {"recall": round(recall, 4)}
+        found = neighbours(pictures, vectors, options.top_k, duplicates)
+    else:
+        found, recall = approximate_neighbours(pictures, vectors, options.top_k, options.nprobe,
+                                               duplicates=duplicates)
+        notes["recall"] = round(recall, 4)
+    notes["same_image"] = {kind: len(pairs) for kind, pairs in duplicates.found.items()}
+    return dict(zip(pictures, found)), notes
 
 
 def _embed(pictures: list[str], models: Models, options: Options) -> np.ndarray:

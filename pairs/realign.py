@@ -232,8 +232,9 @@ def retrieval_pairs(records: list[dict], neighbours: list[list[tuple[str, float]
                          "similarity": round(score, 4)}
                 made[row] = _pair(records[row], text, neighbours[row][rank][0], {**(source or {}), **found})
     unmasked = sum(not found for found in spans)
-    dropped = Counter({"nothing to mask": unmasked,
-                       f"no completion below similarity {tau}": len(records) - unmasked - len(made)})
+    alone = sum(bool(found) and not others for found, others in zip(spans, neighbours))
+    dropped = Counter({"nothing to mask": unmasked, "no other picture is found": alone,
+                       f"no completion below similarity {tau}": len(records) - unmasked - alone - len(made)})
     return [made[row] for row in sorted(made)], +dropped
 
 

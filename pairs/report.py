@@ -48,6 +48,8 @@ def summary(report: dict, seconds: float) -> str:
             "gone": "of the removed objects are gone"}
     lines += [f"  {100 * share:5.1f} % {says[key]}"
               for key, share in report.get("rejected_image", {}).items()]
+    lines += [f"  {count:5d} neighbours passed over as {kind} of the picture or of a nearer one"
+              for kind, count in report.get("same_image", {}).items() if count]
     if "recall" in report:
         lines.append(f"  {100 * report['recall']:5.1f} % of the nearest pictures are found (recall)")
     return "\n".join(lines)

@@ -1,7 +1,9 @@
 """Nearest neighbours by cosine with FAISS: exact (IndexFlatIP over unit vectors), or approximate.
 
 The library: Douze et al. 2024, "The Faiss library", arXiv 2401.08281. Re-Align searches the training set for
-the pictures most similar to one of the training set, so no picture may be found as its own neighbour.
+the pictures most similar to one of the training set, so no picture may be found as its own neighbour. Data sets hold
+the same photograph under several names (COCO 2014 and 2017, Visual Genome), so identity is content, not name:
+`Duplicates` says which hits show the same picture, and the search goes on behind them.
 
 The approximate index (IndexIVFFlat) sorts the vectors into `lists` k-means cells and looks into the
 `nprobe` cells nearest to the query only, about lists / nprobe times faster. What that misses is measured,
@@ -11,10 +13,14 @@ vectors of 768 on one core, so the approximate one is for larger sets.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import faiss
 import numpy as np
+
+from data.images import open_image
 
 
 def build_index(vectors: np.ndarray) -> faiss.IndexFlatIP:
@@ -87,26 +93,61 @@ def search(index: faiss.Index, queries: np.ndarray, k: int,
     return hits
 
 
-def neighbours(references: Sequence[str], vectors: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
+class Duplicates:
+    """Which pictures are the same one: those of equal pixels, or of a cosine of at least `limit`.
+
+    Args:
+        limit: reconstructed: copies that were compressed or resized again come out above it; two pictures above it that
+            are none are passed over, too, and the next neighbour is taken. Above 1, only equal pixels count.
+        root: folder that relative paths start from.
+    """
+
+    LOOK = 0.95  # below this cosine no pixels are compared: equal ones have 1, but for rounding
+
+    def __init__(self, limit: float = 0.98, root: Path | None = None):
+        self.limit, self.root = limit, root
+        self.pixels: dict[str, bytes] = {}  # reference -> SHA-256
+        self.found: dict[str, set[tuple[str, str]]] = {"copies": set(), "near copies": set()}
+
+    def __call__(self, one: str, other: str, cosine: float) -> bool:
+        """Whether two references show the same picture; remembered in `found`."""
+        if cosine < min(self.limit, self.LOOK):
+            return False
+        copy = self._content(one) == self._content(other)
+        if copy or cosine >= self.limit:
+            self.found["copies" if copy else "near copies"].add((min(one, other), max(one, other)))
+        return copy or cosine >= self.limit
+
+    def _content(self, reference: str) -> bytes:
+        if reference not in self.pixels:
+            image = open_image(reference, self.root)
+            self.pixels[reference] = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        return self.pixels[reference]
+
+
+def neighbours(references: Sequence[str], vectors: np.ndarray, k: int,
+               duplicates: Duplicates | None = None) -> list[list[tuple[str, float]]]:
     """For every picture its `k` nearest other pictures of the same list, as (reference, cosine).
 
     Args:
         references: N picture references; one picture may occur several times (several questions about it).
         vectors: (N, E) their unit vectors.
+        duplicates: which of them are the same picture under another name; None: none.
 
-    Every picture enters the index once, so neither the query nor its repetitions are ever found, and no
-    neighbour is returned twice.
+    Every picture enters the index once, so neither the query nor its repetitions are ever found. Duplicates of the query
+    are passed over, and of pictures that are duplicates of each other the nearest is returned.
     """
     unique, base = _distinct(references, vectors)
-    return _neighbours(build_index(base), unique, references, vectors, k)
+    return _neighbours(build_index(base), unique, base, references, k, duplicates)
 
 
 def approximate_neighbours(references: Sequence[str], vectors: np.ndarray, k: int, nprobe: int,
-                           lists: int | None = None) -> tuple[list[list[tuple[str, float]]], float]:
+                           lists: int | None = None, duplicates: Duplicates | None = None,
+                           ) -> tuple[list[list[tuple[str, float]]], float]:
     """`neighbours` by an approximate index, and the measured recall of that index at k."""
     unique, base = _distinct(references, vectors)
     index = build_approximate_index(base, nprobe, lists)
-    return _neighbours(index, unique, references, vectors, k), recall(index, base, k)
+    return _neighbours(index, unique, base, references, k, duplicates), recall(index, base, k)
 
 
 def _distinct(references: Sequence[str], vectors: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -116,8 +157,31 @@ def _distinct(references: Sequence[str], vectors: np.ndarray) -> tuple[list[str]
     return unique, np.asarray(vectors)[[first[reference] for reference in unique]]
 
 
-def _neighbours(index: faiss.Index, unique: list[str], references: Sequence[str], vectors: np.ndarray,
-                k: int) -> list[list[tuple[str, float]]]:
+def _neighbours(index: faiss.Index, unique: list[str], base: np.ndarray, references: Sequence[str], k: int,
+                duplicates: Duplicates | None) -> list[list[tuple[str, float]]]:
+    """Searches deeper for the queries whose first hits were duplicates, until each has k or nothing is left."""
+    result: dict[int, list[tuple[int, float]]] = {}
+    waiting, deep = list(range(len(unique))), k
+    while waiting:
+        hits = search(index, base[waiting], deep, [{row} for row in waiting])
+        short = []
+        for row, found in zip(waiting, hits):
+            kept = _without_duplicates(row, found, unique, base, duplicates)
+            result[row] = kept[:k]
+            if len(kept) < k and len(found) == deep:  # there may be more
+                short.append(row)
+        waiting, deep = short, 2 * deep
     place = {reference: row for row, reference in enumerate(unique)}
-    hits = search(index, vectors, k, [{place[reference]} for reference in references])
-    return [[(unique[row], score) for row, score in found] for found in hits]
+    return [[(unique[row], score) for row, score in result[place[reference]]] for reference in references]
+
+
+def _without_duplicates(query: int, found: list[tuple[int, float]], unique: list[str], base: np.ndarray,
+                        duplicates: Duplicates | None) -> list[tuple[int, float]]:
+    if duplicates is None:
+        return found
+    kept: list[tuple[int, float]] = []
+    for row, score in found:
+        others = [(query, score), *((other, float(base[other] @ base[row])) for other, _ in kept)]
+        if not any(duplicates(unique[other], unique[row], cosine) for other, cosine in others):
+            kept.append((row, score))
+    return kept

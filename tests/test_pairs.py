@@ -20,7 +20,7 @@ from data.records import read_pairs, write_jsonl
 from generate_pairs import main, read_arguments, relocate, run
 from metrics.chair import load_synonyms, mentions
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
-from pairs.adavip import candidate_scores, scene_candidates, sentences, vision_pairs
+from pairs.adavip import candidate_scores, mentions_of, scene_candidates, sentences, vision_pairs
 from pairs.methods import make_pairs
 from pairs.rank import Judgement, best_answers, judge_scene, rank_pairs
 from pairs.realign import Job, clip_similarity, fill, infill, mask_words, retrieval_pairs, suit
@@ -164,7 +164,7 @@ def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
     assert [(p["id"], p["rejected"], p["rejected_image"]) for p in pairs] == [
         ("scene-0", "A car.", "car"), ("scene-1", "A cat.", "cat")]
     assert [p["source"]["rank"] for p in pairs] == [1, 3] and pairs[1]["source"]["similarity"] == 0.94
-    assert dropped == {"no completion below similarity 0.95": 2}
+    assert dropped == {"no completion below similarity 0.95": 1, "no other picture is found": 1}
     assert asked == [["car", "hound", "wolf"], ["wolf"], ["cat"]]
 
 
@@ -199,12 +199,31 @@ def test_the_candidate_of_least_score_is_taken(monkeypatch):
     options = {"x": [("dog", "a"), ("cat", "b"), ("cow", "c")], "y": [("cow", "c")], "z": []}
     pairs = [{"id": name, "image": name, "chosen": "One dog. One cat!", "rejected": "No."} for name in "xyz"]
     made, dropped = vision_pairs(pairs, None, None, candidates=lambda pair: options[pair["image"]])
-    assert [(pair["id"], pair["rejected_image"], pair["rejected"]) for pair in made] == [
-        ("x", "b", "No."), ("y", "c", "No.")]
+    assert [(pair["id"], pair["rejected_image"], pair["rejected"]) for pair in made] == [("x", "b", "No.")]
     assert made[0]["source"]["candidates"] == [
-        {"removed": "dog", "image": "a", "score": 1.4}, {"removed": "cat", "image": "b", "score": 1.0},
-        {"removed": "cow", "image": "c", "score": 1.4}]
-    assert dropped == {"nothing to remove": 1}
+        {"removed": "dog", "image": "a", "score": 1.4, "mentioned": True},
+        {"removed": "cat", "image": "b", "score": 1.0, "mentioned": True},
+        {"removed": "cow", "image": "c", "score": 1.4, "mentioned": False}]
+    assert dropped == {"nothing to remove": 1, "no removed object is mentioned in the chosen answer": 1}
+
+
+def test_what_is_removed_is_an_object_that_the_chosen_answer_mentions(monkeypatch):
+    """The cow's picture fits least, but without the cow "A puppy." is as true as before; the paper takes it."""
+    table = {"dog": (0.8, 0.6), "cow": (0, 1), "A puppy.": (1, 0)}
+    for name in ("embed_images", "embed_texts"):
+        monkeypatch.setattr(f"pairs.adavip.{name}", lambda x, *_, **__: np.array([table[item] for item in x]))
+    pairs = [{"id": "x", "image": "x", "chosen": "A puppy.", "rejected": "No."}]
+    options = {"candidates": lambda pair: [("cow", "cow"), ("dog", "dog")]}
+    assert vision_pairs(pairs, None, None, **options)[0][0]["rejected_image"] == "dog"
+    assert vision_pairs(pairs, None, None, any_object=True, **options)[0][0]["rejected_image"] == "cow"
+
+
+def test_mentions_of_a_class():
+    """By CHAIR's synonyms, by the entity list, by its own name; not by a part of another word."""
+    text = "Two puppies and a houseplant near a surfboarder's lamp-post, and a Zorble."
+    labels = ["dog", "potted plant", "lamp", "zorble", "surfboard", "cat", "(*"]
+    assert mentions_of(text, labels) == [True, True, True, True, False, False, False]
+    assert mentions_of("A hot dog on a plate.", ["dog", "hot dog"]) == [False, True]
 
 
 def test_scene_candidates_lack_one_class_each():

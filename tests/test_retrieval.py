@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from model.checkpoint import DEFAULT_CLIP, load_clip
 from retrieval import cache
 from retrieval.cache import cached_images, fingerprint
 from retrieval.embed import embed_images, embed_texts
-from retrieval.index import (approximate_neighbours, build_approximate_index, build_index, neighbours, recall,
-                             search)
+from retrieval.index import (Duplicates, approximate_neighbours, build_approximate_index, build_index, neighbours,
+                             recall, search)
 
 
 def unit(n: int, width: int, seed: int = 0) -> np.ndarray:
@@ -56,6 +57,43 @@ def test_a_picture_is_never_its_own_neighbour():
     assert all(name not in hits and len(hits) == 3 for name, hits in zip(references, found))
     assert all(len(set(hits)) == len(hits) for hits in found)
     assert found[0][0] == found[4][0] == "b" and found[1][0] == "a"
+
+
+@pytest.fixture
+def album(tmp_path) -> tuple[Path, list[str], np.ndarray]:
+    """a.png, the same pixels as b.bmp, a near copy c.png, and d.png, e.png, f.png ever further away from them."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (6, 20, 30, 3), dtype=np.uint8)
+    pixels[1] = pixels[0]
+    names = ["a.png", "b.bmp", "c.png", "d.png", "e.png", "f.png"]
+    for name, picture in zip(names, pixels):
+        Image.fromarray(picture).save(tmp_path / name)
+    angles = np.array([0, 0, 0.15, 0.5, 0.8, 1.2])  # cosine of .15: .989
+    return tmp_path, names, np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+
+
+def test_a_picture_is_not_found_under_another_name(album):
+    """Copies and near copies of the query are passed over, and the search goes on until there are k."""
+    root, names, vectors = album
+    duplicates = Duplicates(root=root)
+    found = [[name for name, _ in hits] for hits in neighbours(names, vectors, 2, duplicates)]
+    assert found[:3] == [["d.png", "e.png"]] * 3
+    assert found[3][1] != found[3][0] and found[3] == ["e.png", "c.png"]  # of a, b and c only the nearest one
+    assert found[5] == ["e.png", "d.png"]
+    assert duplicates.found == {"copies": {("a.png", "b.bmp")},
+                                "near copies": {("a.png", "c.png"), ("b.bmp", "c.png")}}
+    everything = [name for name, _ in neighbours(names, vectors, 9, Duplicates(root=root))[0]]
+    assert everything == ["d.png", "e.png", "f.png"]
+
+
+def test_without_a_limit_only_equal_pixels_are_the_same_picture(album):
+    root, names, vectors = album
+    duplicates = Duplicates(1.1, root)
+    found = [[name for name, _ in hits] for hits in neighbours(names, vectors, 2, duplicates)]
+    assert found[0] == ["c.png", "d.png"] and duplicates.found == {"copies": {("a.png", "b.bmp")}, "near copies": set()}
+    hits, share = approximate_neighbours(names * 20, np.tile(vectors, (20, 1)), 2, nprobe=1, lists=1,
+                                         duplicates=Duplicates(1.1, root))
+    assert [name for name, _ in hits[0]] == ["c.png", "d.png"] and share == 1
 
 
 def test_a_single_picture_has_no_neighbour():
