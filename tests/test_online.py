@@ -144,6 +144,24 @@ def test_povid_scores_under_the_clean_picture_what_the_noisy_one_suggests(loss):
     assert differ  # or the two kinds would be one
 
 
+def test_povid_chooses_without_dropout():
+    """With half of the adapters' inputs dropped the choice under noise is still the model's, and training goes on."""
+    run = make_run("povid", "--lora-dropout", "0.5", moved=False)
+    move(run, 0.3)
+    choices = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        batch = batch_of(run)
+        run.model.train()
+        train.score(run, batch)
+        assert run.model.training
+        choices.append(batch.packed.labels[batch.noisy_labels].tolist())
+    run.model.eval()
+    expected = [noisy_by_definition(run, record, seed)[0]
+                for record, seed in zip(run.records, SEEDS)]
+    assert choices == [torch.cat(expected).tolist()] * 3
+
+
 def test_mdpo_crops_once_a_sample_and_step():
     """The crop is data.corrupt.crop of the record's seed: the same for the same seed, another for another one."""
     run = make_run("mdpo")
