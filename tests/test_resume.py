@@ -1,4 +1,4 @@
-"""Runs that are killed, resumed, lengthened or begun again: nothing lost, nothing mixed up, nothing replaced unasked.
+"""Runs that are killed, resumed, lengthened or begun again: nothing is lost, mixed up, or replaced unasked.
 
 All on the embedded model with adapters of rank 4; checkpoints every 3 steps, log lines every 2, 7 steps.
 """
@@ -28,7 +28,7 @@ from model.checkpoint import DEFAULT_MODEL
 HOME = Path(__file__).resolve().parents[1]
 STEPS = 7
 TIMES = {"tokens/s", "eta_s", "peak_gib"}
-ANSWERS = [("There is a dog and a cup on the table.", "There is a cat."), ("A red ball lies on the floor.", "A chair."),
+ANSWERS = [("There is a dog and a cup on the table.", "There is a cat."), ("A red ball lies here.", "A chair."),
            ("I see a cup.", "I see a large blue dog beside a small tree.")]
 
 
@@ -39,9 +39,8 @@ def write_pairs(path: Path, count: int = 8) -> Path:
 
 
 def command(folder: Path, out: str, *more: str) -> list[str]:
-    return ["--loss", "dpo", "--data", str(folder / "pairs.jsonl"), "--out", str(folder / out), "--batch-size", "2",
-            "--steps", str(STEPS), "--save-every", "3", "--log-every", "2", "--eval-scenes", "0", "--lora-rank", "4",
-            *more]
+    return ["--loss", "dpo", "--data", str(folder / "pairs.jsonl"), "--out", str(folder / out), "--steps", str(STEPS),
+            "--batch-size", "2", "--save-every", "3", "--log-every", "2", "--eval-scenes", "0", "--lora-rank", "4", *more]
 
 
 def lines(out: Path) -> list[dict]:
@@ -123,7 +122,7 @@ def kill(monkeypatch, moment: str, step: int) -> None:
     monkeypatch.setattr(train, "save_checkpoint", dying_save)
 
 
-@pytest.mark.parametrize("moment, step", [("line", 4), ("line", 5), ("checkpoint", 6), ("behind", 3), ("stop", 5)])
+@pytest.mark.parametrize("moment, step", [("line", 4), ("checkpoint", 6), ("behind", 3), ("stop", 5)])
 def test_weights_and_log_are_those_of_an_uninterrupted_run(folder, tmp_path, monkeypatch, moment, step):
     """Also where a log line covers steps before and after the checkpoint, and when stopped by Ctrl-C."""
     out, handlers = tmp_path / "run", [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -199,7 +198,8 @@ def test_two_processes_log_as_if_uninterrupted(folder, tmp_path):
 def test_a_damaged_log_is_no_hindrance(copied, capsys):
     path = copied / "run" / "metrics.jsonl"
     good = lines(copied / "run")
-    path.write_bytes(path.read_bytes() + b'\xff\xfe\n[1]\n{"step": "3"}\n{"step": 9}\nnull\n' + b"[" * 100_000 + b"\n")
+    damage = [b"\xff\xfe", b"[1]", b'{"step": "3"}', b'{"step": 9}', b"null", b"[" * 100_000]
+    path.write_bytes(path.read_bytes() + b"\n".join(damage))
     assert train.main(command(copied, "run", "--resume")) == 0
     assert lines(copied / "run") == good
     assert "metrics.jsonl: line 5 is no whole log line" in capsys.readouterr().err
@@ -298,8 +298,13 @@ def test_identity_names_each_part(tmp_path, monkeypatch):
     """Large files are sampled: a change all over is seen, and in a part of it when the file is read whole."""
     shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
     rows = [{"id": "a"}]
-    key = lambda aspect=None, **how: reference.identity(tmp_path / "model", rows, Processor(DEFAULT_MODEL, aspect=aspect), **how)
-    changed = lambda one, two: [name for name in one if one[name] != two[name]]
+
+    def key(aspect: str | None = None, whole: bool = False) -> dict[str, str]:
+        return reference.identity(tmp_path / "model", rows, Processor(DEFAULT_MODEL, aspect=aspect), whole)
+
+    def changed(one: dict, two: dict) -> list[str]:
+        return [name for name in one if one[name] != two[name]]
+
     start = key()
     assert changed(start, key()) == [] and changed(start, key("pad")) == ["template or image handling"]
     monkeypatch.setattr(reference, "BLOCK", 16)
@@ -346,6 +351,8 @@ def test_an_earlier_run_is_not_replaced_unasked(copied, monkeypatch):
     with pytest.raises(ValueError, match="there is no"):
         train.main(command(copied, "run", "--resume"))
     assert not (copied / "run" / "result.json").exists()
+    assert train.main(command(copied, "run", "--overwrite", "--steps", "1")) == 0
+    assert train.main(command(copied, "run", "--resume", "--steps", "2")) == 0
 
 
 def test_places_that_cannot_be_written_are_named_first(folder, tmp_path, monkeypatch):
