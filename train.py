@@ -6,6 +6,7 @@
     python train.py --loss adavip --data pairs.jsonl --model DIR        your pairs, your LLaVA checkpoint
     python train.py --loss dpo --data rlaif-v.parquet --model DIR       published ones, as they are
     python train.py --loss adavip --out runs/adavip --resume            go on after an interruption
+    python train.py --loss adavip --resume --steps 90                   and make a run longer
     python train.py --loss reward_model                                 a reward model, for the next line
     python train.py --loss ppo --reward runs/reward_model               reinforcement; rloo too, fisao needs none
     python train.py --loss dpo --help                                   the options of one loss
@@ -21,9 +22,10 @@ its argument names say which log-probs it gets, its keyword arguments become opt
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from model/rollout.py.
 
 --out receives: config.json (the resolved configuration), pairs.jsonl (if made here), metrics.jsonl (one line
-an interval), checkpoint.pt (to resume), model/ (llava-hf folder, adapters merged), adapters/ (PEFT's format),
-result.json (before and after, and the records that --bad-records skip has replaced), and from fisao
-baselines.json and scores.svg (what the verifier says of words and sentences, before and after).
+an interval), checkpoint.pt and checkpoint-previous.pt (to resume), model/ (llava-hf folder, adapters merged),
+adapters/ (PEFT's format), result.json (before and after, and the records that --bad-records skip has replaced), and
+from fisao baselines.json and scores.svg (what the verifier says of words and sentences, before and after). What an
+earlier run left there is replaced only with --overwrite.
 
 What can be known of the records is checked before the model is loaded, and all bad ones are listed: fields, the
 headers of pictures, special tokens in texts, answers beyond the decoder's window. That a picture is damaged
@@ -39,6 +41,7 @@ import math
 import os
 import random
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable
@@ -74,8 +77,11 @@ from model.calibration import calibrate, look_at_scores
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_json, save_llava
 from model.logprobs import Scorer
 from model.lora import Reference, add_lora, merge_lora
+from model.reference import identity
 from model.reward import RewardModel, load_reward_model, save_reward_head
-from model.training import Log, StopRequest, load_checkpoint, save_checkpoint
+from model.training import (
+    CHECKPOINT, PREVIOUS, Log, StopRequest, read_checkpoint, refuse_other, restore, save_checkpoint,
+)
 from model.verifier import Verifier
 from pairs import online
 from pairs.ask import Server, server_model
@@ -131,6 +137,24 @@ EMBEDDED_OF = {  # of single losses, where these differ
 
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
 
+# What numbers may be: interval -> options, of one loss alone where LOSS.option. A clip of inf is none.
+RANGES = {
+    "[1, 1e9]": "steps batch_size micro_batch_size log_every save_every scenes samples max_new_tokens inner_epochs"
+                " minibatches iterations",
+    "[2, 1e9]": "online_dpo.samples mixed_dpo.samples rloo.samples",  # compared with each other
+    "[0, 1e9]": "lora_rank eval_scenes workers seed",
+    "(0, inf)": "lr lora_alpha temperature beta dpo_weighted.gamma",
+    "[0, inf)": "weight_decay kl_coef kl_target missing_eos_penalty value_coef margin sft_weight centring_weight"
+                " slic_hf.delta bdhs_online.temperature",
+    "(0, inf]": "clip_norm clip value_clip",
+    "[0, inf]": "rloo.clip",  # 0: none
+    "[0, 1)": "warmup lora_dropout",
+    "[0, 0.5)": "label_smoothing",
+    "[0, 1]": "gamma lam offline rho_th",
+    "[-1, 1]": "eps_s",  # a cosine
+    "(-inf, inf)": "delta",
+}
+
 
 # -------------------------------------------------------------------------------------------------- arguments
 
@@ -161,7 +185,6 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**tuned)
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.loss
-    args.lora_alpha = args.lora_alpha or 2.0 * args.lora_rank
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     if "clip_model" in args and args.clip_model is None and tuned:
         args.clip_model = DEFAULT_CLIP
@@ -177,7 +200,10 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         help="method that makes pairs of scenes (default: the loss's own)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
-    add("--steps", type=int, default=60, help="optimiser steps (default: %(default)s)")
+    add("--overwrite", action="store_true", help="begin anew although --out holds an earlier run")
+    add("--steps", type=int, default=60,
+        help="optimiser steps; a resumed run may have another number, and from there on the learning rate of a run"
+             " of that length (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="records a step, over all processes (default: %(default)s)")
     add("--micro-batch-size", type=int, help="records a forward pass and process (default: all of the process)")
     add("--lr", type=float, default=1e-6, help="peak learning rate (default: %(default)s)")
@@ -264,13 +290,27 @@ def embedded_defaults(loss: str) -> dict[str, object]:
     return {k: v for k, v in (EMBEDDED | EMBEDDED_OF.get(loss, {})).items() if k in own or k not in {"beta"}}
 
 
+def check_ranges(args: argparse.Namespace) -> None:
+    """Refuse numbers outside RANGES, NaN among them. Raises ValueError."""
+    intervals = {option: interval for interval, options in RANGES.items() for option in options.split()}
+    for name, value in vars(args).items():
+        if type(value) not in (int, float):
+            continue
+        interval = intervals.get(f"{args.loss}.{name}") or intervals[name]
+        low, high = map(float, interval[1:-1].split(","))
+        ends = {low} if interval[0] == "[" else set()
+        ends |= {high} if interval[-1] == "]" else set()
+        if not (low < value < high or value in ends):
+            raise ValueError(f"--{name.replace('_', '-')} must be in {interval}, not {value}")
+
+
 def check(args: argparse.Namespace, world: int) -> None:
     """Refuse impossible settings before anything is loaded. Raises ValueError."""
+    check_ranges(args)
     if args.micro_batch_size is None:
         args.micro_batch_size = max(1, args.batch_size // world)
-    for name in ("steps", "batch_size", "micro_batch_size", "log_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
     if args.batch_size % (world * args.micro_batch_size):
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes"
                          f" x micro-batch {args.micro_batch_size}")
@@ -282,8 +322,10 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError("--pairs is for losses that learn from pairs, where there is no --data")
     if args.data is None and args.scenes > SCENES_OF_A_SEED:
         raise ValueError(f"--scenes {args.scenes} is more than the {SCENES_OF_A_SEED} of a seed")
-    if args.resume and not (args.out / "checkpoint.pt").is_file():
-        raise ValueError(f"--resume: there is no {args.out / 'checkpoint.pt'}")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with what --out holds, --overwrite replaces it: which of them?")
+    if args.resume and not any((args.out / name).is_file() for name in (CHECKPOINT, PREVIOUS)):
+        raise ValueError(f"--resume: there is no {args.out / CHECKPOINT}")
     if getattr(args, "judge", "") == "reward" and not args.reward:
         raise ValueError("--judge reward needs --reward DIR; python train.py --loss reward_model makes one")
     if getattr(args, "judge", "") == "scene" and LOSSES[args.loss].advantages:
@@ -294,8 +336,6 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError(f"--reference-cache: {args.loss} has no reference")
     if getattr(args, "offline", 0) and not LOSSES[args.loss].pairs:
         raise ValueError(f"--offline {args.offline}: {args.loss} has no given pairs, mixed_dpo does")
-    if LOSSES[args.loss].loss is rloo.rloo_loss and args.samples < 2:
-        raise ValueError("rloo compares the answers to one picture: --samples must be at least 2")
     looks = getattr(args, "judge", "clip") == "clip"  # fisao and bdhs_online have no judge, and a CLIP
     if "clip_model" in args and looks and args.clip_model is None:
         raise ValueError(f"{args.loss} needs --clip-model DIR: the embedded CLIP knows scenes only")
@@ -307,12 +347,26 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError(f"--reference-cache: what {args.loss} scores is drawn anew at every step")
 
 
+def check_places(args: argparse.Namespace) -> None:
+    """Refuse an --out that holds an earlier run, and places that cannot be written. Raises ValueError."""
+    earlier = [name for name in (CHECKPOINT, PREVIOUS, "result.json", "model") if (args.out / name).exists()]
+    if earlier and not (args.resume or args.overwrite):
+        raise ValueError(f"{args.out} holds {earlier[0]} of an earlier run: choose another --out, go on with"
+                         " --resume or replace it with --overwrite")
+    for folder in (args.out, *([args.reference_cache.parent] if args.reference_cache else [])):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = "a file is there" if folder.is_file() else error.strerror
+            raise ValueError(f"{folder}: cannot write into this folder ({reason})") from None
+
+
 # ------------------------------------------------------------------------------------------------ set-up
 
 
-def start_processes() -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device); joins the process group when torchrun started us."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def start_processes(world: int) -> torch.device:
+    """The device; joins the process group when torchrun started several of us."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -320,7 +374,14 @@ def start_processes() -> tuple[int, int, torch.device]:
     if world > 1:  # rank 0 may spend a while making pairs or evaluating
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))
-    return rank, world, device
+    return device
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether it is an x86 CPU without instructions for bf16, where fp32 is many times faster."""
+    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return device.type == "cpu" and x86 and not (torch.cpu._is_avx512_bf16_supported()
+                                                 or torch.cpu._is_amx_tile_supported())
 
 
 def load_policy(args: argparse.Namespace, device: torch.device):
@@ -449,6 +510,7 @@ class Run:
     cache: dict | None = None  # the reference's log-probs by record, if they are kept on disk
     helper: Callable | None = None  # judge, verifier or similarity of the losses that sample
     state: dict = field(default_factory=dict)  # plain numbers that belong to the checkpoint
+    identity: dict = field(default_factory=dict)  # of records and model: a resumed run must have the same
 
     @property
     def plain(self) -> torch.nn.Module:
@@ -607,10 +669,28 @@ def prepare(args, recipe: Recipe, model, processor, records, root, rank: int, wo
     reference = Reference(model) if uses_reference(recipe) else None  # it may hold a copy of the weights
     run = Run(args, recipe, model, processor, records, root, rank, world, device,
               DistributedDataParallel(scorer) if world > 1 else scorer, reference, optimizer)
+    run.identity = identity(args.model, records, processor)
     run.helper = make_helper(run)
     if args.reference_cache:
         run.cache = reference_cache(run)
     return run
+
+
+def announce(run: Run, config: dict, saved: dict | None) -> None:
+    """Say what runs, write it to config.json, and take away what an earlier run left."""
+    args = run.args
+    facts = {"processes": run.world, "device": str(run.device),
+             "trained_parameters": sum(p.numel() for p in run.trained)}
+    print(json.dumps({**config, **facts}, indent=1), flush=True)
+    if saved and saved["config"]["steps"] != args.steps:
+        print(f"steps {saved['config']['steps']} -> {args.steps}: the cosine now ends at {args.steps}", flush=True)
+    if args.precision == "bf16" and emulates_bf16(run.device):
+        print("warning: this CPU has no bf16 instructions, --precision fp32 is many times faster", file=sys.stderr)
+    if saved and saved["path"].name == PREVIOUS:  # a damaged one must not become the former of the next
+        os.replace(saved["path"], args.out / CHECKPOINT)
+    save_json(config, args.out / "config.json")
+    for name in ("result.json", *(() if saved else (CHECKPOINT, PREVIOUS))):
+        (args.out / name).unlink(missing_ok=True)
 
 
 def make_helper(run: Run) -> Callable | None:
@@ -689,19 +769,22 @@ def replaced(run: Run, bad: list[BadRecord]) -> bool:
     return len(known) < len(run.records)
 
 
-def keep(run: Run, path: Path, done: int, norm: torch.Tensor | None, config: dict) -> None:
-    """Save a checkpoint; ValueError when the last gradient, the same in every process, was not finite."""
+def keep(run: Run, done: int, norm: torch.Tensor | None, config: dict, log: Log) -> None:
+    """Save a checkpoint; ValueError when the last gradient, the same in every process, was not finite. A collective
+    call."""
     if norm is not None and not math.isfinite(norm.item()):
-        raise ValueError(f"step {done}: the gradient is not finite; {path} keeps the last good state")
+        raise ValueError(f"step {done}: the gradient is not finite; {run.args.out / CHECKPOINT} keeps the last good"
+                         " state")
+    unfinished = log.unfinished()
     if run.rank == 0:
-        save_checkpoint(path, run, done, config)
+        save_checkpoint(run.args.out, run, done, config, unfinished)
 
 
 def give_up(run: Run, bad: list[BadRecord], path: Path, done: int) -> None:
     """Raise ValueError in all processes, once the first has saved the checkpoint."""
     if run.world > 1:
         dist.barrier()  # torchrun ends all as soon as one has failed
-    refuse(run.args, bad, f"{path} holds the {done} finished steps: go on with --resume, and with the record mended"
+    refuse(run.args, bad, f"{path} holds the {done} finished steps: go on with --resume, and with the image mended"
                           " or --bad-records skip")
     raise ValueError(f"none of the {len(run.records)} records can be used; {bad[-1]}")
 
@@ -712,11 +795,13 @@ def step_figures(run: Run, norm: torch.Tensor, done: int) -> dict[str, float]:
     return {"grad_norm": norm.item(), "lr": learning_rate(run.args, done - 1), **bad}
 
 
-def train(run: Run, config: dict) -> bool:
-    """Run the steps that are left. False when interrupted; the checkpoint then holds all finished steps."""
+def train(run: Run, config: dict, saved: dict | None) -> bool:
+    """Run the steps that are left, all without `saved`. False when interrupted; the checkpoint then holds all that
+    are done."""
     args, recipe = run.args, run.recipe
-    path = args.out / "checkpoint.pt"
-    start = load_checkpoint(path, run, config) if args.resume else 0
+    start = saved["step"] if saved else 0
+    if saved:
+        restore(saved, run)
     parts = args.batch_size // (run.world * args.micro_batch_size)
     samples = recipe.online or recipe.advantages
     make = partial(collate_with, recipe, run.processor, run.root)
@@ -725,7 +810,7 @@ def train(run: Run, config: dict) -> bool:
                         make=partial(with_seeds, root=run.root) if samples else make)
     if recipe.advantages and not start:
         calibrate(run)
-    log, stop, done, norm = Log(run, start), StopRequest(run.world), start, None
+    log, stop, done, norm = Log(run, saved), StopRequest(run.world), start, None
     # Behind StopRequest, whose signal handlers the loader's processes inherit: Ctrl-C must not end them.
     loader = iter(DataLoader(data, batch_size=None, sampler=range(start * parts, len(data)),
                              num_workers=args.workers, pin_memory=run.device.type == "cuda" and not samples))
@@ -737,21 +822,19 @@ def train(run: Run, config: dict) -> bool:
             group["lr"] = learning_rate(args, step)
         drawn, bad = draw(run, loader, parts)
         if bad and (args.bad_records == "stop" or not replaced(run, bad)):
-            if log.sums:
-                log.write(done, step_figures(run, norm, done))
-            keep(run, path, done, norm, config)
+            keep(run, done, norm, config, log)
             stop.close()
-            give_up(run, bad, path, done)
+            give_up(run, bad, args.out / CHECKPOINT, done)
         if recipe.advantages:
             norm = reinforce_step(run, drawn, step, log)
         else:
             norm = pairs_step(run, online_batches(run, drawn) if recipe.online else drawn, log)
         done = step + 1
         halt = stop.asked()
-        if halt or done % args.log_every == 0 or done == args.steps:
+        if done % args.log_every == 0 or done == args.steps:
             log.write(done, step_figures(run, norm, done))
         if halt or done % args.save_every == 0 or done == args.steps:
-            keep(run, path, done, norm, config)
+            keep(run, done, norm, config, log)
         if halt and done < args.steps:
             break
     stop.close()
@@ -801,13 +884,15 @@ def table(before: dict[str, float], after: dict[str, float]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """From the command line to --out; 0 when finished, 1 when interrupted. Raises ValueError on bad input."""
-    args = read_arguments(argv)
-    rank, world, device = start_processes()
-    started = time.perf_counter()
-    check(args, world)
+    args, started = read_arguments(argv), time.perf_counter()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check(args, world)  # before processes wait for each other
+    check_places(args)
     recipe = LOSSES[args.loss]
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "resume"}
-    args.out.mkdir(parents=True, exist_ok=True)
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
+              if k not in ("resume", "overwrite")}
+    saved = read_checkpoint(args.out, config, rank) if args.resume else None
+    device = start_processes(world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
     if args.data:  # bad records are named before a large model is loaded
         check_texts(args, recipe, processor, read_records(args.data, recipe), args.data, rank)
@@ -818,17 +903,15 @@ def main(argv: list[str] | None = None) -> int:
         count = max(1, len(records) // 10)
         held, records = records[:count], records[count:]
     run = prepare(args, recipe, model, processor, records, root, rank, world, device)
+    if saved:
+        refuse_other(saved, run)
     if rank == 0:
-        facts = {"processes": world, "device": str(device),
-                 "trained_parameters": sum(p.numel() for p in run.trained)}
-        print(json.dumps({**config, **facts}, indent=1), flush=True)
-        save_json(config, args.out / "config.json")
-        (args.out / "result.json").unlink(missing_ok=True)  # of an earlier run
+        announce(run, config, saved)
     scene_world = args.eval_scenes > 0 and all(r["image"].startswith("scene:") for r in records)
     figures = (partial(measure_rewards, run, held) if held else
                partial(measure, args, model, processor) if scene_world else dict)
     before = figures() if rank == 0 else {}
-    finished = train(run, config)
+    finished = train(run, config, saved)
     if rank == 0 and finished:
         save_llava(model, args.out / "model", args.model)
         if args.lora_rank:

@@ -133,7 +133,7 @@ def run(row: str, seed: int, args: argparse.Namespace) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(HOME / "train.py"), "--loss", loss, "--seed", str(seed), "--out", str(out)]
         command += ["--data", str(pairs_file(method, seed, args.out))] if method else []
-        command += ["--eval-scenes", "0", *args.options]
+        command += ["--eval-scenes", "0", "--overwrite", *args.options]  # of what an interrupted run left
         if loss in ("ppo", "rloo"):
             command += ["--reward", str(args.out / f"reward_model-{seed}")]
         with (out / "console.txt").open("w") as console:

@@ -5,6 +5,8 @@ They are kept in a safetensors file, one tensor of token log-probs for each sequ
 fingerprint of all that they depend on: the model's files, the records, the sequences that the loss asks for,
 template, tokenizer and image handling. A file with another fingerprint is refused, never used.
 
+A resumed run must start from the same as well: `identity` has a hash of each part (model/training.py).
+
     reference.safetensors    "chosen/ID" -> (tokens,) fp32, ...; metadata: fingerprint
 """
 
@@ -23,27 +25,46 @@ from torch import Tensor
 from model.hub import resolve
 from model.layouts import llava_tensors
 
-BLOCK = 2**24  # bytes of a file that are read at a time
+BLOCK = 2**16  # bytes of a file that are read at a time
+SAMPLES = 256  # blocks of a file that stand for it: one in 20 MB of a shard of 5 GB
 
 
-def fingerprint(folder: Path | str, records: list[dict], sequences: dict, processor, precision: str) -> str:
-    """SHA-256 of what the reference's log-probs depend on.
+def identity(folder: Path | str, records: list[dict], processor, whole: bool = False) -> dict[str, str]:
+    """What a run starts from: part -> SHA-256.
 
     Args:
         folder: of the model; one of adapters brings its base along, and either the vision tower beside it.
-    Files are read whole: two fine-tunings of one model may differ in the middle of a weight file only.
+        whole: read the model's files from end to end, as two fine-tunings of one model may differ in a few bytes in
+            the middle of a weight file. Else of each only SAMPLES blocks, so that it costs little at any size.
     Pictures enter by their references.
     """
-    digest, folder = hashlib.sha256(), resolve(folder)
+    handling = (processor.prompt("?"), processor.response("."), repr(processor.preprocessing), processor.aspect,
+                processor.pinpoints)
+    return {"records": _key(records), "model files": _files_key(resolve(folder), whole),
+            "template or image handling": _key(handling)}
+
+
+def fingerprint(folder: Path | str, records: list[dict], sequences: dict, processor, precision: str) -> str:
+    """SHA-256 of what the reference's log-probs depend on (`identity`, files read whole)."""
+    return _key([identity(folder, records, processor, whole=True), sequences, precision])
+
+
+def _key(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _files_key(folder: Path, whole: bool) -> str:
+    """SHA-256 of names, sizes and blocks of a model's files."""
+    digest = hashlib.sha256()
     for place in dict.fromkeys([folder, *(t.file.parent for t in llava_tensors(folder).values())]):
         for path in sorted(p for p in place.iterdir() if p.is_file()):
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            stride = BLOCK if whole else max(BLOCK, size // SAMPLES)
             with path.open("rb") as file:
-                while block := file.read(BLOCK):
-                    digest.update(block)
-    probe = (processor.prompt("?"), processor.response("."), repr(processor.preprocessing), processor.aspect,
-             processor.pinpoints)
-    digest.update(json.dumps([records, sequences, probe, precision], sort_keys=True).encode())
+                for start in range(0, size, stride):
+                    file.seek(start)
+                    digest.update(file.read(BLOCK))
     return digest.hexdigest()
 
 

@@ -1,12 +1,16 @@
 """What keeps a training run whole: its log, its checkpoint, and how it is stopped.
 
     Log              metrics are summed on the device; one JSON line and one console line an interval
-    save_checkpoint  everything that a resumed run needs, written atomically, read with weights_only=True
+    save_checkpoint  everything that a resumed run needs, written atomically, the one before it kept
+    read_checkpoint  the newest one that is undamaged, refused if it belongs to another run
     StopRequest      Ctrl-C or SIGTERM ends the run after the current step, in all processes at the same one
 
-A run stopped anywhere and resumed gives the same weights as an uninterrupted one, bit for bit: the order of
-the data, samples and dropout follow from seed and step, so none of them is part of the checkpoint. `run` is
-train.py's Run.
+A run stopped or killed anywhere and resumed gives the same weights and the same log (but for its times) as an
+uninterrupted one, bit for bit: the order of the data, samples and dropout follow from seed and step, so none of
+them is part of the checkpoint; the sums since the last log line are. `run` is train.py's Run.
+
+torch.save writes a zip archive with a checksum of each member, which torch.load does not look at; here it is
+verified before anything is read, with weights_only=True.
 """
 
 from __future__ import annotations
@@ -15,59 +19,172 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
-# Settings that may change when a run is resumed: they touch nothing that is computed, or what comes next only.
-HARMLESS = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_split", "bad_records"}
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+CONTENT = {  # of a checkpoint
+    "step": int,  # how many are done
+    "config": dict,  # the settings
+    "identity": dict,  # of records, model files and image handling (model/reference.py)
+    "trained": dict,  # parameter name -> tensor
+    "optimizer": dict,
+    "state": dict,  # of the run: plain numbers
+    "log": dict,  # the interval that no line has been written for (`Log.unfinished`)
+}
+# Settings that may change when a run is resumed: they touch nothing that is computed, but for the number of
+# steps, which the learning rate of those that are left then follows.
+CHANGEABLE = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_split", "bad_records",
+              "steps"}
 
 
-def save_checkpoint(path: Path, run, step: int, config: dict) -> None:
-    """Everything that a resumed run needs. Order of data, samples and dropout follow from seed and step."""
-    trained = {n: p.detach() for n, p in run.plain.named_parameters() if p.requires_grad}
-    state = {"step": step, "trained": trained, "optimizer": run.optimizer.state_dict(), "config": config,
-             "state": run.state}
+def save_checkpoint(out: Path, run, step: int, config: dict, log: dict) -> None:
+    """Write checkpoint.pt; the former one becomes checkpoint-previous.pt."""
+    trained = {name: p.detach() for name, p in trained_by_name(run).items()}
+    state = {"step": step, "config": config, "identity": run.identity, "trained": trained,
+             "optimizer": run.optimizer.state_dict(), "state": run.state, "log": log}
+    write_whole(out / CHECKPOINT, lambda file: torch.save(state, file), former=out / PREVIOUS)
+
+
+def write_whole(path: Path, write: Callable, former: Path | None = None) -> None:
+    """Have `write` fill a binary file that appears whole or not at all; keep the one it replaces as `former`."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    if former and path.exists():
+        os.replace(path, former)  # killed between the two: `former` is then the newest
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, run, config: dict) -> int:
-    """Restore weights, optimiser and state; returns the next step. ValueError if the set-up was another."""
-    saved = torch.load(path, map_location=run.device, weights_only=True)
-    different = [k for k in config if k not in HARMLESS and config[k] != saved["config"].get(k)]
+def read_checkpoint(out: Path, config: dict, rank: int = 0) -> dict:
+    """The newest undamaged checkpoint of a folder, on the CPU, with its `path`.
+
+    Where checkpoint.pt is damaged, that is checkpoint-previous.pt, and rank 0 says so. Raises ValueError, one line
+    naming the files, if none is whole or it belongs to a run of other settings.
+    """
+    problems = []
+    for path in (out / CHECKPOINT, out / PREVIOUS):
+        try:
+            saved = load_whole(path) | {"path": path}
+            break
+        except ValueError as error:
+            problems.append(str(error))
+    else:
+        raise ValueError("; ".join(problems))
+    different = [k for k in config if k not in CHANGEABLE and config[k] != saved["config"].get(k)]
     if different:
         pairs = ", ".join(f"{k} was {saved['config'].get(k)!r}, is {config[k]!r}" for k in different)
         raise ValueError(f"{path} belongs to another run: {pairs}")
+    if config["steps"] < saved["step"]:
+        raise ValueError(f"--steps {config['steps']}: {saved['step']} are done already, says {path}")
+    if problems and rank == 0:
+        print(f"warning: {problems[0]}; going on from step {saved['step']} in {path}", file=sys.stderr)
+    return saved
+
+
+def load_whole(path: Path) -> dict:
+    """A checkpoint whose every bit is as it was written. Raises ValueError, one line that names the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found") from None
+    except Exception as error:  # damage has many faces: BadZipFile, RuntimeError, UnpicklingError, EOFError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: damaged or no checkpoint ({reason[:200]})") from None
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), kind) for k, kind in CONTENT.items()):
+        raise ValueError(f"{path}: no checkpoint of this version of train.py, which holds {', '.join(CONTENT)}")
+    return saved
+
+
+def refuse_other(saved: dict, run) -> None:
+    """Raises ValueError if a checkpoint is of other records, model files or image handling, or its tensors of other
+    names or shapes than those that train here."""
+    other = [name for name, key in run.identity.items() if saved["identity"].get(name) != key]
+    if other:
+        raise ValueError(f"{saved['path']} belongs to another run: other {' and other '.join(other)}")
+    trained = trained_by_name(run)
+    moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(trained.values())}
+    wanted, found = shapes(trained, moments), shapes(saved["trained"], saved["optimizer"].get("state", {}))
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    groups = [group.get("params") for group in saved["optimizer"].get("param_groups", [])]
+    if wrong or groups != [list(moments)]:
+        what = ", ".join(wrong[:3]) or "parameter groups"
+        raise ValueError(f"{saved['path']}: weights or optimiser state of another model: {what}")
+
+
+def shapes(trained: dict, moments: dict) -> dict[str, tuple]:
+    """Name -> shape, of trained weights and of the optimiser's tensors for each of them."""
+    named = {f"optimizer {i} {name}": tensor for i, state in moments.items() for name, tensor in state.items()}
+    return {name: tuple(tensor.shape) for name, tensor in (trained | named).items()}
+
+
+def restore(saved: dict, run) -> None:
+    """Move a checkpoint's weights, optimiser state and numbers into the run."""
+    trained = saved.pop("trained")  # popped, as they may be large
     with torch.no_grad():
-        for name, parameter in run.plain.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(saved["trained"][name])
-    run.optimizer.load_state_dict(saved["optimizer"])
+        for name, parameter in trained_by_name(run).items():
+            parameter.copy_(trained[name])
+    run.optimizer.load_state_dict(saved.pop("optimizer"))
     run.state |= saved["state"]
-    return saved["step"]
+
+
+def trained_by_name(run) -> dict[str, torch.nn.Parameter]:
+    """What trains, in the optimiser's order."""
+    return {name: p for name, p in run.plain.named_parameters() if p.requires_grad}
 
 
 class Log:
-    """Sums metrics on the device, and once an interval writes one JSON line and one console line (rank 0)."""
+    """Sums metrics on the device, and once an interval writes one JSON line and one console line (rank 0).
 
-    def __init__(self, run, start: int):
+    Args:
+        saved: the checkpoint that the run goes on from. Lines behind it are dropped, and its interval continues;
+            with another number of processes the first line covers only the steps since the checkpoint.
+    """
+
+    def __init__(self, run, saved: dict | None = None):
         self.run, self.path = run, run.args.out / "metrics.jsonl"
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.tokens = 0
-        self.started, self.first = time.perf_counter(), start
-        self.since = self.started
-        if run.rank == 0:  # drop lines behind the checkpoint that this run goes on from
-            old = self.path.read_text().splitlines() if start and self.path.exists() else []
-            self.path.write_text("".join(f"{x}\n" for x in old
-                                         if whole_line(x) and json.loads(x)["step"] <= start))
+        self.first = saved["step"] if saved else 0
+        self.started = time.perf_counter()
+        self.begin()
+        if saved and saved["log"]["processes"] == run.world:
+            log = saved["log"]
+            self.sums = {name: rows[run.rank].to(run.device) for name, rows in log["sums"].items()}
+            self.counts, self.tokens = dict(log["counts"]), log["tokens"]
+            self.since -= log["seconds"]
+        if run.rank == 0:
+            kept = lines_until(self.path, self.first)
+            write_whole(self.path, lambda file: file.writelines(kept))
 
-    def add(self, metrics: dict[str, torch.Tensor], tokens: int = 0, weights: torch.Tensor | None = None) -> None:
+    def begin(self) -> None:
+        """Start an interval."""
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def unfinished(self) -> dict:
+        """The interval so far, for the checkpoint; each sum is (processes,). A collective call."""
+        mine = torch.stack([*self.sums.values()]) if self.sums else torch.zeros(0)
+        rows = [mine]
+        if self.run.world > 1 and self.sums:
+            rows = [torch.empty_like(mine) for _ in range(self.run.world)]
+            dist.all_gather(rows, mine)
+        return {"processes": self.run.world, "sums": dict(zip(self.sums, torch.stack(rows, 1).cpu())),
+                "counts": self.counts, "tokens": self.tokens, "seconds": time.perf_counter() - self.since}
+
+    def add(self, metrics: dict[str, Tensor], tokens: int = 0, weights: Tensor | None = None) -> None:
         """Count metrics (B,) or scalars, by their mean, or where examples have weights (B,) by the weighted one."""
         for name, value in metrics.items():
             value = value.detach().float().to(self.run.device)  # figures of rollouts may be on the CPU
@@ -92,17 +209,33 @@ class Log:
             "eta_s": (now - self.started) / (step - self.first) * (run.args.steps - step),
             "peak_gib": peak_memory(run.device),
         }
-        self.sums, self.counts, self.tokens, self.since = {}, {}, 0, now
+        self.begin()
         if run.rank == 0:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that has forgotten this interval
             text = "  ".join(f"{k} {v:.4g}" for k, v in line.items())
             tqdm.write(f"step {step}/{run.args.steps}  {text}")
 
 
-def whole_line(line: str) -> bool:
-    """False for the torn last line of a run that was killed while writing."""
-    return line.endswith("}")
+def lines_until(path: Path, step: int) -> list[bytes]:
+    """The lines of a log up to a step. What a kill has torn, or is no line of a log, is left out and named."""
+    lines = path.read_bytes().splitlines() if step and path.exists() else []
+    steps = [step_of(line) for line in lines]
+    if None in steps:
+        print(f"{path}: line {steps.index(None) + 1} is no whole log line and is dropped", file=sys.stderr)
+    return [line + b"\n" for line, found in zip(lines, steps) if found is not None and found <= step]
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a log line; None for anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    found = row.get("step") if isinstance(row, dict) else None
+    return found if type(found) is int else None
 
 
 def peak_memory(device: torch.device) -> float:

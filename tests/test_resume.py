@@ -1,0 +1,410 @@
+"""Runs that are killed, resumed, lengthened or begun again: nothing is lost, mixed up, or replaced unasked.
+
+All on the embedded model with adapters of rank 4; checkpoints every 3 steps, log lines every 2, 7 steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from data import scenes
+from data.processor import Processor
+from data.records import write_jsonl
+from model import reference, training
+from model.checkpoint import DEFAULT_MODEL
+
+HOME = Path(__file__).resolve().parents[1]
+STEPS = 7
+TIMES = {"tokens/s", "eta_s", "peak_gib"}
+ANSWERS = [("There is a dog and a cup on the table.", "There is a cat."), ("A red ball lies here.", "A chair."),
+           ("I see a cup.", "I see a large blue dog beside a small tree.")]
+
+
+def write_pairs(path: Path, count: int = 8) -> Path:
+    write_jsonl(path, [{"id": str(i), "image": scenes.reference(scenes.PAIRS + i), "prompt": scenes.CAPTION_PROMPT,
+                        "chosen": ANSWERS[i % 3][0], "rejected": ANSWERS[i % 3][1]} for i in range(count)])
+    return path
+
+
+def command(folder: Path, out: str, *more: str) -> list[str]:
+    return ["--loss", "dpo", "--data", str(folder / "pairs.jsonl"), "--out", str(folder / out), "--steps", str(STEPS),
+            "--batch-size", "2", "--save-every", "3", "--log-every", "2", "--eval-scenes", "0", "--lora-rank", "4", *more]
+
+
+def lines(out: Path) -> list[dict]:
+    """The log without its times."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Pairs, and a finished run `whole` on them; both are left as they are."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_pairs(folder / "pairs.jsonl")
+    assert train.main(command(folder, "whole")) == 0
+    assert [row["step"] for row in lines(folder / "whole")] == [2, 4, 6, 7]
+    return folder
+
+
+@pytest.fixture
+def copied(folder, tmp_path) -> Path:
+    """The finished run once more, as `run`, to be damaged; its last checkpoints are of steps 7 and 6."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    shutil.copytree(folder / "whole", tmp_path / "run")
+    for name in (training.CHECKPOINT, training.PREVIOUS):
+        edit(tmp_path / "run" / name, lambda saved: saved["config"].update(data=str(tmp_path / "pairs.jsonl")))
+    return tmp_path
+
+
+def edit(path: Path, change) -> None:
+    """Let `change` do something to a checkpoint."""
+    saved = torch.load(path, weights_only=True)
+    change(saved)
+    torch.save(saved, path)
+
+
+def flat(saved: dict) -> torch.Tensor:
+    """All numbers of a checkpoint that are trained or belong to the optimiser."""
+    state = saved["optimizer"]["state"].values()
+    return torch.cat([t.flatten() for tensors in (saved["trained"], *state) for t in tensors.values()])
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 16
+    path.write_bytes(data)
+
+
+# ---- killed anywhere ---------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def kill(monkeypatch, moment: str, step: int) -> None:
+    """Die in `step`: before its log line, before its checkpoint, or behind it."""
+    asked, save, done = train.StopRequest.asked, train.save_checkpoint, iter(range(1, STEPS + 1))
+
+    def dying_asked(self):
+        if next(done) == step and moment in ("line", "stop"):
+            if moment == "stop":
+                return True
+            self.close()
+            raise Killed
+        return asked(self)
+
+    def dying_save(out, run, at, *rest):
+        if at == step and moment == "checkpoint":
+            raise Killed
+        save(out, run, at, *rest)
+        if at == step and moment == "behind":
+            raise Killed
+
+    monkeypatch.setattr(train.StopRequest, "asked", dying_asked)
+    monkeypatch.setattr(train, "save_checkpoint", dying_save)
+
+
+@pytest.mark.parametrize("moment, step", [("line", 4), ("checkpoint", 6), ("behind", 3), ("stop", 5)])
+def test_weights_and_log_are_those_of_an_uninterrupted_run(folder, tmp_path, monkeypatch, moment, step):
+    """Also where a log line covers steps before and after the checkpoint, and when stopped by Ctrl-C."""
+    out, handlers = tmp_path / "run", [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        kill(patch, moment, step)
+        if moment == "stop":
+            assert train.main(command(folder, str(out))) == 1
+        else:
+            with pytest.raises(Killed):
+                train.main(command(folder, str(out)))
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    with (out / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "lo')
+    assert train.main(command(folder, str(out), "--resume")) == 0
+    assert lines(out) == lines(folder / "whole") and weights(out) == weights(folder / "whole")
+
+
+KILL_ITSELF = """
+import os, signal, sys
+sys.path.insert(0, {home!r})
+import train
+done = iter(range(1, 100))
+train.StopRequest.asked = lambda self: next(done) == 5 and os.kill(os.getpid(), signal.SIGKILL)
+train.main(sys.argv[1:])
+"""
+
+
+def test_killed_by_the_system(folder, tmp_path):
+    out = tmp_path / "run"
+    died = subprocess.run([sys.executable, "-c", KILL_ITSELF.format(home=str(HOME)), *command(folder, str(out))],
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert died.returncode == -signal.SIGKILL
+    assert train.main(command(folder, str(out), "--resume")) == 0
+    assert lines(out) == lines(folder / "whole") and weights(out) == weights(folder / "whole")
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, {home!r})
+import torch.distributed as dist
+import train
+
+def die(self):
+    if next(done) == 5:
+        raise KeyError("killed")
+    return asked(self)
+
+device, end = train.start_processes(2), dist.destroy_process_group
+train.start_processes, dist.destroy_process_group = lambda world: device, lambda: None  # one group for all three
+assert train.main([*sys.argv[1:], "--out", {whole!r}]) == 0
+asked, done, train.StopRequest.asked = train.StopRequest.asked, iter(range(1, 100)), die
+try:
+    train.main([*sys.argv[1:], "--out", {parts!r}])
+except KeyError:
+    train.StopRequest.asked = asked
+assert train.main([*sys.argv[1:], "--out", {parts!r}, "--resume"]) == 0
+end()
+"""
+
+
+def test_two_processes_log_as_if_uninterrupted(folder, tmp_path):
+    """Each process goes on with its own sums."""
+    script, whole, parts = tmp_path / "two.py", tmp_path / "whole", tmp_path / "parts"
+    script.write_text(TWO_PROCESSES.format(home=str(HOME), whole=str(whole), parts=str(parts)))
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    done = subprocess.run([*started, *command(folder, "unused")], capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert lines(parts) == lines(whole) and len(lines(whole)) == 4 and weights(parts) == weights(whole)
+
+
+def test_a_damaged_log_is_no_hindrance(copied, capsys):
+    path = copied / "run" / "metrics.jsonl"
+    good = lines(copied / "run")
+    damage = [b"\xff\xfe", b"[1]", b'{"step": "3"}', b'{"step": 9}', b"null", b"[" * 100_000]
+    path.write_bytes(path.read_bytes() + b"\n".join(damage))
+    assert train.main(command(copied, "run", "--resume")) == 0
+    assert lines(copied / "run") == good
+    assert "metrics.jsonl: line 5 is no whole log line" in capsys.readouterr().err
+
+
+# ---- damaged checkpoints -----------------------------------------------------------------------------------
+
+
+def test_no_flipped_bit_goes_unnoticed(copied):
+    """A flip is detected, or it lies between the members of the archive and changes nothing."""
+    path = copied / "run" / training.CHECKPOINT
+    whole, good = training.load_whole(path), path.read_bytes()
+    draw, detected = random.Random(0), 0
+    for _ in range(60):
+        path.write_bytes(good)
+        flip(path, draw.randrange(len(good)))
+        try:
+            found = training.load_whole(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            detected += 1
+        else:
+            assert torch.equal(flat(found), flat(whole)) and repr(found) == repr(whole)
+    assert detected > 40
+
+
+def test_the_checkpoint_before_a_damaged_one_is_taken(folder, copied, capsys):
+    for name in (training.CHECKPOINT, training.PREVIOUS):
+        assert (copied / "run" / name).is_file()
+    current, previous = copied / "run" / training.CHECKPOINT, copied / "run" / training.PREVIOUS
+    flip(current, current.stat().st_size // 2)
+    assert train.main(command(copied, "run", "--resume")) == 0
+    said = capsys.readouterr().err
+    assert f"{current}: damaged" in said and f"from step 6 in {previous}" in said
+    assert lines(copied / "run") == lines(folder / "whole") and weights(copied / "run") == weights(folder / "whole")
+    assert training.load_whole(current)["step"] == 7 and training.load_whole(previous)["step"] == 6
+    current.write_bytes(current.read_bytes()[:-1000])
+    flip(previous, previous.stat().st_size // 2)
+    with pytest.raises(ValueError) as error:
+        train.main(command(copied, "run", "--resume"))
+    assert str(current) in str(error.value) and str(previous) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_killed_between_two_names(folder, copied):
+    (copied / "run" / training.CHECKPOINT).unlink()
+    assert train.main(command(copied, "run", "--resume")) == 0
+    assert weights(copied / "run") == weights(folder / "whole")
+
+
+NAME = "model.language_model.model.layers.0.self_attn.q_proj.lora_A"
+CHANGES = {
+    "a weight is missing": lambda saved: saved["trained"].pop(NAME),
+    "a weight too many": lambda saved: saved["trained"].update(more=torch.zeros(1)),
+    "a weight that would broadcast": lambda saved: saved["trained"].update({NAME: torch.zeros(1)}),
+    "a moment of another shape": lambda saved: saved["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "a moment is missing": lambda saved: saved["optimizer"]["state"][0].pop("exp_avg_sq"),
+    "no optimiser state": lambda saved: saved.update(optimizer={}),
+    "no log": lambda saved: saved.pop("log"),
+    "step is a text": lambda saved: saved.update(step="7"),
+    "empty": dict.clear,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_that_does_not_fit_is_named(copied, change):
+    (copied / "run" / training.PREVIOUS).unlink()
+    path = copied / "run" / training.CHECKPOINT
+    edit(path, CHANGES[change])
+    with pytest.raises(ValueError, match="of another model|no checkpoint of this version") as error:
+        train.main(command(copied, "run", "--resume"))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- what a run began with ---------------------------------------------------------------------------------
+
+
+def test_other_records_are_noticed(copied):
+    write_pairs(copied / "pairs.jsonl", 7)
+    with pytest.raises(ValueError, match="checkpoint.pt belongs to another run: other records"):
+        train.main(command(copied, "run", "--resume"))
+
+
+def test_other_weights_are_noticed(copied):
+    model = ["--model", str(copied / "model"), "--steps", "2"]
+    shutil.copytree(DEFAULT_MODEL, copied / "model")
+    assert train.main(command(copied, "own", *model)) == 0
+    assert train.main(command(copied, "own", *model, "--resume")) == 0
+    tensors = load_file(copied / "model" / "model.safetensors")
+    tensors["multi_modal_projector.linear_1.weight"] += 1
+    save_file(tensors, copied / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="belongs to another run: other model files$"):
+        train.main(command(copied, "own", *model, "--resume"))
+
+
+def test_identity_names_each_part(tmp_path, monkeypatch):
+    """Large files are sampled: a change all over is seen, and in a part of it when the file is read whole."""
+    shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    rows = [{"id": "a"}]
+
+    def key(aspect: str | None = None, whole: bool = False) -> dict[str, str]:
+        return reference.identity(tmp_path / "model", rows, Processor(DEFAULT_MODEL, aspect=aspect), whole)
+
+    def changed(one: dict, two: dict) -> list[str]:
+        return [name for name in one if one[name] != two[name]]
+
+    start = key()
+    assert changed(start, key()) == [] and changed(start, key("pad")) == ["template or image handling"]
+    monkeypatch.setattr(reference, "BLOCK", 16)
+    start, whole = key(), key(whole=True)
+    file = tmp_path / "model" / "model.safetensors"
+    flip(file, file.stat().st_size // reference.SAMPLES * 3 + 20)
+    assert changed(start, key()) == [] and changed(whole, key(whole=True)) == ["model files"]
+    flip(file, file.stat().st_size // reference.SAMPLES * 3 + 2)
+    assert changed(start, key()) == ["model files"]
+
+
+def test_records_made_from_scenes_are_kept(tmp_path):
+    made = ["--loss", "dpo", "--out", str(tmp_path), "--scenes", "16", "--batch-size", "2", "--eval-scenes", "0",
+            "--lora-rank", "4"]
+    assert train.main([*made, "--steps", "1"]) == 0
+    assert train.main([*made, "--steps", "2", "--resume"]) == 0
+
+
+# ---- longer, and anew --------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_lengthened(copied, capsys):
+    assert train.main(command(copied, "run", "--resume", "--steps", "9")) == 0
+    assert "steps 7 -> 9: the cosine now ends at 9" in capsys.readouterr().out
+    found = lines(copied / "run")
+    longer = train.read_arguments(command(copied, "run", "--steps", "9"))
+    assert [row["step"] for row in found] == [2, 4, 6, 7, 8, 9]
+    assert [row["lr"] for row in found[-2:]] == [train.learning_rate(longer, step) for step in (7, 8)]
+    with pytest.raises(ValueError, match="--steps 7: 9 are done already"):
+        train.main(command(copied, "run", "--resume"))
+
+
+def test_an_earlier_run_is_not_replaced_unasked(copied, monkeypatch):
+    before = weights(copied / "run")
+    with pytest.raises(ValueError, match="holds checkpoint.pt of an earlier run: choose another --out"):
+        train.main(command(copied, "run"))
+    with pytest.raises(ValueError, match="which of them"):
+        train.main(command(copied, "run", "--resume", "--overwrite"))
+    assert weights(copied / "run") == before and (copied / "run" / "result.json").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopRequest, "asked", lambda self: self.close() or exec("raise KeyError"))
+        with pytest.raises(KeyError):  # killed before its first checkpoint: nothing of the earlier run to resume
+            train.main(command(copied, "run", "--overwrite"))
+    with pytest.raises(ValueError, match="there is no"):
+        train.main(command(copied, "run", "--resume"))
+    assert not (copied / "run" / "result.json").exists()
+    assert train.main(command(copied, "run", "--overwrite", "--steps", "1")) == 0
+    assert train.main(command(copied, "run", "--resume", "--steps", "2")) == 0
+
+
+def test_places_that_cannot_be_written_are_named_first(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_policy", None)
+    (tmp_path / "file").write_text("")
+    for more in (["--out", str(tmp_path / "file")], ["--out", str(tmp_path / "file" / "below")],
+                 ["--out", str(tmp_path / "out"), "--reference-cache", str(tmp_path / "file" / "cache")]):
+        with pytest.raises(ValueError, match="file.*: cannot write into this folder"):
+            train.main(command(folder, "unused", *more))
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", train.LOSSES)
+def test_every_number_has_a_range_that_holds_its_default(loss):
+    train.check_ranges(train.read_arguments(["--loss", loss]))
+    train.check_ranges(train.read_arguments(["--loss", loss, "--model", "elsewhere"]))
+
+
+IMPOSSIBLE = [
+    "dpo --beta -1", "dpo --beta 0", "dpo --beta nan", "dpo --beta inf", "dpo --lr 0", "dpo --lr -0.001", "dpo --lr nan",
+    "dpo --warmup 1", "dpo --warmup -0.1", "dpo --warmup 20", "dpo --weight-decay -1", "dpo --clip-norm 0",
+    "dpo --lora-dropout 1", "dpo --lora-rank -1", "dpo --lora-alpha 0", "dpo --workers -1", "dpo --scenes 0",
+    "dpo --eval-scenes -1", "dpo --seed -1", "dpo --seed 99999999999999999999", "dpo --steps 0",
+    "dpo --steps 99999999999999999999", "dpo --micro-batch-size 0", "dpo --label-smoothing 0.5", "povid --gamma 1.5",
+    "dpo_weighted --gamma 0", "slic_hf --delta -1", "mdpo --delta nan", "reward_model --centring-weight -1",
+    "ppo --samples 0", "ppo --temperature 0", "ppo --max-new-tokens 0", "ppo --inner-epochs 0", "ppo --clip 0",
+    "ppo --kl-coef -1", "ppo --lam 1.1", "ppo --kl-target nan", "rloo --samples 1", "online_dpo --samples 1",
+    "mixed_dpo --offline 2", "bdhs_online --rho-th 2", "bdhs_online --iterations 0", "fisao --margin -1",
+]
+
+
+@pytest.mark.parametrize("options", IMPOSSIBLE)
+def test_impossible_numbers_are_refused(options):
+    loss, option, value = options.split()
+    judge = ["--judge", "clip"] if loss in ("ppo", "rloo") else []
+    with pytest.raises(ValueError, match=f"^{option} must be in "):
+        train.check(train.read_arguments(["--loss", loss, option, value, *judge]), 1)
+
+
+@pytest.mark.parametrize("options", ["dpo --clip-norm inf", "ppo --value-clip inf", "rloo --clip 0", "mdpo --delta -1",
+                                     "bdhs_online --temperature 0", "dpo --lora-rank 0", "dpo_weighted --gamma 5"])
+def test_what_has_a_meaning_is_allowed(options):
+    loss, option, value = options.split()
+    judge = ["--judge", "clip"] if loss in ("ppo", "rloo") else []
+    train.check(train.read_arguments(["--loss", loss, option, value, *judge]), 1)
+
+
+@pytest.mark.parametrize("bf16, amx, slow", [(False, False, True), (True, False, False), (False, True, False)])
+def test_slow_bf16_is_known(monkeypatch, bf16, amx, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert train.emulates_bf16(torch.device("cpu")) == slow and not train.emulates_bf16(torch.device("cuda"))
