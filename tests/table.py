@@ -30,7 +30,10 @@ VALUES = [0.0, 0.0, -3.0, -0.3, -1.4, -4.0, 0.0, -1.5]
 class Words:
     """Stands for data.processor.Processor: one token a word, pictures of one grey pixel."""
 
-    image_id, eos_id, patches = WORDS.index("<image>"), EOS, 1
+    image_id, eos_id, patches, window = WORDS.index("<image>"), EOS, 1, 100
+
+    def image_tokens(self, reference: str, root=None) -> int:
+        return 1
 
     def image(self, reference: str, root=None) -> View:
         return View(torch.zeros(1, 3, 1, 1), torch.tensor([0]))

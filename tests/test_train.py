@@ -213,7 +213,7 @@ def test_the_reference_cache_holds_what_can_be_used_and_is_completed(damaged, tm
     """All other records are computed before the damaged one is named; mended, only its rows are computed."""
     mended, cache = tmp_path / "data", tmp_path / "cache.safetensors"
     shutil.copytree(damaged.parent, mended)
-    command = [*bad_run(mended / "pairs.jsonl", tmp_path / "out"), "--reference-cache", str(cache)]
+    command = [*bad_run(mended / "pairs.jsonl", tmp_path / "out"), "--reference-cache", str(cache), "--overwrite"]
     with pytest.raises(ValueError, match="record 'r4'"):
         train.main(command)
     kept = load_file(cache)

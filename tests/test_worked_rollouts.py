@@ -51,6 +51,12 @@ def learn(run: train.Run, rollouts: list[rollout.Rollout]):
     return run.recipe.advantages(rollouts, run.helper, run.state, **run.options(run.recipe.advantages))
 
 
+@pytest.fixture
+def readable(monkeypatch):
+    """All pictures can be opened."""
+    monkeypatch.setattr(calibration, "look", lambda record, root: None)
+
+
 def saying(monkeypatch, answers: dict[str, list[list[int]]]) -> list[dict]:
     """Let the sampler say these, by record. Returns what it was asked with."""
     asked = []
@@ -322,7 +328,7 @@ def test_options_of_fisao_reach_its_rewards(eyes, options, first, second):
 # ---- calibration -------------------------------------------------------------------------------------------
 
 
-def test_calibration_of_scores(monkeypatch):
+def test_calibration_of_scores(monkeypatch, readable):
     """Sampled answers, as in training, in micro-batches of 2, seeds 0, 1, 2. Marks 1, 5, 9: mean 5, variance
     (16 + 0 + 16) / 2 = 16."""
     asked = saying(monkeypatch, {"r0": [Y1], "r1": [Y2], "r2": [[DOG, EOS]]})
@@ -339,7 +345,7 @@ def test_calibration_of_scores(monkeypatch):
     assert run.state == {"mean": 3, "std": pytest.approx(math.sqrt(8))}
 
 
-def test_calibration_of_fisao(monkeypatch, tmp_path, eyes):
+def test_calibration_of_fisao(monkeypatch, tmp_path, eyes, readable):
     """Pictures that nobody knows are left out. Scores: a dog 200 and 150, both right; cats 150, wrong, of the
     first picture, and 200, right, of the second; hot dogs, that nobody looked for, do not count.
 
