@@ -67,7 +67,7 @@ from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
 from data.templates import TEMPLATES
 from losses import (
-    adavip, bdhs, dpo, dpo_weighted, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic,
+    adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic,
 )
 from metrics.questions import KnownObjects
 from metrics.score_plot import write_histograms
@@ -92,13 +92,26 @@ from pairs.realign import clip_similarity
 
 
 class Recipe(typing.NamedTuple):
-    """What a --loss consists of."""
+    """What a --loss consists of. What its functions ask for by the names of their arguments decides the rest; nothing
+    asks which functions they are."""
 
     loss: Callable  # of losses/
     sequences: dict  # what it needs scored
     pairs: str = ""  # method of generate_pairs.py that makes fitting records; "": pictures and questions suffice
     online: Callable | None = None  # makes the records of a step anew from what the policy says
     advantages: Callable | None = None  # reinforcement: what a step's rollouts teach
+    parts: tuple[Callable, ...] = ()  # the functions of losses/ that `advantages` puts together
+    inner_epochs: int = 4  # how often reinforcement goes through a step's samples
+
+    @property
+    def functions(self) -> list[Callable]:
+        """Those whose keyword arguments are options."""
+        return [function for function in (self.loss, self.online, *self.parts) if function]
+
+    def asks_for(self, name: str) -> bool:
+        """Whether the loss, or what makes its records or advantages, has this argument."""
+        asking = [function for function in (self.loss, self.online, self.advantages) if function]
+        return any(name in inspect.signature(function).parameters for function in asking)
 
 
 LOSSES = {
@@ -118,36 +131,28 @@ LOSSES = {
     "online_dpo": Recipe(dpo.dpo_loss, dpo.SEQUENCES, online=online.ranked_pairs),
     "mixed_dpo": Recipe(dpo.dpo_loss, dpo.SEQUENCES, "rank", online=online.mixed_pairs),
     "bdhs_online": Recipe(bdhs.bdhs_loss, bdhs.SEQUENCES, "rank", online=online.bdhs_triples),
-    "ppo": Recipe(ppo.ppo_loss, rollout.SEQUENCES, advantages=rollout.ppo_advantages),
-    "rloo": Recipe(rloo.rloo_loss, rollout.SEQUENCES, advantages=rollout.rloo_advantages),
-    "fisao": Recipe(ppo.ppo_loss, rollout.SEQUENCES, advantages=rollout.fisao_advantages),
+    "ppo": Recipe(ppo.ppo_loss, rollout.SEQUENCES, advantages=rollout.ppo_advantages,
+                  parts=(ppo.token_rewards, ppo.gae)),
+    "rloo": Recipe(rloo.rloo_loss, rollout.SEQUENCES, advantages=rollout.rloo_advantages,
+                   parts=(rloo.penalised, rloo.leave_one_out), inner_epochs=1),
+    "fisao": Recipe(ppo.ppo_loss, rollout.SEQUENCES, advantages=rollout.fisao_advantages,
+                    parts=(ppo.token_rewards, ppo.gae, fisao.mention_rewards, fisao.place)),
 }
-# The embedded model is small and its answers are short, so it takes larger steps and a stronger pull towards
-# the reference than the models of the papers; chosen on the dev split. With --model the defaults are those in
-# brackets.
-EMBEDDED = {"lr": 1e-3, "beta": 1.0}
-EMBEDDED_OF = {  # of single losses, where these differ
-    "ipo": {"beta": 0.1},
-    "dpo_weighted": {"beta": 30.0},
-    "bdhs_online": {"rho_th": 0.7},  # of 64 image tokens, .99 mostly leaves none
-    "ppo": {"lr": 3e-4, "kl_coef": 0.4, "steps": 30},
-    "rloo": {"lr": 5e-4, "kl_coef": 0.4, "steps": 30},
-    "fisao": {"lr": 3e-4, "kl_coef": 0.05, "steps": 30},
-}
+TUNED = "train.json"  # of a checkpoint: settings that suit it, {option: value} and, for single functions, {name: {..}}
 
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
 
-# What numbers may be: interval -> options, of one loss alone where LOSS.option. A clip of inf is none.
+# What numbers may be: interval -> options, of one function alone where FUNCTION.option. A clip of inf is none.
 RANGES = {
     "[1, 1e9]": "steps batch_size micro_batch_size log_every save_every scenes samples max_new_tokens inner_epochs"
                 " minibatches iterations",
-    "[2, 1e9]": "online_dpo.samples mixed_dpo.samples rloo.samples",  # compared with each other
+    "[2, 1e9]": "ranked_pairs.samples mixed_pairs.samples leave_one_out.samples",  # compared with each other
     "[0, 1e9]": "lora_rank eval_scenes workers seed",
-    "(0, inf)": "lr lora_alpha temperature beta dpo_weighted.gamma",
+    "(0, inf)": "lr lora_alpha temperature beta dpo_weighted_loss.gamma",
     "[0, inf)": "weight_decay kl_coef kl_target missing_eos_penalty value_coef margin sft_weight centring_weight"
-                " slic_hf.delta bdhs_online.temperature",
+                " slic_hf_loss.delta bdhs_triples.temperature",
     "(0, inf]": "clip_norm clip value_clip",
-    "[0, inf]": "rloo.clip",  # 0: none
+    "[0, inf]": "rloo_loss.clip",  # 0: none
     "[0, 1)": "warmup lora_dropout",
     "[0, 0.5)": "label_smoothing",
     "[0, 1]": "gamma lam offline rho_th",
@@ -171,12 +176,12 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_general_options(parser)
-    tuned = embedded_defaults(known.loss) if known.model.resolve() == DEFAULT_MODEL.resolve() else {}
     recipe = LOSSES[known.loss]
+    own = loss_options(*recipe.functions)
+    tuned = tuned_settings(known.model, recipe)
     group = parser.add_argument_group(f"options of {known.loss}")
-    own = loss_options(*recipe_functions(recipe))
     for name, (kind, default) in own.items():
-        shown = f"{tuned[name]}, with --model {default}" if name in tuned else default
+        shown = f"{tuned[name]} by {known.model / TUNED}, else {default}" if name in tuned else default
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
         group.add_argument(f"--{name.replace('_', '-')}", type=type(default) if choices else kind,
                            default=default, choices=choices, help=f"(default: {shown})")
@@ -237,7 +242,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
 def add_online_options(group, recipe: Recipe) -> None:
     """Who judges what is sampled, and how often a sample is used."""
     add = group.add_argument
-    if recipe.advantages is not rollout.fisao_advantages and recipe.online is not online.bdhs_triples:
+    if recipe.asks_for("judge"):
         add("--judge", choices=("scene", "clip", "reward", "server"),
             default="reward" if recipe.advantages else "scene",
             help="the scene's own record, a CLIP model, a reward model, a VLM behind a server"
@@ -248,7 +253,7 @@ def add_online_options(group, recipe: Recipe) -> None:
         add("--server-model", metavar="NAME", help="for --judge server")
     add("--clip-model", type=Path, metavar="DIR",
         help="CLIP folder (default: model/tiny/clip, which knows scenes only; with --model none)")
-    if recipe.advantages is rollout.fisao_advantages:
+    if recipe.asks_for("verifier"):
         add("--objects", type=Path, metavar="FILE",
             help="what photographs show, to measure the baselines on: {image: [classes]} or COCO instances")
         add("--baselines", type=Path, metavar="FILE", help="baselines.json of an earlier run, to take instead")
@@ -256,16 +261,11 @@ def add_online_options(group, recipe: Recipe) -> None:
         add("--samples", type=int, default=4, help="answers to each picture (default: %(default)s)")
         add("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
         add("--max-new-tokens", type=int, default=96, help="of an answer (default: %(default)s)")
-        add("--inner-epochs", type=int, default=1 if recipe.loss is rloo.rloo_loss else 4,
+        add("--inner-epochs", type=int, default=recipe.inner_epochs,
             help="times that a step's samples are gone through (default: %(default)s)")
         add("--minibatches", type=int, default=1, help="optimiser steps in each of them (default: %(default)s)")
         add("--kl-target", type=float, default=0.0,
             help="nats an answer that the KL coefficient is steered to; 0: it is fixed (default: %(default)s)")
-
-
-def recipe_functions(recipe: Recipe) -> list[Callable]:
-    """The functions whose keyword arguments are options."""
-    return [function for function in (recipe.loss, recipe.online, recipe.advantages) if function]
 
 
 def uses_reference(recipe: Recipe) -> bool:
@@ -280,23 +280,32 @@ def loss_options(*functions: Callable) -> dict[str, tuple[type, object]]:
     for function in functions:
         types = typing.get_type_hints(function)
         keywords = (p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
-        found |= {p.name: (types[p.name], p.default) for p in keywords}
+        found |= {p.name: (types[p.name], p.default) for p in keywords
+                  if p.default is not p.empty and p.name not in rollout.MEASURED}
     return found
 
 
-def embedded_defaults(loss: str) -> dict[str, object]:
-    """What differs for the embedded model, of the options that this loss has."""
-    own = loss_options(*recipe_functions(LOSSES[loss]))
-    return {k: v for k, v in (EMBEDDED | EMBEDDED_OF.get(loss, {})).items() if k in own or k not in {"beta"}}
+def tuned_settings(model: Path, recipe: Recipe) -> dict[str, object]:
+    """What train.json of the model's folder says about the options of this loss; later functions go before earlier."""
+    if not (model / TUNED).is_file():
+        return {}
+    given = read_json(model / TUNED)
+    general = {"lr", "steps"}
+    found = {name: value for name, value in given.items() if not isinstance(value, dict)}
+    for function in (*recipe.functions, recipe.advantages):
+        found |= given.get(getattr(function, "__name__", ""), {})
+    return {name: value for name, value in found.items() if name in general | loss_options(*recipe.functions).keys()}
 
 
 def check_ranges(args: argparse.Namespace) -> None:
     """Refuse numbers outside RANGES, NaN among them. Raises ValueError."""
     intervals = {option: interval for interval, options in RANGES.items() for option in options.split()}
+    names = [function.__name__ for function in LOSSES[args.loss].functions]
     for name, value in vars(args).items():
         if type(value) not in (int, float):
             continue
-        interval = intervals.get(f"{args.loss}.{name}") or intervals[name]
+        own = [intervals[key] for key in (f"{function}.{name}" for function in names) if key in intervals]
+        interval = own[0] if own else intervals.get(name, "(-inf, inf)")
         low, high = map(float, interval[1:-1].split(","))
         ends = {low} if interval[0] == "[" else set()
         ends |= {high} if interval[-1] == "]" else set()
@@ -453,7 +462,7 @@ def check_texts(args, recipe: Recipe, processor, data: Data, path: Path, rank: i
     samples = recipe.online or recipe.advantages
     about = dict(root=data.root, source=path, progress="checking texts" * (rank == 0))
     check_records(data.records, processor, **about, sequences=recipe.sequences if recipe.pairs else None,
-                  end=recipe.loss is reward_model.reward_model_loss,
+                  end=recipe.asks_for("chosen_rewards"),
                   new_tokens=args.max_new_tokens if samples else 0)
     if getattr(args, "judge", "") == "reward":  # reads each answer with one more token behind it
         check_records(data.records, reward_processor(args), **about, new_tokens=args.max_new_tokens + 1)
@@ -462,10 +471,9 @@ def check_texts(args, recipe: Recipe, processor, data: Data, path: Path, rank: i
 def make_scorer(args, recipe: Recipe, model) -> torch.nn.Module:
     """What turns a batch into the numbers that the loss asks for, with all that trains inside."""
     autocast = torch.bfloat16 if args.precision == "bf16" else None
-    if recipe.loss is reward_model.reward_model_loss:
+    if recipe.asks_for("chosen_rewards"):
         return RewardModel(model, autocast)
-    critic = recipe.loss is ppo.ppo_loss
-    return Scorer(model, autocast, critic=critic)
+    return Scorer(model, autocast, critic=recipe.asks_for("values"))
 
 
 def make_judge(args, model, processor, root: Path):
@@ -538,7 +546,7 @@ def score(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
         return {f"{name}_rewards": rewards for name, rewards in zip(batch.names, rows)}
     if batch.noisy is not None:
         choose_labels(run, batch, packed, features)
-    offer = batch.changed() if run.recipe.loss is dpo_weighted.dpo_weighted_loss else {}
+    offer = batch.changed() if run.recipe.asks_for("chosen_changed") else {}
     offer = {name: rows.to(run.device) for name, rows in offer.items()}
     if run.reference is not None:
         if run.cache is not None:
@@ -626,7 +634,7 @@ def reinforce_step(run: Run, picked: list[list[tuple[dict, int]]], step: int, lo
                                 temperature=args.temperature, max_new_tokens=args.max_new_tokens)
         rollouts.append(rollout.roll_out(run.plain, run.reference, records, answers, run.processor, run.root))
     lessons, figures = run.recipe.advantages(rollouts, run.helper, run.state,
-                                             **run.options(run.recipe.advantages))
+                                             rollout.bind(run.recipe.parts, vars(args)))
     log.add(figures, sum(len(r.packed.ids) for r in rollouts))
     options = run.options(run.recipe.loss)
     for epoch in range(args.inner_epochs):
@@ -694,16 +702,14 @@ def announce(run: Run, config: dict, saved: dict | None) -> None:
 
 
 def make_helper(run: Run) -> Callable | None:
-    """Who judges the samples of this loss, if it samples."""
+    """Who judges the samples of this loss, if it samples: what its functions ask for by name."""
     args, device = run.args, run.device
-    if run.recipe.advantages is rollout.fisao_advantages:
+    if run.recipe.asks_for("verifier"):
         return Verifier(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model),
                         run.processor, run.root, KnownObjects(args.objects))
-    if run.recipe.online is online.bdhs_triples:
+    if run.recipe.asks_for("similarity"):
         return clip_similarity(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model))
-    if run.recipe.online or run.recipe.advantages:
-        return make_judge(args, run.model, run.processor, run.root)
-    return None
+    return make_judge(args, run.model, run.processor, run.root) if run.recipe.asks_for("judge") else None
 
 
 def reference_cache(run: Run) -> dict[str, torch.Tensor]:
@@ -845,7 +851,7 @@ def train(run: Run, config: dict, saved: dict | None) -> bool:
 def collate_with(recipe: Recipe, processor, root, records: list[dict], seeds: list[int]) -> Batch:
     """`collate` for a loss; at the top level, so that the loader's processes can have it."""
     return collate(records, recipe.sequences, processor, root, seeds,
-                   end=recipe.loss is reward_model.reward_model_loss)
+                   end=recipe.asks_for("chosen_rewards"))
 
 
 def measure(args, model, processor) -> dict[str, float]:
@@ -898,7 +904,7 @@ def main(argv: list[str] | None = None) -> int:
         check_texts(args, recipe, processor, read_records(args.data, recipe), args.data, rank)
     model = load_policy(args, device)
     records, root = find_records(args, recipe, model, processor, rank, world)
-    held, rewards = [], recipe.loss is reward_model.reward_model_loss
+    held, rewards = [], recipe.asks_for("chosen_rewards")
     if rewards:
         count = max(1, len(records) // 10)
         held, records = records[:count], records[count:]

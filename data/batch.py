@@ -108,7 +108,8 @@ def collate(
         batch.weights = torch.tensor([record["weight"] for record in records])
     if noisy:
         batch.noisy = pack(noisy, rows, processor.image_id)
-        first = sum(batch.packed.lengths[: list(sequences).index("noisy") * len(records)])
+        place = next(i for i, (_, _, *how) in enumerate(sequences.values()) if {"noisy", "noisy_own"} & set(how))
+        first = sum(batch.packed.lengths[: place * len(records)])
         batch.noisy_labels = slice(first, first + len(batch.noisy.labels))
         batch.noisy_own = any("noisy_own" in sequence for sequence in sequences.values())
     return batch

@@ -58,7 +58,7 @@ def look_at_scores(run) -> dict[str, list[float]]:
 
 def calibrate(run) -> None:
     """Measure what the chosen loss needs; `run.state` holds it from then on."""
-    if run.recipe.advantages is rollout.fisao_advantages:
+    if run.recipe.asks_for("verifier"):
         run.state["baselines"] = fisao_baselines(run)
         if any(run.helper.known(record["image"]) for record in run.records):
             run.state["scores"] = look_at_scores(run)

@@ -49,6 +49,7 @@ SETTINGS = ("processor_config.json", "preprocessor_config.json")  # of images (d
 COMPANIONS = (
     "config.json", "generation_config.json", *SETTINGS, "chat_template.json", "chat_template.jinja",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "train.json",  # of train.py: the settings that suit this model, also in a second stage
 )
 
 

@@ -11,9 +11,12 @@ Shapes: B answers, k of each prompt next to each other; L longest answer; tiles,
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -21,7 +24,6 @@ from torch import Tensor
 
 from data.batch import collate
 from data.mentions import find
-from losses import fisao, ppo, rloo
 from metrics.files import read_json
 from metrics.score_plot import Panel
 from model.logprobs import Packed
@@ -65,35 +67,42 @@ def roll_out(scorer, reference: Reference, records: list[dict], answers: list[li
                    values[0] if values else None)
 
 
-def ppo_advantages(
-    rollouts: list[Rollout], judge, state: dict, *, kl_coef: float = 0.2, missing_eos_penalty: float = 0.0,
-    gamma: float = 1.0, lam: float = 0.95,
-) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+MEASURED = ("mean", "std")  # keyword arguments of losses/ that hold what was measured before training, no options
+
+
+def bind(functions: Iterable[Callable], options: dict) -> SimpleNamespace:
+    """Functions of losses/ by their names, their keyword arguments filled in: from the options, else their defaults."""
+    bound = {}
+    for function in functions:
+        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        given = {p.name: options.get(p.name, p.default) for p in keywords if p.default is not p.empty}
+        bound[function.__name__] = partial(function, **given)
+    return SimpleNamespace(**bound)
+
+
+def ppo_advantages(rollouts: list[Rollout], judge, state: dict, parts: SimpleNamespace,
+                   ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """PPO: one score an answer, KL penalty in the reward, GAE, whitened over the whole step (losses/ppo.py).
 
     Args:
         judge: (records, answers as text) -> scores; standardised with the `mean` and `std` of `state`.
-        state: plain numbers of the run; `kl_coef`, where there, has been adapted and wins.
+        state: plain numbers of the run; `kl_coef`, if present (adapted), takes precedence over the option.
+        parts: `token_rewards` and `gae` with their options, from `bind`.
     Returns: for each rollout what the loss asks for beside log-probs and values, and figures for the log.
     """
     marks = [standardised(r, judge, state) for r in rollouts]
-    lessons = _lessons(rollouts, state, [{"scores": s} for s in marks], kl_coef=kl_coef, gamma=gamma, lam=lam,
-                       missing_eos_penalty=missing_eos_penalty)
+    lessons = _lessons(rollouts, state, [{"scores": s} for s in marks], parts)
     return lessons, _figures(rollouts, state) | {"score": torch.cat(marks)}
 
 
-def fisao_advantages(
-    rollouts: list[Rollout], verifier, state: dict, *, kl_coef: float = 0.2, missing_eos_penalty: float = 0.0,
-    gamma: float = 1.0, lam: float = 0.95, margin: float = 10.0, margin_unit: Literal["score", "std"] = "score",
-    margin_mode: Literal["outward", "inward", "none"] = "outward",
-    norm: Literal["baseline_minmax", "baseline_minus_margin", "none"] = "baseline_minmax",
-    position: Literal["last", "spread"] = "last",
-) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+def fisao_advantages(rollouts: list[Rollout], verifier, state: dict, parts: SimpleNamespace,
+                     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """FiSAO: a reward for each object word, by the verifier, in PPO's token rewards (losses/fisao.py).
 
     Args:
         verifier: model.verifier.Verifier.
         state: holds the `baselines` that `calibrate` measured with the untrained model.
+        parts: as for PPO, and `mention_rewards` and `place`.
     The log shows the share of mentions with a reward and, where it is known what the picture shows, the mean
     reward of correct and of hallucinated mentions.
     """
@@ -102,14 +111,12 @@ def fisao_advantages(
         k = len(r.ids) // len(r.records)
         references = [record["image"] for record in r.records for _ in range(k)]
         found = verifier(references, r.ids)
-        reward = fisao.mention_rewards(found.scores, state["baselines"], margin=margin, margin_unit=margin_unit,
-                                       margin_mode=margin_mode, norm=norm)
-        placed = fisao.place(reward, found.rows, found.starts, found.stops, r.mask.shape, position=position)
+        reward = parts.mention_rewards(found.scores, state["baselines"])
+        placed = parts.place(reward, found.rows, found.starts, found.stops, r.mask.shape)
         token_scores.append({"token_scores": placed.to(r.old.device)})
         rewards.append(reward)
         right.append(found.correct)
-    lessons = _lessons(rollouts, state, token_scores, kl_coef=kl_coef, gamma=gamma, lam=lam,
-                       missing_eos_penalty=missing_eos_penalty)
+    lessons = _lessons(rollouts, state, token_scores, parts)
     reward, right = torch.cat(rewards), torch.cat(right)  # (N,) each
     figures = _figures(rollouts, state)
     everyone = torch.ones_like(right, dtype=torch.bool)
@@ -131,18 +138,19 @@ def read_baselines(path: Path, unit: str) -> dict:
     return baselines
 
 
-def rloo_advantages(
-    rollouts: list[Rollout], judge, state: dict, *, kl_coef: float = 0.05,
-) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """RLOO: each answer against the mean of its prompt's others (losses/rloo.py). Else as `ppo_advantages`."""
+def rloo_advantages(rollouts: list[Rollout], judge, state: dict, parts: SimpleNamespace,
+                    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """RLOO: each answer against the mean of its prompt's others (losses/rloo.py). Else as `ppo_advantages`; `parts`
+    are `penalised` and `leave_one_out`."""
     lessons, marks = [], []
+    state.setdefault("kl_coef", parts.penalised.keywords["kl_coef"])
     for r in rollouts:
         k = len(r.ids) // len(r.records)
         old, expected = r.old.sum(-1), r.reference.sum(-1)  # (B,)
         marks.append(standardised(r, judge, state))
-        rewards = rloo.penalised(marks[-1], old, expected, kl_coef=state.setdefault("kl_coef", kl_coef))
+        rewards = parts.penalised(marks[-1], old, expected, kl_coef=state["kl_coef"])
         prompts = torch.arange(len(r.records), device=old.device).repeat_interleave(k)
-        advantages = rloo.leave_one_out(rewards, prompts, k=k)
+        advantages = parts.leave_one_out(rewards, prompts, k=k)
         lessons.append({"old_sampled_logps": old, "advantages": advantages})
     return lessons, _figures(rollouts, state) | {"score": torch.cat(marks)}
 
@@ -161,15 +169,14 @@ def scores(judge, records: list[dict], texts: list[str], k: int) -> Tensor:
     return torch.tensor([float(score.score) for group in judged for score in group])
 
 
-def _lessons(rollouts: list[Rollout], state: dict, given: list[dict], *, kl_coef: float, gamma: float, lam: float,
-             missing_eos_penalty: float) -> list[dict[str, Tensor]]:
+def _lessons(rollouts: list[Rollout], state: dict, given: list[dict],
+             parts: SimpleNamespace) -> list[dict[str, Tensor]]:
     """Rewards, advantages and returns of PPO, from the scores that are given for answers or tokens."""
-    state.setdefault("kl_coef", kl_coef)
+    state.setdefault("kl_coef", parts.token_rewards.keywords["kl_coef"])
     advantages, returns = [], []
     for r, scores in zip(rollouts, given, strict=True):
-        rewards = ppo.token_rewards(r.old, r.reference, r.mask, ended=r.ended, kl_coef=state["kl_coef"],
-                                    missing_eos_penalty=missing_eos_penalty, **scores)
-        a, g = ppo.gae(rewards, r.values, r.mask, gamma=gamma, lam=lam)
+        rewards = parts.token_rewards(r.old, r.reference, r.mask, ended=r.ended, kl_coef=state["kl_coef"], **scores)
+        a, g = parts.gae(rewards, r.values, r.mask)
         advantages.append(a)
         returns.append(g)
     masks = [r.mask for r in rollouts]

@@ -268,6 +268,11 @@ def draw(run: train.Run, rows: list[dict], seeds: list[int], tokens: int = 12) -
     return rollout.roll_out(run.plain, run.reference, rows, said, run.processor)
 
 
+def parts(loss: str, **options):
+    """The functions that the loss's advantages are put together of, with these options, else their defaults."""
+    return rollout.bind(train.LOSSES[loss].parts, options)
+
+
 @pytest.fixture(scope="module")
 def ppo_run():
     return make_run("ppo", "--judge", "clip", "--samples", "2")
@@ -279,7 +284,7 @@ def test_the_first_ratio_is_one_to_the_last_bit(ppo_run):
     logps, mask, values = ppo_run.scorer(r.packed, r.features)
     assert logps.requires_grad and torch.equal(logps.detach(), r.old) and torch.equal(values.detach(), r.values)
     assert not torch.equal(r.old, r.reference) and values[mask].abs().min() > 0
-    lessons, _ = rollout.ppo_advantages([r], by_length, {"mean": -40.0, "std": 10.0})
+    lessons, _ = rollout.ppo_advantages([r], by_length, {"mean": -40.0, "std": 10.0}, parts("ppo"))
     offer = train.by_name("policy", ["sampled"], logps) | lessons[0] | {"sampled_mask": mask, "values": values}
     _, metrics = ppo.ppo_loss(**train.asked(ppo.ppo_loss, offer))
     torch.testing.assert_close(metrics["ratio"].mean(), torch.tensor(1.0), rtol=0, atol=1e-6)
@@ -289,19 +294,19 @@ def test_the_first_ratio_is_one_to_the_last_bit(ppo_run):
 def test_two_micro_batches_are_one(ppo_run):
     """Same answers cut in two: whitened together, divided by the tokens of both, the mean loss is the same."""
     rows, judge = ppo_run.records[:2], by_length
-    parts = [draw(ppo_run, rows[:1], SEEDS[:1], 60), draw(ppo_run, rows[1:2], SEEDS[1:2], 60)]
+    halves = [draw(ppo_run, rows[:1], SEEDS[:1], 60), draw(ppo_run, rows[1:2], SEEDS[1:2], 60)]
     whole = draw(ppo_run, rows, SEEDS[:2], 60)
-    assert whole.ids == parts[0].ids + parts[1].ids and len({len(ids) for ids in whole.ids}) > 1
+    assert whole.ids == halves[0].ids + halves[1].ids and len({len(ids) for ids in whole.ids}) > 1
     means = []
-    for group in ([whole], parts):
-        lessons, _ = rollout.ppo_advantages(group, judge, {})
+    for group in ([whole], halves):
+        lessons, _ = rollout.ppo_advantages(group, judge, {}, parts("ppo"))
         losses = []
         for r, lesson in zip(group, lessons):
             offer = lesson | {"policy_sampled_token_logps": r.old - 0.1, "sampled_mask": r.mask, "values": r.values + 1}
             losses.append(ppo.ppo_loss(**offer)[0].mean())
         means.append(torch.stack(losses).mean())
     torch.testing.assert_close(means[0], means[1], rtol=1e-4, atol=1e-5)
-    masks = [r.mask for r in parts]
+    masks = [r.mask for r in halves]
     rows = [torch.randn(m.shape, generator=torch.Generator().manual_seed(1)) for m in masks]
     found = torch.cat([x[m] for x, m in zip(rollout.whiten(rows, masks), masks)])
     flat = torch.cat([x[m] for x, m in zip(rows, masks)])[None]
@@ -313,16 +318,16 @@ def test_rloo_compares_the_answers_of_one_prompt(ppo_run):
     r = draw(ppo_run, ppo_run.records, SEEDS)
     of_prompt = lambda rows, answers: [[Score(row["id"].count("1") * 5.0)] * len(g) for row, g in zip(rows, answers)]
     of_place = lambda rows, answers: [[Score(float(i)) for i in range(len(g))] for g in answers]
-    nothing, _ = rollout.rloo_advantages([r], of_prompt, {}, kl_coef=0.0)
+    nothing, _ = rollout.rloo_advantages([r], of_prompt, {}, parts("rloo", kl_coef=0.0))
     assert nothing[0]["advantages"].eq(0).all()
-    ends, _ = rollout.rloo_advantages([r], of_place, {}, kl_coef=0.0)
+    ends, _ = rollout.rloo_advantages([r], of_place, {}, parts("rloo", kl_coef=0.0))
     assert ends[0]["advantages"].tolist() == [-1, 1] * 3
 
 
 def test_a_judge_without_a_verdict_is_named(ppo_run):
     r = draw(ppo_run, ppo_run.records[:1], SEEDS[:1], tokens=2)
     with pytest.raises(ValueError, match="record 'r0': the judge came to no verdict"):
-        rollout.ppo_advantages([r], lambda rows, answers: [None], {})
+        rollout.ppo_advantages([r], lambda rows, answers: [None], {}, parts("ppo"))
 
 
 # ---- FiSAO -------------------------------------------------------------------------------------------------
@@ -368,7 +373,8 @@ def test_fisao_rewards_stand_on_the_last_token_of_their_word(monkeypatch, ppo_ru
     state = {"baselines": {"correct": 100.0, "hallucinated": 100.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}}
     placed = []
     monkeypatch.setattr(rollout, "whiten", lambda advantages, masks: placed.extend(advantages) or advantages)
-    _, figures = rollout.fisao_advantages([r], fixed, state, kl_coef=0.0, margin=0.0, lam=0.0, gamma=0.0)
+    _, figures = rollout.fisao_advantages([r], fixed, state,
+                                          parts("fisao", kl_coef=0.0, margin=0.0, lam=0.0, gamma=0.0))
     expected = torch.zeros(r.mask.shape)
     expected[0, real.stops[0] - 1], expected[1, real.stops[1] - 1] = -0.8, 0.5
     torch.testing.assert_close(placed[0], expected)
@@ -382,7 +388,7 @@ def test_fisao_figures_of_answers_without_objects(ppo_run, verifier):
     run = ppo_run
     r = rollout.roll_out(run.plain, run.reference, run.records[:1], [[run.processor.response("I see it.")] * 2], run.processor)
     _, figures = rollout.fisao_advantages([r], verifier, {"baselines": {
-        "correct": 100.0, "hallucinated": 90.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}})
+        "correct": 100.0, "hallucinated": 90.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}}, parts("fisao"))
     assert figures["rewarded"] == 0 and figures["reward"] == 0 and figures["reward/correct"] == 0
 
 

@@ -48,7 +48,7 @@ def rolled(run: train.Run, names: list[str], answers: list) -> rollout.Rollout:
 
 def learn(run: train.Run, rollouts: list[rollout.Rollout]):
     """What the chosen loss makes of them, with the run's own options: lessons and figures."""
-    return run.recipe.advantages(rollouts, run.helper, run.state, **run.options(run.recipe.advantages))
+    return run.recipe.advantages(rollouts, run.helper, run.state, rollout.bind(run.recipe.parts, vars(run.args)))
 
 
 @pytest.fixture
