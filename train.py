@@ -926,7 +926,8 @@ def main(argv: list[str] | None = None) -> int:
             save_reward_head(run.plain, args.out)
         if "scores" in run.state:
             panels = rollout.panels(run.state["scores"], look_at_scores(run), run.helper.unit)
-            write_histograms(args.out / "scores.svg", panels)
+            if panels:  # answers without object words give no scores to draw
+                write_histograms(args.out / "scores.svg", panels)
         after = figures()
         minutes = (time.perf_counter() - started) / 60
         result = {"config": config, "before": before, "after": after, "minutes": minutes}

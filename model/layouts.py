@@ -114,9 +114,12 @@ def adapter_base(folder: Path) -> Path | None:
     if not name or not isinstance(name, str):
         raise ValueError(f"{path}: names no base_model_name_or_path")
     try:
-        return resolve(name)
+        base = resolve(name)
     except ValueError as error:
         raise ValueError(f"{path}: the base model: {error}") from None
+    if not (base / "config.json").is_file():
+        raise ValueError(f"{path}: the base model: {base} has no config.json")
+    return base
 
 
 def config_folder(folder: Path) -> Path:

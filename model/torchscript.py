@@ -53,9 +53,9 @@ def script_tensors(path: Path) -> dict[str, Tensor] | None:
     Attributes that are tensors without being parameters or buffers are among them.
     Raises ValueError naming a damaged file.
     """
-    if not zipfile.is_zipfile(path):
-        return None
     try:
+        if not zipfile.is_zipfile(path):  # raises, too, on some damage
+            return None
         with zipfile.ZipFile(path) as archive:
             roots = {name.split("/code/")[0] for name in archive.namelist() if "/code/" in name}
             return _tensors(archive, min(roots), path.stat().st_size) if roots else None
