@@ -286,15 +286,19 @@ def loss_options(*functions: Callable) -> dict[str, tuple[type, object]]:
 
 
 def tuned_settings(model: Path, recipe: Recipe) -> dict[str, object]:
-    """What train.json of the model's folder says about the options of this loss; later functions go before earlier."""
+    """What train.json of the model's folder says about the options of this loss: those for all, then those for its
+    functions. Raises ValueError when it is no table of numbers."""
     if not (model / TUNED).is_file():
         return {}
     given = read_json(model / TUNED)
-    general = {"lr", "steps"}
     found = {name: value for name, value in given.items() if not isinstance(value, dict)}
-    for function in (*recipe.functions, recipe.advantages):
-        found |= given.get(getattr(function, "__name__", ""), {})
-    return {name: value for name, value in found.items() if name in general | loss_options(*recipe.functions).keys()}
+    for function in filter(None, (*recipe.functions, recipe.advantages)):
+        own = given.get(function.__name__, {})
+        found |= own if isinstance(own, dict) else {function.__name__: own}
+    if bad := [name for name, value in found.items() if type(value) not in (int, float)]:
+        raise ValueError(f"{model / TUNED}: {bad[0]} is to be a number")
+    own = {"lr", "steps", *loss_options(*recipe.functions)}
+    return {name: value for name, value in found.items() if name in own}
 
 
 def check_ranges(args: argparse.Namespace) -> None:

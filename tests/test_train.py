@@ -302,3 +302,19 @@ def test_data_serves_a_loss_as_far_as_it_goes(tmp_path):
     assert train.read_records(path, train.LOSSES["sft"]).records[3]["chosen"] == "A dog."
     with pytest.raises(ValueError, match=f"python generate_pairs.py --method rank --images {path} makes pairs"):
         train.read_records(path, train.LOSSES["dpo"])
+
+
+def test_settings_that_suit_a_model_travel_with_it(tmp_path):
+    """A second stage from a run's model keeps them; a model without them has the papers'; what is no number is named."""
+    first = train.read_arguments(["--loss", "ppo"])
+    assert (first.lr, first.kl_coef, first.steps) == (3e-4, 0.4, 30)
+    save_llava(load_llava(train.DEFAULT_MODEL), tmp_path / "model", train.DEFAULT_MODEL)
+    second = train.read_arguments(["--loss", "dpo", "--model", str(tmp_path / "model")])
+    assert (second.lr, second.beta) == (1e-3, 1.0)
+    assert train.read_arguments(["--loss", "ipo", "--model", str(tmp_path / "model")]).beta == 0.1
+    (tmp_path / "model" / "train.json").write_text('{"lr": [1]}')
+    with pytest.raises(ValueError, match="train.json: lr is to be a number"):
+        train.read_arguments(["--loss", "dpo", "--model", str(tmp_path / "model")])
+    (tmp_path / "model" / "train.json").unlink()
+    other = train.read_arguments(["--loss", "dpo", "--model", str(tmp_path / "model")])
+    assert (other.lr, other.beta) == (1e-6, 0.1)
