@@ -21,7 +21,7 @@ import train
 from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
-from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
+from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
 from pairs.methods import make_pairs
 
 HOME = Path(__file__).resolve().parents[1]
