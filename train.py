@@ -40,6 +40,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -48,6 +49,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -181,10 +183,10 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     tuned = tuned_settings(known.model, recipe)
     group = parser.add_argument_group(f"options of {known.loss}")
     for name, (kind, default) in own.items():
-        shown = f"{tuned[name]} by {known.model / TUNED}, else {default}" if name in tuned else default
+        shown = f"{tuned[name]} by {TUNED}, else {default}" if name in tuned else default
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
         group.add_argument(f"--{name.replace('_', '-')}", type=type(default) if choices else kind,
-                           default=default, choices=choices, help=f"(default: {shown})")
+                           default=default, choices=choices, help=f"{meaning(recipe, name)} (default: {shown})")
     if recipe.online or recipe.advantages:
         add_online_options(group, recipe)
     parser.set_defaults(**tuned)
@@ -283,6 +285,19 @@ def loss_options(*functions: Callable) -> dict[str, tuple[type, object]]:
         found |= {p.name: (types[p.name], p.default) for p in keywords
                   if p.default is not p.empty and p.name not in rollout.MEASURED}
     return found
+
+
+def meaning(recipe: Recipe, option: str) -> str:
+    """What the table in the header of the function's file says about an argument, without its symbol and type."""
+    function = next(f for f in recipe.functions if option in loss_options(f))
+    lines = (inspect.getmodule(function).__doc__ or "").splitlines()
+    for number, line in enumerate(lines):
+        row = re.split(r"\s{2,}", line.strip())  # symbol, argument, type, meaning
+        if option in row[:2] and row[-1] not in (option, "float", "int", "str"):
+            column = line.rindex(row[-1])
+            more = takewhile(lambda x: len(x) - len(x.lstrip()) == column, lines[number + 1 :])  # noqa: B023
+            return " ".join([row[-1], *map(str.strip, more)]).replace("%", "%%")
+    return ""
 
 
 def tuned_settings(model: Path, recipe: Recipe) -> dict[str, object]:

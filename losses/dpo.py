@@ -38,6 +38,7 @@ Departures
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -57,7 +58,7 @@ def dpo_loss(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    smoothing: str = "conservative",
+    smoothing: Literal["conservative", "robust"] = "conservative",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response.
 

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import math
 from difflib import SequenceMatcher
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -84,7 +85,7 @@ def dpo_weighted_loss(
     *,
     beta: float = 0.5,
     gamma: float = 5.0,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response, above all where they differ.
 

@@ -33,6 +33,7 @@ Departures
 """
 
 from __future__ import annotations
+from typing import Literal
 
 import torch
 
@@ -52,7 +53,7 @@ def ipo_loss(
     rejected_mask: torch.Tensor,
     *,
     beta: float = 0.1,
-    reduction: str = "sum",
+    reduction: Literal["sum", "mean"] = "sum",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response by a fixed gap of log-ratios.
 

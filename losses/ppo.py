@@ -30,9 +30,13 @@ and the gradient of L_pi is that of -mean_t A_t log pi(y_t): plain policy gradie
     V_t, V_t^old         values, old_values               (B, T)   of the state before y_t, now and then
     A_t, G_t             advantages, returns              (B, T)   G from A before whitening
     tokens a response    mean_tokens                      ()       see below
-    beta                 kl_coef                          float    `adapt_kl` moves it, left alone it is fixed
-    gamma, lambda        gamma, lam                       float
-    e, e_V, c_V          clip, value_clip, value_coef     float    inf switches a clip off
+    beta                 kl_coef                          float    weight of the KL penalty; `adapt_kl` moves it
+    p                    missing_eos_penalty              float    taken off the score of a response without EOS
+    gamma                gamma                            float    discount of later rewards
+    lambda               lam                              float    of GAE: 0 looks one token ahead, 1 to the end
+    e                    clip                             float    how far the ratio counts; inf: without bound
+    e_V                  value_clip                       float    how far a value may move; inf: without bound
+    c_V                  value_coef                       float    weight of the value loss
 
 The values come from a linear layer of width 1 on the last states, weights and bias 0 at the start: then
 V = 0, and with lambda = 1 the advantage of a token is the reward still to come.

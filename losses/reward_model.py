@@ -31,6 +31,7 @@ Departures
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -48,7 +49,7 @@ def reward_model_loss(
     margin: torch.Tensor | None = None,
     *,
     centring_weight: float = 0.0,
-    centring: str = "pair",
+    centring: Literal["pair", "batch"] = "pair",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Score the chosen response above the rejected response.
 

@@ -24,8 +24,9 @@ prompt sum to 0, and with equal rewards they are all 0: such a prompt teaches no
     R_i, A_i                  rewards, advantages       (B,)
     which prompt              prompts                   (B,)   long, another number for each prompt
     k                         k                         int
-    beta, m, d                kl_coef, mean, std        float
-    e                         clip                      float  0 for REINFORCE
+    beta                      kl_coef                   float  weight of the KL penalty in the reward
+    m, d                      mean, std                 float
+    e                         clip                      float  how far the ratio counts; 0 for REINFORCE
 
 Layout: the k responses of a prompt stand next to each other, B = M k, response i belongs to prompt i // k.
 The other common layout (all prompts, k times over) would silently compare responses to different prompts,

@@ -18,6 +18,11 @@ the mean divides: a step with few useful pairs is a small one.
                seeds         one number for each record: all that is drawn for it depends on it alone
     p          offline       share of given pairs; 0 is online DPO, the paper's mixture 0.5
                samples       answers to each picture; the paper draws 2
+               temperature   of the sampling
+               max_new_tokens  of an answer
+    rho_th     rho_th        BDHS: share of the image tokens that is hidden
+    N          iterations    BDHS: attempts, the last one free
+    eps_s      eps_s         BDHS: similarity that a completed answer must stay below
 
 A made record holds `chosen` and `rejected` as token ids, end token included, and `weight`, 0 or 1.
 As in the paper, alpha is drawn for each example. Departure: its annotator is LLaVA-1.6-34B, here any judge

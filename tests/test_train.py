@@ -318,3 +318,11 @@ def test_settings_that_suit_a_model_travel_with_it(tmp_path):
     (tmp_path / "model" / "train.json").unlink()
     other = train.read_arguments(["--loss", "dpo", "--model", str(tmp_path / "model")])
     assert (other.lr, other.beta) == (1e-6, 0.1)
+
+
+@pytest.mark.parametrize("loss", train.LOSSES)
+def test_every_option_of_a_loss_says_what_it_does(loss):
+    recipe = train.LOSSES[loss]
+    silent = [name for name in train.loss_options(*recipe.functions) if len(train.meaning(recipe, name)) < 10]
+    assert silent == []
+    assert loss != "povid" or train.meaning(recipe, "gamma") == "weight of the rejected response, in [0, 1]"
