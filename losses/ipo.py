@@ -33,6 +33,7 @@ Departures
 """
 
 from __future__ import annotations
+
 from typing import Literal
 
 import torch

@@ -14,7 +14,7 @@ import typing
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_origin
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -403,8 +403,9 @@ def test_skeleton(name):
         for sequence in module.SEQUENCES:
             assert any(f"_{sequence}_" in f"_{tensor}" for tensor in tensors), f"{sequence} is not used"
         for option in options:
-            assert hints[option.name] in (float, int) or get_origin(hints[option.name]) is Literal, option
-            assert type(option.default) is hints[option.name], option
+            kind = hints[option.name]
+            assert option.default in get_args(kind) if get_origin(kind) is Literal else type(option.default) is kind
+            assert kind in (float, int) or get_origin(kind) is Literal, option
         for argument in (*tensors, *(option.name for option in options)):
             assert argument in module.__doc__, f"the header's table has no {argument}"
 
