@@ -1,10 +1,19 @@
-"""Samples of the policy, scored once: what PPO, RLOO and FiSAO learn from (losses/ppo.py, rloo.py, fisao.py).
+"""Reinforcement: PPO, RLOO and FiSAO, from the images of a step to its updates. `train.py --loss ppo` hands over to here.
 
-    records -> answers (pairs/online.py) -> packed sequences -> log-probs of policy and reference, values
+    calibrate         before the first step: the scale of scores, by answers of the untrained model
+    reinforce_step    sample answers -> judge them -> advantages -> epochs of updates -> KL coefficient
+    roll_out          sampled answers -> log-probs of policy and reference, values
+    ppo_advantages, rloo_advantages, fisao_advantages    rollouts -> what the loss asks for (losses/)
+
+What is measured before training, and kept in `run.state`, plain numbers that are part of the checkpoint:
+
+    ppo, rloo   mean and deviation of the judge's scores, which standardise all later ones
+    fisao       baselines of correct and hallucinated words (Eq. 7, losses/fisao.py), and what the verifier says
+                of words and sentences before training (the paper's Figures 1 and 4)
 
 The log-probs under which the samples count as drawn (pi_old) are computed by the training forward, not taken
 from generation: the two differ by rounding, and the ratios of PPO and RLOO would start away from 1. No
-dropout anywhere.
+dropout anywhere. `run` is train.py's Run.
 
 Shapes: B answers, k of each prompt next to each other; L longest answer; tiles, P, C as in model/llava.py.
 """
@@ -12,6 +21,7 @@ Shapes: B answers, k of each prompt next to each other; L longest answer; tiles,
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +32,58 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batch import collate
+from data.batch import BadRecord, collate, look
 from data.mentions import find
+from losses import fisao, ppo
 from metrics.files import read_json
 from metrics.score_plot import Panel
 from model.logprobs import Packed
 from model.lora import Reference
+from model.tensors import save_json
+from model.training import Log, asked, by_name, hold_back, update
+from pairs import online
 
+CALIBRATION = 256  # records whose answers by the untrained model set the scale of scores
 SEQUENCES = {"sampled": ("image", "sampled")}
+
+
+# ------------------------------------------------------------------------------------------------- one step
+
+
+def reinforce_step(run, picked: list[list[tuple[dict, int]]], step: int, log: Log) -> torch.Tensor:
+    """Sample answers, judge them, and learn from them for some epochs. Returns the last gradient norm."""
+    args, rollouts = run.args, []
+    for part in picked:
+        records, seeds = [record for record, _ in part], [seed for _, seed in part]
+        answers = online.sample(run.model, run.processor, records, seeds, run.root, samples=args.samples,
+                                temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+        rollouts.append(roll_out(run.plain, run.reference, records, answers, run.processor, run.root))
+    lessons, figures = run.recipe.advantages(rollouts, run.helper, run.state,
+                                             bind(run.recipe.parts, vars(args)))
+    log.add(figures, sum(len(r.packed.ids) for r in rollouts))
+    options = run.options(run.recipe.loss)
+    for epoch in range(args.inner_epochs):
+        order = list(range(len(rollouts)))
+        random.Random(f"{args.seed}/{step}/{epoch}").shuffle(order)  # alike in all processes
+        size = len(order) // args.minibatches
+        for group in (order[i : i + size] for i in range(0, len(order), size)):
+            for i in group:
+                hold_back(run, i != group[-1])
+                logps, mask, *values = run.scorer(rollouts[i].packed, rollouts[i].features)
+                offer = by_name("policy", ["sampled"], logps) | lessons[i] | {"sampled_mask": mask}
+                offer |= {"values": values[0]} if values else {}
+                losses, metrics = run.recipe.loss(**asked(run.recipe.loss, offer), **options)
+                (losses.mean() / len(group)).backward()
+                log.add({"loss": losses, **metrics})
+            norm = update(run)
+    if args.kl_target:
+        answers = args.batch_size * args.samples
+        kl = run.state["kl"]  # of this step, the mean over all processes
+        run.state["kl_coef"] = ppo.adapt_kl(run.state["kl_coef"], kl, answers, target=args.kl_target)
+    return norm
+
+
+# --------------------------------------------------------------------------------- rollouts and advantages
 
 
 @dataclass
@@ -157,11 +211,11 @@ def rloo_advantages(rollouts: list[Rollout], judge, state: dict, parts: SimpleNa
 
 def standardised(r: Rollout, judge, state: dict) -> Tensor:
     """Scores of the answers (B,), minus the mean and over the deviation of the untrained model's."""
-    given = scores(judge, r.records, r.texts, len(r.ids) // len(r.records)).to(r.old.device)
+    given = scores_of(judge, r.records, r.texts, len(r.ids) // len(r.records)).to(r.old.device)
     return (given - state.get("mean", 0.0)) / state.get("std", 1.0)
 
 
-def scores(judge, records: list[dict], texts: list[str], k: int) -> Tensor:
+def scores_of(judge, records: list[dict], texts: list[str], k: int) -> Tensor:
     """What the judge gives k answers to each record, (M k,). Raises ValueError where it came to no verdict."""
     judged = judge(records, [texts[i : i + k] for i in range(0, len(texts), k)])
     if None in judged:
@@ -246,3 +300,74 @@ def panels(before: dict[str, list[float]], after: dict[str, list[float]], unit: 
             result += ([Panel(f"{what.capitalize()}, {when}", f"score of {what}: {unit}", series)]
                        if series else [])
     return result
+
+
+# -------------------------------------------------------------------------------------------- calibration
+
+
+def answers_to(run, records: list[dict], temperature: float) -> list[list[int]]:
+    """One answer to each record, token ids; the i-th record's seed is i."""
+    ids, size = [], run.args.micro_batch_size
+    for start in range(0, len(records), size):
+        part = records[start : start + size]
+        groups = online.sample(run.model, run.processor, part, list(range(start, start + len(part))), run.root,
+                               samples=1, temperature=temperature, max_new_tokens=run.args.max_new_tokens)
+        ids += [group[0] for group in groups]
+    return ids
+
+
+def readable(run, records: list[dict]) -> list[dict]:
+    """The first of these records whose pictures can be decoded; ValueError of one that cannot, unless the run skips
+    bad records."""
+    picked: list[dict] = []
+    for record in records:
+        if len(picked) == CALIBRATION:
+            break
+        try:
+            look(record, run.root)
+            picked.append(record)
+        except BadRecord as error:
+            if run.args.bad_records == "stop":
+                raise ValueError(f"{error}; mend it, or leave it out with --bad-records skip") from None
+    return picked
+
+
+def look_at_scores(run) -> dict[str, list[float]]:
+    """What the verifier says of the policy's answers to the first records whose objects are known."""
+    picked = readable(run, [r for r in run.records if run.helper.known(r["image"])])
+    ids = answers_to(run, picked, temperature=0.0)
+    texts = [run.processor.decode(answer) for answer in ids]
+    return verifier_scores([r["image"] for r in picked], ids, texts, run.helper)
+
+
+def calibrate(run) -> None:
+    """Measure what the chosen loss needs; `run.state` holds it from then on."""
+    if run.recipe.asks_for("verifier"):
+        run.state["baselines"] = fisao_baselines(run)
+        if any(run.helper.known(record["image"]) for record in run.records):
+            run.state["scores"] = look_at_scores(run)
+        if run.rank == 0:
+            save_json(run.state["baselines"], run.args.out / "baselines.json")
+        return
+    picked = readable(run, run.records)
+    ids = answers_to(run, picked, run.args.temperature)
+    size = run.args.micro_batch_size
+    parts = [slice(start, start + size) for start in range(0, len(picked), size)]
+    scores = torch.cat([scores_of(run.helper, picked[part], [run.processor.decode(x) for x in ids[part]], 1)
+                        for part in parts])
+    run.state |= {"mean": scores.mean().item(), "std": max(scores.std().item(), 1e-6)}
+
+
+def fisao_baselines(run) -> dict:
+    """S_gt and S_hal of Eq. 7 and what goes with them, of --baselines or of the untrained model's answers."""
+    if path := run.args.baselines:
+        return read_baselines(path, run.helper.unit)
+    picked = readable(run, [record for record in run.records if run.helper.known(record["image"])])
+    if not picked:
+        raise ValueError("fisao measures its baselines on pictures whose objects are known, and of none of these they"
+                         " are: give --objects FILE, or the --baselines FILE of another run")
+    found = run.helper([record["image"] for record in picked], answers_to(run, picked, run.args.temperature))
+    known = found.correct >= 0
+    if not known.any():
+        raise ValueError(f"fisao finds no known object word in {len(picked)} answers of the model")
+    return fisao.calibrate(found.scores[known], found.correct[known] == 1, unit=run.helper.unit)

@@ -19,7 +19,7 @@ recall (share of present objects that are mentioned) and POPE (accuracy of yes /
 One step: records -> batch (data/batch.py) -> token log-probs of policy and reference (model/logprobs.py) ->
 loss (losses/) -> AdamW. The reference is the model itself with its adapters off. A loss is a pure function;
 its argument names say which log-probs it gets, its keyword arguments become options here (--beta, ...).
-Losses that need samples draw them first: pairs from pairs/online.py, rollouts from model/rollout.py.
+Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
 --out receives: config.json (the resolved configuration), pairs.jsonl (if made here), metrics.jsonl (one line
 an interval), checkpoint.pt and checkpoint-previous.pt (to resume), model/ (llava-hf folder, adapters merged),
@@ -39,7 +39,6 @@ import inspect
 import json
 import math
 import os
-import random
 import re
 import sys
 import tempfile
@@ -60,6 +59,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
+import reinforce
 from common import read_json
 from data import scenes
 from data.batch import BadRecord, Batch, MicroBatches, collate, fields_of, with_seeds, without_bad
@@ -69,20 +69,43 @@ from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
 from data.templates import TEMPLATES
 from losses import (
-    adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic,
+    adavip,
+    bdhs,
+    dpo,
+    dpo_weighted,
+    fisao,
+    ipo,
+    mdpo,
+    povid,
+    ppo,
+    rdpo,
+    reward_model,
+    rloo,
+    sft,
+    slic,
 )
 from metrics.questions import KnownObjects
 from metrics.score_plot import write_histograms
-from model import reference, rollout
+from model import reference
 from model.adapters import save_adapters
-from model.calibration import calibrate, look_at_scores
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_json, save_llava
 from model.logprobs import Scorer
 from model.lora import Reference, add_lora, merge_lora
 from model.reference import identity
 from model.reward import RewardModel, load_reward_model, save_reward_head
 from model.training import (
-    CHECKPOINT, PREVIOUS, Log, StopRequest, read_checkpoint, refuse_other, restore, save_checkpoint,
+    CHECKPOINT,
+    PREVIOUS,
+    Log,
+    StopRequest,
+    asked,
+    by_name,
+    hold_back,
+    read_checkpoint,
+    refuse_other,
+    restore,
+    save_checkpoint,
+    update,
 )
 from model.verifier import Verifier
 from pairs import online
@@ -133,11 +156,11 @@ LOSSES = {
     "online_dpo": Recipe(dpo.dpo_loss, dpo.SEQUENCES, online=online.ranked_pairs),
     "mixed_dpo": Recipe(dpo.dpo_loss, dpo.SEQUENCES, "rank", online=online.mixed_pairs),
     "bdhs_online": Recipe(bdhs.bdhs_loss, bdhs.SEQUENCES, "rank", online=online.bdhs_triples),
-    "ppo": Recipe(ppo.ppo_loss, rollout.SEQUENCES, advantages=rollout.ppo_advantages,
+    "ppo": Recipe(ppo.ppo_loss, reinforce.SEQUENCES, advantages=reinforce.ppo_advantages,
                   parts=(ppo.token_rewards, ppo.gae)),
-    "rloo": Recipe(rloo.rloo_loss, rollout.SEQUENCES, advantages=rollout.rloo_advantages,
+    "rloo": Recipe(rloo.rloo_loss, reinforce.SEQUENCES, advantages=reinforce.rloo_advantages,
                    parts=(rloo.penalised, rloo.leave_one_out), inner_epochs=1),
-    "fisao": Recipe(ppo.ppo_loss, rollout.SEQUENCES, advantages=rollout.fisao_advantages,
+    "fisao": Recipe(ppo.ppo_loss, reinforce.SEQUENCES, advantages=reinforce.fisao_advantages,
                     parts=(ppo.token_rewards, ppo.gae, fisao.mention_rewards, fisao.place)),
 }
 TUNED = "train.json"  # of a checkpoint: settings that suit it, {option: value} and, for single functions, {name: {..}}
@@ -283,7 +306,7 @@ def loss_options(*functions: Callable) -> dict[str, tuple[type, object]]:
         types = typing.get_type_hints(function)
         keywords = (p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
         found |= {p.name: (types[p.name], p.default) for p in keywords
-                  if p.default is not p.empty and p.name not in rollout.MEASURED}
+                  if p.default is not p.empty and p.name not in reinforce.MEASURED}
     return found
 
 
@@ -592,21 +615,6 @@ def choose_labels(run: Run, batch: Batch, packed, features: torch.Tensor) -> Non
     run.model.train()
 
 
-def by_name(who: str, names: list[str], logps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Rows (names x B, L) -> `who_NAME_token_logps` (B, L) and `who_NAME_logps` (B,)."""
-    offer = {}
-    for name, rows in zip(names, logps.chunk(len(names))):
-        offer[f"{who}_{name}_token_logps"] = rows
-        offer[f"{who}_{name}_logps"] = rows.sum(-1)
-    return offer
-
-
-def asked(function: Callable, offer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the signature of a loss asks for; an argument with a default may be absent."""
-    wanted = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    return {p.name: offer[p.name] for p in wanted if p.name in offer or p.default is p.empty}
-
-
 def pairs_step(run: Run, batches: list[Batch], log: Log) -> torch.Tensor:
     """Forward, loss and backward of each micro-batch, then one update. Returns the gradient norm."""
     options = run.options(run.recipe.loss)
@@ -620,20 +628,6 @@ def pairs_step(run: Run, batches: list[Batch], log: Log) -> torch.Tensor:
     return update(run)
 
 
-def hold_back(run: Run, more: bool) -> None:
-    """With several processes, exchange gradients only in the last backward of an update."""
-    if isinstance(run.scorer, DistributedDataParallel):
-        run.scorer.require_backward_grad_sync = not more
-
-
-def update(run: Run) -> torch.Tensor:
-    """Clip, step, forget the gradients. Returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(run.trained, run.args.clip_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return norm
-
-
 def online_batches(run: Run, picked: list[list[tuple[dict, int]]]) -> list[Batch]:
     """Let the policy write the records of this step (pairs/online.py)."""
     batches, options = [], run.options(run.recipe.online)
@@ -642,39 +636,6 @@ def online_batches(run: Run, picked: list[list[tuple[dict, int]]]) -> list[Batch
         made = run.recipe.online(records, seeds, run.model, run.processor, run.root, run.helper, **options)
         batches.append(collate(made, run.recipe.sequences, run.processor, run.root, seeds))
     return batches
-
-
-def reinforce_step(run: Run, picked: list[list[tuple[dict, int]]], step: int, log: Log) -> torch.Tensor:
-    """Sample answers, judge them, and learn from them for some epochs. Returns the last gradient norm."""
-    args, rollouts = run.args, []
-    for part in picked:
-        records, seeds = [record for record, _ in part], [seed for _, seed in part]
-        answers = online.sample(run.model, run.processor, records, seeds, run.root, samples=args.samples,
-                                temperature=args.temperature, max_new_tokens=args.max_new_tokens)
-        rollouts.append(rollout.roll_out(run.plain, run.reference, records, answers, run.processor, run.root))
-    lessons, figures = run.recipe.advantages(rollouts, run.helper, run.state,
-                                             rollout.bind(run.recipe.parts, vars(args)))
-    log.add(figures, sum(len(r.packed.ids) for r in rollouts))
-    options = run.options(run.recipe.loss)
-    for epoch in range(args.inner_epochs):
-        order = list(range(len(rollouts)))
-        random.Random(f"{args.seed}/{step}/{epoch}").shuffle(order)  # alike in all processes
-        size = len(order) // args.minibatches
-        for group in (order[i : i + size] for i in range(0, len(order), size)):
-            for i in group:
-                hold_back(run, i != group[-1])
-                logps, mask, *values = run.scorer(rollouts[i].packed, rollouts[i].features)
-                offer = by_name("policy", ["sampled"], logps) | lessons[i] | {"sampled_mask": mask}
-                offer |= {"values": values[0]} if values else {}
-                losses, metrics = run.recipe.loss(**asked(run.recipe.loss, offer), **options)
-                (losses.mean() / len(group)).backward()
-                log.add({"loss": losses, **metrics})
-            norm = update(run)
-    if args.kl_target:
-        answers = args.batch_size * args.samples
-        kl = run.state["kl"]  # of this step, the mean over all processes
-        run.state["kl_coef"] = ppo.adapt_kl(run.state["kl_coef"], kl, answers, target=args.kl_target)
-    return norm
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
@@ -834,7 +795,7 @@ def train(run: Run, config: dict, saved: dict | None) -> bool:
                         seed=args.seed, steps=args.steps, skip=args.bad_records == "skip",
                         make=partial(with_seeds, root=run.root) if samples else make)
     if recipe.advantages and not start:
-        calibrate(run)
+        reinforce.calibrate(run)
     log, stop, done, norm = Log(run, saved), StopRequest(run.world), start, None
     # Behind StopRequest, whose signal handlers the loader's processes inherit: Ctrl-C must not end them.
     loader = iter(DataLoader(data, batch_size=None, sampler=range(start * parts, len(data)),
@@ -851,7 +812,7 @@ def train(run: Run, config: dict, saved: dict | None) -> bool:
             stop.close()
             give_up(run, bad, args.out / CHECKPOINT, done)
         if recipe.advantages:
-            norm = reinforce_step(run, drawn, step, log)
+            norm = reinforce.reinforce_step(run, drawn, step, log)
         else:
             norm = pairs_step(run, online_batches(run, drawn) if recipe.online else drawn, log)
         done = step + 1
@@ -944,7 +905,7 @@ def main(argv: list[str] | None = None) -> int:
         if rewards:
             save_reward_head(run.plain, args.out)
         if "scores" in run.state:
-            panels = rollout.panels(run.state["scores"], look_at_scores(run), run.helper.unit)
+            panels = reinforce.panels(run.state["scores"], reinforce.look_at_scores(run), run.helper.unit)
             if panels:  # answers without object words give no scores to draw
                 write_histograms(args.out / "scores.svg", panels)
         after = figures()

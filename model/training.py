@@ -15,6 +15,7 @@ verified before anything is read, with weights_only=True.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
@@ -263,3 +265,32 @@ class StopRequest:
         """Put the former signal handlers back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def by_name(who: str, names: list[str], logps: Tensor) -> dict[str, Tensor]:
+    """Rows (names x B, L) -> `who_NAME_token_logps` (B, L) and `who_NAME_logps` (B,)."""
+    offer = {}
+    for name, rows in zip(names, logps.chunk(len(names))):
+        offer[f"{who}_{name}_token_logps"] = rows
+        offer[f"{who}_{name}_logps"] = rows.sum(-1)
+    return offer
+
+
+def asked(function: Callable, offer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the signature of a loss asks for; an argument with a default may be absent."""
+    wanted = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    return {p.name: offer[p.name] for p in wanted if p.name in offer or p.default is p.empty}
+
+
+def hold_back(run, more: bool) -> None:
+    """With several processes, exchange gradients only in the last backward of an update."""
+    if isinstance(run.scorer, DistributedDataParallel):
+        run.scorer.require_backward_grad_sync = not more
+
+
+def update(run) -> Tensor:
+    """Clip, step, forget the gradients. Returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(run.trained, run.args.clip_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norm

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = sorted(path for path in (ROOT / "losses").glob("*.py") if path.name != "__init__.py")
 ALLOWED = {"torch", "math", "difflib", "typing", "__future__"}
-PROJECT = ("common", "losses", "model", "data", "retrieval", "pairs", "metrics", "benchmarks", "tests",
+PROJECT = ("common", "reinforce", "losses", "model", "data", "retrieval", "pairs", "metrics", "benchmarks", "tests",
            "train", "generate_pairs", "evaluate")
 
 # Runs a script as __main__ after forbidding every import by a name of the project.

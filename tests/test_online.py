@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import reinforce
 import train
 from data import scenes
 from data.batch import collate
@@ -29,7 +30,7 @@ from data.images import open_image, stack
 from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
 from losses import ppo
-from model import reference, rollout
+from model import reference
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
 from model.logprobs import Sequence, naive_logprobs, pack
 from model.reward import load_reward_model, save_reward_head
@@ -262,15 +263,15 @@ def by_length(rows: list[dict], answers: list[list[str]]) -> list[list[Score]]:
     return [[Score(float(-len(text))) for text in group] for group in answers]
 
 
-def draw(run: train.Run, rows: list[dict], seeds: list[int], tokens: int = 12) -> rollout.Rollout:
+def draw(run: train.Run, rows: list[dict], seeds: list[int], tokens: int = 12) -> reinforce.Rollout:
     run.model.eval()
     said = online.sample(run.model, run.processor, rows, seeds, None, samples=2, temperature=1.0, max_new_tokens=tokens)
-    return rollout.roll_out(run.plain, run.reference, rows, said, run.processor)
+    return reinforce.roll_out(run.plain, run.reference, rows, said, run.processor)
 
 
 def parts(loss: str, **options):
     """The functions that the loss's advantages are put together of, with these options, else their defaults."""
-    return rollout.bind(train.LOSSES[loss].parts, options)
+    return reinforce.bind(train.LOSSES[loss].parts, options)
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def test_the_first_ratio_is_one_to_the_last_bit(ppo_run):
     logps, mask, values = ppo_run.scorer(r.packed, r.features)
     assert logps.requires_grad and torch.equal(logps.detach(), r.old) and torch.equal(values.detach(), r.values)
     assert not torch.equal(r.old, r.reference) and values[mask].abs().min() > 0
-    lessons, _ = rollout.ppo_advantages([r], by_length, {"mean": -40.0, "std": 10.0}, parts("ppo"))
+    lessons, _ = reinforce.ppo_advantages([r], by_length, {"mean": -40.0, "std": 10.0}, parts("ppo"))
     offer = train.by_name("policy", ["sampled"], logps) | lessons[0] | {"sampled_mask": mask, "values": values}
     _, metrics = ppo.ppo_loss(**train.asked(ppo.ppo_loss, offer))
     torch.testing.assert_close(metrics["ratio"].mean(), torch.tensor(1.0), rtol=0, atol=1e-6)
@@ -299,7 +300,7 @@ def test_two_micro_batches_are_one(ppo_run):
     assert whole.ids == halves[0].ids + halves[1].ids and len({len(ids) for ids in whole.ids}) > 1
     means = []
     for group in ([whole], halves):
-        lessons, _ = rollout.ppo_advantages(group, judge, {}, parts("ppo"))
+        lessons, _ = reinforce.ppo_advantages(group, judge, {}, parts("ppo"))
         losses = []
         for r, lesson in zip(group, lessons):
             offer = lesson | {"policy_sampled_token_logps": r.old - 0.1, "sampled_mask": r.mask, "values": r.values + 1}
@@ -308,7 +309,7 @@ def test_two_micro_batches_are_one(ppo_run):
     torch.testing.assert_close(means[0], means[1], rtol=1e-4, atol=1e-5)
     masks = [r.mask for r in halves]
     rows = [torch.randn(m.shape, generator=torch.Generator().manual_seed(1)) for m in masks]
-    found = torch.cat([x[m] for x, m in zip(rollout.whiten(rows, masks), masks)])
+    found = torch.cat([x[m] for x, m in zip(reinforce.whiten(rows, masks), masks)])
     flat = torch.cat([x[m] for x, m in zip(rows, masks)])[None]
     torch.testing.assert_close(found, ppo.whiten(flat, torch.ones_like(flat, dtype=torch.bool))[0])
 
@@ -318,16 +319,16 @@ def test_rloo_compares_the_answers_of_one_prompt(ppo_run):
     r = draw(ppo_run, ppo_run.records, SEEDS)
     of_prompt = lambda rows, answers: [[Score(row["id"].count("1") * 5.0)] * len(g) for row, g in zip(rows, answers)]
     of_place = lambda rows, answers: [[Score(float(i)) for i in range(len(g))] for g in answers]
-    nothing, _ = rollout.rloo_advantages([r], of_prompt, {}, parts("rloo", kl_coef=0.0))
+    nothing, _ = reinforce.rloo_advantages([r], of_prompt, {}, parts("rloo", kl_coef=0.0))
     assert nothing[0]["advantages"].eq(0).all()
-    ends, _ = rollout.rloo_advantages([r], of_place, {}, parts("rloo", kl_coef=0.0))
+    ends, _ = reinforce.rloo_advantages([r], of_place, {}, parts("rloo", kl_coef=0.0))
     assert ends[0]["advantages"].tolist() == [-1, 1] * 3
 
 
 def test_a_judge_without_a_verdict_is_named(ppo_run):
     r = draw(ppo_run, ppo_run.records[:1], SEEDS[:1], tokens=2)
     with pytest.raises(ValueError, match="record 'r0': the judge came to no verdict"):
-        rollout.ppo_advantages([r], lambda rows, answers: [None], {}, parts("ppo"))
+        reinforce.ppo_advantages([r], lambda rows, answers: [None], {}, parts("ppo"))
 
 
 # ---- FiSAO -------------------------------------------------------------------------------------------------
@@ -366,14 +367,14 @@ def test_fisao_rewards_stand_on_the_last_token_of_their_word(monkeypatch, ppo_ru
     present = sorted(shown)[0]
     absent = next(word for word in ("dog", "cat", "cup") if word not in shown)
     answers = [[run.processor.response(f"A {absent}."), run.processor.response(f"I see a big {present} here.")]]
-    r = rollout.roll_out(run.plain, run.reference, [record], answers, run.processor)
+    r = reinforce.roll_out(run.plain, run.reference, [record], answers, run.processor)
     r.values.zero_()
     real = verifier([record["image"]] * 2, r.ids)
     fixed = lambda references, ids: real._replace(scores=torch.tensor([20.0, 150.0]))
     state = {"baselines": {"correct": 100.0, "hallucinated": 100.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}}
     placed = []
-    monkeypatch.setattr(rollout, "whiten", lambda advantages, masks: placed.extend(advantages) or advantages)
-    _, figures = rollout.fisao_advantages([r], fixed, state,
+    monkeypatch.setattr(reinforce, "whiten", lambda advantages, masks: placed.extend(advantages) or advantages)
+    _, figures = reinforce.fisao_advantages([r], fixed, state,
                                           parts("fisao", kl_coef=0.0, margin=0.0, lam=0.0, gamma=0.0))
     expected = torch.zeros(r.mask.shape)
     expected[0, real.stops[0] - 1], expected[1, real.stops[1] - 1] = -0.8, 0.5
@@ -386,8 +387,8 @@ def test_fisao_rewards_stand_on_the_last_token_of_their_word(monkeypatch, ppo_ru
 def test_fisao_figures_of_answers_without_objects(ppo_run, verifier):
     """No mention: figures are 0, never nan."""
     run = ppo_run
-    r = rollout.roll_out(run.plain, run.reference, run.records[:1], [[run.processor.response("I see it.")] * 2], run.processor)
-    _, figures = rollout.fisao_advantages([r], verifier, {"baselines": {
+    r = reinforce.roll_out(run.plain, run.reference, run.records[:1], [[run.processor.response("I see it.")] * 2], run.processor)
+    _, figures = reinforce.fisao_advantages([r], verifier, {"baselines": {
         "correct": 100.0, "hallucinated": 90.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}}, parts("fisao"))
     assert figures["rewarded"] == 0 and figures["reward"] == 0 and figures["reward/correct"] == 0
 
@@ -446,10 +447,10 @@ def test_unusable_baselines_are_refused(tmp_path):
     path = tmp_path / "baselines.json"
     path.write_text('{"correct": 1}')
     with pytest.raises(ValueError, match="no baselines of fisao"):
-        rollout.read_baselines(path, "cm")
+        reinforce.read_baselines(path, "cm")
     path.write_text('{"correct": 1, "hallucinated": 0, "low": 0, "high": 2, "std": 1, "unit": "inch"}')
     with pytest.raises(ValueError, match="measured in 'inch', this verifier scores in 'cm'"):
-        rollout.read_baselines(path, "cm")
+        reinforce.read_baselines(path, "cm")
 
 
 # ---- pairs made while training -----------------------------------------------------------------------------
@@ -642,7 +643,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(pictures, tmp_path, monkeypatc
         patch.setattr(train.StopRequest, "asked", lambda self: next(calls))
         assert train.main(arguments(pictures, parts, loss)) == 1
     first = saved(parts)["state"]
-    monkeypatch.setattr(train, "calibrate", None)  # not again
+    monkeypatch.setattr("reinforce.calibrate", None)  # not again
     assert train.main([*arguments(pictures, parts, loss), "--resume"]) == 0
     one, two = saved(whole), saved(parts)
     assert one["state"] == two["state"] and one["trained"].keys() == two["trained"].keys()

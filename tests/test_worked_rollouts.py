@@ -21,9 +21,10 @@ import table
 import torch
 from table import CATS, DOG, EOS, HOT, TWO, A, Notes, Words, by_token, judge, make_run, records
 
+import reinforce
 import train
 from data.images import stack
-from model import calibration, rollout, verifier
+from model import verifier
 from model.logprobs import Scorer, Sequence, pack
 from pairs import online
 
@@ -42,19 +43,19 @@ def state() -> dict:
     return {"mean": 4.0, "std": 2.0, "kl_coef": 0.5}
 
 
-def rolled(run: train.Run, names: list[str], answers: list) -> rollout.Rollout:
-    return rollout.roll_out(run.plain, run.reference, records(*names), answers, run.processor)
+def rolled(run: train.Run, names: list[str], answers: list) -> reinforce.Rollout:
+    return reinforce.roll_out(run.plain, run.reference, records(*names), answers, run.processor)
 
 
-def learn(run: train.Run, rollouts: list[rollout.Rollout]):
+def learn(run: train.Run, rollouts: list[reinforce.Rollout]):
     """What the chosen loss makes of them, with the run's own options: lessons and figures."""
-    return run.recipe.advantages(rollouts, run.helper, run.state, rollout.bind(run.recipe.parts, vars(run.args)))
+    return run.recipe.advantages(rollouts, run.helper, run.state, reinforce.bind(run.recipe.parts, vars(run.args)))
 
 
 @pytest.fixture
 def readable(monkeypatch):
     """All pictures can be opened."""
-    monkeypatch.setattr(calibration, "look", lambda record, root: None)
+    monkeypatch.setattr(reinforce, "look", lambda record, root: None)
 
 
 def saying(monkeypatch, answers: dict[str, list[list[int]]]) -> list[dict]:
@@ -161,7 +162,7 @@ def test_a_step_of_ppo_moves_the_tokens_by_their_advantages(monkeypatch, names, 
                    "--inner-epochs", "1", "--minibatches", str(minibatches), "--kl-target", str(target),
                    "--temperature", "0.7", helper=MARKS, state=state())
     picked = [[(record, 10 + i)] for i, record in enumerate(records(*names))]
-    norm, before = train.reinforce_step(run, picked, 0, notes := Notes()), table.Table(critic=True)
+    norm, before = reinforce.reinforce_step(run, picked, 0, notes := Notes()), table.Table(critic=True)
     n = minibatches
     by_token((run.plain.logps - before.logps) / n, a=0.2, end=0.2, two=-0.2, cats=-0.2)
     by_token((run.plain.values - before.values) / n, a=0.06, dog=0.02, end=0.06, two=-0.02, cats=-0.02)
@@ -181,7 +182,7 @@ def test_the_second_time_through_the_ratio_is_clipped(monkeypatch):
     """
     saying(monkeypatch, {"r0": [Y1, Y2]})
     run = make_run("ppo", *PPO, "--inner-epochs", "2", helper=MARKS, state=state())
-    train.reinforce_step(run, [[(records("r0")[0], 1)]], 0, Notes())
+    reinforce.reinforce_step(run, [[(records("r0")[0], 1)]], 0, Notes())
     start, down = table.Table(critic=True), -0.2 - math.exp(-0.2) / 5
     by_token(run.plain.logps - start.logps, a=0.2, end=0.2, two=down, cats=down)
     by_token(run.plain.values - start.values, a=0.1188, dog=0.0396, end=0.1188, two=-0.0396, cats=-0.0396)
@@ -194,7 +195,7 @@ def test_every_epoch_goes_through_all_rollouts_in_an_order_of_its_own(monkeypatc
 
     def orders(step: int, *options: str) -> list[tuple]:
         run = make_run("ppo", *PPO, "--samples", "1", "--inner-epochs", "6", *options, helper=zero)
-        train.reinforce_step(run, [[(record, 0)] for record in records("r0", "r1", "r2")], step, Notes())
+        reinforce.reinforce_step(run, [[(record, 0)] for record in records("r0", "r1", "r2")], step, Notes())
         trained = [length for length, in run.plain.calls[6:]]  # behind policy and reference of three rollouts
         return [tuple(trained[i : i + 3]) for i in range(0, len(trained), 3)]
 
@@ -229,7 +230,7 @@ def test_a_step_of_rloo_moves_answers_by_what_the_others_got(monkeypatch, parts)
         "score": [2, -1, 2, 0], "kl": [1, 2, 3, 0.5], "tokens": [3, 2, 2, 2], "ended": [1, 0, 1, 1], "kl_coef": 0.5}
 
     pairs = [(record, 0) for record in records("r0", "r1")]
-    train.reinforce_step(run, [pairs] if parts == 1 else [pairs[:1], pairs[1:]], 0, Notes())
+    reinforce.reinforce_step(run, [pairs] if parts == 1 else [pairs[:1], pairs[1:]], 0, Notes())
     by_token(run.plain.logps - table.Table().logps, a=3.5, dog=3.5 - 0.75, end=3.5 + 0.75 - 0.75, two=-3.5,
              cats=0.75 - 3.5)
 
@@ -270,7 +271,7 @@ def test_what_the_verifier_says_of_sentences(eyes):
     """"a dog." and (1, 0): 150, true there; "Two cats!" and (0, 1): cos -1 counts as 0, true there, and false of
     the first picture; "hot." names nothing."""
     texts = ["a dog.", "Two cats! hot.", "Two cats!"]
-    scores = rollout.verifier_scores(["v0", "v1", "v0"], [Y1, Y2, Y2], texts, eyes)
+    scores = reinforce.verifier_scores(["v0", "v1", "v0"], [Y1, Y2, Y2], texts, eyes)
     expected = {"words, correct": [200, 200], "words, hallucinated": [150],
                 "sentences, correct": [150, 0], "sentences, hallucinated": [0]}
     assert scores.keys() == expected.keys()
@@ -303,7 +304,7 @@ def test_a_step_of_fisao_rewards_the_words_that_the_picture_bears_out(monkeypatc
     # all but the cats of the first picture are there: (.4 - .2 + .4) / 3
     assert {name: figures[name].item() for name in rewards} == pytest.approx(rewards)
 
-    train.reinforce_step(run, [[(record, 0) for record in records("r0", "r1")]], 0, Notes())
+    reinforce.reinforce_step(run, [[(record, 0) for record in records("r0", "r1")]], 0, Notes())
     by_token(run.plain.values, a=-0.4, dog=0.2, end=-1.0, two=0.3, cats=2 - 7.4)
 
 
@@ -336,12 +337,12 @@ def test_calibration_of_scores(monkeypatch, readable):
     run = make_run("ppo", "--judge", "clip", "--temperature", "0.7", "--max-new-tokens", "5",
                    "--micro-batch-size", "2", helper=marks)
     run.records = records("r0", "r1", "r2")
-    calibration.calibrate(run)
+    reinforce.calibrate(run)
     assert run.state == {"mean": 5, "std": 4}
     same = {"samples": 1, "temperature": 0.7, "max_new_tokens": 5}
     assert asked == [{"ids": ["r0", "r1"], "seeds": [0, 1], **same}, {"ids": ["r2"], "seeds": [2], **same}]
-    monkeypatch.setattr(calibration, "CALIBRATION", 2)
-    calibration.calibrate(run)
+    monkeypatch.setattr(reinforce, "CALIBRATION", 2)
+    reinforce.calibrate(run)
     assert run.state == {"mean": 3, "std": pytest.approx(math.sqrt(8))}
 
 
@@ -357,7 +358,7 @@ def test_calibration_of_fisao(monkeypatch, tmp_path, eyes, readable):
     run.records = records("r9", "r0", "r8", "r1")
     monkeypatch.setitem(VECTORS, "a dog two cats", (-1, 0))
     monkeypatch.setitem(VECTORS, "dog two cats hot dog", (0, 1))
-    calibration.calibrate(run)
+    reinforce.calibrate(run)
     found = run.state["baselines"]
     assert found["correct"] == pytest.approx(550 / 3) and found["hallucinated"] == pytest.approx(150)
     assert (found["correct_mentions"], found["hallucinated_mentions"], found["unit"]) == (3, 1, "250 * max(cos, 0)")
