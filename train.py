@@ -176,7 +176,7 @@ RANGES = {
     "(0, inf)": "lr lora_alpha temperature beta dpo_weighted_loss.gamma",
     "[0, inf)": "weight_decay kl_coef kl_target missing_eos_penalty value_coef margin sft_weight centring_weight"
                 " slic_hf_loss.delta bdhs_triples.temperature",
-    "(0, inf]": "clip_norm clip value_clip",
+    "(0, inf]": "clip_norm clip value_clip limit",
     "[0, inf]": "rloo_loss.clip",  # 0: none
     "[0, 1)": "warmup lora_dropout",
     "[0, 0.5)": "label_smoothing",

@@ -370,8 +370,22 @@ def test_places_that_cannot_be_written_are_named_first(folder, tmp_path, monkeyp
 
 @pytest.mark.parametrize("loss", train.LOSSES)
 def test_every_number_has_a_range_that_holds_its_default(loss):
-    train.check_ranges(train.read_arguments(["--loss", loss]))
+    args = train.read_arguments(["--loss", loss])
+    train.check_ranges(args)
     train.check_ranges(train.read_arguments(["--loss", loss, "--model", "elsewhere"]))
+    named = {option.rpartition(".")[2] for options in train.RANGES.values() for option in options.split()}
+    assert {name for name, value in vars(args).items() if type(value) in (int, float)} <= named
+
+
+def test_a_new_loss_needs_no_range(monkeypatch):
+    """A researcher's own option is taken as it is, but for what is no number."""
+    def own_loss(policy_chosen_logps, *, tau: float = -3.0):
+        return policy_chosen_logps, {}
+
+    monkeypatch.setitem(train.LOSSES, "own", train.Recipe(own_loss, {}, "rank"))
+    train.check_ranges(train.read_arguments(["--loss", "own", "--tau", "-7"]))
+    with pytest.raises(ValueError, match="--tau must be in"):
+        train.check_ranges(train.read_arguments(["--loss", "own", "--tau", "nan"]))
 
 
 IMPOSSIBLE = [
