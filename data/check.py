@@ -16,9 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common import refuse
 from data.processor import Processor
-
-LISTED = 20  # bad records that are named; the others are counted
 
 
 def check_records(
@@ -37,10 +36,7 @@ def check_records(
     for record in tqdm(records, desc=progress, disable=None if progress else True, delay=3):
         reasons = problems_of(record, processor, root, sequences, end=end, new_tokens=new_tokens)
         lines += [f"{source}: record {record['id']!r}: {reason}" for reason in reasons]
-    if len(lines) > LISTED:
-        lines[LISTED:] = [f"{source}: and {len(lines) - LISTED} more"]
-    if lines:
-        raise ValueError("\n".join(lines))
+    refuse(lines)
 
 
 def problems_of(

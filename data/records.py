@@ -30,7 +30,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from common import parse_json
+from common import brief, parse_json
 from data.images import image_size
 
 IMAGE_TEXTS = ("id", "image", "prompt")
@@ -227,12 +227,6 @@ def without_mark(prompt: str) -> str:
     if bare.startswith(IMAGE):
         return bare.removeprefix(IMAGE).lstrip()
     return bare.removesuffix(IMAGE).rstrip() if bare.endswith(IMAGE) else prompt
-
-
-def brief(value: object) -> str:
-    """`repr`, cut where it is long: errors stay readable whatever a file holds."""
-    shown = repr(value[:80] if isinstance(value, str) else value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _short(reason: str) -> str:

@@ -101,7 +101,7 @@ def test_all_records_are_listed_and_a_long_list_is_cut(processor, monkeypatch):
         check_records(records, processor, None, "d.jsonl", sequences=dpo.SEQUENCES)
     lines = str(error.value).split("\n")
     assert [line.split(":")[1] for line in lines] == [f" record 'r{i}'" for i in (1, 3, 5, 7)]
-    monkeypatch.setattr(check, "LISTED", 2)
+    monkeypatch.setattr("common.SHOWN", 2)
     with pytest.raises(ValueError) as error:
         check_records(records, processor, None, "d.jsonl", sequences=dpo.SEQUENCES)
-    assert str(error.value).split("\n") == [*lines[:2], "d.jsonl: and 2 more"]
+    assert str(error.value).split("\n") == [*lines[:2], "... and 2 more problems"]
