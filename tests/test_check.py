@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from data import check
 from data.batch import collate
 from data.check import check_records, problems_of
 from data.processor import Processor
