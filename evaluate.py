@@ -48,13 +48,21 @@ import torch
 from data import scenes
 from data.check import check_records
 from data.processor import Processor
-from data.templates import TEMPLATES
 from data.records import write_jsonl
+from data.templates import TEMPLATES
 from metrics import chair as chair_metric
 from metrics import pope as pope_metric
 from metrics.files import read_answers
-from metrics.questions import CHAIR_PROMPT, CONTROLS, POPE_PROMPT
-from metrics.questions import chair_photographs, chair_scenes, pope_photographs, pope_scenes, read_asked
+from metrics.questions import (
+    CHAIR_PROMPT,
+    CONTROLS,
+    POPE_PROMPT,
+    chair_photographs,
+    chair_scenes,
+    pope_photographs,
+    pope_scenes,
+    read_asked,
+)
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import answers
 from model.llava import Llava

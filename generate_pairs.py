@@ -74,7 +74,15 @@ from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.hub import resolve
 from pairs.gallery import write_gallery
 from pairs.methods import (
-    METHODS, STARTS_FROM_CHOSEN, Options, Share, is_url, make_pairs, needs_clip, needs_model, scene_records,
+    METHODS,
+    STARTS_FROM_CHOSEN,
+    Options,
+    Share,
+    is_url,
+    make_pairs,
+    needs_clip,
+    needs_model,
+    scene_records,
 )
 from pairs.progress import forget
 from pairs.report import summary

@@ -1,4 +1,4 @@
-"""Reinforcement: PPO, RLOO and FiSAO, from the images of a step to its updates. `train.py --loss ppo` hands over to here.
+"""Reinforcement: PPO, RLOO and FiSAO, from the images of a step to its updates. `train.py --loss ppo` hands over.
 
     calibrate         before the first step: the scale of scores, by answers of the untrained model
     reinforce_step    sample answers -> judge them -> advantages -> epochs of updates -> KL coefficient

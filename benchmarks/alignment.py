@@ -41,12 +41,12 @@ import torch  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
+from benchmarks.tradeoff import Point, write_tradeoff  # noqa: E402
 from data.batch import collate  # noqa: E402
 from data.processor import Processor  # noqa: E402
 from data.records import write_jsonl  # noqa: E402
 from model.checkpoint import DEFAULT_MODEL, load_llava, save_json  # noqa: E402
 from model.logprobs import Scorer  # noqa: E402
-from benchmarks.tradeoff import Point, write_tradeoff  # noqa: E402
 from pairs.online import sample  # noqa: E402
 
 OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo_released", "mdpo", "adavip",

@@ -25,10 +25,10 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -145,7 +145,7 @@ def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, f
     table.append(("load", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
     tokens, *numbers = measure(lambda: train_step(model, *rest, views, sequences))
     table.append(("train step", f"{tokens / numbers[0]:.2f} tokens/s", *numbers))
-    del rest
+    rest = ()  # its memory is not part of what follows
     prompt = [list(sequences[0].prompt)]
     _, *numbers = measure(lambda: generate(model, views[:1], prompt, eos_id=-1, max_new_tokens=args.tokens))
     table.append((f"generate {args.tokens}", f"{args.tokens / numbers[0]:.2f} tokens/s", *numbers))

@@ -54,7 +54,7 @@ class Batch:
     noisy_labels: slice | None = None  # where their labels are in `packed`
     noisy_own: bool = False
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Batch:
         """Called by the data loader when it pins batches for CUDA."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         pinned = {k: v.pin_memory() if isinstance(v, (Tensor, Packed)) else v for k, v in values.items()}

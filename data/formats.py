@@ -52,7 +52,7 @@ from PIL import Image, UnidentifiedImageError
 
 from common import parse_json
 from data.images import open_image
-from data.records import PAIR_TEXTS, Row, brief, collect, json_rows, relocate, without_mark, write_jsonl
+from data.records import Row, brief, collect, json_rows, relocate, without_mark, write_jsonl
 
 QUESTION, ANSWER = ("human", "user"), ("gpt", "assistant")
 ANSWERS = ("chosen", "rejected", "rejected_image", "source")
@@ -412,7 +412,7 @@ def _named(record: dict, where: str, names: dict[str, int]) -> dict:
         names[base] += 1
         name = f"{base}-{names[base]}"
     names[name] = 1
-    return {"id": "", **record, "id": name}  # in front
+    return {"id": name, **{key: value for key, value in record.items() if key != "id"}}
 
 
 # Records to TRL's rows

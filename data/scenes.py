@@ -32,8 +32,17 @@ import numpy as np
 from PIL import Image
 
 from data.places import BULKY, CATEGORIES, CELL, IN_THE_SKY, PAIR_RULES, PLACES, SIDE, WORDS, background, pick
-from data.scene_text import (CAPTION_PROMPT, COUNT_WORDS, POSITION_WORDS, SIZE_WORDS, caption, exist_question,
-                             plural, pope_questions, questions)
+from data.scene_text import (
+    CAPTION_PROMPT,
+    COUNT_WORDS,
+    POSITION_WORDS,
+    SIZE_WORDS,
+    caption,
+    exist_question,
+    plural,
+    pope_questions,
+    questions,
+)
 
 __all__ = ["CAPTION_PROMPT", "CATEGORIES", "COUNT_WORDS", "DEV", "Object", "PAIRS", "PLACES",
            "POSITION_WORDS", "SIZE_WORDS", "Scene", "TEST", "TRAIN", "WORDS", "caption",
@@ -69,7 +78,7 @@ class Scene:
     objects: tuple[Object, ...]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tiles() -> dict[tuple[str, int, int], np.ndarray]:
     """(category, variant, size in cells) -> RGBA tile, (12 * size, 12 * size, 4) int32."""
     index = json.loads((SPRITES / "index.json").read_text())
@@ -85,7 +94,7 @@ def _tiles() -> dict[tuple[str, int, int], np.ndarray]:
     return tiles
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _variants() -> dict[str, int]:
     """Class -> number of its sprites."""
     return {category: sum(key[0] == category and key[2] == 1 for key in _tiles()) for category in CATEGORIES}

@@ -18,9 +18,9 @@ device by itself. On the CPU, weights that keep their dtype stay in the file's p
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,20 @@ from model.adapters import load_adapters
 from model.clip import CLIP
 from model.config import PADDING, clip_config, hf_config, is_original, read_config, read_llava_config
 from model.hub import resolve
-from model.layouts import (TOWER, adapter_base, by_name, config_folder, copy_companions, llava_tensors,
-                           unwrapped)
+from model.layouts import TOWER, adapter_base, by_name, config_folder, copy_companions, llava_tensors, unwrapped
 from model.llava import Llava
 from model.lora import LoRALinear, lora_layers
-from model.tensors import (SHARD_BYTES, Stored, finite, list_tensors, misfits, read, refuse, save_json,
-                           save_shards, save_tensors)
+from model.tensors import (
+    SHARD_BYTES,
+    Stored,
+    finite,
+    list_tensors,
+    misfits,
+    read,
+    refuse,
+    save_json,
+    save_shards,
+)
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny"
 DEFAULT_CLIP = DEFAULT_MODEL / "clip"

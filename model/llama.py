@@ -13,7 +13,7 @@ Shapes: T packed tokens, D width, H heads, K key-value heads, d head width.
 from __future__ import annotations
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn

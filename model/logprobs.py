@@ -58,7 +58,7 @@ class Packed:
     prefixes: list[int]  # prefix length of each group
     responses: list[list[int]]  # input lengths of the distinct responses of each group
 
-    def to(self, device: torch.device | str) -> "Packed":
+    def to(self, device: torch.device | str) -> Packed:
         """Move the tensors; from pinned memory the copy does not block."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
@@ -66,7 +66,7 @@ class Packed:
                 moved[name] = value.to(device, non_blocking=True)
         return Packed(**moved)
 
-    def pin_memory(self) -> "Packed":
+    def pin_memory(self) -> Packed:
         """Called by the data loader when it pins batches for CUDA."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Packed(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()})

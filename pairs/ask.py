@@ -305,7 +305,8 @@ def _post(server: Server, body: dict) -> dict | str:
             wait = _seconds(headers.get("Retry-After"))
         if attempt + 1 < server.tries:  # at random times, so that many do not come back at once
             time.sleep(min(max(wait, server.wait * 2**attempt * random.uniform(0.5, 1.5)), 120))
-    raise ConnectionError(f"{address}: no answer after {server.tries} tries; the last one: {_presentable(problem, key)}")
+    problem = _presentable(problem, key)
+    raise ConnectionError(f"{address}: no answer after {server.tries} tries; the last one: {problem}")
 
 
 def _completion(data: bytes, most: int) -> tuple[dict | None, str]:

@@ -134,8 +134,8 @@ def neighbours(references: Sequence[str], vectors: np.ndarray, k: int,
         vectors: (N, E) their unit vectors.
         duplicates: which of them are the same picture under another name; None: none.
 
-    Every picture enters the index once, so neither the query nor its repetitions are ever found. Duplicates of the query
-    are passed over, and of pictures that are duplicates of each other the nearest is returned.
+    Every picture enters the index once, so neither the query nor its repetitions are ever found. Duplicates of the
+    query are passed over, and of pictures that are duplicates of each other the nearest is returned.
     """
     unique, base = _distinct(references, vectors)
     return _neighbours(build_index(base), unique, base, references, k, duplicates)

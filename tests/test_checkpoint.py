@@ -13,10 +13,10 @@ import huggingface_hub
 import pytest
 import small
 import torch
+from goldens import make
 from safetensors.torch import load_file, save_file
 
 import model.tensors as tensor_files
-from goldens import make
 from model.attention import Causal
 from model.checkpoint import load_clip, load_llava, merged_tensors, save_llava
 from model.config import llava_config, read_llava_config
@@ -76,7 +76,7 @@ def write_original(folder, kind: str, source: Path, **fields) -> Path:
     for i in range(2):
         file = f"pytorch_model-{i + 1:05d}-of-00002.bin"
         torch.save({n: tensors[n] for n in names[i::2]}, folder / file)
-        place |= {n: file for n in names[i::2]}
+        place |= dict.fromkeys(names[i::2], file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": place}))
     return folder
 

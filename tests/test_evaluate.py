@@ -20,7 +20,13 @@ import evaluate
 from data import scenes
 from metrics.files import read_answers, read_jsonl
 from metrics.questions import (
-    KnownObjects, chair_photographs, chair_scenes, pope_photographs, pope_scenes, read_asked, read_objects,
+    KnownObjects,
+    chair_photographs,
+    chair_scenes,
+    pope_photographs,
+    pope_scenes,
+    read_asked,
+    read_objects,
 )
 from model.checkpoint import DEFAULT_MODEL
 

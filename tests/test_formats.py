@@ -157,7 +157,7 @@ def png(colour: str) -> bytes:
 def test_parquet_with_pictures_inside(folder):
     """150 rows in row groups of 40, two distinct pictures: two files; a second reading writes nothing."""
     pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow.parquet")  # makes pa.parquet
 
     images = [{"bytes": png(colour), "path": "x.png"} for colour in ("red", "blue")]
     rows = [{**ROWS["rlaif-v"], "idx": str(i), "image": images[i % 2]} for i in range(150)]
@@ -297,7 +297,7 @@ def test_pairs_serve_as_prompts(folder, name):
 def test_pictures_as_bytes(folder):
     """A binary column, structs and data URLs are the same picture, stored once."""
     pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow.parquet")  # makes pa.parquet
 
     url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
     for i, picture in enumerate([png("red"), {"bytes": png("red"), "path": "x.png"}, url]):
@@ -310,7 +310,7 @@ def test_pictures_as_bytes(folder):
 
 def test_parquet_holds_what_json_does_not(folder):
     pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow.parquet")  # makes pa.parquet
 
     def found(**column):
         pa.parquet.write_table(pa.Table.from_pylist([{**ROWS["rlaif-v"], **column}]), folder / "d.parquet")
@@ -351,7 +351,7 @@ def test_the_command_changes_nothing(folder, monkeypatch, capsys):
 
 def test_the_command_stores_pictures_beside_its_output(folder, monkeypatch, capsys):
     pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow.parquet")  # makes pa.parquet
 
     (folder / "in").mkdir()
     rows = [{**ROWS["rlaif-v"], "idx": i, "image": {"bytes": png(colour), "path": "x.png"}}

@@ -20,8 +20,15 @@ from data.places import PLACES
 from data.processor import Processor
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from pairs.ask import CUT, Model, Reply, Request, Server, local_model, read_reply, server_model
-from pairs.corrupt import (Corruption, _change_count, _change_position, _exchange_object, corrupt_pairs,
-                           model_corrupt, scene_corrupt)
+from pairs.corrupt import (
+    Corruption,
+    _change_count,
+    _change_position,
+    _exchange_object,
+    corrupt_pairs,
+    model_corrupt,
+    scene_corrupt,
+)
 from pairs.judge import model_judge, verdict
 from pairs.rank import Score, best_answers, clip_judge, judge_scene, rank_pairs
 

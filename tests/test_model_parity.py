@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import small
 import torch
+from goldens import make
 from PIL import Image
 from safetensors.torch import load_file
-from goldens import make
 
 from data.images import Preprocessing, open_image, preprocess
 from model.attention import Causal

@@ -11,9 +11,9 @@ import torch
 from data import scenes
 from data.images import stack
 from data.processor import Processor
-from tools import pretrain
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_llava
 from model.logprobs import Scorer, Sequence, naive_logprobs
+from tools import pretrain
 
 
 @pytest.mark.parametrize("stage", pretrain.STAGES.values(), ids=pretrain.STAGES.keys())

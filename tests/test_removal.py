@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from data import scenes
 from data.corrupt import to_image, to_pixels
-from data.detect import (Detection, box_of, coco_instances, decode_mask, mask_rcnn, scene_objects,
-                         torchvision_detector)
+from data.detect import Detection, box_of, coco_instances, decode_mask, mask_rcnn, scene_objects, torchvision_detector
 from data.images import open_image
 from data.inpaint import dilate, fill
 from model.lama import Lama, lama_fill, load_lama, symmetric_pad

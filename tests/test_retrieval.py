@@ -11,16 +11,23 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from model.clip import CLIP
-from model.config import ClipConfig, ClipTextConfig, VisionConfig
 from data.images import Preprocessing
 from data.processor import ClipProcessor
 from model.checkpoint import DEFAULT_CLIP, load_clip
+from model.clip import CLIP
+from model.config import ClipConfig, ClipTextConfig, VisionConfig
 from retrieval import cache
 from retrieval.cache import cached_images, fingerprint
 from retrieval.embed import embed_images, embed_texts
-from retrieval.index import (Duplicates, approximate_neighbours, build_approximate_index, build_index, neighbours,
-                             recall, search)
+from retrieval.index import (
+    Duplicates,
+    approximate_neighbours,
+    build_approximate_index,
+    build_index,
+    neighbours,
+    recall,
+    search,
+)
 
 
 def unit(n: int, width: int, seed: int = 0) -> np.ndarray:

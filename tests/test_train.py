@@ -275,7 +275,7 @@ def test_published_pairs_are_read_as_they_are(tmp_path, capsys, suffix):
     rows, path = published(tmp_path), tmp_path / f"rlaif-v.{suffix}"
     if suffix == "parquet":
         pa = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
+        pytest.importorskip("pyarrow.parquet")  # makes pa.parquet
 
         pa.parquet.write_table(pa.Table.from_pylist(rows), path)
     else:
