@@ -4,8 +4,11 @@ file of many faults is refused in few lines."""
 from __future__ import annotations
 
 import json
+import platform
 import reprlib
+import subprocess
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 
 
@@ -68,3 +71,16 @@ def refuse(problems: Iterable[str]) -> None:
 def brief(value: object) -> str:
     """`repr` in one short line that can be printed, whatever a file held."""
     return _short.repr(value)
+
+
+def versions() -> dict[str, str | None]:
+    """What a run was made with: the commit of this checkout ("-dirty" where files were changed, None without git), and
+    the versions of Python and of the packages whose numbers count."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        commit = found.stdout.strip() if found.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired):  # no git
+        commit = None
+    packages = {name: metadata.version(name) for name in ("torch", "tokenizers", "safetensors", "numpy", "Pillow")}
+    return {"commit": commit, "python": platform.python_version(), **packages}

@@ -21,8 +21,8 @@ loss (losses/) -> AdamW. The reference is the model itself with its adapters off
 its argument names say which log-probs it gets, its keyword arguments become options here (--beta, ...).
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
---out receives: config.json (the resolved configuration), pairs.jsonl (if made here), metrics.jsonl (one line
-an interval), checkpoint.pt and checkpoint-previous.pt (to resume), model/ (llava-hf folder, adapters merged),
+--out receives: config.json (the resolved configuration, the git commit and versions), pairs.jsonl (if made here),
+metrics.jsonl (one line an interval), checkpoint.pt and checkpoint-previous.pt (to resume), model/ (llava-hf folder, adapters merged),
 adapters/ (PEFT's format), result.json (before and after, and the records that --bad-records skip has replaced), and
 from fisao baselines.json and scores.svg (what the verifier says of words and sentences, before and after). What an
 earlier run left there is replaced only with --overwrite.
@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 import evaluate
 import reinforce
-from common import read_json
+from common import read_json, versions
 from data import scenes
 from data.batch import BadRecord, Batch, MicroBatches, collate, fields_of, with_seeds, without_bad
 from data.check import check_records
@@ -676,7 +676,7 @@ def announce(run: Run, config: dict, saved: dict | None) -> None:
         print("warning: this CPU has no bf16 instructions, --precision fp32 is many times faster", file=sys.stderr)
     if saved and saved["path"].name == PREVIOUS:  # a damaged one must not become the former of the next
         os.replace(saved["path"], args.out / CHECKPOINT)
-    save_json(config, args.out / "config.json")
+    save_json({**config, "versions": versions()}, args.out / "config.json")
     for name in ("result.json", *(() if saved else (CHECKPOINT, PREVIOUS))):
         (args.out / name).unlink(missing_ok=True)
 

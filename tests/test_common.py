@@ -2,7 +2,7 @@
 
 import pytest
 
-from common import parse_json, read_json
+from common import parse_json, read_json, versions
 
 BROKEN = {
     b"\xff{}": "not UTF-8 (invalid start byte at byte 0)",
@@ -37,3 +37,11 @@ def test_type_and_absence_are_named(tmp_path):
 def test_a_byte_order_mark_and_a_hook_are_taken():
     assert parse_json('\ufeff{"a": "é"}'.encode()) == {"a": "é"}
     assert parse_json(b'{"a": 1, "a": 2}', list) == [("a", 1), ("a", 2)]
+
+
+def test_versions_do_without_git(monkeypatch):
+    found = versions()
+    assert found["torch"] and found["python"].startswith("3.") and (found["commit"] or "0").strip("0123456789abcdef") in (
+        "", "-dirty")
+    monkeypatch.setenv("PATH", "")
+    assert versions() == {**found, "commit": None}
