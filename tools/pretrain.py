@@ -43,11 +43,12 @@ from data import scenes
 from data.images import Preprocessing, preprocess
 from data.processor import ClipProcessor, Processor
 from data.templates import TEMPLATES
-from model.checkpoint import load_clip, load_llava, save_json, save_tensors
+from model.checkpoint import load_clip, load_llava, save_json
 from model.clip import CLIP
 from model.config import clip_config, llava_config
 from model.llava import Llava
 from model.logprobs import Scorer, Sequence, pack
+from model.tensors import save_tensors
 
 SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
 # "</s>" is not 2: in a CLIP config, eos_token_id = 2 stands for an old bug that pools at the largest id

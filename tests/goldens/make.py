@@ -88,7 +88,7 @@ def unit(x: Tensor) -> Tensor:
 def main() -> None:
     import transformers
 
-    from model.checkpoint import save_tensors
+    from model.tensors import save_tensors
 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
