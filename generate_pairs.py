@@ -167,8 +167,8 @@ def _add_methods(group) -> None:
     add("--tau", type=_between(-1, 1), metavar="X",
         help="realign: similarity that a rejected answer must stay below (default: %(default)s)")
     add("--same-image", type=_between(0, 2), metavar="X",
-        help="realign: neighbours of at least this cosine are the same picture under another name, reconstructed; above"
-             " 1: those of equal pixels only (default: %(default)s)")
+        help="realign: neighbours whose 8 x 8 thumbnails have at least this cosine are the same picture under another"
+             " name, reconstructed; above 1: those of equal pixels only (default: %(default)s)")
     add("--nprobe", type=_count, metavar="N",
         help="realign: cells that an approximate search looks into (default: exact search)")
     add("--rho-th", type=_between(0, 1), metavar="X",

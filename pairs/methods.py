@@ -85,7 +85,7 @@ class Options:
     sentence_model: Path | None = None  # realign, bdhs: compares answers; None: CLIP does
     top_k: int = 5  # realign: neighbours tried, nearest first
     tau: float = 0.95  # realign: similarity that a rejected answer must stay below
-    same_image: float = 0.98  # realign: neighbours of at least this cosine are the same picture, and passed over
+    same_image: float = 0.995  # realign: pictures whose thumbnails have this cosine are the same, and passed over
     nprobe: int | None = None  # realign: cells of an approximate index that are searched; None: exact search
     rho_th: float = 0.99  # bdhs: share of the image tokens that is hidden
     iterations: int = 5  # bdhs: attempts, the last of them free

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+from PIL import Image
 
 from data.images import open_image
 
@@ -94,35 +95,40 @@ def search(index: faiss.Index, queries: np.ndarray, k: int,
 
 
 class Duplicates:
-    """Which pictures are the same one: those of equal pixels, or of a cosine of at least `limit`.
+    """Which pictures are the same one: those of equal pixels, or whose thumbnails have a cosine of at least `limit`.
+
+    A thumbnail is 8 x 8 pixels less their mean; the embeddings' cosine does not tell copies from pictures alike. Of
+    200 scenes as JPEG of quality 75, 30, or 75 at half the size, thumbnails have at least .9994, .9978 and .9957, the
+    nearest two of 4000 scenes .9943; embeddings have from .81, .62 and .46, the nearest two of 600 scenes .98.
+    Cropped, turned and mirrored copies are other pictures.
 
     Args:
-        limit: reconstructed: copies that were compressed or resized again come out above it; two pictures above it that
-            are none are passed over, too, and the next neighbour is taken. Above 1, only equal pixels count.
+        limit: reconstructed. Above 1, only equal pixels count.
         root: folder that relative paths start from.
     """
 
-    LOOK = 0.95  # below this cosine no pixels are compared: equal ones have 1, but for rounding
-
-    def __init__(self, limit: float = 0.98, root: Path | None = None):
+    def __init__(self, limit: float = 0.995, root: Path | None = None):
         self.limit, self.root = limit, root
-        self.pixels: dict[str, bytes] = {}  # reference -> SHA-256
+        self.content: dict[str, tuple[bytes, np.ndarray]] = {}  # reference -> SHA-256 of the pixels, thumbnail
         self.found: dict[str, set[tuple[str, str]]] = {"copies": set(), "near copies": set()}
 
-    def __call__(self, one: str, other: str, cosine: float) -> bool:
+    def __call__(self, one: str, other: str) -> bool:
         """Whether two references show the same picture; remembered in `found`."""
-        if cosine < min(self.limit, self.LOOK):
-            return False
-        copy = self._content(one) == self._content(other)
-        if copy or cosine >= self.limit:
+        (digest, thumbnail), (other_digest, other_thumbnail) = self._content(one), self._content(other)
+        copy = digest == other_digest
+        same = copy or float(thumbnail @ other_thumbnail) >= self.limit
+        if same:
             self.found["copies" if copy else "near copies"].add((min(one, other), max(one, other)))
-        return copy or cosine >= self.limit
+        return same
 
-    def _content(self, reference: str) -> bytes:
-        if reference not in self.pixels:
+    def _content(self, reference: str) -> tuple[bytes, np.ndarray]:
+        if reference not in self.content:
             image = open_image(reference, self.root)
-            self.pixels[reference] = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        return self.pixels[reference]
+            digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+            small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float32).ravel()
+            small -= small.mean()
+            self.content[reference] = digest, small / max(float(np.linalg.norm(small)), 1e-6)  # zeros if of one colour
+        return self.content[reference]
 
 
 def neighbours(references: Sequence[str], vectors: np.ndarray, k: int,
@@ -166,7 +172,7 @@ def _neighbours(index: faiss.Index, unique: list[str], base: np.ndarray, referen
         hits = search(index, base[waiting], deep, [{row} for row in waiting])
         short = []
         for row, found in zip(waiting, hits):
-            kept = _without_duplicates(row, found, unique, base, duplicates)
+            kept = _without_duplicates(row, found, unique, duplicates)
             result[row] = kept[:k]
             if len(kept) < k and len(found) == deep:  # there may be more
                 short.append(row)
@@ -175,13 +181,12 @@ def _neighbours(index: faiss.Index, unique: list[str], base: np.ndarray, referen
     return [[(unique[row], score) for row, score in result[place[reference]]] for reference in references]
 
 
-def _without_duplicates(query: int, found: list[tuple[int, float]], unique: list[str], base: np.ndarray,
+def _without_duplicates(query: int, found: list[tuple[int, float]], unique: list[str],
                         duplicates: Duplicates | None) -> list[tuple[int, float]]:
     if duplicates is None:
         return found
     kept: list[tuple[int, float]] = []
     for row, score in found:
-        others = [(query, score), *((other, float(base[other] @ base[row])) for other, _ in kept)]
-        if not any(duplicates(unique[other], unique[row], cosine) for other, cosine in others):
+        if not any(duplicates(unique[other], unique[row]) for other in (query, *(other for other, _ in kept))):
             kept.append((row, score))
     return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from data.images import Preprocessing
+from data.images import Preprocessing, open_image
 from data.processor import ClipProcessor
 from model.checkpoint import DEFAULT_CLIP, load_clip
 from model.clip import CLIP
@@ -66,16 +67,19 @@ def test_a_picture_is_never_its_own_neighbour():
     assert found[0][0] == found[4][0] == "b" and found[1][0] == "a"
 
 
+def saved_again(image: Image.Image, path: Path, quality: int, side: int) -> None:
+    image.resize((side, side), Image.Resampling.BICUBIC).save(path, quality=quality)
+
+
 @pytest.fixture
 def album(tmp_path) -> tuple[Path, list[str], np.ndarray]:
-    """a.png, the same pixels as b.bmp, a near copy c.png, and d.png, e.png, f.png ever further away from them."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 255, (6, 20, 30, 3), dtype=np.uint8)
-    pixels[1] = pixels[0]
-    names = ["a.png", "b.bmp", "c.png", "d.png", "e.png", "f.png"]
-    for name, picture in zip(names, pixels):
-        Image.fromarray(picture).save(tmp_path / name)
-    angles = np.array([0, 0, 0.15, 0.5, 0.8, 1.2])  # cosine of .15: .989
+    """a.png, the same pixels as b.bmp, c.jpg of it at half the size, and other pictures d.png, e.png and f.png. Their
+    vectors say otherwise: d's is next to c's, c's further from a's."""
+    names = ["a.png", "b.bmp", "c.jpg", "d.png", "e.png", "f.png"]
+    for name, scene in zip(names, (0, 0, 0, 1, 2, 3)):
+        image = open_image(f"scene:{scene}")
+        saved_again(image, tmp_path / name, quality=75, side=48) if name == "c.jpg" else image.save(tmp_path / name)
+    angles = np.array([0, 0, 0.3, 0.31, 0.8, 1.2])
     return tmp_path, names, np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
 
 
@@ -85,10 +89,9 @@ def test_a_picture_is_not_found_under_another_name(album):
     duplicates = Duplicates(root=root)
     found = [[name for name, _ in hits] for hits in neighbours(names, vectors, 2, duplicates)]
     assert found[:3] == [["d.png", "e.png"]] * 3
-    assert found[3][1] != found[3][0] and found[3] == ["e.png", "c.png"]  # of a, b and c only the nearest one
-    assert found[5] == ["e.png", "d.png"]
+    assert found[3:] == [["c.jpg", "e.png"], ["f.png", "d.png"], ["e.png", "d.png"]]  # of a, b and c only the nearest
     assert duplicates.found == {"copies": {("a.png", "b.bmp")},
-                                "near copies": {("a.png", "c.png"), ("b.bmp", "c.png")}}
+                                "near copies": {("a.png", "c.jpg"), ("b.bmp", "c.jpg")}}
     everything = [name for name, _ in neighbours(names, vectors, 9, Duplicates(root=root))[0]]
     assert everything == ["d.png", "e.png", "f.png"]
 
@@ -97,10 +100,24 @@ def test_without_a_limit_only_equal_pixels_are_the_same_picture(album):
     root, names, vectors = album
     duplicates = Duplicates(1.1, root)
     found = [[name for name, _ in hits] for hits in neighbours(names, vectors, 2, duplicates)]
-    assert found[0] == ["c.png", "d.png"] and duplicates.found == {"copies": {("a.png", "b.bmp")}, "near copies": set()}
+    assert found[0] == ["c.jpg", "d.png"] and duplicates.found == {"copies": {("a.png", "b.bmp")}, "near copies": set()}
     hits, share = approximate_neighbours(names * 20, np.tile(vectors, (20, 1)), 2, nprobe=1, lists=1,
                                          duplicates=Duplicates(1.1, root))
-    assert [name for name, _ in hits[0]] == ["c.png", "d.png"] and share == 1
+    assert [name for name, _ in hits[0]] == ["c.jpg", "d.png"] and share == 1
+
+
+def test_the_default_limit_tells_copies_from_other_pictures(tmp_path):
+    """Each of 30 scenes is the same as its copies and as no other scene; pictures of one colour are not the same."""
+    same, names = Duplicates(root=tmp_path), [f"scene:{seed}" for seed in range(30)]
+    for name in names:
+        for quality, side in [(95, 96), (30, 96), (75, 192), (75, 48)]:
+            copy = f"{name[6:]}-{quality}-{side}.jpg"
+            saved_again(open_image(name), tmp_path / copy, quality, side)
+            assert same(name, copy) and same(copy, name), copy
+    assert not any(same(one, other) for one, other in itertools.combinations(names, 2))
+    for colour in ("red", "blue"):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{colour}.png")
+    assert not same("red.png", "blue.png") and same("red.png", "red.png")
 
 
 def test_a_single_picture_has_no_neighbour():
