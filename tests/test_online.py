@@ -397,7 +397,7 @@ def photographs(folder: Path) -> Path:
     """Scenes as picture files, what they show as an instances file of COCO, and records of them."""
     images, annotations, rows = [], [], []
     names = sorted(scenes.CATEGORIES)
-    for i in range(24):
+    for i in range(12):
         reference, name = scenes.reference(scenes.PAIRS + i), f"COCO_val2014_{i:012}.png"
         open_image(reference).save(folder / name)
         images.append({"id": i, "file_name": name, "width": 128, "height": 128})
@@ -606,7 +606,7 @@ RUNS = {
 def pictures(tmp_path_factory) -> Path:
     """Pictures and questions, with pairs for the losses that are given them."""
     folder = tmp_path_factory.mktemp("pictures")
-    rows = [{"id": str(i), "image": scenes.reference(scenes.PAIRS + i), "prompt": scenes.CAPTION_PROMPT} for i in range(24)]
+    rows = [{"id": str(i), "image": scenes.reference(scenes.PAIRS + i), "prompt": scenes.CAPTION_PROMPT} for i in range(8)]
     write_jsonl(folder / "images.jsonl", rows)
     write_jsonl(folder / "pairs.jsonl", [row | dict(zip(("chosen", "rejected"), ANSWERS[i % 3]))
                                          for i, row in enumerate(rows)])
