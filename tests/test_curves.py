@@ -2,8 +2,8 @@
 
     python -m tests.test_curves        writes tests/goldens/curves.json anew, after a change that is meant
 
-Another processor rounds differently, so DPO and AdaViP are compared to a thousandth, and PPO, where a sampled token may
-flip, in its first step only, more loosely.
+Another processor rounds differently, so values are compared to a thousandth. PPO is compared in its first three steps
+only: later ones learn from tokens that were sampled from changed weights, and one that flips changes all that follow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GOLDENS = Path(__file__).with_name("goldens") / "curves.json"
 COMMON = "--steps 10 --batch-size 4 --eval-scenes 0 --log-every 1 --lora-rank 4 --seed 0".split()
 RUNS = {"dpo": [], "adavip": [], "ppo": "--judge clip --clip-model model/tiny/clip --samples 2 --max-new-tokens 8".split()}
 TIMES = ("tokens/s", "eta_s", "peak_gib")
-COMPARED = {"dpo": (10, 1e-3), "adavip": (10, 1e-3), "ppo": (1, 1e-2)}  # steps, relative tolerance
+COMPARED = {"dpo": 10, "adavip": 10, "ppo": 3}  # steps
 
 
 def curve(loss: str, folder: Path) -> list[dict[str, float]]:
@@ -39,11 +39,11 @@ def curve(loss: str, folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("loss", RUNS)
 def test_a_run_follows_its_curve(loss, tmp_path):
-    golden, (steps, tolerance) = json.loads(GOLDENS.read_text())[loss], COMPARED[loss]
+    golden = json.loads(GOLDENS.read_text())[loss]
     found = curve(loss, tmp_path)
     assert len(found) == len(golden) == 10 and found[0].keys() == golden[0].keys()
-    for mine, theirs in zip(found[:steps], golden):
-        assert mine == pytest.approx(theirs, rel=tolerance, abs=1e-3), f"step {mine['step']}"
+    for mine, theirs in zip(found[: COMPARED[loss]], golden):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4), f"step {mine['step']}"
 
 
 if __name__ == "__main__":

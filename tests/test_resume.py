@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from common import versions
 from data import scenes
 from data.processor import Processor
 from data.records import write_jsonl
@@ -336,6 +337,14 @@ def test_a_finished_run_is_lengthened(copied, capsys):
     assert [row["lr"] for row in found[-2:]] == [train.learning_rate(longer, step) for step in (7, 8)]
     with pytest.raises(ValueError, match="--steps 7: 9 are done already"):
         train.main(command(copied, "run", "--resume"))
+
+
+def test_a_run_remembers_its_versions_and_goes_on_with_others(copied, monkeypatch):
+    kept = copied / "run" / "config.json"
+    assert json.loads(kept.read_text())["versions"] == versions()
+    monkeypatch.setattr(train, "versions", lambda: {"commit": "another"})
+    assert train.main(command(copied, "run", "--resume", "--steps", "8")) == 0
+    assert json.loads(kept.read_text())["versions"] == {"commit": "another"}
 
 
 def test_an_earlier_run_is_not_replaced_unasked(copied, monkeypatch):
