@@ -32,18 +32,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from data.images import View, single, stack  # noqa: E402
-from losses.adavip import adavip_loss  # noqa: E402
-from model.checkpoint import load_llava  # noqa: E402
-from model.config import LlamaConfig, LlavaConfig, VisionConfig, hf_config  # noqa: E402
-from model.generate import generate  # noqa: E402
-from model.llava import Llava  # noqa: E402
-from model.logprobs import Scorer, Sequence, pack  # noqa: E402
-from model.lora import Reference, add_lora  # noqa: E402
-from model.tensors import save_json, save_shards  # noqa: E402
+from data.images import View, single, stack
+from losses.adavip import adavip_loss
+from model.checkpoint import load_llava
+from model.config import LlamaConfig, LlavaConfig, VisionConfig, hf_config
+from model.generate import generate
+from model.llava import Llava
+from model.logprobs import Scorer, Sequence, pack
+from model.lora import Reference, add_lora
+from model.tensors import save_json, save_shards
 
 VISION = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                       image_size=336, patch_size=14, projection_dim=768)

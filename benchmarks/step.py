@@ -44,14 +44,14 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from data.images import single, stack  # noqa: E402
-from losses.dpo import dpo_loss  # noqa: E402
-from model.checkpoint import load_llava  # noqa: E402
-from model.logprobs import Scorer, Sequence, naive_logprobs, pack  # noqa: E402
-from model.lora import TARGETS, Reference, add_lora, lora_layers  # noqa: E402
+from data.images import single, stack
+from losses.dpo import dpo_loss
+from model.checkpoint import load_llava
+from model.logprobs import Scorer, Sequence, naive_logprobs, pack
+from model.lora import TARGETS, Reference, add_lora, lora_layers
 
 try:
     import peft

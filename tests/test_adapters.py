@@ -135,7 +135,7 @@ def on_a_decoder(trained, llava_folder, tmp_path):
     """Folder of LLaVA's adapters whose base is the bare decoder, with the tower in a CLIP folder of its own."""
     base, tower, folder = tmp_path / "vicuna", tmp_path / "tower", tmp_path / "llava-lora"
     tensors = load_file(llava_folder / "model.safetensors")
-    part = lambda prefix: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}  # noqa: E731
+    part = lambda prefix: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     small.write(base, {**small.TEXT, "architectures": ["LlamaForCausalLM"]}, part("language_model."))
     small.write(tower, {"model_type": "clip", "vision_config": small.VISION}, part("vision_tower."))
     (base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {f"w{i}": i for i in range(small.VOCAB)}}}))
@@ -331,7 +331,7 @@ def test_peft_writes_ours(peft, theirs, model, tmp_path, options):
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=pattern, **options)).eval()
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
+        for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter += 0.2 * torch.randn_like(parameter)
     wrapped.save_pretrained(tmp_path)

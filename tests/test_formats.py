@@ -300,7 +300,7 @@ def test_pictures_as_bytes(folder):
     pytest.importorskip("pyarrow.parquet")  # makes pa.parquet
 
     url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
-    for i, picture in enumerate([png("red"), {"bytes": png("red"), "path": "x.png"}, url]):
+    for picture in [png("red"), {"bytes": png("red"), "path": "x.png"}, url]:
         row = {"id": "a", "image": picture, "prompt": Q, "chosen": A, "rejected": B}
         pa.parquet.write_table(pa.Table.from_pylist([row, {**row, "id": "b"}]), folder / "d.parquet")
         records = load(folder / "d.parquet", images=folder / "pictures").records

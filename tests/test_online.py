@@ -197,7 +197,7 @@ def test_reward_is_read_at_the_end_token_and_survives_the_disk(tmp_path):
             ids = torch.tensor([*prompt, *run.processor.response(record[field])])
             assert ids[-1] == run.processor.eos_id
             with torch.no_grad():
-                decoder, features = run.model.language_model, run.model.vision_features(view.pixels)
+                decoder = run.model.language_model
                 decoder.lm_head, head = torch.nn.Identity(), decoder.lm_head  # logits() now gives states
                 expected.append(run.plain.head(run.model.logits(ids, *view)[-1])[0])
                 decoder.lm_head = head

@@ -565,7 +565,7 @@ def entities():
 
 def spans(tokenizer, entities, text: str, **options) -> list[tuple[str, str, str]]:
     """(word, entity, text of the tokens) of each mention."""
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     ids = [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id("</s>")]
     assert decode(ids) == text
     found = mentions(ids, decode, entities, **options)
@@ -599,7 +599,7 @@ def test_repeated_mentions(tokenizer, entities):
 def test_unfinished_letters_belong_to_the_token_that_finishes_them():
     """One byte a token: an umlaut is complete with its second byte, and the words around it stay in place."""
     text = "\u00fc dog"
-    decode = lambda ids: bytes(ids).decode("utf-8", errors="replace")  # noqa: E731
+    decode = lambda ids: bytes(ids).decode("utf-8", errors="replace")
     assert token_ends(list(text.encode()), decode, text) == [0, 1, 2, 3, 4, 5]
     mention, = mentions(text.encode(), decode, {"dog": "dog"})
     assert (mention.start, mention.stop) == (3, 6)

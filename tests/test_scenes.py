@@ -150,7 +150,7 @@ def test_captions_tell_true_positions_sizes_and_counts():
 
 
 def test_questions_are_true_balanced_and_distinct():
-    kinds, yes, typical, negatives = Counter(), 0, 0, 0
+    kinds, typical, negatives = Counter(), 0, 0
     for seed in range(600):
         scene = sample_scene(seed)
         rows = questions(scene, random.Random(seed))

@@ -94,7 +94,7 @@ def test_the_documented_letters_are_the_templates():
 
 def llava(sp, text: str) -> list[int]:
     """LLaVA's tokenizer_image_token on its slow tokenizer: chunks around <image>, special tokens cut out."""
-    read = lambda part: [sp.piece_to_id(part)] if part in SPECIAL else sp.encode(part)  # noqa: E731
+    read = lambda part: [sp.piece_to_id(part)] if part in SPECIAL else sp.encode(part)
     chunks = [[i for part in cut(chunk) for i in read(part)] for chunk in text.split("<image>")]
     return [i for chunk in chunks for i in (IMAGE, *chunk)][1:]
 

@@ -27,7 +27,7 @@ def test_every_row_is_in_the_picture(tmp_path):
     root = ET.parse(tmp_path / "t.svg").getroot()
     texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"start", "a<b"} <= set(texts)
-    marks = [e for e in root.iter("{http://www.w3.org/2000/svg}circle")][:2]
+    marks = list(root.iter("{http://www.w3.org/2000/svg}circle"))[:2]
     start, row = ((float(e.get("cx")), float(e.get("cy"))) for e in marks)
     assert start[0] > row[0] and start[1] < row[1]
     assert [p.name for p in tmp_path.iterdir()] == ["t.svg"]
