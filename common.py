@@ -4,12 +4,34 @@ file of many faults is refused in few lines."""
 from __future__ import annotations
 
 import json
+import os
 import platform
 import reprlib
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used. The scripts print it and end with status 2; every other exception is a
+    fault in the code and keeps its traceback."""
+
+
+@contextmanager
+def written_whole(path: Path | str) -> Iterator[Path]:
+    """A file that appears whole or not at all: the block writes the temporary path that it gets."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # its content before its name
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def parse_json(data: bytes, pairs: Callable[[list[tuple]], object] | None = None) -> object:
@@ -18,40 +40,40 @@ def parse_json(data: bytes, pairs: Callable[[list[tuple]], object] | None = None
     Args:
         data: UTF-8, with or without a byte order mark.
         pairs: makes an object of its (key, value) pairs; None: a dict.
-    Raises ValueError in one line, without a file name: no UTF-8, no JSON, NaN or infinity, a number of more digits
+    Raises BadInput in one line, without a file name: no UTF-8, no JSON, NaN or infinity, a number of more digits
     than Python converts, nested too deeply.
     """
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=_refuse)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise BadInput(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"not valid JSON ({error.msg} at {where})") from None
+        raise BadInput(f"not valid JSON ({error.msg} at {where})") from None
     except RecursionError:
-        raise ValueError("not valid JSON (nested too deeply)") from None
+        raise BadInput("not valid JSON (nested too deeply)") from None
     except ValueError as error:  # int() refuses thousands of digits
         reason = str(error) if str(error).startswith("holds") else "a number has too many digits"
-        raise ValueError(f"not valid JSON ({reason})") from None
+        raise BadInput(f"not valid JSON ({reason})") from None
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"holds {constant}")
+    raise BadInput(f"holds {constant}")
 
 
 def read_json(path: Path | str, kind: type = dict):
-    """The value of a JSON file, a `kind`. Raises ValueError naming the file: missing, unreadable, another type, or
+    """The value of a JSON file, a `kind`. Raises BadInput naming the file: missing, unreadable, another type, or
     as from `parse_json`."""
     try:
         value = parse_json(Path(path).read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path}: not found") from None
-    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not found") from None
+    except (OSError, BadInput) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{path}: {reason}") from None
+        raise BadInput(f"{path}: {reason}") from None
     if not isinstance(value, kind):
         names = {dict: "object", list: "list"}
-        raise ValueError(f"{path}: a JSON {names.get(kind, kind.__name__)} is wanted, found {type(value).__name__}")
+        raise BadInput(f"{path}: a JSON {names.get(kind, kind.__name__)} is wanted, found {type(value).__name__}")
     return value
 
 
@@ -61,11 +83,11 @@ _short.maxstring = _short.maxother = 80
 
 
 def refuse(problems: Iterable[str]) -> None:
-    """ValueError with one line for each of the first SHOWN problems and one that counts the others, if any."""
+    """BadInput with one line for each of the first SHOWN problems and one that counts the others, if any."""
     problems = list(problems)
     if problems:
         rest = [f"... and {len(problems) - SHOWN:,} more problems"] if len(problems) > SHOWN else []
-        raise ValueError("\n".join(problems[:SHOWN] + rest))
+        raise BadInput("\n".join(problems[:SHOWN] + rest))
 
 
 def brief(value: object) -> str:

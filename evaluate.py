@@ -45,6 +45,7 @@ from pathlib import Path
 
 import torch
 
+from common import BadInput
 from data import scenes
 from data.check import check_records
 from data.processor import Processor
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.out:
             write_jsonl(args.out, [result])
         print(table(result))
-    except (ValueError, OSError) as error:
+    except (BadInput, OSError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 

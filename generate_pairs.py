@@ -62,6 +62,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from common import BadInput
 from data import scenes
 from data.check import check_records
 from data.corrupt import STEPS
@@ -231,26 +232,26 @@ def _detector(text: str) -> str:
 
 
 def check(arguments: argparse.Namespace, records: list[dict]) -> None:
-    """Refuse what could not be done or written in the end. Raises ValueError."""
+    """Refuse what could not be done or written in the end. Raises BadInput."""
     parquet = arguments.out.suffix == ".parquet"
     if parquet and arguments.format != "trl":
-        raise ValueError(f"{arguments.out}: a Parquet file is written with --format trl")
+        raise BadInput(f"{arguments.out}: a Parquet file is written with --format trl")
     if parquet and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{arguments.out}: Parquet needs pyarrow (pip install pyarrow)")
+        raise BadInput(f"{arguments.out}: Parquet needs pyarrow (pip install pyarrow)")
     if arguments.format == "trl" and not parquet and any(r["image"].startswith("scene:") for r in records):
-        raise ValueError(f"{arguments.out}: scenes have no files to point to; write a .parquet file")
+        raise BadInput(f"{arguments.out}: scenes have no files to point to; write a .parquet file")
     if arguments.dilation % 2 == 0:
-        raise ValueError(f"--dilation {arguments.dilation}: must be odd, so that the square has a middle")
+        raise BadInput(f"--dilation {arguments.dilation}: must be odd, so that the square has a middle")
     photographs = not all(record["image"].startswith("scene:") for record in records)
     options = Options(judge=arguments.judge, sentence_model=arguments.sentence_model)
     if arguments.clip is None and photographs and needs_clip(arguments.method, options):
-        raise ValueError(f"{arguments.method} of photographs needs --clip DIR: the embedded CLIP knows scenes only")
+        raise BadInput(f"{arguments.method} of photographs needs --clip DIR: the embedded CLIP knows scenes only")
     if arguments.author != "policy" and (arguments.method not in STARTS_FROM_CHOSEN
                                          or any("chosen" in record for record in records)):
-        raise ValueError(f"--author writes chosen answers that are not given, for {', '.join(STARTS_FROM_CHOSEN)}")
+        raise BadInput(f"--author writes chosen answers that are not given, for {', '.join(STARTS_FROM_CHOSEN)}")
     for role in ("judge", "writer", "author"):
         if is_url(getattr(arguments, role)) != bool(getattr(arguments, f"{role}_model")):
-            raise ValueError(f"--{role} URL and --{role}-model NAME belong together")
+            raise BadInput(f"--{role} URL and --{role}-model NAME belong together")
 
 
 def read_input(arguments: argparse.Namespace) -> tuple[str, list[dict], Path]:
@@ -262,7 +263,7 @@ def read_input(arguments: argparse.Namespace) -> tuple[str, list[dict], Path]:
     hints = {"rejected": "say --images where there are no pairs"}
     data = load_data(file, needs=("rejected",) if arguments.pairs else (), hints=hints)
     if arguments.images and "rejected" in data.records[0]:
-        raise ValueError(f"{file}: holds preference pairs: say --pairs")
+        raise BadInput(f"{file}: holds preference pairs: say --pairs")
     return "pairs" if arguments.pairs else "images", data.records, data.root
 
 
@@ -279,7 +280,7 @@ def start_processes() -> Share:
 def run(arguments: argparse.Namespace) -> dict | None:
     """Read, load, make, write; returns the report, None in processes other than the first.
 
-    Raises ValueError on bad input, files first, and ConnectionError when a server cannot be reached.
+    Raises BadInput on bad input, files first, and ConnectionError when a server cannot be reached.
     """
     kind, records, root = read_input(arguments)
     check(arguments, records)
@@ -294,7 +295,7 @@ def run(arguments: argparse.Namespace) -> dict | None:
     made, report = found
     if not made:
         forget(arguments.out)
-        raise ValueError(f"no pair could be made, nothing is written; dropped: {report['dropped']}")
+        raise BadInput(f"no pair could be made, nothing is written; dropped: {report['dropped']}")
     made = relocate(made, root, arguments.out.parent)
     write(arguments.out, made, arguments.format)
     forget(arguments.out)
@@ -325,7 +326,7 @@ def load(arguments: argparse.Namespace, records: list[dict], options: Options) -
 
 
 def check_texts(arguments: argparse.Namespace, records: list[dict], processor: Processor, options: Options) -> None:
-    """Name all records whose texts the model would refuse in the middle. Raises ValueError."""
+    """Name all records whose texts the model would refuse in the middle. Raises BadInput."""
     given = "chosen" in records[0]
     generates = arguments.method == "bdhs" or (arguments.author == "policy" and not given)
     check_records(records, processor, options.root, arguments.pairs or arguments.images or "scenes",
@@ -346,7 +347,7 @@ def main() -> None:
     arguments, start = read_arguments(), time.monotonic()
     try:
         report = run(arguments)
-    except (ValueError, ConnectionError) as error:
+    except (BadInput, ConnectionError) as error:
         print(f"generate_pairs.py: {error}", file=sys.stderr)
         sys.exit(2)
     if report is not None:

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common import BadInput
 from data.batch import BadRecord, collate, look
 from data.mentions import find
 from losses import fisao, ppo
@@ -154,7 +155,7 @@ def fisao_advantages(rollouts: list[Rollout], verifier, state: dict, parts: Simp
     """FiSAO: a reward for each object word, by the verifier, in PPO's token rewards (losses/fisao.py).
 
     Args:
-        verifier: model.verifier.Verifier.
+        verifier: judges.words.Verifier.
         state: holds the `baselines` that `calibrate` measured with the untrained model.
         parts: as for PPO, and `mention_rewards` and `place`.
     The log shows the share of mentions with a reward and, where it is known what the picture shows, the mean
@@ -182,13 +183,13 @@ def fisao_advantages(rollouts: list[Rollout], verifier, state: dict, parts: Simp
 
 
 def read_baselines(path: Path, unit: str) -> dict:
-    """What `losses.fisao.calibrate` measured in an earlier run. ValueError if the file or its unit is not right."""
+    """What `losses.fisao.calibrate` measured in an earlier run. BadInput if the file or its unit is not right."""
     baselines = read_json(path)
     numbers = ("correct", "hallucinated", "low", "high", "std")
     if not isinstance(baselines, dict) or not all(isinstance(baselines.get(k), (int, float)) for k in numbers):
-        raise ValueError(f"{path}: no baselines of fisao, which have {', '.join(numbers)} and unit")
+        raise BadInput(f"{path}: no baselines of fisao, which have {', '.join(numbers)} and unit")
     if baselines.get("unit") != unit:
-        raise ValueError(f"{path}: measured in {baselines.get('unit')!r}, this verifier scores in {unit!r}")
+        raise BadInput(f"{path}: measured in {baselines.get('unit')!r}, this verifier scores in {unit!r}")
     return baselines
 
 
@@ -216,10 +217,10 @@ def standardised(r: Rollout, judge, state: dict) -> Tensor:
 
 
 def scores_of(judge, records: list[dict], texts: list[str], k: int) -> Tensor:
-    """What the judge gives k answers to each record, (M k,). Raises ValueError where it came to no verdict."""
+    """What the judge gives k answers to each record, (M k,). Raises BadInput where it came to no verdict."""
     judged = judge(records, [texts[i : i + k] for i in range(0, len(texts), k)])
     if None in judged:
-        raise ValueError(f"record {records[judged.index(None)]['id']!r}: the judge came to no verdict")
+        raise BadInput(f"record {records[judged.index(None)]['id']!r}: the judge came to no verdict")
     return torch.tensor([float(score.score) for group in judged for score in group])
 
 
@@ -317,7 +318,7 @@ def answers_to(run, records: list[dict], temperature: float) -> list[list[int]]:
 
 
 def readable(run, records: list[dict]) -> list[dict]:
-    """The first of these records whose pictures can be decoded; ValueError of one that cannot, unless the run skips
+    """The first of these records whose pictures can be decoded; BadInput of one that cannot, unless the run skips
     bad records."""
     picked: list[dict] = []
     for record in records:
@@ -328,7 +329,7 @@ def readable(run, records: list[dict]) -> list[dict]:
             picked.append(record)
         except BadRecord as error:
             if run.args.bad_records == "stop":
-                raise ValueError(f"{error}; mend it, or leave it out with --bad-records skip") from None
+                raise BadInput(f"{error}; mend it, or leave it out with --bad-records skip") from None
     return picked
 
 
@@ -364,10 +365,10 @@ def fisao_baselines(run) -> dict:
         return read_baselines(path, run.helper.unit)
     picked = readable(run, [record for record in run.records if run.helper.known(record["image"])])
     if not picked:
-        raise ValueError("fisao measures its baselines on pictures whose objects are known, and of none of these they"
-                         " are: give --objects FILE, or the --baselines FILE of another run")
+        raise BadInput("fisao measures its baselines on pictures whose objects are known, and of none of these they"
+                       " are: give --objects FILE, or the --baselines FILE of another run")
     found = run.helper([record["image"] for record in picked], answers_to(run, picked, run.args.temperature))
     known = found.correct >= 0
     if not known.any():
-        raise ValueError(f"fisao finds no known object word in {len(picked)} answers of the model")
+        raise BadInput(f"fisao finds no known object word in {len(picked)} answers of the model")
     return fisao.calibrate(found.scores[known], found.correct[known] == 1, unit=run.helper.unit)

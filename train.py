@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 import evaluate
 import reinforce
-from common import read_json, versions
+from common import BadInput, read_json, versions
 from data import scenes
 from data.batch import BadRecord, Batch, MicroBatches, collate, fields_of, with_seeds, without_bad
 from data.check import check_records
@@ -68,6 +68,14 @@ from data.formats import Data, load
 from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
 from data.templates import TEMPLATES
+from judges.ask import Server, server_model
+from judges.clip import clip_judge, clip_similarity
+from judges.compare import model_judge
+from judges.known import KnownObjects
+from judges.reward import reward_judge
+from judges.scene import judge_scene
+from judges.scores import one_by_one
+from judges.words import Verifier
 from losses import (
     adavip,
     bdhs,
@@ -84,7 +92,6 @@ from losses import (
     sft,
     slic,
 )
-from metrics.questions import KnownObjects
 from metrics.score_plot import write_histograms
 from model import reference
 from model.adapters import save_adapters
@@ -107,13 +114,8 @@ from model.training import (
     save_checkpoint,
     update,
 )
-from model.verifier import Verifier
 from pairs import online
-from pairs.ask import Server, server_model
-from pairs.judge import model_judge
 from pairs.methods import METHODS, make_pairs
-from pairs.rank import clip_judge, judge_scene, one_by_one
-from pairs.realign import clip_similarity
 
 
 class Recipe(typing.NamedTuple):
@@ -325,7 +327,7 @@ def meaning(recipe: Recipe, option: str) -> str:
 
 def tuned_settings(model: Path, recipe: Recipe) -> dict[str, object]:
     """What train.json of the model's folder says about the options of this loss: those for all, then those for its
-    functions. Raises ValueError when it is no table of numbers."""
+    functions. Raises BadInput when it is no table of numbers."""
     if not (model / TUNED).is_file():
         return {}
     given = read_json(model / TUNED)
@@ -334,13 +336,13 @@ def tuned_settings(model: Path, recipe: Recipe) -> dict[str, object]:
         own = given.get(function.__name__, {})
         found |= own if isinstance(own, dict) else {function.__name__: own}
     if bad := [name for name, value in found.items() if type(value) not in (int, float)]:
-        raise ValueError(f"{model / TUNED}: {bad[0]} is to be a number")
+        raise BadInput(f"{model / TUNED}: {bad[0]} is to be a number")
     own = {"lr", "steps", *loss_options(*recipe.functions)}
     return {name: value for name, value in found.items() if name in own}
 
 
 def check_ranges(args: argparse.Namespace) -> None:
-    """Refuse numbers outside RANGES, NaN among them. Raises ValueError."""
+    """Refuse numbers outside RANGES, NaN among them. Raises BadInput."""
     intervals = {option: interval for interval, options in RANGES.items() for option in options.split()}
     names = [function.__name__ for function in LOSSES[args.loss].functions]
     for name, value in vars(args).items():
@@ -352,65 +354,65 @@ def check_ranges(args: argparse.Namespace) -> None:
         ends = {low} if interval[0] == "[" else set()
         ends |= {high} if interval[-1] == "]" else set()
         if not (low < value < high or value in ends):
-            raise ValueError(f"--{name.replace('_', '-')} must be in {interval}, not {value}")
+            raise BadInput(f"--{name.replace('_', '-')} must be in {interval}, not {value}")
 
 
 def check(args: argparse.Namespace, world: int) -> None:
-    """Refuse impossible settings before anything is loaded. Raises ValueError."""
+    """Refuse impossible settings before anything is loaded. Raises BadInput."""
     check_ranges(args)
     if args.micro_batch_size is None:
         args.micro_batch_size = max(1, args.batch_size // world)
     if args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
     if args.batch_size % (world * args.micro_batch_size):
-        raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {world} processes"
-                         f" x micro-batch {args.micro_batch_size}")
+        raise BadInput(f"--batch-size {args.batch_size} is not a multiple of {world} processes"
+                       f" x micro-batch {args.micro_batch_size}")
     parts = args.batch_size // (world * args.micro_batch_size)
     if parts % getattr(args, "minibatches", 1):
-        raise ValueError(f"--minibatches {args.minibatches} does not divide the {parts} micro-batches"
-                         " of a process")
+        raise BadInput(f"--minibatches {args.minibatches} does not divide the {parts} micro-batches"
+                       " of a process")
     if args.pairs and (args.data or not LOSSES[args.loss].pairs):
-        raise ValueError("--pairs is for losses that learn from pairs, where there is no --data")
+        raise BadInput("--pairs is for losses that learn from pairs, where there is no --data")
     if args.data is None and args.scenes > SCENES_OF_A_SEED:
-        raise ValueError(f"--scenes {args.scenes} is more than the {SCENES_OF_A_SEED} of a seed")
+        raise BadInput(f"--scenes {args.scenes} is more than the {SCENES_OF_A_SEED} of a seed")
     if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with what --out holds, --overwrite replaces it: which of them?")
+        raise BadInput("--resume goes on with what --out holds, --overwrite replaces it: which of them?")
     if args.resume and not any((args.out / name).is_file() for name in (CHECKPOINT, PREVIOUS)):
-        raise ValueError(f"--resume: there is no {args.out / CHECKPOINT}")
+        raise BadInput(f"--resume: there is no {args.out / CHECKPOINT}")
     if getattr(args, "judge", "") == "reward" and not args.reward:
-        raise ValueError("--judge reward needs --reward DIR; python train.py --loss reward_model makes one")
+        raise BadInput("--judge reward needs --reward DIR; python train.py --loss reward_model makes one")
     if getattr(args, "judge", "") == "scene" and LOSSES[args.loss].advantages:
-        raise ValueError("--judge scene compares answers, it does not score them: reinforcement needs another")
+        raise BadInput("--judge scene compares answers, it does not score them: reinforcement needs another")
     if getattr(args, "judge", "") == "server" and not (args.server and args.server_model):
-        raise ValueError("--judge server needs --server URL and --server-model NAME")
+        raise BadInput("--judge server needs --server URL and --server-model NAME")
     if args.reference_cache and not uses_reference(LOSSES[args.loss]):
-        raise ValueError(f"--reference-cache: {args.loss} has no reference")
+        raise BadInput(f"--reference-cache: {args.loss} has no reference")
     if getattr(args, "offline", 0) and not LOSSES[args.loss].pairs:
-        raise ValueError(f"--offline {args.offline}: {args.loss} has no given pairs, mixed_dpo does")
+        raise BadInput(f"--offline {args.offline}: {args.loss} has no given pairs, mixed_dpo does")
     looks = getattr(args, "judge", "clip") == "clip"  # fisao and bdhs_online have no judge, and a CLIP
     if "clip_model" in args and looks and args.clip_model is None:
-        raise ValueError(f"{args.loss} needs --clip-model DIR: the embedded CLIP knows scenes only")
+        raise BadInput(f"{args.loss} needs --clip-model DIR: the embedded CLIP knows scenes only")
     for name in ("objects", "baselines"):
         if (path := getattr(args, name, None)) and not path.is_file():
-            raise ValueError(f"--{name} {path}: no such file")
+            raise BadInput(f"--{name} {path}: no such file")
     fixed = not (LOSSES[args.loss].online or LOSSES[args.loss].advantages)
     if args.reference_cache and (not fixed or any(":" in s[0] for s in LOSSES[args.loss].sequences.values())):
-        raise ValueError(f"--reference-cache: what {args.loss} scores is drawn anew at every step")
+        raise BadInput(f"--reference-cache: what {args.loss} scores is drawn anew at every step")
 
 
 def check_places(args: argparse.Namespace) -> None:
-    """Refuse an --out that holds an earlier run, and places that cannot be written. Raises ValueError."""
+    """Refuse an --out that holds an earlier run, and places that cannot be written. Raises BadInput."""
     earlier = [name for name in (CHECKPOINT, PREVIOUS, "result.json", "model") if (args.out / name).exists()]
     if earlier and not (args.resume or args.overwrite):
-        raise ValueError(f"{args.out} holds {earlier[0]} of an earlier run: choose another --out, go on with"
-                         " --resume or replace it with --overwrite")
+        raise BadInput(f"{args.out} holds {earlier[0]} of an earlier run: choose another --out, go on with"
+                       " --resume or replace it with --overwrite")
     for folder in (args.out, *([args.reference_cache.parent] if args.reference_cache else [])):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             reason = "a file is there" if folder.is_file() else error.strerror
-            raise ValueError(f"{folder}: cannot write into this folder ({reason})") from None
+            raise BadInput(f"{folder}: cannot write into this folder ({reason})") from None
 
 
 # ------------------------------------------------------------------------------------------------ set-up
@@ -469,8 +471,8 @@ def find_records(args, recipe: Recipe, model, processor, rank: int, world: int) 
     elif rank == 0:
         print(f"--data {path}: {len(data.records):,} records, read as {data.format}", flush=True)
     if len(data.records) < args.batch_size:
-        raise ValueError(f"{path}: {len(data.records)} records are fewer than one batch of {args.batch_size}"
-                         " (--batch-size)")
+        raise BadInput(f"{path}: {len(data.records)} records are fewer than one batch of {args.batch_size}"
+                       " (--batch-size)")
     return data.records, data.root
 
 
@@ -500,7 +502,7 @@ def read_records(path: Path, recipe: Recipe) -> Data:
 
 
 def check_texts(args, recipe: Recipe, processor, data: Data, path: Path, rank: int) -> None:
-    """Name all records that the tokenizer or the decoder's window would refuse later. Raises ValueError."""
+    """Name all records that the tokenizer or the decoder's window would refuse later. Raises BadInput."""
     samples = recipe.online or recipe.advantages
     about = dict(root=data.root, source=path, progress="checking texts" * (rank == 0))
     check_records(data.records, processor, **about, sequences=recipe.sequences if recipe.pairs else None,
@@ -528,7 +530,7 @@ def make_judge(args, model, processor, root: Path):
     if args.judge == "reward":
         half = torch.bfloat16 if args.precision == "bf16" else None
         reward = load_reward_model(args.reward, half or torch.float32, model.device, autocast=half)
-        return online.reward_judge(reward, reward_processor(args), root)
+        return reward_judge(reward, reward_processor(args), root)
     server = server_model(Server(args.server, args.server_model), cache=args.out / "replies", root=root)
     return model_judge(server, seed=args.seed)
 
@@ -537,7 +539,7 @@ def reward_processor(args) -> Processor:
     """How the reward model of --reward reads pictures and texts."""
     config = read_json(args.reward / "config.json")
     if not all(isinstance(config.get(key, 0), str | None) for key in ("template", "aspect")):
-        raise ValueError(f"{args.reward / 'config.json'}: template and aspect are to be names, or null")
+        raise BadInput(f"{args.reward / 'config.json'}: template and aspect are to be names, or null")
     return Processor(args.reward / "model", template=config["template"], aspect=config["aspect"])
 
 
@@ -734,9 +736,9 @@ def of_all(bad: list[BadRecord], world: int) -> list[BadRecord]:
 
 
 def refuse(args, bad: list[BadRecord], advice: str = "mend it, or leave it out with --bad-records skip") -> None:
-    """With --bad-records stop, raise one ValueError that lists these records and says how to go on."""
+    """With --bad-records stop, raise one BadInput that lists these records and says how to go on."""
     if bad and args.bad_records == "stop":
-        raise ValueError("\n".join(map(str, bad)) + f"; {advice}")
+        raise BadInput("\n".join(map(str, bad)) + f"; {advice}")
 
 
 def draw(run: Run, loader, parts: int) -> tuple[list, list[BadRecord]]:
@@ -756,23 +758,23 @@ def replaced(run: Run, bad: list[BadRecord]) -> bool:
 
 
 def keep(run: Run, done: int, norm: torch.Tensor | None, config: dict, log: Log) -> None:
-    """Save a checkpoint; ValueError when the last gradient, the same in every process, was not finite. A collective
+    """Save a checkpoint; BadInput when the last gradient, the same in every process, was not finite. A collective
     call."""
     if norm is not None and not math.isfinite(norm.item()):
-        raise ValueError(f"step {done}: the gradient is not finite; {run.args.out / CHECKPOINT} keeps the last good"
-                         " state")
+        raise BadInput(f"step {done}: the gradient is not finite; {run.args.out / CHECKPOINT} keeps the last good"
+                       " state")
     unfinished = log.unfinished()
     if run.rank == 0:
         save_checkpoint(run.args.out, run, done, config, unfinished)
 
 
 def give_up(run: Run, bad: list[BadRecord], path: Path, done: int) -> None:
-    """Raise ValueError in all processes, once the first has saved the checkpoint."""
+    """Raise BadInput in all processes, once the first has saved the checkpoint."""
     if run.world > 1:
         dist.barrier()  # torchrun ends all as soon as one has failed
     refuse(run.args, bad, f"{path} holds the {done} finished steps: go on with --resume, and with the image mended"
                           " or --bad-records skip")
-    raise ValueError(f"none of the {len(run.records)} records can be used; {bad[-1]}")
+    raise BadInput(f"none of the {len(run.records)} records can be used; {bad[-1]}")
 
 
 def step_figures(run: Run, norm: torch.Tensor, done: int) -> dict[str, float]:
@@ -869,7 +871,7 @@ def table(before: dict[str, float], after: dict[str, float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """From the command line to --out; 0 when finished, 1 when interrupted. Raises ValueError on bad input."""
+    """From the command line to --out; 0 when finished, 1 when interrupted. Raises BadInput on bad input."""
     args, started = read_arguments(argv), time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(args, world)  # before processes wait for each other
@@ -928,5 +930,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, ConnectionError) as error:
-        sys.exit(f"train.py: {error}")
+    except (BadInput, ConnectionError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)

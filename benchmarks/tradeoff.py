@@ -9,11 +9,12 @@ the start's captions, cut after their first sentences.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
+
+from common import written_whole
 
 WIDTH, HEIGHT = 860, 560
 LEFT, RIGHT, TOP, BOTTOM = 60, 30, 46, 50  # margins
@@ -66,10 +67,8 @@ def write_tradeoff(path: str | Path, points: Mapping[str, Point], cuts: Sequence
     parts.append(_text(LEFT + 632, 26, "start, captions cut short"))
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
             f' font-family="sans-serif" font-size="11"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>')
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join([head, *parts, "</svg>", ""]), encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text("\n".join([head, *parts, "</svg>", ""]), encoding="utf-8")
 
 
 def label_places(marks: Sequence[tuple[float, float]], names: Sequence[str]) -> list[tuple[float, float]]:

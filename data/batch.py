@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common import BadInput
 from data.corrupt import add_noise, crop
 from data.images import View, open_image, stack
 from data.processor import Processor
@@ -29,7 +30,7 @@ from losses.dpo_weighted import changed_tokens
 from model.logprobs import Packed, Sequence, pack
 
 
-class BadRecord(ValueError):
+class BadRecord(BadInput):
     """A record that cannot be used, and why."""
 
     def __init__(self, name: str, reason: str):
@@ -123,7 +124,7 @@ def _look(views: dict, record: dict, picture: str, processor: Processor, root, s
     if key not in views:
         try:
             views[key] = _open(reference, change, processor, root, seed)
-        except ValueError as error:
+        except BadInput as error:
             raise BadRecord(record["id"], str(error)) from None
     return key
 
@@ -139,7 +140,7 @@ def _response(record: dict, response_field: str, processor: Processor) -> tuple[
     answer = record[response_field]
     try:
         return tuple(processor.response(answer) if isinstance(answer, str) else answer)
-    except ValueError as error:
+    except BadInput as error:
         raise BadRecord(record["id"], str(error)) from None
 
 
@@ -147,7 +148,7 @@ def _prompt(record: dict, view: View, processor: Processor) -> tuple[int, ...]:
     """The prompt's ids, with one image token for each row of the picture."""
     try:
         ids = processor.prompt(record["prompt"], len(view.rows))
-    except ValueError as error:
+    except BadInput as error:
         raise BadRecord(record["id"], str(error)) from None
     if ids.count(processor.image_id) != len(view.rows):
         raise BadRecord(record["id"], f"{ids.count(processor.image_id)} image tokens in the prompt, "
@@ -159,7 +160,7 @@ def look(record: dict, root: Path | str | None = None) -> None:
     """Decode the picture that the record is about. Raises BadRecord when that fails."""
     try:
         open_image(record["image"], root)
-    except ValueError as error:
+    except BadInput as error:
         raise BadRecord(record["id"], str(error)) from None
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import refuse
+from common import BadInput, refuse
 from data.processor import Processor
 
 
@@ -24,7 +24,7 @@ def check_records(
     records: Iterable[dict], processor: Processor, root: Path | str | None, source: Path | str, *,
     sequences: Mapping[str, tuple] | None = None, end: bool = False, new_tokens: int = 0, progress: str = "",
 ) -> None:
-    """Raise one ValueError that lists records as `source: record ID: reason`, if there are any to list.
+    """Raise one BadInput that lists records as `source: record ID: reason`, if there are any to list.
 
     Args:
         root: folder that relative paths of pictures start from.
@@ -58,7 +58,7 @@ def problems_of(
         try:
             ids = processor.prompt(record[field], 0) if field == "prompt" else processor.response(record[field])
             lengths[field] = len(ids)
-        except ValueError as error:
+        except BadInput as error:
             found[f"{field!r}: {error}"] = True
     if found:
         return list(found)

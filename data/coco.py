@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import brief, refuse
+from common import BadInput, brief, refuse
 from data.names import as_id
 
 LISTS = ("images", "categories", "annotations")
@@ -39,7 +39,7 @@ class Instances(NamedTuple):
 
 
 def read_instances(data: dict, path: Path | str) -> Instances:
-    """The content of a file (`common.read_json`), but for masks. Raises ValueError naming the bad entries: lists,
+    """The content of a file (`common.read_json`), but for masks. Raises BadInput naming the bad entries: lists,
     ids or names that are absent, of another type or given twice, annotations of unknown images or classes."""
     refuse(f"{path}: not an instances file of COCO: {key!r} must be a list of objects" for key in LISTS
            if not isinstance(data.get(key), list) or not set(map(type, data[key])) <= {dict})  # fmt: skip
@@ -83,7 +83,7 @@ def _named(row: dict) -> str:
 
 
 def check_masks(found: Instances, path: Path | str, box_masks: bool = True) -> None:
-    """Raises ValueError naming the pictures without a size and the annotations that `mask_of` would refuse."""
+    """Raises BadInput naming the pictures without a size and the annotations that `mask_of` would refuse."""
     refuse(f"{path}: {problem}" for problem in _mask_problems(found, box_masks))
 
 
@@ -96,7 +96,7 @@ def _mask_problems(found: Instances, box_masks: bool) -> Iterator[str]:
         for _, row in found.annotations[key]:
             try:
                 _shape(segmentation_of(row, box_masks), height, width)
-            except ValueError as error:
+            except BadInput as error:
                 yield f"{_named(row)}: {error}"
 
 
@@ -105,20 +105,20 @@ def segmentation_of(row: dict, box_masks: bool = True) -> object:
 
     Args:
         box_masks: reconstructed: where there is none (the key is absent, null or an empty list), the box is the
-            polygon. The mask then holds more than the object, but surely the object. False: ValueError.
+            polygon. The mask then holds more than the object, but surely the object. False: BadInput.
     """
     segmentation = row.get("segmentation")
     if segmentation not in (None, []):
         return segmentation
     box = row.get("bbox")
     if not box_masks or not _numbers(box) or len(box) != 4 or min(box[2:]) <= 0:
-        raise ValueError(f"no segmentation, bbox {brief(box)}" if box_masks else "no segmentation")
+        raise BadInput(f"no segmentation, bbox {brief(box)}" if box_masks else "no segmentation")
     left, top, width, height = box
     return [[left, top, left + width, top, left + width, top + height, left, top + height]]
 
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> Tensor:
-    """Polygons or run lengths -> (H, W) bool. ValueError if it is neither, or is of another size."""
+    """Polygons or run lengths -> (H, W) bool. BadInput if it is neither, or is of another size."""
     shape = _shape(segmentation, height, width)
     if isinstance(segmentation, list):
         mask = np.zeros((height, width), bool)
@@ -134,10 +134,10 @@ def _shape(segmentation: object, height: int, width: int) -> list:
     if isinstance(segmentation, dict):
         return _runs(segmentation, height, width)
     if not isinstance(segmentation, list) or not all(map(_numbers, segmentation)):
-        raise ValueError(f"segmentation {brief(segmentation)}: a list of polygons or run lengths are wanted")
+        raise BadInput(f"segmentation {brief(segmentation)}: a list of polygons or run lengths are wanted")
     for polygon in segmentation:
         if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(f"polygon of {len(polygon)} numbers: x and y of three corners or more are wanted")
+            raise BadInput(f"polygon of {len(polygon)} numbers: x and y of three corners or more are wanted")
     return segmentation
 
 
@@ -151,23 +151,23 @@ def _runs(segmentation: dict, height: int, width: int) -> list[int]:
     counts, size = segmentation.get("counts"), segmentation.get("size")
     runs = _uncompress(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not set(map(type, runs)) <= {int} or min(runs, default=0) < 0:
-        raise ValueError(f"counts {brief(counts)}: no run lengths")
+        raise BadInput(f"counts {brief(counts)}: no run lengths")
     if size != [height, width] or sum(runs) != height * width:
-        raise ValueError(f"run lengths {brief(size)} of {brief(sum(runs))} pixels for a picture of "
-                         f"{height} x {width}")
+        raise BadInput(f"run lengths {brief(size)} of {brief(sum(runs))} pixels for a picture of "
+                       f"{height} x {width}")
     return runs
 
 
 def _uncompress(counts: str) -> list[int]:
-    """COCO's string -> run lengths. ValueError where it is none."""
+    """COCO's string -> run lengths. BadInput where it is none."""
     bits = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
     if not len(bits) or bits.min() < 0 or bits.max() > 63 or bits[-1] & 32:
-        raise ValueError(f"counts {brief(counts)}: no run lengths")
+        raise BadInput(f"counts {brief(counts)}: no run lengths")
     last = np.flatnonzero(bits < 32)  # where numbers end
     first = np.append(0, last[:-1] + 1)
     place = np.arange(len(bits)) - np.repeat(first, last - first + 1)  # within its number
     if place.max() > 9:  # no picture has as many pixels
-        raise ValueError(f"counts {brief(counts)}: no run lengths")
+        raise BadInput(f"counts {brief(counts)}: no run lengths")
     runs = np.add.reduceat((bits & 31) << 5 * place, first)
     runs -= (bits[last] & 16) << 5 * place[last] + 1  # negative
     for start in (1, 2):

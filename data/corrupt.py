@@ -40,6 +40,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from common import BadInput
+
 STEPS = 1000
 
 
@@ -63,9 +65,9 @@ def add_noise(image: Image.Image, step: int = 500, seed: int = 0, overflow: str 
         overflow: what becomes of values outside [0, 1]: "clamp", or "wrap" as in POVID's code.
     """
     if not 0 <= step < STEPS:
-        raise ValueError(f"noise step {step}: want 0 .. {STEPS - 1}")
+        raise BadInput(f"noise step {step}: want 0 .. {STEPS - 1}")
     if overflow not in ("clamp", "wrap"):
-        raise ValueError(f"overflow {overflow!r}: want 'clamp' or 'wrap'")
+        raise BadInput(f"overflow {overflow!r}: want 'clamp' or 'wrap'")
     pixels = to_pixels(image)  # (3, H, W)
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
     share = float(signal_shares()[step])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from PIL import Image
+
+from common import written_whole
 
 
 def file_name(name: str) -> str:
@@ -28,16 +29,7 @@ def store(image: Image.Image, folder: Path, name: str, root: Path | None = None)
 
     Returns the reference of the file, relative to `root`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name(name)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG")
-        os.chmod(temporary, 0o644)  # mkstemp makes it private to the user
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    path = Path(folder) / file_name(name)
+    with written_whole(path) as temporary:
+        image.save(temporary, format="PNG")
     return os.path.relpath(path, root or ".")

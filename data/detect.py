@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import read_json
+from common import BadInput, read_json
 from data.coco import check_masks, decode_mask, read_instances, segmentation_of
 from data.corrupt import to_pixels
 from data.names import Names
@@ -73,7 +73,7 @@ def mask_rcnn(weights: Path | str | None = None, *, min_score: float = 0.5, min_
         min_score: reconstructed: detections that are less certain are dropped.
         min_mask: reconstructed: probability from which on a pixel belongs to the object.
 
-    Raises ValueError naming a file that does not fit.
+    Raises BadInput naming a file that does not fit.
     """
     from torchvision.models import detection  # takes seconds, and only this function needs it
 
@@ -90,7 +90,7 @@ def mask_rcnn(weights: Path | str | None = None, *, min_score: float = 0.5, min_
             model.load_state_dict(state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{weights}: not Mask R-CNN's weights ({reason})") from None
+            raise BadInput(f"{weights}: not Mask R-CNN's weights ({reason})") from None
     return torchvision_detector(model.to(device).eval(), published.meta["categories"], min_score, min_mask)
 
 
@@ -125,7 +125,7 @@ def coco_instances(path: Path | str, *, box_masks: bool = True) -> Detect:
             out would still be in the picture that shall lack it; a box takes some surroundings away with it.
             False: such a file is refused.
 
-    Raises ValueError naming everything that is wrong with the file; the detector does for a picture that is not in
+    Raises BadInput naming everything that is wrong with the file; the detector does for a picture that is not in
     it, may be several, or has another size.
     """
     found = read_instances(read_json(path), path)
@@ -136,11 +136,11 @@ def coco_instances(path: Path | str, *, box_masks: bool = True) -> Detect:
     def detect(reference: str, image: Image.Image) -> list[Detection]:
         name = names.find(reference)
         if name is None:
-            raise ValueError(f"{path}: no picture {PurePosixPath(reference).name}")
+            raise BadInput(f"{path}: no picture {PurePosixPath(reference).name}")
         entry = found.images[ids[name]]
         if image.size != (entry["width"], entry["height"]):
-            raise ValueError(f"{path}: {name} is {image.width} x {image.height} pixels, the file says "
-                             f"{entry['width']} x {entry['height']}")
+            raise BadInput(f"{path}: {name} is {image.width} x {image.height} pixels, the file says "
+                           f"{entry['width']} x {entry['height']}")
         objects = [(label, decode_mask(segmentation_of(row), image.height, image.width))
                    for label, row in found.annotations[ids[name]]]
         return [Detection(label, 1.0, box_of(mask), mask) for label, mask in objects]

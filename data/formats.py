@@ -50,7 +50,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from common import parse_json
+from common import BadInput, parse_json, written_whole
 from data.images import open_image
 from data.records import Row, brief, collect, json_rows, relocate, without_mark, write_jsonl
 
@@ -81,12 +81,12 @@ def load(path: Path | str, format: str | None = None, root: Path | str | None = 
         answers: keep the answers; without them, all records are image records of `id`, `image` and `prompt`.
         images: folder for pictures that the file carries; None: beside it.
 
-    Returns pair records or image records (of rows without a rejected answer) in file order. Raises one ValueError
+    Returns pair records or image records (of rows without a rejected answer) in file order. Raises one BadInput
     that counts all bad rows and lists the first as `file:row: reason`.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}, there are {', '.join(FORMATS)}")
+        raise BadInput(f"unknown format {format!r}, there are {', '.join(FORMATS)}")
     root = Path(root) if root is not None else path if path.is_dir() else path.parent
     rows, first = _rows(path), []
     while format is None and (row := next(rows, None)):
@@ -111,16 +111,16 @@ def write(path: Path | str, records: list[dict], format: str = "plumbline",
         records: for "trl" pair records.
         root: folder that relative paths of pictures start from; None is that of the file. In Plumbline's file they
             start from its own folder.
-    Raises ValueError naming what cannot be written.
+    Raises BadInput naming what cannot be written.
     """
     path = Path(path)
     root = Path(root) if root is not None else path.parent
     if format not in WRITTEN:
-        raise ValueError(f"cannot write format {format!r}, only {' and '.join(WRITTEN)}")
+        raise BadInput(f"cannot write format {format!r}, only {' and '.join(WRITTEN)}")
     if format == "plumbline" and path.suffix == ".parquet":
-        raise ValueError(f"{path}: a Parquet file is written with --format trl")
+        raise BadInput(f"{path}: a Parquet file is written with --format trl")
     if format == "trl" and any(record.get("rejected") is None for record in records):
-        raise ValueError(f"{path}: TRL's columns are for pairs, not all records have a rejected answer")
+        raise BadInput(f"{path}: TRL's columns are for pairs, not all records have a rejected answer")
     if format == "plumbline":
         write_jsonl(path, relocate(records, root, path.parent))
     elif path.suffix == ".parquet":
@@ -131,13 +131,13 @@ def write(path: Path | str, records: list[dict], format: str = "plumbline",
 
 
 def detect(row: dict, where: str = "row") -> str:
-    """Name of the format that a row's keys show. ValueError when none fits."""
+    """Name of the format that a row's keys show. BadInput when none fits."""
     filled = {key: value for key, value in row.items() if value is not None}
     for name, format in FORMATS.items():
         if format.fits(filled):
             return name
     keys = ", ".join(brief(key) for key in list(row)[:12]) + ", ..." * (len(row) > 12)
-    raise ValueError(f"{where}: the keys {keys} are those of no known format ({', '.join(FORMATS)})")
+    raise BadInput(f"{where}: the keys {keys} are those of no known format ({', '.join(FORMATS)})")
 
 
 # Rows of a file
@@ -146,14 +146,14 @@ def detect(row: dict, where: str = "row") -> str:
 def _rows(path: Path) -> Iterator[Row]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{path}: a folder without .parquet files")
+        raise BadInput(f"{path}: a folder without .parquet files")
     for file in files:
         yield from _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
 
 
 def _parquet_rows(path: Path, batch: int = 64) -> Iterator[Row]:
     if not path.is_file():
-        raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
+        raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
     parquet = _parquet(path)
     number = 0
     try:
@@ -163,15 +163,15 @@ def _parquet_rows(path: Path, batch: int = 64) -> Iterator[Row]:
                 yield f"{path}:{number}", row, []
     except Exception as error:  # pyarrow's own, Python's on texts that are no UTF-8, and others on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: not a readable Parquet file, behind row {number} ({reason})") from None
+        raise BadInput(f"{path}: not a readable Parquet file, behind row {number} ({reason})") from None
 
 
 def _parquet(path: Path):
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ValueError(f"{path}: Parquet needs pyarrow, which is not installed "
-                         "(pip install pyarrow)") from None
+        raise BadInput(f"{path}: Parquet needs pyarrow, which is not installed "
+                       "(pip install pyarrow)") from None
     return parquet
 
 
@@ -190,7 +190,7 @@ def _convert(rows: Iterable[Row], format: str | None, root: Path, answers: bool,
                     row = _named({key: value for key, value in row.items() if value is not None}, where, names)
                 if not answers:
                     row = {key: value for key, value in row.items() if key not in ANSWERS}
-            except ValueError as error:
+            except BadInput as error:
                 row, reasons = None, [str(error)]
         yield where, row, reasons
 
@@ -205,7 +205,7 @@ class Pictures:
     def __call__(self, value: object) -> str:
         if isinstance(value, list):
             if len(value) > 1:
-                raise ValueError(f"{len(value)} pictures; a record has one")
+                raise BadInput(f"{len(value)} pictures; a record has one")
             value = value[0] if value else None
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -217,9 +217,9 @@ class Pictures:
         if isinstance(value, bytes):
             return self._save(value)
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"the picture must be a path or bytes, found {type(value).__name__}")
+            raise BadInput(f"the picture must be a path or bytes, found {type(value).__name__}")
         if not value or not value.strip():
-            raise ValueError("no picture: 'image' is missing or empty")
+            raise BadInput("no picture: 'image' is missing or empty")
         return value
 
     def _save(self, data: bytes) -> str:
@@ -228,19 +228,17 @@ class Pictures:
             with Image.open(io.BytesIO(data)) as image:
                 kind = (image.format or "").lower()
         except UnidentifiedImageError:
-            raise ValueError("its picture is not readable (no format that Pillow knows)") from None
+            raise BadInput("its picture is not readable (no format that Pillow knows)") from None
         except Exception as error:  # Pillow's readers raise almost anything on broken files
-            raise ValueError(f"its picture is not readable ({str(error) or type(error).__name__})") from None
+            raise BadInput(f"its picture is not readable ({str(error) or type(error).__name__})") from None
         path = self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{'jpg' if kind == 'jpeg' else kind}"
         try:
             if not path.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{path.name}.{os.getpid()}")
-                temporary.write_bytes(data)
-                os.replace(temporary, path)
+                with written_whole(path) as temporary:
+                    temporary.write_bytes(data)
         except OSError as error:
-            raise ValueError(f"its picture cannot be stored in {self.folder} ({error.strerror}); python -m"
-                             " data.formats writes records and pictures elsewhere") from None
+            raise BadInput(f"its picture cannot be stored in {self.folder} ({error.strerror}); python -m"
+                           " data.formats writes records and pictures elsewhere") from None
         return os.path.relpath(path, self.root)
 
 
@@ -262,7 +260,7 @@ def _povid(row: dict, picture: Pictures) -> dict:
 def _llama_factory(row: dict, picture: Pictures) -> dict:
     for key in ("system", "history", "tools"):
         if row.get(key):
-            raise ValueError(f"{key!r} is filled: a record is one question and its answers")
+            raise BadInput(f"{key!r} is filled: a record is one question and its answers")
     if "instruction" in row:
         question = "\n".join(_question(row[key]) for key in ("instruction", "input") if row.get(key))
     else:
@@ -279,7 +277,7 @@ def _ms_swift(row: dict, picture: Pictures) -> dict:
     if row.get("rejected_messages") is not None:
         rejected = _same_question(row, "messages", "rejected_messages")
     elif rejected is not None and len(row["messages"]) > 2:
-        raise ValueError("'rejected_response' answers the last of several questions; a record has one")
+        raise BadInput("'rejected_response' answers the last of several questions; a record has one")
     image, other = picture(row.get("images") or row.get("image")), row.get("rejected_images")
     other = picture(other) if other else None
     return {"id": row.get("id"), "image": image, "prompt": question, "chosen": chosen, "rejected": rejected,
@@ -299,7 +297,7 @@ def _rlhf_v(row: dict, picture: Pictures) -> dict:
     except (AttributeError, ValueError):
         texts = None
     if not isinstance(texts, dict):
-        raise ValueError("'text' is not a JSON object of question, chosen and rejected")
+        raise BadInput("'text' is not a JSON object of question, chosen and rejected")
     return {**_rlaif_v({**row, **texts}, picture), "source": {"format": "rlhf-v", **_origin(row)}}
 
 
@@ -345,14 +343,14 @@ WRITTEN = ("plumbline", "trl")
 
 def _question(text: object) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"the question must be a string, found {type(text).__name__}")
+        raise BadInput(f"the question must be a string, found {type(text).__name__}")
     return text.strip()
 
 
 def _turn(messages: object, key: str) -> tuple[str, str | None]:
     """First question of a conversation, and the answer if there is one."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{key!r} is not a conversation of a question and an answer")
+        raise BadInput(f"{key!r} is not a conversation of a question and an answer")
     return (_question(_said(messages[:1], QUESTION, key)),
             _said(messages[1:2], ANSWER, key) if len(messages) > 1 else None)
 
@@ -361,7 +359,7 @@ def _same_question(row: dict, chosen: str, rejected: str) -> str:
     """The rejected answer, to the same question as the chosen one."""
     question, answer = _turn(row.get(rejected), rejected)
     if without_mark(question) != without_mark(_turn(row.get(chosen), chosen)[0]):
-        raise ValueError(f"{chosen!r} and {rejected!r} ask different questions")
+        raise BadInput(f"{chosen!r} and {rejected!r} ask different questions")
     return answer
 
 
@@ -374,20 +372,20 @@ def _said(value: object, roles: tuple[str, str], key: str) -> str:
     """A text, or that of a message or a conversation of one; parts of it that are pictures say nothing."""
     if isinstance(value, list):
         if len(value) != 1:
-            raise ValueError(f"{key!r} has {len(value)} messages, one is wanted")
+            raise BadInput(f"{key!r} has {len(value)} messages, one is wanted")
         value = value[0]
         if not isinstance(value, dict):
-            raise ValueError(f"{key!r}: a message must be an object, found {type(value).__name__}")
+            raise BadInput(f"{key!r}: a message must be an object, found {type(value).__name__}")
     if isinstance(value, dict):
         role = value.get("role", value.get("from"))
         if role not in roles:
-            raise ValueError(f"{key!r}: a message of the {roles[1]} is wanted, found one of {brief(role)}")
+            raise BadInput(f"{key!r}: a message of the {roles[1]} is wanted, found one of {brief(role)}")
         value = value.get("content", value.get("value"))
         if isinstance(value, list):
             parts = [part.get("text") or "" if isinstance(part, dict) else part for part in value]
             value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
     if not isinstance(value, str):
-        raise ValueError(f"{key!r} must be a text, found {type(value).__name__}")
+        raise BadInput(f"{key!r} must be a text, found {type(value).__name__}")
     return value
 
 
@@ -406,7 +404,7 @@ def _named(record: dict, where: str, names: dict[str, int]) -> dict:
     """Give a record an id, unique in its file: its own or the row's number; repeated ones get -2, -3, ..."""
     name = record.get("id", f"row-{where.rpartition(':')[2]}")
     if not isinstance(name, str | int) or isinstance(name, bool):
-        raise ValueError(f"the id must be a string or a whole number, found {type(name).__name__}")
+        raise BadInput(f"the id must be a string or a whole number, found {type(name).__name__}")
     name = base = str(name)
     while name in names:
         names[base] += 1
@@ -434,7 +432,7 @@ def _trl_row(record: dict, picture: Callable[[str], object]) -> dict:
 
 def _absolute(reference: str, root: Path) -> str:
     if reference.startswith("scene:"):
-        raise ValueError(f"{reference}: a drawn picture has no file to point to; write a .parquet file")
+        raise BadInput(f"{reference}: a drawn picture has no file to point to; write a .parquet file")
     return str((root / reference).resolve())
 
 
@@ -466,18 +464,11 @@ def _write_parquet(path: Path, records: list[dict], root: Path, group: int = 64)
     note = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(list(types.items()), metadata=note)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with parquet.ParquetWriter(temporary, schema) as file:
-            for start in range(0, len(records), group):
-                rows = [_trl_row(record, lambda reference: _embedded(reference, root))
-                        for record in records[start : start + group]]
-                file.write_table(pa.Table.from_pylist(rows, schema=schema))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with written_whole(path) as temporary, parquet.ParquetWriter(temporary, schema) as file:
+        for start in range(0, len(records), group):
+            rows = [_trl_row(record, lambda reference: _embedded(reference, root))
+                    for record in records[start : start + group]]
+            file.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
 def main() -> None:
@@ -493,7 +484,7 @@ def main() -> None:
     try:
         data = load(arguments.data, arguments.read_as, images=out.with_name(f"{out.stem}-images"))
         write(out, data.records, arguments.format, data.root)
-    except ValueError as error:
+    except BadInput as error:
         print(f"data.formats: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{out}: {len(data.records):,} records, read as {data.format}")

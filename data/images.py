@@ -32,8 +32,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data.places import SIDE
-from data.scenes import open_scene, parse_reference
+from common import BadInput
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -91,9 +90,11 @@ def stack(views: list[View], patches: int) -> tuple[Tensor, list[Tensor]]:
 def open_image(reference: str, root: Path | str | None = None) -> Image.Image:
     """The picture behind a reference, in RGB; relative paths start at `root`.
 
-    Raises ValueError naming the file when it is truncated or damaged, or as from `image_size`.
+    Raises BadInput naming the file when it is truncated or damaged, or as from `image_size`.
     """
     if reference.startswith("scene:"):
+        from data.scenes import open_scene  # here: who opens photographs does not load the scene world
+
         return open_scene(reference)
     with _opened(Path(root or ".") / reference) as image:
         return _rgb(image)
@@ -102,11 +103,13 @@ def open_image(reference: str, root: Path | str | None = None) -> Image.Image:
 def image_size(reference: str, root: Path | str | None = None) -> tuple[int, int]:
     """(height, width) of the picture behind a reference; of a file only the header is read.
 
-    Raises ValueError naming the reference when it is no scene, or the file when it is missing, no regular file, no
+    Raises BadInput naming the reference when it is no scene, or the file when it is missing, no regular file, no
     picture, empty, larger than MAX_PIXELS, longer than MAX_SIDE, thinner than 1 : MAX_RATIO, or of numbers without
     a known range (32-bit, floats). What only decoding shows, damaged pixels, passes: `open_image` finds it.
     """
     if reference.startswith("scene:"):
+        from data.scenes import SIDE, parse_reference
+
         parse_reference(reference)
         return SIDE, SIDE
     with _opened(Path(root or ".") / reference) as image:
@@ -115,10 +118,10 @@ def image_size(reference: str, root: Path | str | None = None) -> tuple[int, int
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The file with its header read and found good; whatever fails inside is one ValueError naming the file."""
+    """The file with its header read and found good; whatever fails inside is one BadInput naming the file."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise ValueError("no regular file")
+            raise BadInput("no regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on sizes checked here and on dropped transparency
             with Image.open(path) as image:
@@ -126,27 +129,27 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 _check_mode(image)
                 yield image
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such image") from None
+        raise BadInput(f"{path}: no such image") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a readable image (no format that Pillow knows)") from None
+        raise BadInput(f"{path}: not a readable image (no format that Pillow knows)") from None
     except Exception as error:  # Pillow's decoders raise almost anything on broken files
-        raise ValueError(f"{path}: not a readable image ({str(error) or type(error).__name__})") from None
+        raise BadInput(f"{path}: not a readable image ({str(error) or type(error).__name__})") from None
 
 
 def _check_size(width: int, height: int) -> None:
     if min(width, height) < 1:
-        raise ValueError(f"{width} x {height} pixels")
+        raise BadInput(f"{width} x {height} pixels")
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+        raise BadInput(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if max(width, height) > MAX_SIDE:
-        raise ValueError(f"{width} x {height} pixels: one side is longer than {MAX_SIDE}")
+        raise BadInput(f"{width} x {height} pixels: one side is longer than {MAX_SIDE}")
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
+        raise BadInput(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
 
 
 def _check_mode(image: Image.Image) -> None:
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-        raise ValueError(f"values of mode {image.mode}, whose range is not known")
+        raise BadInput(f"values of mode {image.mode}, whose range is not known")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -159,7 +162,7 @@ def preprocess(image: Image.Image, how: Preprocessing) -> Tensor:
     """RGB image -> (3, size, size) fp32: resized, cropped at the centre (black where it is smaller), normalised."""
     width, height = image.size
     if min(width, height) < 1:
-        raise ValueError(f"image of {width} x {height} pixels")
+        raise BadInput(f"image of {width} x {height} pixels")
     target = how.resize or how.size
     if isinstance(target, int):
         long = int(target * max(width, height) / min(width, height))

@@ -6,7 +6,7 @@ Inside the hole M the result solves Laplace's equation, with the known pixels as
 
 where p has up to four neighbours (fewer at the picture's edge, which thereby is a mirror). A constant
 surround gives that constant, a linear ramp that ramp; textures end at the rim. The stand-in for LaMa
-(model/lama.py) when there are no weights at hand.
+(data/lama.py) when there are no weights at hand.
 
     symbol   argument   shape
     v        pixels     (3, H, W) in [0, 1]
@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import BadInput
+
 Fill = Callable[[Tensor, Tensor], Tensor]  # (pixels, hole) -> pixels
 
 
@@ -35,7 +37,7 @@ def dilate(mask: Tensor, side: int = 15) -> Tensor:
     which the object is painted again.
     """
     if side < 1 or side % 2 == 0:
-        raise ValueError(f"dilation by {side} pixels: want an odd number, so that the square has a middle")
+        raise BadInput(f"dilation by {side} pixels: want an odd number, so that the square has a middle")
     return F.max_pool2d(mask[None].float(), side, stride=1, padding=side // 2)[0].bool()
 
 
@@ -46,7 +48,7 @@ def fill(pixels: Tensor, hole: Tensor, tolerance: float = 1e-4) -> Tensor:
         tolerance: largest residual of the equation at any pixel; with 1e-4 the values are right to about
             1e-3.
 
-    Raises ValueError when the hole is the whole picture.
+    Raises BadInput when the hole is the whole picture.
     """
     check(pixels, hole)
     if not hole.any():
@@ -66,7 +68,7 @@ def check(pixels: Tensor, hole: Tensor) -> None:
         raise ValueError(f"hole {tuple(hole.shape)} {hole.dtype}: want bool of the picture's size "
                          f"{tuple(pixels.shape[-2:])}")
     if hole.all():
-        raise ValueError("the hole is the whole picture: there is nothing to fill it from")
+        raise BadInput("the hole is the whole picture: there is nothing to fill it from")
 
 
 class _Grid:

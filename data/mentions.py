@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common import BadInput
+
 ENTITIES = Path(__file__).with_name("entities.txt")
 _WORD = re.compile(r"[^\W_]+")
 
@@ -36,23 +38,23 @@ class Mention(NamedTuple):
 
 
 def load_entities(path: str | Path = ENTITIES) -> dict[str, str]:
-    """word -> entity. Lines are "word, tab, entity", or begin with #. ValueError names a bad file or line."""
+    """word -> entity. Lines are "word, tab, entity", or begin with #. BadInput names a bad file or line."""
     table: dict[str, str] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        raise BadInput(f"{path}: cannot be read ({error})") from None
     for number, line in enumerate(lines, start=1):
         if line.startswith("#"):
             continue
         word, tab, entity = line.partition("\t")
         if not (tab and entity and word == " ".join(_WORD.findall(word.lower()))):
-            raise ValueError(f"{path}:{number}: want a lower-case word, a tab and its entity, found {line!r}")
+            raise BadInput(f"{path}:{number}: want a lower-case word, a tab and its entity, found {line!r}")
         if word in table:
-            raise ValueError(f"{path}:{number}: {word!r} was given before")
+            raise BadInput(f"{path}:{number}: {word!r} was given before")
         table[word] = entity
     if not table:
-        raise ValueError(f"{path}: has no words")
+        raise BadInput(f"{path}: has no words")
     return table
 
 

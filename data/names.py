@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from common import brief
+from common import BadInput, brief
 
 DIGITS = "0123456789"
 
@@ -46,7 +46,7 @@ class Names:
                 self.short.setdefault(key, []).append(name)
 
     def find(self, wanted: str) -> str | None:
-        """The known name of a picture, None if there is none; ValueError if it may be several.
+        """The known name of a picture, None if there is none; BadInput if it may be several.
 
         Where only the folder tells pictures apart, the one whose name ends `wanted` is meant.
         """
@@ -56,7 +56,7 @@ class Names:
         ends = [name for name in found if f"/{wanted}".endswith(f"/{name}")]
         if len(found) > 1 and not ends:
             more = ", ..." if len(found) > 3 else ""
-            raise ValueError(f"{self.where}: {brief(wanted)} may be {' or '.join(map(brief, found[:3]))}{more}")
+            raise BadInput(f"{self.where}: {brief(wanted)} may be {' or '.join(map(brief, found[:3]))}{more}")
         return max(ends or found, key=len, default=None)
 
 

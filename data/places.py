@@ -10,12 +10,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
 SIDE = 96                                                   # pixels of a picture side
 CELL = 12                                                   # pixels of a grid cell = ViT patch
+
+@dataclass(frozen=True)
+class Object:
+    """One sprite: variant `sprite` of its class, upper left cell (column, row), width and height in cells."""
+    category: str
+    sprite: int
+    column: int
+    row: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    seed: int
+    place: str
+    objects: tuple[Object, ...]
+
 
 # COCO class -> singular forms used in texts; the first one is the class name.
 WORDS: dict[str, tuple[str, ...]] = {

@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from common import BadInput
 from data.anyres import anyres, image_rows
 from data.images import View, image_size, open_image, pad_to_square, preprocess, single
 from data.settings import find_aspect, read_preprocessing
@@ -35,7 +36,7 @@ class Processor:
         template: a name of data/templates.py; None: the one that belongs to the checkpoint.
         aspect: "crop", "pad" or "anyres" (data/images.py); None: what belongs to the checkpoint. "pad" on a
             LLaVA-1.6 checkpoint shows one tile without a newline, as Re-Align does.
-    Raises ValueError naming an unusable file, the unknown template or aspect.
+    Raises BadInput naming an unusable file, the unknown template or aspect.
     """
 
     def __init__(self, folder: Path | str, template: str | None = None, aspect: str | None = None):
@@ -69,7 +70,7 @@ class Processor:
         return single(preprocess(image, self.preprocessing), self.patches)
 
     def image_tokens(self, reference: str, root: Path | str | None = None) -> int:
-        """len(rows) of `image`, of the picture's header alone. ValueError as from `data.images.image_size`."""
+        """len(rows) of `image`, of the picture's header alone. BadInput as from `data.images.image_size`."""
         if self.aspect != "anyres":
             return self.patches
         return len(image_rows(image_size(reference, root), self.pinpoints, self.preprocessing.size, self.patches))
@@ -79,19 +80,19 @@ class Processor:
 
         Args:
             count: image tokens, len(view.rows) of the picture; None: those of one tile.
-        Raises ValueError on <image> or another special token in the text: the template places the picture.
+        Raises BadInput on <image> or another special token in the text: the template places the picture.
         """
         image_tokens = [self.image_id] * (self.patches if count is None else count)
         after = self.template.after.format(prompt=self._plain(text))
         return [*self.before, *image_tokens, *self._encode(after)]
 
     def response(self, text: str) -> list[int]:
-        """Answer -> ids, ending in the stop token; that alone for the empty answer. ValueError as in `prompt`."""
+        """Answer -> ids, ending in the stop token; that alone for the empty answer. BadInput as in `prompt`."""
         ids = self._follow(self.template.answer.format(answer=self._plain(text))) if text else []
         return [*ids, self.eos_id]
 
     def opening(self, text: str) -> list[int]:
-        """Beginning of an answer that is to be continued -> ids. ValueError as in `prompt`."""
+        """Beginning of an answer that is to be continued -> ids. BadInput as in `prompt`."""
         return self._follow(self.template.answer.partition("{answer}")[0] + self._plain(text)) if text else []
 
     def decode(self, ids: list[int]) -> str:
@@ -100,9 +101,9 @@ class Processor:
         return text.removesuffix(self.template.answer.partition("{answer}")[2])
 
     def _plain(self, text: str) -> str:
-        """The text; ValueError when it holds a special token."""
+        """The text; BadInput when it holds a special token."""
         if found := self.refused.search(text):
-            raise ValueError(f"text contains the special token {found.group()}: {text[:80]!r}")
+            raise BadInput(f"text contains the special token {found.group()}: {text[:80]!r}")
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -115,7 +116,7 @@ class Processor:
         """Ids of a text that stands behind the prompt: no dummy prefix of its own."""
         ids, count = self.tokenizer.encode(self.tag + text), len(self.tag_ids)
         if ids[:count] != self.tag_ids:
-            raise ValueError(f"answer merges with the {self.tag!r} in front of it: {text[:80]!r}")
+            raise BadInput(f"answer merges with the {self.tag!r} in front of it: {text[:80]!r}")
         return ids[count:]
 
 
@@ -134,8 +135,8 @@ class ClipProcessor:
         pooled = config.text.vocab_size - 1 if config.text.eos_token_id == 2 else config.text.eos_token_id
         self.tokenizer.check_rows(config.text.vocab_size, [self.bos_id])
         if self.eos_id != pooled:
-            raise ValueError(f"{folder}: the tokenizer ends a text with id {self.eos_id},"
-                             f" the tower pools at {pooled}")
+            raise BadInput(f"{folder}: the tokenizer ends a text with id {self.eos_id},"
+                           f" the tower pools at {pooled}")
 
     def image(self, reference: str, root: Path | str | None = None) -> Tensor:
         """Reference -> (3, S, S) fp32."""

@@ -25,12 +25,11 @@ import json
 import math
 import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from common import brief, parse_json
+from common import BadInput, brief, parse_json, written_whole
 from data.images import image_size
 
 IMAGE_TEXTS = ("id", "image", "prompt")
@@ -56,28 +55,17 @@ def read_pairs(path: str | Path, needs: Collection[str] = ()) -> list[dict]:
         path: JSONL, or JSON (one list).
         needs: optional keys that this run cannot do without, e.g. {"rejected_image"}.
 
-    Returns the records in file order. Raises ValueError as `collect`.
+    Returns the records in file order. Raises BadInput as `collect`.
     """
     path = Path(path)
     return collect(path, json_rows(path), path.parent, {"rejected", *needs})
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Write one JSON object a line; the file appears whole or not at all (temporary file, fsync, rename)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private to the user
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write one JSON object a line; the file appears whole or not at all."""
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
@@ -105,11 +93,11 @@ def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
 def json_rows(path: Path) -> Iterator[Row]:
     """Rows of a JSON file: one list, one object over several lines, or one object a line (JSONL).
 
-    Raises ValueError naming the file when it is missing, no regular file, unreadable, neither of the three.
+    Raises BadInput naming the file when it is missing, no regular file, unreadable, neither of the three.
     """
     try:
         if not path.is_file():
-            raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
+            raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
         with path.open("rb") as file:
             starts = iter(lambda: file.readline(64), b"")  # a JSON list may be one line of gigabytes
             first = next((line for line in starts if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
@@ -119,21 +107,21 @@ def json_rows(path: Path) -> Iterator[Row]:
                 for number, row in enumerate(rows, 1):
                     yield f"{path}:{number}", *_object(row)
             elif first and first[:1] != b"{":
-                raise ValueError(f"{path}: neither JSON nor JSONL, it starts with {first[:20]!r};"
-                                 " Parquet files are named .parquet")
+                raise BadInput(f"{path}: neither JSON nor JSONL, it starts with {first[:20]!r};"
+                               " Parquet files are named .parquet")
             else:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield f"{path}:{number}", *parse_line(line)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        raise BadInput(f"{path}: {error.strerror}") from None
 
 
 def _whole(path: Path, data: bytes) -> list:
     try:
         rows = parse_json(data, _no_repeats)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
     return rows if isinstance(rows, list) else [rows]
 
 
@@ -141,7 +129,7 @@ def parse_line(line: bytes) -> tuple[dict | None, list[str]]:
     """One line -> (object, problems); (None, problems) when there is no object to look into."""
     try:
         return _object(parse_json(line.rstrip(), _no_repeats))
-    except ValueError as error:
+    except BadInput as error:
         return None, [str(error)]
 
 
@@ -155,7 +143,7 @@ def _no_repeats(items: list[tuple]) -> dict:
     made: dict = {}
     for key, value in items:
         if key in made:
-            raise ValueError(f"holds the key {brief(key)} twice")
+            raise BadInput(f"holds the key {brief(key)} twice")
         made[key] = value
     return made
 
@@ -173,10 +161,10 @@ def collect(path: Path, rows: Iterable[Row], root: Path, needs: Collection[str] 
         hints: key -> what to do where it is missing.
 
     Returns the records in file order: pairs if the first one has a `rejected`, or `needs` says so, otherwise
-    image records. Raises one ValueError that counts the bad ones and lists the first as `file:line: reason`.
+    image records. Raises one BadInput that counts the bad ones and lists the first as `file:line: reason`.
     """
     if unknown := set(needs) - set(PAIR_TEXTS + PAIR_OPTIONAL):
-        raise ValueError(f"pair records have no field {sorted(unknown)}")
+        raise BadInput(f"pair records have no field {sorted(unknown)}")
     records, faults, first, checked, keys = [], Faults(path), {}, {}, None
     for where, record, reasons in rows:
         if record is not None:
@@ -190,7 +178,7 @@ def collect(path: Path, rows: Iterable[Row], root: Path, needs: Collection[str] 
             records.append(record)
         faults.add(where, reasons)
     if faults.bad or not records:
-        raise ValueError(faults.report() or f"{path}: no records")
+        raise BadInput(faults.report() or f"{path}: no records")
     return records
 
 
@@ -325,6 +313,6 @@ def reference_problem(reference: str, root: Path) -> str:
     """Why a picture reference cannot be opened, or "". Of a file only the header is read."""
     try:
         image_size(reference, root)
-    except ValueError as error:
+    except BadInput as error:
         return str(error)
     return ""

@@ -16,12 +16,8 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from data.places import CATEGORIES, CELL, IRREGULAR, PLACES, REMARKS, SIDE, WORDS, pick
-
-if TYPE_CHECKING:
-    from data.scenes import Object, Scene
+from data.places import CATEGORIES, CELL, IRREGULAR, PLACES, REMARKS, SIDE, WORDS, Object, Scene, pick
 
 CAPTION_PROMPT = "Describe the image in detail."
 SIZE_WORDS = ("small", "large")

@@ -25,13 +25,26 @@ import functools
 import json
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data.places import BULKY, CATEGORIES, CELL, IN_THE_SKY, PAIR_RULES, PLACES, SIDE, WORDS, background, pick
+from common import BadInput
+from data.places import (
+    BULKY,
+    CATEGORIES,
+    CELL,
+    IN_THE_SKY,
+    PAIR_RULES,
+    PLACES,
+    SIDE,
+    WORDS,
+    Object,
+    Scene,
+    background,
+    pick,
+)
 from data.scene_text import (
     CAPTION_PROMPT,
     COUNT_WORDS,
@@ -59,23 +72,6 @@ SIZE_WEIGHTS = {True: (.10, .45, .45), False: (.35, .45, .20)}    # bulky or not
 HORIZON = 5                                                       # lowest row edge a ground object reaches
 COVERED = .15                                                     # share of pixels that labels a patch
 SPRITES = Path(__file__).resolve().parent / "sprites"
-
-
-@dataclass(frozen=True)
-class Object:
-    """One sprite: variant `sprite` of its class, upper left cell (column, row), width and height in cells."""
-    category: str
-    sprite: int
-    column: int
-    row: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Scene:
-    seed: int
-    place: str
-    objects: tuple[Object, ...]
 
 
 @functools.cache
@@ -141,7 +137,7 @@ def _arrange(rng: random.Random, classes: list[str]) -> tuple[Object, ...]:
 def sample_scene(seed: int) -> Scene:
     """The scene of a seed >= 0; the same on every machine and Python version."""
     if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"scene seed {seed!r}: want an integer >= 0")
+        raise BadInput(f"scene seed {seed!r}: want an integer >= 0")
     rng = random.Random(seed)
     place = pick(rng, tuple(PLACES))
     classes = _sample_classes(rng, place)
@@ -155,7 +151,7 @@ def _check_categories(names: Iterable[str], where: str) -> tuple[str, ...]:
     names = (names,) if isinstance(names, str) else tuple(names)
     unknown = [name for name in names if name not in CATEGORIES]
     if unknown:
-        raise ValueError(f"{where}: unknown class {unknown[0]!r}, known: {', '.join(CATEGORIES)}")
+        raise BadInput(f"{where}: unknown class {unknown[0]!r}, known: {', '.join(CATEGORIES)}")
     return tuple(category for category in CATEGORIES if category in names)
 
 
@@ -208,17 +204,17 @@ def reference(seed: int, without: Iterable[str] = ()) -> str:
 
 
 def parse_reference(ref: str) -> tuple[Scene, tuple[str, ...]]:
-    """Scene and left-out classes of a reference; ValueError naming the reference if it is malformed."""
+    """Scene and left-out classes of a reference; BadInput naming the reference if it is malformed."""
     head, mark, query = ref.partition("?")
     digits = head.removeprefix("scene:")
     if digits == head or not (digits.isascii() and digits.isdigit() and len(digits) <= MAX_DIGITS):
-        raise ValueError(f"image reference {ref[:80]!r}: want scene:SEED or scene:SEED?without=CLASS,CLASS,"
-                         f" the seed a whole number of at most {MAX_DIGITS} digits")
+        raise BadInput(f"image reference {ref[:80]!r}: want scene:SEED or scene:SEED?without=CLASS,CLASS,"
+                       f" the seed a whole number of at most {MAX_DIGITS} digits")
     if not mark:
         return sample_scene(int(digits)), ()
     names = query.removeprefix("without=")
     if names == query:
-        raise ValueError(f"image reference {ref!r}: after '?' only without=CLASS,CLASS is known")
+        raise BadInput(f"image reference {ref!r}: after '?' only without=CLASS,CLASS is known")
     return sample_scene(int(digits)), _check_categories(names.split(","), f"image reference {ref!r}")
 
 

@@ -37,6 +37,8 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from common import BadInput
+
 BLANK = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}  # TrainerSpec.ModelType
@@ -62,7 +64,7 @@ def read_sentencepiece(path: Path) -> tuple[Tokenizer, Callable[[str], str]]:
 
     `tokenizer.encode(escape(text)).ids` equals sentencepiece's `encode(text)`: the escape stays outside
     because a normaliser of `tokenizers` would put the dummy prefix behind every user-defined piece, too.
-    Raises ValueError naming the file and the reason.
+    Raises BadInput naming the file and the reason.
     """
     model = read_model(Path(path))
     return build(model), lambda text: escape(text, model.dummy_prefix)
@@ -74,15 +76,15 @@ def escape(text: str, dummy_prefix: bool) -> str:
 
 
 def read_model(path: Path) -> Model:
-    """Parse the file. Raises ValueError naming it when it is damaged or of a kind that is not supported."""
+    """Parse the file. Raises BadInput naming it when it is damaged or of a kind that is not supported."""
     try:
         message = _collect(path.read_bytes())
         pieces = [_piece(_collect(raw)) for raw in message.get(1, [])]
         trainer, normalizer = (_collect(b"".join(message.get(number, []))) for number in (2, 3))
     except (OSError, IndexError, ValueError, TypeError, struct.error) as error:
-        raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
+        raise BadInput(f"{path}: not a SentencePiece model ({error})") from None
     if not pieces:
-        raise ValueError(f"{path}: not a SentencePiece model (it has no pieces)")
+        raise BadInput(f"{path}: not a SentencePiece model (it has no pieces)")
     kind = _last(trainer, 3, 1)
     refused = {
         f"{MODEL_TYPES.get(kind, kind)} model (BPE is supported)": kind != 2,
@@ -95,7 +97,7 @@ def read_model(path: Path) -> Model:
     }
     for reason, found in refused.items():
         if found:
-            raise ValueError(f"{path}: not supported: {reason}")
+            raise BadInput(f"{path}: not supported: {reason}")
     return Model(pieces, bool(_last(normalizer, 3, True)))
 
 
@@ -143,7 +145,7 @@ def _last(fields: dict[int, list], number: int, default):
     """The value of a field that occurs once (protobuf: the last one counts), as the default a number or bytes."""
     value = fields.get(number, [default])[-1]
     if isinstance(value, bytes) != isinstance(default, bytes):
-        raise ValueError(f"field {number} is of another type")
+        raise BadInput(f"field {number} is of another type")
     return value
 
 
@@ -160,10 +162,10 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             elif key & 7 in (1, 5):
                 size = 8 if key & 7 == 1 else 4
             else:
-                raise ValueError(f"wire type {key & 7} at byte {at}")
+                raise BadInput(f"wire type {key & 7} at byte {at}")
             value, at = message[at : at + size], at + size
             if at > len(message):
-                raise ValueError(f"cut off at byte {len(message)}")
+                raise BadInput(f"cut off at byte {len(message)}")
         yield key >> 3, value
 
 
@@ -175,4 +177,4 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 127) << 7 * i
         if byte < 128:
             return value, at + i + 1
-    raise ValueError(f"a number of more than 64 bits at byte {at}")
+    raise BadInput(f"a number of more than 64 bits at byte {at}")

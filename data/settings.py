@@ -28,7 +28,7 @@ from pathlib import Path
 
 from PIL.Image import Resampling
 
-from common import read_json
+from common import BadInput, read_json
 from data.images import CLIP_MEAN, CLIP_STD, MAX_RESIZE, Preprocessing
 from model.config import LlavaConfig, refuse
 from model.layouts import SETTINGS, settings_folder
@@ -37,21 +37,21 @@ KIND = re.compile(r"(CLIP|Llava|LlavaNext)(ImageProcessor|FeatureExtractor)(Fast
 
 
 def find_aspect(folder: Path, config: LlavaConfig, asked: str | None) -> str:
-    """How pictures are shown: as asked for, or as the folder's configurations say. ValueError if impossible."""
+    """How pictures are shown: as asked for, or as the folder's configurations say. BadInput if impossible."""
     where, raw = _settings(folder)
     kind, aspect = _kind(where, raw) or "Llava", asked or config.aspect
     if not asked and aspect == "crop" and kind == "LlavaNext":
-        raise ValueError(f"{where}: LlavaNextImageProcessor makes tiles, the model of {folder / 'config.json'}"
-                         " takes none")
+        raise BadInput(f"{where}: LlavaNextImageProcessor makes tiles, the model of {folder / 'config.json'}"
+                       " takes none")
     if not asked and aspect == "crop" and kind == "Llava" and raw.get("do_pad"):
         aspect = "pad"
     if aspect not in ("crop", "pad", "anyres"):
-        raise ValueError(f"aspect {aspect!r} is none of crop, pad, anyres")
+        raise BadInput(f"aspect {aspect!r} is none of crop, pad, anyres")
     if aspect == "anyres":
         odd = [pair for pair in config.image_grid_pinpoints if any(x % config.vision.image_size for x in pair)]
         if odd or not config.anyres:
             reason = f"{odd[0]} is no multiple of {config.vision.image_size}" if odd else "there are none"
-            raise ValueError(f"{folder / 'config.json'}: anyres needs image_grid_pinpoints, {reason}")
+            raise BadInput(f"{folder / 'config.json'}: anyres needs image_grid_pinpoints, {reason}")
         refuse(raw, where, image_grid_pinpoints=([list(pair) for pair in config.image_grid_pinpoints],))
     return aspect
 
@@ -61,27 +61,27 @@ def read_preprocessing(folder: Path, size: int, aspect: str | None = None) -> Pr
 
     Args:
         aspect: how the pictures of a policy are shown (`find_aspect`); None: those of a CLIP.
-    Raises ValueError naming the file and the setting that does not fit or is not supported.
+    Raises BadInput naming the file and the setting that does not fit or is not supported.
     """
     where, raw = _settings(folder)
     kind = _kind(where, raw)
     if aspect is None and kind not in ("CLIP", None):
-        raise ValueError(f"{where}: {kind}ImageProcessor does not belong to a CLIP")
+        raise BadInput(f"{where}: {kind}ImageProcessor does not belong to a CLIP")
     refuse(raw, where, do_resize=(True,), do_rescale=(True,), rescale_factor=(1 / 255,), do_normalize=(True, False),
            do_center_crop=(True, False), do_pad=(True, False), use_square_size=(False,),
            resample=tuple(sorted(map(int, Resampling))))
     resize, crop = _size(raw, "size", where) or size, _size(raw, "crop_size", where) or size
     cropped = raw.get("do_center_crop", True) or aspect == "anyres"  # whose tiles are of `crop_size`
     if cropped and crop not in (size, (size, size)):
-        raise ValueError(f"{where}: crop_size={raw['crop_size']!r} does not fit the vision tower's {size} x {size}")
+        raise BadInput(f"{where}: crop_size={raw['crop_size']!r} does not fit the vision tower's {size} x {size}")
     if not cropped and resize != (size, size):
-        raise ValueError(f"{where}: do_center_crop=False needs a size of height {size} and width {size}, as the"
-                         " vision tower takes")
+        raise BadInput(f"{where}: do_center_crop=False needs a size of height {size} and width {size}, as the"
+                       " vision tower takes")
     if aspect == "anyres" and resize not in (size, (size, size)):
-        raise ValueError(f"{where}: size={raw['size']!r} is not the side of a tile, {size}")
+        raise BadInput(f"{where}: size={raw['size']!r} is not the side of a tile, {size}")
     mean, std = _channels(raw, "image_mean", CLIP_MEAN, where), _channels(raw, "image_std", CLIP_STD, where)
     if min(std) == 0:
-        raise ValueError(f"{where}: image_std={raw['image_std']!r} divides by 0")
+        raise BadInput(f"{where}: image_std={raw['image_std']!r} divides by 0")
     fill = tuple(int(x * 255) for x in mean)
     if not raw.get("do_normalize", True):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -89,24 +89,24 @@ def read_preprocessing(folder: Path, size: int, aspect: str | None = None) -> Pr
 
 
 def _settings(folder: Path) -> tuple[str, dict]:
-    """(where they are, for messages; the settings that are not null). ValueError naming an unreadable file."""
+    """(where they are, for messages; the settings that are not null). BadInput naming an unreadable file."""
     new, old = (settings_folder(folder) / name for name in SETTINGS)
     where, raw = f"{new}: image_processor", read_json(new).get("image_processor") if new.is_file() else None
     if raw is None:
         where, raw = str(old), read_json(old) if old.is_file() else {}
     if not isinstance(raw, dict):
-        raise ValueError(f"{where} is no object")
+        raise BadInput(f"{where} is no object")
     return where, {key: value for key, value in raw.items() if value is not None}
 
 
 def _kind(where: str, raw: dict) -> str | None:
-    """"CLIP", "Llava" or "LlavaNext"; None where the settings do not say. ValueError on any other."""
+    """"CLIP", "Llava" or "LlavaNext"; None where the settings do not say. BadInput on any other."""
     key = "image_processor_type" if "image_processor_type" in raw else "feature_extractor_type"
     if key not in raw:
         return None
     if not (found := KIND.fullmatch(str(raw[key]))):
-        raise ValueError(f"{where}: {key}={raw[key]!r:.80} is not supported (supported: CLIP, Llava and"
-                         " LlavaNextImageProcessor)")
+        raise BadInput(f"{where}: {key}={raw[key]!r:.80} is not supported (supported: CLIP, Llava and"
+                       " LlavaNextImageProcessor)")
     return found[1]
 
 
@@ -118,8 +118,8 @@ def _size(raw: dict, key: str, where: str) -> int | tuple[int, int] | None:
     if sides.keys() not in ({"shortest_edge"}, {"height", "width"}, set()) or not all(
         type(side) is int and 0 < side <= MAX_RESIZE for side in sides.values()
     ):
-        raise ValueError(f"{where}: {key}={value!r:.80} is not supported (supported: shortest_edge, or height and"
-                         f" width, of at most {MAX_RESIZE} pixels)")
+        raise BadInput(f"{where}: {key}={value!r:.80} is not supported (supported: shortest_edge, or height and"
+                       f" width, of at most {MAX_RESIZE} pixels)")
     if not sides:
         return None
     return sides.get("shortest_edge") or (sides["height"], sides["width"])
@@ -129,5 +129,5 @@ def _channels(raw: dict, key: str, default: tuple[float, ...], where: str) -> tu
     value = raw.get(key, default)
     fits = isinstance(value, (list, tuple)) and len(value) == 3 and all(type(x) in (int, float) for x in value)
     if not fits or not all(0 <= x <= 1 for x in value):
-        raise ValueError(f"{where}: {key}={value!r:.80} is not three numbers from 0 to 1")
+        raise BadInput(f"{where}: {key}={value!r:.80} is not three numbers from 0 to 1")
     return tuple(map(float, value))

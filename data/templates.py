@@ -35,6 +35,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from common import BadInput
+
 SYSTEM = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
@@ -64,9 +66,9 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> Template:
-    """Template by name. Raises ValueError listing the names."""
+    """Template by name. Raises BadInput listing the names."""
     if name not in TEMPLATES:
-        raise ValueError(f"no template {name!r} (there are: {', '.join(TEMPLATES)})")
+        raise BadInput(f"no template {name!r} (there are: {', '.join(TEMPLATES)})")
     return TEMPLATES[name]
 
 

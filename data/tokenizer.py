@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from common import BadInput
 from data.sentencepiece import read_sentencepiece
 
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
@@ -21,7 +22,7 @@ CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # a digit
 
 
 class TextTokenizer:
-    """Text <-> ids of a folder. Raises ValueError naming an unusable or missing file."""
+    """Text <-> ids of a folder. Raises BadInput naming an unusable or missing file."""
 
     def __init__(self, folder: Path | str):
         self.path, self.core, self.escape = _read(Path(folder))
@@ -39,19 +40,19 @@ class TextTokenizer:
         return self.core.decode(ids, skip_special_tokens=True)
 
     def check_rows(self, rows: int, used: list[int]) -> None:
-        """Raise ValueError when a text may have an id without a row in the embedding table: of a token that is not
+        """Raise BadInput when a text may have an id without a row in the embedding table: of a token that is not
         special, or one of those `used` around it."""
         plain = (i for token, i in self.core.get_vocab().items() if token not in self.special)
         largest = max([*plain, *used])
         if largest >= rows:
-            raise ValueError(f"{self.path}: token {self.core.id_to_token(largest)!r} has the id {largest}, the"
-                             f" embedding table has {rows} rows")
+            raise BadInput(f"{self.path}: token {self.core.id_to_token(largest)!r} has the id {largest}, the"
+                           f" embedding table has {rows} rows")
 
     def id(self, token: str) -> int:
-        """Id of one token. Raises ValueError naming the file when it is not in the vocabulary."""
+        """Id of one token. Raises BadInput naming the file when it is not in the vocabulary."""
         found = self.core.token_to_id(token)
         if found is None:
-            raise ValueError(f"{self.path}: has no token {token}")
+            raise BadInput(f"{self.path}: has no token {token}")
         return found
 
 
@@ -84,7 +85,7 @@ def _read(folder: Path) -> tuple[Path, Tokenizer, Callable[[str], str]]:
         return sentencepiece, *read_sentencepiece(sentencepiece)
     if vocabulary.is_file() and merges.is_file():
         return vocabulary, _load(clip_bpe, vocabulary, merges), str
-    raise ValueError(f"{folder}: has no tokenizer.json, no tokenizer.model and no vocab.json with merges.txt")
+    raise BadInput(f"{folder}: has no tokenizer.json, no tokenizer.model and no vocab.json with merges.txt")
 
 
 def _load(read: Callable[..., Tokenizer], *paths: Path) -> Tokenizer:
@@ -93,4 +94,4 @@ def _load(read: Callable[..., Tokenizer], *paths: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         names = " with ".join([str(paths[0]), *(path.name for path in paths[1:])])
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{names}: not a readable tokenizer ({reason})") from None
+        raise BadInput(f"{names}: not a readable tokenizer ({reason})") from None

@@ -32,6 +32,8 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from common import BadInput
+
 SYNONYMS = Path(__file__).with_name("chair_synonyms.txt")
 RULES = "CHAIR as released (BSD list of 80 classes, singular form of every token, joined two-word names)"
 
@@ -90,13 +92,13 @@ def load_synonyms(path: str | Path = SYNONYMS) -> dict[str, str]:
     """word -> COCO class, from a file with one class a line: "class, synonym, synonym" (first word = class).
 
     Entries are split at ", " only: one that starts with a blank never matches, as in the released code.
-    Raises ValueError naming the file and line of an empty line.
+    Raises BadInput naming the file and line of an empty line.
     """
     table: dict[str, str] = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         words = line.strip().split(", ")
         if not words[0]:
-            raise ValueError(f"{path}, line {number}: empty line, expected a class and its synonyms")
+            raise BadInput(f"{path}, line {number}: empty line, expected a class and its synonyms")
         table.update(dict.fromkeys(words, words[0]))
     return table
 
@@ -124,14 +126,14 @@ def chair(
     captions: image id -> text; objects: image id -> COCO classes the picture shows. Every caption needs its
     entry in `objects`; entries without a caption are ignored. Returns counts, the fractions chair_s, chair_i
     and recall in [0, 1] (unrounded), `words` (mean number per caption) and `percent` (one decimal, as usual).
-    Raises ValueError naming the ids without objects, and the classes the synonym list does not know.
+    Raises BadInput naming the ids without objects, and the classes the synonym list does not know.
     """
     synonyms = load_synonyms() if synonyms is None else synonyms
     if missing := [key for key in captions if key not in objects]:
-        raise ValueError(f"no objects given for {len(missing)} images: {', '.join(map(str, missing))}")
+        raise BadInput(f"no objects given for {len(missing)} images: {', '.join(map(str, missing))}")
     known = set(synonyms.values())
     if unknown := {name for key in captions for name in objects[key]} - known:
-        raise ValueError(f"object classes missing from the synonym list: {', '.join(sorted(unknown))}")
+        raise BadInput(f"object classes missing from the synonym list: {', '.join(sorted(unknown))}")
     count = dict.fromkeys(("hallucinated_captions", "mentions", "hallucinated", "found", "shown"), 0)
     for key, text in captions.items():
         said, shown = [name for _, name in mentions(text, synonyms)], set(objects[key])

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from common import brief, parse_json, refuse
+from common import BadInput, brief, parse_json, refuse
 from data.names import Names, as_id
 
 TEXT_KEYS = ("text", "answer", "response", "caption", "model_prediction")
@@ -31,7 +31,7 @@ def read_answers(
         subset: for those of the questions that are answered; at least one is.
         also: further ids that may be answered; those answers are left out.
 
-    Raises ValueError with one line for each bad line and each unknown or repeated id, and one for those that miss.
+    Raises BadInput with one line for each bad line and each unknown or repeated id, and one for those that miss.
     """
     rows = read_jsonl(path)
     name = _names(path, rows, questions, benchmark, also)
@@ -40,8 +40,8 @@ def read_answers(
         try:
             key, text = name(place, row), _text(row)
             if key in first:
-                raise ValueError(f"id {brief(key)} was already answered at {first[key]}")
-        except ValueError as error:
+                raise BadInput(f"id {brief(key)} was already answered at {first[key]}")
+        except BadInput as error:
             problems.append(f"{path}:{number}: {error}")
         else:
             said[key], first[key] = text, number
@@ -56,7 +56,7 @@ def read_answers(
 
 def _names(path: Path, rows: Sequence[tuple[int, dict]], questions: Sequence[dict], benchmark: str,
            also: Collection[str]) -> Callable[[int, dict], str]:
-    """(place, row) -> the id that the row answers; that function raises ValueError if there is none."""
+    """(place, row) -> the id that the row answers; that function raises BadInput if there is none."""
     keys, ids = ID_KEYS[benchmark], [question["id"] for question in questions]
     if benchmark == "chair":
         find = Names("questions", ids, {q["id"]: q["image_id"] for q in questions if "image_id" in q}).find
@@ -66,14 +66,14 @@ def _names(path: Path, rows: Sequence[tuple[int, dict]], questions: Sequence[dic
     def by_id(place: int, row: dict) -> str:
         given = next((row[key] for key in keys if row.get(key) is not None), None)
         if (name := as_id(given)) is None:
-            raise ValueError(f"no id ({', '.join(keys)})" if given is None else f"{brief(given)} is no id")
+            raise BadInput(f"no id ({', '.join(keys)})" if given is None else f"{brief(given)} is no id")
         if (key := find(name)) is None:
-            raise ValueError(f"unknown id {brief(name)} (known: {examples(ids)})")
+            raise BadInput(f"unknown id {brief(name)} (known: {examples(ids)})")
         return key
 
     def by_order(place: int, row: dict) -> str:
         if place >= len(questions) or row.get("question", "") != questions[place].get("text"):
-            raise ValueError("no id, and not the question in the same place")
+            raise BadInput("no id, and not the question in the same place")
         return ids[place]
 
     ordered = benchmark == "pope" and not any(key in row for _, row in rows for key in keys)
@@ -83,14 +83,14 @@ def _names(path: Path, rows: Sequence[tuple[int, dict]], questions: Sequence[dic
 def _text(row: dict) -> str:
     texts = {row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)}
     if len(texts) != 1:
-        raise ValueError(f"want one text ({', '.join(TEXT_KEYS)}), found {len(texts)}")
+        raise BadInput(f"want one text ({', '.join(TEXT_KEYS)}), found {len(texts)}")
     return texts.pop()
 
 
 def read_jsonl(path: Path, needs: Sequence[str] = ()) -> list[tuple[int, dict]]:
     """(number, object) of each line that is not blank, or of each item if the file is one JSON list.
 
-    needs: keys with a string or a whole number. Raises ValueError with one line for each bad line.
+    needs: keys with a string or a whole number. Raises BadInput with one line for each bad line.
     """
     data = _read(path)
     if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
@@ -102,10 +102,10 @@ def read_jsonl(path: Path, needs: Sequence[str] = ()) -> list[tuple[int, dict]]:
         try:
             row = _parse(item) if isinstance(item, bytes) else item
             if not isinstance(row, dict):
-                raise ValueError(f"want a JSON object, found {type(row).__name__}")
+                raise BadInput(f"want a JSON object, found {type(row).__name__}")
             if missing := [key for key in needs if as_id(row.get(key)) is None]:
-                raise ValueError(f"has no {', '.join(missing)}")
-        except ValueError as error:
+                raise BadInput(f"has no {', '.join(missing)}")
+        except BadInput as error:
             problems.append(f"{path}:{number}: {error}")
         else:
             rows.append((number, row))
@@ -114,15 +114,15 @@ def read_jsonl(path: Path, needs: Sequence[str] = ()) -> list[tuple[int, dict]]:
 
 
 def read_json(path: Path) -> object:
-    """A JSON file. Raises ValueError naming the file, and what `common.parse_json` or `_parse` refuses."""
+    """A JSON file. Raises BadInput naming the file, and what `common.parse_json` or `_parse` refuses."""
     return _parse_file(path, _read(path))
 
 
 def _parse_file(path: Path, data: bytes) -> object:
     try:
         return _parse(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
 
 
 def _parse(data: bytes) -> object:
@@ -137,13 +137,13 @@ def _parse(data: bytes) -> object:
 
     value = parse_json(data, unique)
     if twice:
-        raise ValueError(f"{examples(twice)} given twice")
+        raise BadInput(f"{examples(twice)} given twice")
     if re.search(rb"\\u[dD][89a-fA-F]", data):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
-            raise ValueError(f"holds half a character, the lone surrogate {half!r}") from None
+            raise BadInput(f"holds half a character, the lone surrogate {half!r}") from None
     return value
 
 
@@ -154,7 +154,7 @@ def examples(names: Sequence[str]) -> str:
 
 
 def refuse_repeats(names: Iterable[str], where: str) -> None:
-    """ValueError naming each name that occurs more than once."""
+    """BadInput naming each name that occurs more than once."""
     refuse(f"{where} {brief(name)} is given {times} times" for name, times in Counter(names).items() if times > 1)
 
 
@@ -162,4 +162,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from common import BadInput
 from metrics.chair import percent, ratio
 
 RULES = "POPE as released: 'No', 'no' or 'not' in the first sentence means no, everything else yes"
@@ -44,12 +45,12 @@ def pope(answers: Mapping[str, str], labels: Mapping[str, str]) -> dict:
     """Scores of answers against labels, both keyed by question id.
 
     Returns counts (n, TP, FP, TN, FN, other), fractions in [0, 1] (unrounded) and `percent` (2 decimals).
-    Raises ValueError naming the ids on only one side and labels other than "yes" and "no".
+    Raises BadInput naming the ids on only one side and labels other than "yes" and "no".
     """
     if odd := sorted(map(str, set(answers) ^ set(labels))):
-        raise ValueError(f"{len(odd)} question ids without answer or without label: {', '.join(odd)}")
+        raise BadInput(f"{len(odd)} question ids without answer or without label: {', '.join(odd)}")
     if bad := [f"{key}: {label!r}" for key, label in labels.items() if label not in ("yes", "no")]:
-        raise ValueError(f"labels must be 'yes' or 'no': {', '.join(bad)}")
+        raise BadInput(f"labels must be 'yes' or 'no': {', '.join(bad)}")
     said = {key: read_answer(text) for key, text in answers.items()}
     tp = sum(said[key] == "yes" for key, label in labels.items() if label == "yes")
     fp = sum(said[key] == "yes" for key, label in labels.items() if label == "no")

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common import brief, refuse
+from common import BadInput, brief, refuse
 from data import scenes
 from data.coco import read_instances
 from data.names import Names, as_id
@@ -87,7 +87,7 @@ def chair_photographs(
     """Questions about all annotated images, or a random sample of `number` of them.
 
     path: annotation file; images: folder of the photographs, or None where no model is asked.
-    Raises ValueError naming bad entries, classes that CHAIR does not know and images without a file.
+    Raises BadInput naming bad entries, classes that CHAIR does not know and images without a file.
     """
     rows = _sample(read_objects(path), number, seed, path)
     known = set(load_synonyms().values())
@@ -104,15 +104,15 @@ def read_objects(path: Path) -> list[dict]:
 
 
     CHAIR's published figures also count the classes that COCO's captions name as shown: an instances file alone
-    is stricter. Raises ValueError naming bad entries.
+    is stricter. Raises BadInput naming bad entries.
     """
     table = read_json(path)
     if not isinstance(table, dict) or not table:
-        raise ValueError(f"{path}: want a filled JSON object {{image id: [classes]}}, or an instances file of COCO")
+        raise BadInput(f"{path}: want a filled JSON object {{image id: [classes]}}, or an instances file of COCO")
     if {"images", "annotations"} <= table.keys():
         found = read_instances(table, path)
         if not found.images:
-            raise ValueError(f"{path}: lists no images")
+            raise BadInput(f"{path}: lists no images")
         return [{"id": image["file_name"], "image_id": key,
                  "objects": list(dict.fromkeys(name for name, _ in found.annotations[key]))}
                 for key, image in found.images.items()]  # fmt: skip
@@ -122,30 +122,6 @@ def read_objects(path: Path) -> list[dict]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names)
     )
     return [{"id": key, "objects": names} for key, names in table.items()]
-
-
-class KnownObjects:
-    """What pictures show, where that is known: of scenes always, of photographs if an annotation file lists them.
-
-    Args:
-        path: as for `read_objects`.
-    """
-
-    def __init__(self, path: Path | None = None):
-        rows = read_objects(path) if path else []
-        self.table = {row["id"]: set(row["objects"]) for row in rows}
-        self.names = Names(path, self.table, {row["id"]: row["image_id"] for row in rows if "image_id" in row})
-        self.classes = set().union(*self.table.values())  # what was looked for
-
-    def __call__(self, reference: str) -> tuple[set[str], set[str]] | None:
-        """(classes shown, classes that were looked for) of a picture reference, None where nobody knows.
-
-        Raises ValueError if the reference may be several pictures of the file.
-        """
-        if reference.startswith("scene:"):
-            return scenes.objects_present(*scenes.parse_reference(reference)), set(scenes.CATEGORIES)
-        key = self.names.find(reference)
-        return None if key is None else (self.table[key], self.classes)
 
 
 def pope_photographs(
@@ -160,7 +136,7 @@ def pope_photographs(
 
     A file's split is random, popular or adversarial if its name says so, else its stem. The ids of several
     files are made unique as SPLIT-ID. `asked` (`read_asked`): LLaVA's ids, which are then used instead; of its
-    splits, only those of the label files count. Raises ValueError naming bad lines and lines without their partner.
+    splits, only those of the label files count. Raises BadInput naming bad lines and lines without their partner.
     """
     names = {path: next((name for name in SPLITS if name in path.stem), path.stem) for path in paths}
     refuse_repeats((names[path] for path in paths), "label files: split")
@@ -192,7 +168,7 @@ def _read_labels(path: Path, split: str) -> list[dict]:
 
 
 def read_asked(path: Path) -> dict[tuple[str, str, str], str]:
-    """LLaVA's question file: (category, image, first line of the question) -> id. ValueError naming bad lines."""
+    """LLaVA's question file: (category, image, first line of the question) -> id. BadInput naming bad lines."""
     lines = [row for _, row in read_jsonl(path, ("question_id", "image", "text", "category"))]
     rows = [{key: as_id(row[key]) for key in ("question_id", "image", "text", "category")} for row in lines]
     keys = [(row["category"], row["image"], row["text"].split("\n")[0]) for row in rows]
@@ -205,8 +181,8 @@ def _rename(rows: list[dict], asked: Mapping[tuple[str, str, str], str], split: 
     """The rows of a split under LLaVA's ids."""
     ids = {key[1:]: name for key, name in asked.items() if key[0] == split}
     if not ids:
-        raise ValueError(f"{path}: split {brief(split)} by its name, the question file has "
-                         f"{', '.join(map(brief, sorted({key[0] for key in asked})))}")
+        raise BadInput(f"{path}: split {brief(split)} by its name, the question file has "
+                       f"{', '.join(map(brief, sorted({key[0] for key in asked})))}")
     times = Counter((row["image"], row["text"]) for row in rows)
     refuse(f"{path}: {brief(' / '.join(key))}: {times[key]} labels, asked {int(key in ids)} times"
            for key in {**ids, **times} if times[key] != 1 or key not in ids)  # fmt: skip
@@ -217,13 +193,13 @@ def _sample(items: list, number: int | None, seed: int, path: Path) -> list:
     if number is None:
         return items
     if number > len(items):
-        raise ValueError(f"{path}: has {len(items)} entries, {number} are asked for")
+        raise BadInput(f"{path}: has {len(items)} entries, {number} are asked for")
     return random.Random(seed).sample(items, number)
 
 
 def _want_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise BadInput(f"{folder}: no such folder")
 
 
 def _image_files(folder: Path, keys: Sequence[str]) -> dict[str, str]:

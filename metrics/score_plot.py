@@ -16,11 +16,12 @@ and their mean, which a dashed line marks.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
+
+from common import written_whole
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 WIDTH, HEIGHT = 420, 260  # of a panel
@@ -55,11 +56,8 @@ def write_histograms(path: str | Path, panels: Sequence[Panel], *, bins: int = 3
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
             f' viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">')
     background = f'<rect width="{width}" height="{height}" fill="white"/>'
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join([head, background, *parts, "</svg>", ""]), encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text("\n".join([head, background, *parts, "</svg>", ""]), encoding="utf-8")
 
 
 def shares(values: Sequence[float], low: float, high: float, bins: int) -> list[float]:

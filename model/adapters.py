@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import read_json
+from common import BadInput, read_json
 from model.hub import resolve
 from model.layouts import by_name, canonical, copy_companions, unwrapped
 from model.lora import LoRALinear, lora_layers
@@ -50,15 +50,15 @@ def load_adapters(model: nn.Module, folder: Path | str) -> None:
     """Put the adapters of a folder onto a model without any; base weights freeze, adapters train.
 
     Weights that trained without an adapter (the projector) replace the model's.
-    Raises ValueError naming the file and the tensor or setting that does not fit.
+    Raises BadInput naming the file and the tensor or setting that does not fit.
     """
     folder = Path(folder)
     if lora_layers(model):
-        raise ValueError("the model has adapters already; merge them first")
+        raise BadInput("the model has adapters already; merge them first")
     rank, alpha = read_adapter_config(folder / "adapter_config.json")
     files = [folder / name for name in FILES if (folder / name).is_file()][:1]
     if not files:
-        raise ValueError(f"{folder}: no {FILES[0]} and no {FILES[1]}")
+        raise BadInput(f"{folder}: no {FILES[0]} and no {FILES[1]}")
     files += [p for p in [folder / "non_lora_trainables.bin"] if p.is_file()]
     pairs, plain = _sort([tensor for file in files for tensor in list_file(file)])
     _check(model, pairs, plain, rank)
@@ -78,18 +78,18 @@ def load_adapters(model: nn.Module, folder: Path | str) -> None:
 
 
 def read_adapter_config(path: Path) -> tuple[int, float]:
-    """(rank r, alpha as in alpha / r). Raises ValueError on a kind of adapter that is not plain LoRA."""
+    """(rank r, alpha as in alpha / r). Raises BadInput on a kind of adapter that is not plain LoRA."""
     raw = read_json(path)
     for key, allowed in PLAIN.items():
         if raw.get(key) is not None and raw[key] not in allowed:
-            raise ValueError(f"{path}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
+            raise BadInput(f"{path}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
     if (initial := raw.get("init_lora_weights")) is not None and initial not in KEEPS_BASE:
-        raise ValueError(f"{path}: init_lora_weights={initial!r} is not supported (supported: {list(KEEPS_BASE)}):"
-                         " it may have changed the base weights. Merge the adapters, or have PEFT convert them:"
-                         " save_pretrained(.., path_initial_model_for_weight_conversion=..)")
+        raise BadInput(f"{path}: init_lora_weights={initial!r} is not supported (supported: {list(KEEPS_BASE)}):"
+                       " it may have changed the base weights. Merge the adapters, or have PEFT convert them:"
+                       " save_pretrained(.., path_initial_model_for_weight_conversion=..)")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not -1e9 < alpha < 1e9:
-        raise ValueError(f"{path}: r={rank!r} and lora_alpha={alpha!r} are not a rank and a number")
+        raise BadInput(f"{path}: r={rank!r} and lora_alpha={alpha!r} are not a rank and a number")
     return rank, float(alpha) * (math.sqrt(rank) if raw.get("use_rslora") else 1.0)
 
 
@@ -116,7 +116,7 @@ def _place(name: str) -> str:
 def _check(
     model: nn.Module, pairs: dict[str, dict[str, Stored]], plain: dict[str, Stored], rank: int
 ) -> None:
-    """Raise ValueError naming everything in the files that does not fit the model."""
+    """Raise BadInput naming everything in the files that does not fit the model."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     problems = []
@@ -146,18 +146,18 @@ def save_adapters(model: nn.Module, folder: Path | str, base: Path | str) -> Non
 
     `load_llava(folder)` loads both, and so does PEFT, on top of `transformers`' model of the base folder. The
     base's configuration and tokenizer files are copied, so that the folder can stand for a model everywhere.
-    Raises ValueError when there are no adapters, when they differ in rank or scale, or when weights train
+    Raises BadInput when there are no adapters, when they differ in rank or scale, or when weights train
     that the format has no place for.
     """
     folder, layers = Path(folder), lora_layers(model)
     kinds = {(layer.lora_A.shape[0], layer.scale) for layer in layers.values()}
     if not kinds:
-        raise ValueError("the model has no adapters")
+        raise BadInput("the model has no adapters")
     if len(kinds) > 1:
-        raise ValueError(f"adapters differ in rank or scale: {kinds}")
+        raise BadInput(f"adapters differ in rank or scale: {kinds}")
     trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
     if other := sorted(n for n in trained if not n.startswith(PROJECTOR + ".")):
-        raise ValueError(f"{other[0]} trains without an adapter; write the whole model instead")
+        raise BadInput(f"{other[0]} trains without an adapter; write the whole model instead")
     tensors = {}
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):

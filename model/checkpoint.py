@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from common import BadInput
 from model.adapters import load_adapters
 from model.clip import CLIP
 from model.config import PADDING, clip_config, hf_config, is_original, read_config, read_llava_config
@@ -60,7 +61,7 @@ def load_llava(
 ) -> Llava:
     """Load a LLaVA folder or hub id; adapters, if the folder holds some, stay adapters.
 
-    Raises ValueError naming the file and the tensor or setting that does not fit.
+    Raises BadInput naming the file and the tensor or setting that does not fit.
     """
     folder = resolve(name)
     base = adapter_base(folder)
@@ -99,7 +100,7 @@ def _is_surplus(config, name: str) -> bool:
 def load_clip(
     name: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> CLIP:
-    """Load a CLIP folder or hub id with both towers. Raises ValueError like `load_llava`."""
+    """Load a CLIP folder or hub id with both towers. Raises BadInput like `load_llava`."""
     folder = resolve(name)
     with torch.device("meta"), _Unfilled():
         model = CLIP(clip_config(read_config(folder), str(folder / "config.json")))
@@ -157,13 +158,13 @@ def save_llava(
             rows for <image> and filler are appended to the tables, each the mean of the others.
         dtype: storage dtype; left out, that of each weight.
         shard_bytes: largest file of weights.
-    Raises ValueError when an original checkpoint would be overwritten.
+    Raises BadInput when an original checkpoint would be overwritten.
     """
     folder, source = Path(folder), resolve(source)
     base = adapter_base(source) or source
     original = is_original(read_config(config_folder(source)))
     if original and folder.resolve() == base.resolve():
-        raise ValueError(f"{folder}: holds an original checkpoint, which would be mixed with another layout")
+        raise BadInput(f"{folder}: holds an original checkpoint, which would be mixed with another layout")
     tensors = merged_tensors(model)
     kept = {n: t for n, t in llava_tensors(source).items() if not BUFFERS.search(n)}
     extra = model.config.surplus_rows or (PADDING if original else 0)

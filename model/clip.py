@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import BadInput
 from model.attention import mix
 from model.config import ClipConfig, ClipTextConfig, VisionConfig
 
@@ -111,7 +112,7 @@ class VisionTransformer(nn.Module):
             self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> hidden states (B, 1+P, D), class token first. ValueError on another size."""
+        """pixels (B, 3, S, S) -> hidden states (B, 1+P, D), class token first. BadInput on another size."""
         size = self.config.image_size
         if tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(f"images are {tuple(pixels.shape[1:])}, the vision tower takes (3, {size}, {size})")
@@ -169,7 +170,7 @@ class CLIP(nn.Module):
         eos, limit = self.config.text.eos_token_id, self.config.text.max_position_embeddings
         longest = max(len(t) for t in texts)
         if longest > limit:
-            raise ValueError(f"a text has {longest} tokens, the text tower takes {limit}")
+            raise BadInput(f"a text has {longest} tokens, the text tower takes {limit}")
         pad = max(max(t) for t in texts) if eos == 2 else eos
         ids = torch.tensor([t + [pad] * (longest - len(t)) for t in texts], device=self.logit_scale.device)
         return F.normalize(self.text_projection(self.text_model(ids)), dim=-1)

@@ -32,7 +32,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from common import read_json
+from common import BadInput, read_json
 from data.templates import TEMPLATES
 
 
@@ -155,7 +155,7 @@ class LlavaConfig:
 
 
 def _take(cls, raw: dict, where: str, **fixed):
-    """Build `cls` from the keys of `raw` that it knows; `fixed` wins. ValueError on a value that cannot be."""
+    """Build `cls` from the keys of `raw` that it knows; `fixed` wins. BadInput on a value that cannot be."""
     known = {k: raw[k] for k in cls.__dataclass_fields__ if raw.get(k) is not None} | fixed
     for name, value in known.items():
         _check(name, value, cls.__dataclass_fields__[name].type, where)
@@ -163,44 +163,44 @@ def _take(cls, raw: dict, where: str, **fixed):
 
 
 def _check(name: str, value, kind: str, where: str) -> None:
-    """Raise ValueError when a value is not of the kind (a key of TYPES), or beyond its LIMITS."""
+    """Raise BadInput when a value is not of the kind (a key of TYPES), or beyond its LIMITS."""
     types, called = TYPES[kind]
     if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
-        raise ValueError(f"{where}: {name}={value!r:.80} is not {called}")
+        raise BadInput(f"{where}: {name}={value!r:.80} is not {called}")
     low, high = LIMITS.get(name, (1, 2**20))
     if kind in ("int", "float") and not low <= value <= high:
-        raise ValueError(f"{where}: {name}={value!r:.80} is not between {low} and {high}")
+        raise BadInput(f"{where}: {name}={value!r:.80} is not between {low} and {high}")
 
 
 def _value(raw: dict, names: tuple[str, ...], default, where: str, kind: str = "int"):
-    """The first of the keys that is there; ValueError as from `_check`."""
+    """The first of the keys that is there; BadInput as from `_check`."""
     name, value = next(((n, raw[n]) for n in names if raw.get(n) is not None), (names[0], default))
     _check(name, value, kind, where)
     return value
 
 
 def refuse(raw: dict, where: str, **supported) -> None:
-    """Raise ValueError when a key is present with a value that this code does not implement."""
+    """Raise BadInput when a key is present with a value that this code does not implement."""
     for key, allowed in supported.items():
         if key in raw and raw[key] not in allowed:
-            raise ValueError(f"{where}: {key}={raw[key]!r:.80} is not supported (supported: {list(allowed)})")
+            raise BadInput(f"{where}: {key}={raw[key]!r:.80} is not supported (supported: {list(allowed)})")
 
 
 def _section(raw: dict, name: str, where: str) -> dict:
-    """A section of the file. Raises ValueError when it is missing or no object."""
+    """A section of the file. Raises BadInput when it is missing or no object."""
     if not isinstance(raw.get(name), dict):
-        raise ValueError(f"{where}: " + (f"{name} is no object" if raw.get(name) is not None else f"has no {name}"))
+        raise BadInput(f"{where}: " + (f"{name} is no object" if raw.get(name) is not None else f"has no {name}"))
     return raw[name]
 
 
 def _shared(width: int, heads: int, where: str, names: str = "hidden_size, num_attention_heads") -> None:
-    """Raise ValueError when a width cannot be shared out among the heads."""
+    """Raise BadInput when a width cannot be shared out among the heads."""
     if width % heads:
-        raise ValueError(f"{where}: {width} is no multiple of {heads} ({names})")
+        raise BadInput(f"{where}: {width} is no multiple of {heads} ({names})")
 
 
 def llama_config(raw: dict, where: str = "config.json") -> LlamaConfig:
-    """Read a LLaMA-type section. Raises ValueError on features that change the mathematics."""
+    """Read a LLaMA-type section. Raises BadInput on features that change the mathematics."""
     refuse(raw, where, model_type=("llama", "mistral"), hidden_act=("silu",), attention_bias=(False, None),
            mlp_bias=(False, None))
     key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
@@ -231,14 +231,14 @@ def llava_config(raw: dict, where: str = "config.json", tower: VisionConfig | No
 
     Args:
         tower: that of an original checkpoint whose `mm_vision_tower` is none of OpenAI's.
-    Raises ValueError on an architecture that is not LLaVA-1.5's or 1.6's.
+    Raises BadInput on an architecture that is not LLaVA-1.5's or 1.6's.
     """
     if is_original(raw):
         return _original_config(raw, where, tower)
     family = raw.get("model_type", "llava")
     if family not in ("llava", "llava_next"):
-        raise ValueError(f"{where}: model_type={family!r:.80} is not supported (LLaVA-1.5 and 1.6 are: llava,"
-                         " llava_next, or the original layout)")
+        raise BadInput(f"{where}: model_type={family!r:.80} is not supported (LLaVA-1.5 and 1.6 are: llava,"
+                       " llava_next, or the original layout)")
     refuse(raw, where, projector_hidden_act=("gelu",), vision_feature_select_strategy=("default",),
            multimodal_projector_bias=(True,), use_image_newline_parameter=(True, None),
            prompt_template=(*TEMPLATES, None))
@@ -300,8 +300,8 @@ def _original_config(raw: dict, where: str, tower: VisionConfig | None) -> Llava
         refuse({"mm_patch_merge_type": None} | raw, where, mm_patch_merge_type=("spatial_unpad",))
     named = str(raw["mm_vision_tower"]).rstrip("/").rsplit("/", 1)[-1]
     if tower is None and named not in TOWERS:
-        raise ValueError(f"{where}: mm_vision_tower={raw['mm_vision_tower']!r:.200} is no CLIP folder and none of"
-                         f" {list(TOWERS)}")
+        raise BadInput(f"{where}: mm_vision_tower={raw['mm_vision_tower']!r:.200} is no CLIP folder and none of"
+                       f" {list(TOWERS)}")
     tower = tower or _vision(TOWERS[named], where)
     section = {**raw, "model_type": "mistral" if name == ORIGINAL[1] else "llama"}
     text = llama_config(section, where)
@@ -322,14 +322,14 @@ def _vision(raw: dict, where: str, **fixed) -> VisionConfig:
     config = _take(VisionConfig, raw, where, **fixed)
     _shared(config.hidden_size, config.num_attention_heads, where)
     if config.patch_size > config.image_size:
-        raise ValueError(f"{where}: patch_size={config.patch_size} is larger than image_size={config.image_size}")
+        raise BadInput(f"{where}: patch_size={config.patch_size} is larger than image_size={config.image_size}")
     return config
 
 
 def _layer(raw: dict, key: str, tower: VisionConfig, where: str) -> int:
     layer, layers = raw.get(key, -2), tower.num_hidden_layers
     if type(layer) is not int or not -layers - 1 <= layer <= layers:
-        raise ValueError(f"{where}: {key}={layer!r:.80} is not one of the tower's {layers + 1} states")
+        raise BadInput(f"{where}: {key}={layer!r:.80} is not one of the tower's {layers + 1} states")
     return layer
 
 
@@ -340,8 +340,8 @@ def _pairs(grid, where: str) -> tuple[tuple[int, int], ...]:
         for pair in grid
     )
     if not fits:
-        raise ValueError(f"{where}: image_grid_pinpoints={grid!r:.80} is not a list of two sizes each, of at most"
-                         f" {2**13} pixels")
+        raise BadInput(f"{where}: image_grid_pinpoints={grid!r:.80} is not a list of two sizes each, of at most"
+                       f" {2**13} pixels")
     return tuple(map(tuple, grid))
 
 
@@ -350,12 +350,12 @@ def _template(section: dict, text: LlamaConfig, where: str) -> str:
     if section.get("model_type") == "mistral":
         return "mistral_instruct"
     if text.vocab_size > YI_VOCABULARY + PADDING:
-        raise ValueError(f"{where}: vocab_size={text.vocab_size} is neither Vicuna's, Mistral's nor Yi's")
+        raise BadInput(f"{where}: vocab_size={text.vocab_size} is neither Vicuna's, Mistral's nor Yi's")
     return "chatml_direct" if text.vocab_size >= YI_VOCABULARY else "vicuna_v1"
 
 
 def clip_config(raw: dict, where: str = "config.json") -> ClipConfig:
-    """Read a CLIP config.json (both towers). Raises ValueError like `llava_config`."""
+    """Read a CLIP config.json (both towers). Raises BadInput like `llava_config`."""
     refuse(raw, where, model_type=("clip",))
     vision, text = (_section(raw, name, where) for name in ("vision_config", "text_config"))
     dim, where_text = _value(raw, ("projection_dim",), 512, where), f"{where}: text_config"
@@ -368,7 +368,7 @@ def clip_config(raw: dict, where: str = "config.json") -> ClipConfig:
 def read_llava_config(folder: Path | str) -> LlavaConfig:
     """The configuration of a LLaVA folder, rows that no text uses taken off the vocabulary.
 
-    Raises ValueError naming the file and the setting that does not fit.
+    Raises BadInput naming the file and the setting that does not fit.
     """
     folder = Path(folder)
     raw, tower = read_config(folder), None
@@ -387,10 +387,10 @@ def read_llava_config(folder: Path | str) -> LlavaConfig:
 def tower_folder(folder: Path, raw: dict) -> Path | None:
     """The CLIP folder that an original checkpoint names: as written, inside the checkpoint, or beside it.
 
-    Raises ValueError when the name is none."""
+    Raises BadInput when the name is none."""
     name = raw["mm_vision_tower"]
     if not isinstance(name, str) or not name.strip("/."):
-        raise ValueError(f"{folder / 'config.json'}: mm_vision_tower={name!r:.80} names no vision tower")
+        raise BadInput(f"{folder / 'config.json'}: mm_vision_tower={name!r:.80} names no vision tower")
     leaf = name.rstrip("/").rsplit("/", 1)[-1]
     places = (Path(name), folder / name, folder / leaf, folder.parent / leaf)
     return next((p for p in places if os.path.isfile(p / "config.json")), None)
@@ -411,24 +411,24 @@ def text_rows(folder: Path, config: LlavaConfig) -> int:
 
 
 def _token_ids(path: Path) -> list[tuple[str, int]]:
-    """(token, id) of a tokenizer.json: its vocabulary and what is added. Raises ValueError naming the file."""
+    """(token, id) of a tokenizer.json: its vocabulary and what is added. Raises BadInput naming the file."""
     raw = read_json(path)
     model, added = raw.get("model", {}), raw.get("added_tokens") or []
     known = model.get("vocab", {}) if isinstance(model, dict) else None
     if not isinstance(known, (dict, list)) or not isinstance(added, list):
-        raise ValueError(f"{path}: not a readable tokenizer (it has no vocabulary)")
+        raise BadInput(f"{path}: not a readable tokenizer (it has no vocabulary)")
     if isinstance(known, list):  # (token, score), in the order of the ids
         known = {str(entry[0]) if isinstance(entry, list) and entry else "": i for i, entry in enumerate(known)}
     ids = [*known.items(), *((t.get("content"), t.get("id")) if isinstance(t, dict) else (t, None) for t in added)]
     for token, i in ids:
         if type(i) is not int or i < 0:
-            raise ValueError(f"{path}: not a readable tokenizer (token {token!r:.80} has the id {i!r:.80})")
+            raise BadInput(f"{path}: not a readable tokenizer (token {token!r:.80} has the id {i!r:.80})")
     return ids
 
 
 def read_config(folder: Path) -> dict:
-    """The parsed config.json of a checkpoint folder. Raises ValueError naming an unusable file."""
+    """The parsed config.json of a checkpoint folder. Raises BadInput naming an unusable file."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path}: not found (a checkpoint folder has one, with weights and a tokenizer)")
+        raise BadInput(f"{path}: not found (a checkpoint folder has one, with weights and a tokenizer)")
     return read_json(path)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common import BadInput
 from data.images import View, stack
 from model.attention import Ragged, SharedPrefix
 from model.llava import Llava
@@ -28,7 +29,7 @@ from model.llava import Llava
 Stop = Callable[[int, int, list[int]], bool]
 
 
-class NotFinite(ValueError):
+class NotFinite(BadInput):
     """Logits that are NaN or infinite; `prompt` is the number of the prompt they are for."""
 
     what = "the model's logits are NaN or infinite"
@@ -185,7 +186,7 @@ def generate(
         top_p: keep the smallest set of tokens whose probability reaches top_p.
         seeds: one (>= 0) per prompt; needed when temperature > 0.
     Returns: [M][n] lists of new token ids, without EOS. One of max_new_tokens has been cut off.
-    Raises ValueError on missing seeds, a temperature or top_p out of range, a prompt of fewer than two
+    Raises BadInput on missing seeds, a temperature or top_p out of range, a prompt of fewer than two
     tokens, one whose image tokens are not those of its picture, beginnings or hidden flags that do not fit;
     NotFinite, which is one, when logits are NaN or infinite.
     """
@@ -246,7 +247,7 @@ def _check(model: Llava, prompts: list[list[int]], starts: list[list[list[int]]]
            temperature: float, top_p: float, seeds: list[int] | None) -> None:
     """Refuse what cannot be generated, as the docstring of `generate` lists it."""
     if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} and top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
+        raise BadInput(f"temperature {temperature} and top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
     if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
         raise ValueError("sampling needs one seed per prompt")
     if min(len(p) for p in prompts) < 2:
@@ -255,8 +256,8 @@ def _check(model: Llava, prompts: list[list[int]], starts: list[list[list[int]]]
         raise ValueError("each prompt needs at least one answer beginning, be it an empty one")
     longest = max(len(p) + max(map(len, g)) for p, g in zip(prompts, starts)) + max_new_tokens
     if longest > model.config.text.max_position_embeddings:
-        raise ValueError(f"prompt and answer may reach {longest} tokens, the decoder takes "
-                         f"{model.config.text.max_position_embeddings}")
+        raise BadInput(f"prompt and answer may reach {longest} tokens, the decoder takes "
+                       f"{model.config.text.max_position_embeddings}")
 
 
 def _prefill(model: Llava, views: list[View], prompts: list[list[int]], starts: list[list[list[int]]],
@@ -337,7 +338,7 @@ def answers(
         finished: an answer that was cut at `max_new_tokens` becomes "".
         progress: label of a progress bar; empty for none.
     Returns: [M][n] answers.
-    Raises ValueError as `generate` does; for logits that are not finite it names the image.
+    Raises BadInput as `generate` does; for logits that are not finite it names the image.
     """
     result: list[list[str]] = []
     seeds = seeds if seeds is not None else [seed + i for i in range(len(images))]
@@ -362,7 +363,7 @@ def answers(
                 seeds=seeds[part],
             )
         except NotFinite as error:
-            raise ValueError(f"{images[start + error.prompt]}: {error.what}") from None
+            raise BadInput(f"{images[start + error.prompt]}: {error.what}") from None
         result += [["" if finished and len(ids) == max_new_tokens else processor.decode(ids) for ids in group]
                    for group in batch]
         bar.update(len(batch))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import huggingface_hub
 
+from common import BadInput
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SMALL = ["*.json", "tokenizer.model", "vocab.txt", "merges.txt"]
 SAFE = ["*.safetensors", "non_lora_trainables.bin"]
@@ -19,14 +21,14 @@ PICKLED = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin", "non_l
 
 
 def resolve(name: Path | str) -> Path:
-    """Folder of a model. Raises ValueError in one line when there is none and none can be downloaded."""
+    """Folder of a model. Raises BadInput in one line when there is none and none can be downloaded."""
     folder = Path(name)
     if os.path.isdir(folder):  # False also for what can be no path: too long, a null byte
         return folder
     if os.path.isfile(folder):
-        raise ValueError(f"{name}: is a file; the folder that holds it is wanted")
+        raise BadInput(f"{name}: is a file; the folder that holds it is wanted")
     if not HUB_ID.fullmatch(str(name)) or folder.is_absolute():
-        raise ValueError(f"{name}: no such folder, and not a hub id (owner/name)")
+        raise BadInput(f"{name}: no such folder, and not a hub id (owner/name)")
     folder = _download(str(name), SMALL + SAFE)
     return folder if any(folder.glob("*.safetensors")) else _download(str(name), SMALL + PICKLED)
 
@@ -37,4 +39,4 @@ def _download(name: str, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:  # offline, unknown, gated: the client's errors are of these kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: no such folder, and the download failed ({reason[:200]})") from None
+        raise BadInput(f"{name}: no such folder, and the download failed ({reason[:200]})") from None

@@ -21,13 +21,12 @@ the tower is that of the adapters' config.json, and the projector is in their no
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from common import read_json
+from common import BadInput, read_json, written_whole
 from model.config import is_original, read_config, tower_folder
 from model.hub import resolve
 from model.tensors import Stored, list_file, list_tensors
@@ -69,7 +68,7 @@ def canonical(name: str) -> str:
 def llava_tensors(folder: Path) -> dict[str, Stored]:
     """Name in the model -> place, for all tensors of a LLaVA folder, or of the model that adapters go onto.
 
-    Raises ValueError as from `list_tensors`, and when there is no projector.
+    Raises BadInput as from `list_tensors`, and when there is no projector.
     """
     base, home = adapter_base(folder) or folder, config_folder(folder)
     found, raw = by_name(list_tensors(base)), read_config(home)
@@ -79,8 +78,8 @@ def llava_tensors(folder: Path) -> dict[str, Stored]:
         if path.is_file() and not any(n.startswith(PROJECTOR) for n in found):
             found |= {n: t for n, t in by_name(list_file(path)).items() if n.startswith(PROJECTOR)}
     if not any(n.startswith(PROJECTOR) for n in found):
-        raise ValueError(f"{folder}: no projector: no tensor mm_projector in the weights of {base}, in its"
-                         " mm_projector.bin or in non_lora_trainables.bin")
+        raise BadInput(f"{folder}: no projector: no tensor mm_projector in the weights of {base}, in its"
+                       " mm_projector.bin or in non_lora_trainables.bin")
     if not any(n.startswith(TOWER) for n in found):
         clip = tower_folder(home, raw) or resolve(raw["mm_vision_tower"])
         tower = by_name(list_tensors(clip), unwrapped)
@@ -89,13 +88,13 @@ def llava_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def by_name(tensors: list[Stored], rename: Callable[[str], str] = canonical) -> dict[str, Stored]:
-    """Keyed by the name in the model. Raises ValueError when two tensors have the same."""
+    """Keyed by the name in the model. Raises BadInput when two tensors have the same."""
     found: dict[str, Stored] = {}
     for tensor in tensors:
         name = rename(tensor.name)
         if name in found:
-            raise ValueError(f"{tensor.file}: tensor {tensor.name} is also in {found[name].file.name},"
-                             f" as {found[name].name}")
+            raise BadInput(f"{tensor.file}: tensor {tensor.name} is also in {found[name].file.name},"
+                           f" as {found[name].name}")
         found[name] = tensor
     return found
 
@@ -112,13 +111,13 @@ def adapter_base(folder: Path) -> Path | None:
         return None
     name = read_json(path).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
-        raise ValueError(f"{path}: names no base_model_name_or_path")
+        raise BadInput(f"{path}: names no base_model_name_or_path")
     try:
         base = resolve(name)
-    except ValueError as error:
-        raise ValueError(f"{path}: the base model: {error}") from None
+    except BadInput as error:
+        raise BadInput(f"{path}: the base model: {error}") from None
     if not (base / "config.json").is_file():
-        raise ValueError(f"{path}: the base model: {base} has no config.json")
+        raise BadInput(f"{path}: the base model: {base} has no config.json")
     return base
 
 
@@ -150,5 +149,5 @@ def copy_companions(source: Path, folder: Path) -> None:
         places = [source, base, settings_folder(base or source) if name in SETTINGS else None]
         path = next((p / name for p in places if p and (p / name).is_file()), None)
         if path and path.resolve() != (folder / name).resolve():
-            shutil.copyfile(path, folder / f"{name}.tmp")
-            os.replace(folder / f"{name}.tmp", folder / name)
+            with written_whole(folder / name) as temporary:
+                shutil.copyfile(path, temporary)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from common import BadInput
 from data.images import View
 from model.attention import SharedPrefix
 from model.llava import Llava
@@ -78,7 +79,7 @@ def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed
     Args:
         rows: for each picture, which patch features its image tokens stand for (`data.images.stack`).
         image_id: id of the image token.
-    Raises ValueError on an empty response, a prompt of fewer than two tokens, or image tokens that are not as
+    Raises BadInput on an empty response, a prompt of fewer than two tokens, or image tokens that are not as
     many as the rows of the picture.
     """
     groups: dict[tuple, list[int]] = {}
@@ -184,7 +185,7 @@ class Scorer(nn.Module):
         limit = self.model.config.text.max_position_embeddings
         longest = max(p + max(r) for p, r in zip(packed.prefixes, packed.responses))
         if longest > limit:
-            raise ValueError(f"a sequence of {longest} tokens, the decoder takes {limit}")
+            raise BadInput(f"a sequence of {longest} tokens, the decoder takes {limit}")
         x = self.model.embed(packed.ids, features, packed.rows, packed.slots)  # (T, D)
         rule = SharedPrefix(packed.prefixes, packed.responses, x.device)
         return self.model.language_model.model(x, packed.positions, rule)

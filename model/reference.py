@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common import BadInput, written_whole
 from model.hub import resolve
 from model.layouts import llava_tensors
 
@@ -75,23 +75,21 @@ def write(path: Path, rows: dict[str, Tensor], key: str, rank: int = 0, world: i
         dist.all_gather_object(parts, rows)
         rows = {name: row for part in parts for name, row in part.items()}
     if rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(rows, temporary, metadata={"fingerprint": key})
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            save_file(rows, temporary, metadata={"fingerprint": key})
     if world > 1:
         dist.barrier()
 
 
 def read(path: Path, key: str) -> dict[str, Tensor]:
-    """All rows. Raises ValueError when the file belongs to another model, data, template or image handling."""
+    """All rows. Raises BadInput when the file belongs to another model, data, template or image handling."""
     try:
         with safe_open(path, "pt") as file:
             kept = (file.metadata() or {}).get("fingerprint")
             rows = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+        raise BadInput(f"{path}: not a readable safetensors file ({error})") from None
     if kept != key:
-        raise ValueError(f"{path}: the log-probs in it are of another model, data, template, precision or image"
-                         " handling; name another file or delete it")
+        raise BadInput(f"{path}: the log-probs in it are of another model, data, template, precision or image"
+                       " handling; name another file or delete it")
     return rows

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common import BadInput
 from model.checkpoint import load_llava
 from model.llava import Llava
 from model.logprobs import Packed, Scorer
@@ -60,12 +61,12 @@ def save_reward_head(reward: RewardModel, folder: Path) -> None:
 
 def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32, device="cpu",
                       autocast: torch.dtype | None = None) -> RewardModel:
-    """Read a folder that `train.py --loss reward_model` wrote; frozen. ValueError naming the file and the tensor
+    """Read a folder that `train.py --loss reward_model` wrote; frozen. BadInput naming the file and the tensor
     that is missing or does not fit."""
     folder = Path(folder)
     if not (folder / HEAD).is_file():
-        raise ValueError(f"{folder / HEAD}: not found; train a reward model first:"
-                         " python train.py --loss reward_model")
+        raise BadInput(f"{folder / HEAD}: not found; train a reward model first:"
+                       " python train.py --loss reward_model")
     reward = RewardModel(load_llava(folder / "model", dtype, device), autocast)
     found = {stored.name: stored for stored in list_file(folder / HEAD)}
     wanted = {name: tuple(tensor.shape) for name, tensor in reward.head.state_dict().items()}

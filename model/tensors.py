@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import read_json
+from common import BadInput, read_json, written_whole
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,18 +47,18 @@ class Stored(NamedTuple):
 
 
 def list_tensors(folder: Path) -> list[Stored]:
-    """All tensors of a folder's weight files. ValueError on a missing shard, a broken index or file."""
+    """All tensors of a folder's weight files. BadInput on a missing shard, a broken index or file."""
     found, seen = [], {}
     files, placed = weight_files(folder)
     for file in files:
         for tensor in list_file(file):
             if tensor.name in seen:
-                raise ValueError(f"{file}: tensor {tensor.name} is also in {seen[tensor.name].name}")
+                raise BadInput(f"{file}: tensor {tensor.name} is also in {seen[tensor.name].name}")
             seen[tensor.name] = file
             found.append(tensor)
     for name, file in placed.items():
         if name not in seen:
-            raise ValueError(f"{folder / file}: has no tensor {name}, which the index places there")
+            raise BadInput(f"{folder / file}: has no tensor {name}, which the index places there")
     return found
 
 
@@ -80,7 +80,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if shards := sorted(p for p in folder.glob(f"{stem}-*.{suffix}") if SHARD.search(p.name)):
             _complete(shards)
             return shards, {}
-    raise ValueError(f"{folder}: no model.safetensors, no pytorch_model.bin, and no shards of either")
+    raise BadInput(f"{folder}: no model.safetensors, no pytorch_model.bin, and no shards of either")
 
 
 @cache
@@ -93,26 +93,26 @@ def _index(path: Path) -> dict[str, str]:
     """Tensor name -> name of a file that is there."""
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or any(not isinstance(f, str) or "/" in f for f in placed.values()):
-        raise ValueError(f"{path}: weight_map is not a map from tensors to files of this folder")
+        raise BadInput(f"{path}: weight_map is not a map from tensors to files of this folder")
     there = {p.name for p in path.parent.iterdir() if p.is_file()}
     for name in sorted(set(placed.values())):
         if name not in there:
-            raise ValueError(f"{path.parent / name}: missing shard, named by the index")
+            raise BadInput(f"{path.parent / name}: missing shard, named by the index")
     return placed
 
 
 def _complete(shards: list[Path]) -> None:
-    """Raise ValueError naming a shard that the others' names ask for."""
+    """Raise BadInput naming a shard that the others' names ask for."""
     for path in shards:
         match = SHARD.search(path.name)
         for i in range(1, int(match[2]) + 1):
             other = path.with_name(path.name[: match.start(1)] + f"{i:05d}" + path.name[match.end(1) :])
             if other not in shards:
-                raise ValueError(f"{other}: missing shard, {path.name} is one of {int(match[2])}")
+                raise BadInput(f"{other}: missing shard, {path.name} is one of {int(match[2])}")
 
 
 def list_file(file: Path) -> list[Stored]:
-    """The tensors of one file. Raises ValueError when it is truncated or of another format."""
+    """The tensors of one file. Raises BadInput when it is truncated or of another format."""
     if file.suffix == ".safetensors":
         with _safetensors(file) as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}
@@ -141,9 +141,9 @@ def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """All tensors of one file by name. ValueError as from `list_file`, and when there is none."""
+    """All tensors of one file by name. BadInput as from `list_file`, and when there is none."""
     if not file.is_file():
-        raise ValueError(f"{file}: not found")
+        raise BadInput(f"{file}: not found")
     return {stored.name: tensor for stored, tensor in read(list_file(file))}
 
 
@@ -153,7 +153,7 @@ def _safetensors(file: Path):
         with safe_open(file, "pt") as shard:
             yield shard
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+        raise BadInput(f"{file}: not a readable safetensors file ({error})") from None
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
@@ -165,10 +165,10 @@ def _pickled(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # torch raises many kinds: RuntimeError, UnpicklingError, EOFError, KeyError
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines() or [type(error).__name__]
-        raise ValueError(f"{file}: not a readable file of weights ({reason[0][:200]})") from None
+        raise BadInput(f"{file}: not a readable file of weights ({reason[0][:200]})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(n, str) and _plain(t) for n, t in state.items()):
-        raise ValueError(f"{file}: is no plain dictionary of tensors")
+        raise BadInput(f"{file}: is no plain dictionary of tensors")
     return state
 
 
@@ -200,14 +200,14 @@ def misfits(found: dict[str, Stored], wanted: dict[str, tuple[int, ...]],
 
 
 def refuse(problems: list[str], prefix: str = "") -> None:
-    """Raise ValueError with the first eight in one line, if there are any."""
+    """Raise BadInput with the first eight in one line, if there are any."""
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(prefix + " ".join("; ".join(problems[:8]).splitlines()) + more)
+        raise BadInput(prefix + " ".join("; ".join(problems[:8]).splitlines()) + more)
 
 
 def finite(tensor: Tensor, where: str) -> Tensor:
-    """The tensor itself. Raises ValueError when it holds NaN or infinity.
+    """The tensor itself. Raises BadInput when it holds NaN or infinity.
 
     One pass over it (0.1 s a GiB on one core) without memory of its size.
 
@@ -216,7 +216,7 @@ def finite(tensor: Tensor, where: str) -> Tensor:
     """
     # aminmax hands NaN on, so the two extremes tell of all values.
     if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, tensor.detach().aminmax())):
-        raise ValueError(f"{where} holds NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}")
+        raise BadInput(f"{where} holds NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}")
     return tensor
 
 
@@ -224,11 +224,10 @@ def finite(tensor: Tensor, where: str) -> Tensor:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a safetensors file under a temporary name, then move it into place."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a safetensors file, whole or not at all."""
     plain = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in tensors.items()}
-    save_file(plain, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        save_file(plain, temporary, metadata={"format": "pt"})
 
 
 def save_shards(
@@ -280,7 +279,6 @@ def _save_part(shard: dict[str, Tensor], folder: Path, i: int) -> dict[str, int]
 
 
 def save_json(value: object, path: Path) -> None:
-    """Write JSON under a temporary name, then move it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    """Write a JSON file, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")

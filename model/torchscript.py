@@ -8,7 +8,7 @@ the archive is data: a zip file with
     ROOT/code/       never looked at
 
 The pickle is followed step by step, the few opcodes that TorchScript writes and no others; what it would
-call becomes a `Call`, which is only looked at. Damaged files are ValueErrors.
+call becomes a `Call`, which is only looked at. Damaged files are BadInput.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from common import BadInput
 
 REBUILD = "torch._utils _rebuild_tensor_v2"
 STORAGES = {
@@ -51,7 +53,7 @@ def script_tensors(path: Path) -> dict[str, Tensor] | None:
     """Tensors of all modules by the names that `state_dict` gives them; None for a file that is no TorchScript.
 
     Attributes that are tensors without being parameters or buffers are among them.
-    Raises ValueError naming a damaged file.
+    Raises BadInput naming a damaged file.
     """
     try:
         if not zipfile.is_zipfile(path):  # raises, too, on some damage
@@ -61,14 +63,14 @@ def script_tensors(path: Path) -> dict[str, Tensor] | None:
             return _tensors(archive, min(roots), path.stat().st_size) if roots else None
     except Exception as error:  # zipfile and pickletools have no one class of errors for damaged files
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise ValueError(f"{path}: not a readable TorchScript archive ({type(error).__name__}: {reason})") from None
+        raise BadInput(f"{path}: not a readable TorchScript archive ({type(error).__name__}: {reason})") from None
 
 
 def _tensors(archive: zipfile.ZipFile, root: str, size: int) -> dict[str, Tensor]:
     """The tensors of an archive of `size` bytes, whose members lie in the folder `root`."""
     members = [m for m in archive.infolist() if m.filename.startswith((f"{root}/data/", f"{root}/data.pkl"))]
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise ValueError("its data is compressed, or larger than the file")
+        raise BadInput("its data is compressed, or larger than the file")
     storages: dict[Storage, Tensor] = {}
     found: dict[str, Tensor] = {}
     pickled = archive.read(f"{root}/data.pkl")
@@ -76,10 +78,10 @@ def _tensors(archive: zipfile.ZipFile, root: str, size: int) -> dict[str, Tensor
     while modules:
         prefix, module = modules.pop()
         if not isinstance(module.state, dict):
-            raise ValueError(f"the module {prefix} has no attributes but what code of its own would make")
+            raise BadInput(f"the module {prefix} has no attributes but what code of its own would make")
         left -= 1 + len(module.state)
         if left < 0 or len(prefix) > 1000:  # a module may be in several places, but not in itself
-            raise ValueError("its modules contain each other")
+            raise BadInput("its modules contain each other")
         for name, value in module.state.items():
             if not isinstance(value, Call):
                 continue
@@ -96,23 +98,23 @@ def _tensors(archive: zipfile.ZipFile, root: str, size: int) -> dict[str, Tensor
 
 def _storage(data: bytearray, storage: Storage) -> Tensor:
     if len(data) != storage.length * storage.dtype.itemsize:
-        raise ValueError(f"storage {storage.key} has {len(data)} bytes, not {storage.length} {storage.dtype}")
+        raise BadInput(f"storage {storage.key} has {len(data)} bytes, not {storage.length} {storage.dtype}")
     return torch.frombuffer(data, dtype=storage.dtype) if data else torch.empty(0, dtype=storage.dtype)
 
 
 def _view(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """A tensor in a storage (n,). ValueError unless every element lies inside."""
+    """A tensor in a storage (n,). BadInput unless every element lies inside."""
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"a tensor of size {size}, stride {stride} and offset {offset}")
+        raise BadInput(f"a tensor of size {size}, stride {stride} and offset {offset}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
-        raise ValueError(f"a tensor of size {size} reaches beyond its storage of {len(storage)}")
+        raise BadInput(f"a tensor of size {size} reaches beyond its storage of {len(storage)}")
     return storage.as_strided(size, stride, offset)
 
 
 def follow(data: bytes) -> object:
-    """The value that a pickle describes, calls left as `Call`. ValueError on an opcode TorchScript never writes;
+    """The value that a pickle describes, calls left as `Call`. BadInput on an opcode TorchScript never writes;
     other exceptions on damaged data."""
     stack: list = []
     marks: list[int] = []
@@ -145,7 +147,7 @@ def follow(data: bytes) -> object:
         elif name in ("SETITEM", "SETITEMS"):
             added = items() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
             if not all(isinstance(key, (str, int, float)) for key in added[::2]):
-                raise ValueError("a key that is no text or number")
+                raise BadInput("a key that is no text or number")
             stack[-1].update(zip(added[::2], added[1::2], strict=True))
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[arg] = stack[-1]
@@ -163,5 +165,5 @@ def follow(data: bytes) -> object:
             _, kind, key, _, length = stack.pop()
             stack.append(Storage(key, STORAGES[kind.name], length))
         elif name not in ("PROTO", "STOP"):
-            raise ValueError(f"opcode {name}")
+            raise BadInput(f"opcode {name}")
     return stack.pop()

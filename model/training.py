@@ -32,6 +32,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from common import BadInput, written_whole
+
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 CONTENT = {  # of a checkpoint
     "step": int,  # how many are done
@@ -53,25 +55,16 @@ def save_checkpoint(out: Path, run, step: int, config: dict, log: dict) -> None:
     trained = {name: p.detach() for name, p in trained_by_name(run).items()}
     state = {"step": step, "config": config, "identity": run.identity, "trained": trained,
              "optimizer": run.optimizer.state_dict(), "state": run.state, "log": log}
-    write_whole(out / CHECKPOINT, lambda file: torch.save(state, file), former=out / PREVIOUS)
-
-
-def write_whole(path: Path, write: Callable, former: Path | None = None) -> None:
-    """Have `write` fill a binary file that appears whole or not at all; keep the one it replaces as `former`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    if former and path.exists():
-        os.replace(path, former)  # killed between the two: `former` is then the newest
-    os.replace(temporary, path)
+    with written_whole(out / CHECKPOINT) as temporary:
+        torch.save(state, temporary)
+        if (out / CHECKPOINT).exists():  # killed after this line: the former one is then the newest
+            os.replace(out / CHECKPOINT, out / PREVIOUS)
 
 
 def read_checkpoint(out: Path, config: dict, rank: int = 0) -> dict:
     """The newest undamaged checkpoint of a folder, on the CPU, with its `path`.
 
-    Where checkpoint.pt is damaged, that is checkpoint-previous.pt, and rank 0 says so. Raises ValueError, one line
+    Where checkpoint.pt is damaged, that is checkpoint-previous.pt, and rank 0 says so. Raises BadInput, one line
     naming the files, if none is whole or it belongs to a run of other settings.
     """
     problems = []
@@ -79,44 +72,44 @@ def read_checkpoint(out: Path, config: dict, rank: int = 0) -> dict:
         try:
             saved = load_whole(path) | {"path": path}
             break
-        except ValueError as error:
+        except BadInput as error:
             problems.append(str(error))
     else:
-        raise ValueError("; ".join(problems))
+        raise BadInput("; ".join(problems))
     different = [k for k in config if k not in CHANGEABLE and config[k] != saved["config"].get(k)]
     if different:
         pairs = ", ".join(f"{k} was {saved['config'].get(k)!r}, is {config[k]!r}" for k in different)
-        raise ValueError(f"{path} belongs to another run: {pairs}")
+        raise BadInput(f"{path} belongs to another run: {pairs}")
     if config["steps"] < saved["step"]:
-        raise ValueError(f"--steps {config['steps']}: {saved['step']} are done already, says {path}")
+        raise BadInput(f"--steps {config['steps']}: {saved['step']} are done already, says {path}")
     if problems and rank == 0:
         print(f"warning: {problems[0]}; going on from step {saved['step']} in {path}", file=sys.stderr)
     return saved
 
 
 def load_whole(path: Path) -> dict:
-    """A checkpoint whose every bit is as it was written. Raises ValueError, one line that names the file."""
+    """A checkpoint whose every bit is as it was written. Raises BadInput, one line that names the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
+                raise BadInput(f"the checksum of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{path}: not found") from None
+        raise BadInput(f"{path}: not found") from None
     except Exception as error:  # damage has many faces: BadZipFile, RuntimeError, UnpicklingError, EOFError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: damaged or no checkpoint ({reason[:200]})") from None
+        raise BadInput(f"{path}: damaged or no checkpoint ({reason[:200]})") from None
     if not isinstance(saved, dict) or not all(isinstance(saved.get(k), kind) for k, kind in CONTENT.items()):
-        raise ValueError(f"{path}: no checkpoint of this version of train.py, which holds {', '.join(CONTENT)}")
+        raise BadInput(f"{path}: no checkpoint of this version of train.py, which holds {', '.join(CONTENT)}")
     return saved
 
 
 def refuse_other(saved: dict, run) -> None:
-    """Raises ValueError if a checkpoint is of other records, model files or image handling, or its tensors of other
+    """Raises BadInput if a checkpoint is of other records, model files or image handling, or its tensors of other
     names or shapes than those that train here."""
     other = [name for name, key in run.identity.items() if saved["identity"].get(name) != key]
     if other:
-        raise ValueError(f"{saved['path']} belongs to another run: other {' and other '.join(other)}")
+        raise BadInput(f"{saved['path']} belongs to another run: other {' and other '.join(other)}")
     trained = trained_by_name(run)
     moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(trained.values())}
     wanted, found = shapes(trained, moments), shapes(saved["trained"], saved["optimizer"].get("state", {}))
@@ -124,7 +117,7 @@ def refuse_other(saved: dict, run) -> None:
     groups = [group.get("params") for group in saved["optimizer"].get("param_groups", [])]
     if wrong or groups != [list(moments)]:
         what = ", ".join(wrong[:3]) or "parameter groups"
-        raise ValueError(f"{saved['path']}: weights or optimiser state of another model: {what}")
+        raise BadInput(f"{saved['path']}: weights or optimiser state of another model: {what}")
 
 
 def shapes(trained: dict, moments: dict) -> dict[str, tuple]:
@@ -168,7 +161,8 @@ class Log:
             self.since -= log["seconds"]
         if run.rank == 0:
             kept = lines_until(self.path, self.first)
-            write_whole(self.path, lambda file: file.writelines(kept))
+            with written_whole(self.path) as temporary:
+                temporary.write_bytes(b"".join(kept))
 
     def begin(self) -> None:
         """Start an interval."""

@@ -24,7 +24,7 @@ Departures
       photo_candidates(detect, fill, folder)
 
       detect   Eq. 5-7   data/detect.py: Mask R-CNN, COCO's ground truth; in the paper RAM, GroundingDINO, SAM
-      fill     Eq. 8     LaMa as in the paper (model/lama.py), or data/inpaint.py, which needs no weights
+      fill     Eq. 8     LaMa as in the paper (data/lama.py), or data/inpaint.py, which needs no weights
 
 - Eq. 6 gives each tag one box. Where a class has several objects, all of them are removed: with one dog of
   two gone, "a dog" would still be true. instances="best" removes only the most certain one.
@@ -47,6 +47,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from common import BadInput
 from data.corrupt import to_image, to_pixels
 from data.derived import store
 from data.detect import Detect, Detection
@@ -55,6 +56,7 @@ from data.inpaint import Fill, dilate, fill
 from data.mentions import find, load_entities
 from data.processor import ClipProcessor
 from data.scenes import objects_present, parse_reference, reference
+from data.sentences import sentences
 from metrics import chair
 from model.clip import CLIP
 from retrieval.embed import embed_images, embed_texts
@@ -63,10 +65,10 @@ Candidates = Callable[[dict], list[tuple[str, str]]]
 
 
 def scene_candidates(record: dict) -> list[tuple[str, str]]:
-    """The record's scene without each of its classes: (class, reference). ValueError when it is no scene."""
+    """The record's scene without each of its classes: (class, reference). BadInput when it is no scene."""
     if not record["image"].startswith("scene:"):
-        raise ValueError(f"{record['id']}: cannot remove objects from {record['image']!r}; only scenes are "
-                         "drawn again, photographs need a detector (photo_candidates)")
+        raise BadInput(f"{record['id']}: cannot remove objects from {record['image']!r}; only scenes are "
+                       "drawn again, photographs need a detector (photo_candidates)")
     scene, without = parse_reference(record["image"])
     return [(category, reference(scene.seed, (*without, category)))
             for category in sorted(objects_present(scene, without))]
@@ -106,7 +108,7 @@ def removable(detections: list[Detection], *, dilation: int = 15, max_area: floa
               instances: str = "all") -> list[tuple[str, Tensor]]:
     """One hole for each class: (class, (H, W) bool), classes in alphabetical order."""
     if instances not in ("all", "best"):
-        raise ValueError(f"instances {instances!r}: want 'all' or 'best'")
+        raise BadInput(f"instances {instances!r}: want 'all' or 'best'")
     masks: dict[str, Tensor] = {}
     for found in sorted(detections, key=lambda found: -found.score):
         if found.label not in masks:
@@ -115,11 +117,6 @@ def removable(detections: list[Detection], *, dilation: int = 15, max_area: floa
             masks[found.label] = masks[found.label] | found.mask
     holes = [(label, dilate(mask, dilation)) for label, mask in sorted(masks.items()) if mask.any()]
     return [(label, hole) for label, hole in holes if hole.float().mean() <= max_area]
-
-
-def sentences(text: str) -> list[str]:
-    """Split a text behind `.`, `!` and `?`."""
-    return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
 @lru_cache(maxsize=1)

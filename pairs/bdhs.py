@@ -18,7 +18,7 @@ it, unswapped. A hidden image token is a key that no query sees, in any layer; p
     symbol      argument          value
     rho_th      rho_th            .99: on average 1 % of the image tokens is visible; 0 hides none, 1 all
     N           iterations        5: four guided ones, then the free one; 1 is one guided attempt, taken as it is
-    eps_s       eps_s             .97, for the cosine of all-mpnet-base-v2 (model/sentence.py)
+    eps_s       eps_s             .97, for the cosine of all-mpnet-base-v2 (judges/sentence.py)
     1/2         swap              .5
     x-tilde     noise             (picture, seed) -> picture: BDHS-noise; the paper then hides nothing
                                   (rho_th = 0)
@@ -56,16 +56,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from common import BadInput
 from data.corrupt import sample_seed
 from data.images import View, open_image
 from data.processor import Processor
+from data.sentences import sentence_end, split_sentences
 from model.generate import generate
 from model.llava import Llava
 
-# The end of a sentence: marks and what closes with them, unless a small letter follows; or the end of a line.
-END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s+[^\sa-z]|\s*$)|(?=\s*\n)""")
-ABBREVIATION = r"mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e|approx|(?-i:[A-Z])"
-NO_END = re.compile(rf"(?:^|[\s(\"“])(?:{ABBREVIATION})\.$|(?:^|\n)\s*\d+\.$", re.I)
 YES_NO = re.compile(r"\s*(yes|no)\b", re.I)
 OPENING = {"”": "“", ")": "(", "]": "["}
 
@@ -92,32 +90,6 @@ class Attempt(NamedTuple):
 Complete = Callable[[list[Attempt], str], list[str | None]]
 Similarity = Callable[[list[str], list[str]], list[float]]
 Noise = Callable[[Image.Image, int], Image.Image]
-
-
-def sentence_end(text: str, start: int, whole: bool) -> int | None:
-    """Where the sentence that goes on at `start` ends; None if that cannot be told yet.
-
-    Marks at the very end count only in a `whole` text: "3." may become "3.5". Abbreviations, initials and the
-    numbers of a list end nothing. Reconstructed.
-    """
-    for found in END.finditer(text, start):
-        if not whole and not text[found.end() :].strip():
-            return None
-        if found.end() > start and not (found.group() == "." and NO_END.search(text[: found.end()])):
-            return found.end()
-    return len(text) if whole else None
-
-
-def split_sentences(text: str) -> list[tuple[str, str]]:
-    """Text -> (sentence, white space behind it); together they are the text again."""
-    result, start = [], 0
-    while start < len(text):
-        first = start + len(text[start:]) - len(text[start:].lstrip())
-        end = sentence_end(text, first, whole=True)
-        after = end + len(text[end:]) - len(text[end:].lstrip())
-        result.append((text[start:end], text[end:after]))
-        start = after
-    return result
 
 
 def swap_answer(sentence: str) -> str:
@@ -259,11 +231,11 @@ def bdhs_pairs(records: list[dict], complete: Complete, similarity: Similarity, 
         seed: with a record's id it decides all that is drawn for it, whatever the order of the records.
         source: what the pair records shall say about their origin.
 
-    Returns (pair records, how many were dropped for which reason). Raises ValueError on settings out of
+    Returns (pair records, how many were dropped for which reason). Raises BadInput on settings out of
     range.
     """
     if not 0 <= rho_th <= 1 or iterations < 1:
-        raise ValueError(f"rho_th {rho_th} and {iterations} iterations: need 0 <= rho_th <= 1 and at least one")
+        raise BadInput(f"rho_th {rho_th} and {iterations} iterations: need 0 <= rho_th <= 1 and at least one")
     made: dict[int, dict] = {}
     waiting = [row for row, record in enumerate(records) if record["chosen"].strip()]
     dropped = Counter({"nothing chosen": len(records) - len(waiting)})

@@ -7,7 +7,7 @@ POVID (Zhou et al. 2024, arXiv 2402.11411) and "Understanding Alignment in Multi
 
 and two stand ready:
 
-    model_corrupt    a language model (pairs/ask.py), asked for what Table 13 of the second paper asks for
+    model_corrupt    a language model (judges/ask.py), asked for what Table 13 of the second paper asks for
     scene_corrupt    rules for the scene world, whose errors are errors by its exact ground truth:
                        object     a named object becomes an absent one that is typical of the place
                        count      a number of objects becomes another one, not the true one
@@ -26,10 +26,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+from common import BadInput
 from data.places import CATEGORIES, PLACES, WORDS, pick
 from data.scene_text import COUNT_WORDS, GRID, plural
 from data.scenes import Object, Scene, objects_present, parse_reference
-from pairs.ask import Model, Request
+from judges.ask import Model, Request
 
 CORRUPT_PROMPT = """Rewrite an answer to a question about a picture so that it contains realistic mistakes.
 
@@ -119,7 +120,7 @@ def _clean(text: str, chosen: str, longest: float) -> Corruption:
 
 
 def scene_corrupt(seed: int = 0) -> Corrupt:
-    """Rules for answers about scenes. ValueError (from the call) when a picture is no scene."""
+    """Rules for answers about scenes. BadInput (from the call) when a picture is no scene."""
 
     def corrupt(records: list[dict]) -> list[Corruption]:
         return [_corrupt_scene(record, seed) for record in records]
@@ -129,8 +130,8 @@ def scene_corrupt(seed: int = 0) -> Corrupt:
 
 def _corrupt_scene(record: dict, seed: int) -> Corruption:
     if not record["image"].startswith("scene:"):
-        raise ValueError(f"{record['id']}: nobody knows what {record['image']!r} shows; to corrupt answers "
-                         "about photographs, let a model write (model_corrupt)")
+        raise BadInput(f"{record['id']}: nobody knows what {record['image']!r} shows; to corrupt answers "
+                       "about photographs, let a model write (model_corrupt)")
     scene, without = parse_reference(record["image"])
     rng = random.Random(f"{seed}:{record['id']}")
     kinds = {"object": _exchange_object, "count": _change_count, "position": _change_position}

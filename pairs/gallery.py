@@ -13,7 +13,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import re
 import sys
 from difflib import SequenceMatcher
@@ -21,6 +20,7 @@ from functools import lru_cache
 from html import escape
 from pathlib import Path
 
+from common import BadInput, written_whole
 from data.images import open_image
 from data.records import read_pairs
 
@@ -64,19 +64,16 @@ def write_gallery(path: Path | str, pairs: list[dict], *, root: Path | str | Non
         root: folder that relative paths of pictures start from.
         side: longest side of a shown picture in pixels.
 
-    Raises ValueError naming a picture that cannot be opened.
+    Raises BadInput naming a picture that cannot be opened.
     """
-    path = Path(path)
     count = min(limit, len(pairs))
     shown = [pairs[i * len(pairs) // count] for i in range(count)]
     note = f"{len(pairs)} pairs" + (f", {count} of them shown, evenly spaced" if count < len(pairs) else "")
     picture = lru_cache(64)(lambda reference: thumbnail(reference, root, side))
     page = HEAD.format(title=escape(title), style=STYLE, note=note)
     page += "".join(_section(pair, picture) for pair in shown) + "</body></html>\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def marked(chosen: str, rejected: str) -> tuple[str, str]:
@@ -149,7 +146,7 @@ def main() -> None:
     try:
         write_gallery(page, read_pairs(arguments.pairs), root=arguments.pairs.parent,
                       title=arguments.pairs.name, limit=arguments.limit)
-    except ValueError as error:
+    except BadInput as error:
         print(f"pairs.gallery: {error}", file=sys.stderr)
         sys.exit(2)
     print(page)

@@ -21,27 +21,31 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common import BadInput
 from data import inpaint, scenes
 from data.batch import BadRecord, look
 from data.corrupt import add_noise
 from data.detect import coco_instances, mask_rcnn
+from data.lama import lama_fill, load_lama
 from data.processor import ClipProcessor, Processor
+from judges.ask import Model, Request, Server, local_model, server_model
+from judges.clip import Similarity, clip_judge, clip_similarity
+from judges.compare import model_judge
+from judges.scene import judge_scene
+from judges.scores import Judge, one_by_one
+from judges.sentence import SentenceEncoder
 from model.checkpoint import load_llava
 from model.clip import CLIP
 from model.generate import answers
-from model.lama import lama_fill, load_lama
 from model.llava import Llava
-from model.sentence import SentenceEncoder
 from pairs.adavip import Candidates, photo_candidates, scene_candidates, vision_pairs
-from pairs.ask import Model, Request, Server, local_model, server_model
 from pairs.bdhs import bdhs_pairs, completion
 from pairs.corrupt import Corrupt, corrupt_pairs, model_corrupt, scene_corrupt
-from pairs.judge import model_judge
 from pairs.mdpo import crop_pairs
 from pairs.povid import noise_pairs
 from pairs.progress import in_chunks
-from pairs.rank import Judge, best_answers, clip_judge, judge_scene, one_by_one, rank_pairs
-from pairs.realign import Similarity, clip_similarity, infill, retrieval_pairs
+from pairs.rank import best_answers, rank_pairs
+from pairs.realign import infill, retrieval_pairs
 from pairs.report import report_on
 from retrieval.cache import cached_images
 from retrieval.embed import embed_images
@@ -141,16 +145,16 @@ def make_pairs(method: str, model: Llava | None, processor: Processor | None, cl
     Returns (pair records, report); None in processes other than the first. The report is {method, pictures,
     pairs, dropped: {reason: count}} and, if all pictures are scenes, `hallucinating`: {chosen, rejected}, the
     share of answers that mention an absent object, and `rejected_image` (see `_rejected_images`). Raises
-    ValueError on input that the method cannot use, before the first answer is sampled, and ConnectionError when
+    BadInput on input that the method cannot use, before the first answer is sampled, and ConnectionError when
     a server cannot be reached.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}, there are {', '.join(METHODS)}")
+        raise BadInput(f"unknown method {method!r}, there are {', '.join(METHODS)}")
     if sum(given is not None for given in (scene_seeds, images, pairs)) != 1:
-        raise ValueError("give exactly one of scene_seeds, images and pairs")
+        raise BadInput("give exactly one of scene_seeds, images and pairs")
     records = pairs if pairs is not None else images if images is not None else scene_records(scene_seeds)
     if not records:
-        raise ValueError("there are no pictures to make pairs of")
+        raise BadInput("there are no pictures to make pairs of")
     models, options = Models(model, processor, clip, clip_processor, share), Options(**options)
     plan = METHODS[method](records, models, options)
 
@@ -173,16 +177,16 @@ def make_pairs(method: str, model: Llava | None, processor: Processor | None, cl
 
 def _readable(rows: list[int], records: list[dict], options: Options, do: Callable[[list[int]], object]) -> tuple:
     """(`do` of rows, 0). Where it fails because pictures cannot be decoded: with --bad-records skip, (`do` of the
-    other rows, how many there were); else ValueError that names the records."""
+    other rows, how many there were); else BadInput that names the records."""
     try:
         return do(rows), 0
-    except ValueError:
+    except BadInput:
         bad = _damaged([records[row] for row in rows], options)
         if not bad:
             raise
     if options.bad_records == "stop":
-        raise ValueError("\n".join(map(str, bad)) + "; mend it, or leave it out with --bad-records skip: the same"
-                         " command goes on where this one stopped")
+        raise BadInput("\n".join(map(str, bad)) + "; mend it, or leave it out with --bad-records skip: the same"
+                       " command goes on where this one stopped")
     names = {record.name for record in bad}
     good = [row for row in rows if records[row]["id"] not in names]
     if not good:
@@ -225,7 +229,7 @@ def settings(method: str, records: list[dict], models: Models, options: Options)
 
 def _rank(records: list[dict], models: Models, options: Options) -> Plan:
     if _have("rejected", records):
-        raise ValueError("rank makes the text pairs itself: give pictures, not pairs")
+        raise BadInput("rank makes the text pairs itself: give pictures, not pairs")
     return Plan(_text_pairs(records, models, options))
 
 
@@ -241,7 +245,7 @@ def _realign(records: list[dict], models: Models, options: Options) -> Plan:
 
     def work(rows: list[int], bars: bool = False) -> tuple[list[dict], Counter]:
         if any(records[row]["image"] not in near for row in rows):
-            raise ValueError("a picture could not be read")  # `_readable` finds out which
+            raise BadInput("a picture could not be read")  # `_readable` finds out which
         some, dropped = answered(rows, bars)
         made, more = retrieval_pairs(some, [near[record["image"]] for record in some], complete, similarity,
                                      tau=options.tau, source=_origin(options),
@@ -353,8 +357,8 @@ def _have(key: str, records: list[dict]) -> bool:
     """Whether all records bring this text along; that some do and some do not is an error."""
     lacking = [record["id"] for record in records if key not in record]
     if 0 < len(lacking) < len(records):
-        raise ValueError(f"{key!r} is missing in {len(lacking)} of {len(records)} records (first: "
-                         f"{lacking[0]!r}); all must have it, or none")
+        raise BadInput(f"{key!r} is missing in {len(lacking)} of {len(records)} records (first: "
+                       f"{lacking[0]!r}); all must have it, or none")
     return not lacking
 
 
@@ -448,9 +452,9 @@ def _asked(role: str, who: str, name: str | None, models: Models, options: Optio
         return local_model(load_llava(who, first.dtype, first.device), Processor(who), who,
                            batch_size=options.batch_size, root=options.root)
     if not name:
-        raise ValueError(f"the {role} {who} needs the name of its model (--{role}-model)")
+        raise BadInput(f"the {role} {who} needs the name of its model (--{role}-model)")
     if options.cache is None:
-        raise ValueError(f"the {role} {who} needs a folder that keeps its replies (--cache)")
+        raise BadInput(f"the {role} {who} needs a folder that keeps its replies (--cache)")
     return server_model(Server(who, name), cache=options.cache / "replies", root=options.root)
 
 
@@ -489,7 +493,7 @@ def _embed(pictures: list[str], models: Models, options: Options) -> np.ndarray:
         return embed_images(pictures, models.clip, models.clip_processor, **show)
     folder, (rank, world, barrier) = options.cache / "embeddings", models.share
     distinct = list(dict.fromkeys(pictures))
-    with suppress(ValueError):  # of a picture: all processes meet it below, behind the barrier
+    with suppress(BadInput):  # of a picture: all processes meet it below, behind the barrier
         for start in range(SHARD * rank, len(distinct) if world > 1 else 0, SHARD * world):
             part = distinct[start : start + SHARD]  # in batches as one process would make them
             cached_images(part, models.clip, models.clip_processor, folder, shard=SHARD, **show)
@@ -508,8 +512,8 @@ def _candidates(records: list[dict], models: Models, options: Options) -> Candid
         try:
             detect = mask_rcnn(options.detector_weights, device=device)
         except OSError as error:
-            raise ValueError(f"the weights of Mask R-CNN cannot be downloaded ({error}); "
-                             "--detector-weights FILE names a file") from None
+            raise BadInput(f"the weights of Mask R-CNN cannot be downloaded ({error}); "
+                           "--detector-weights FILE names a file") from None
     else:
         detect = coco_instances(options.detector)
     fill = lama_fill(load_lama(options.lama, device)) if options.lama else inpaint.fill
@@ -519,7 +523,7 @@ def _candidates(records: list[dict], models: Models, options: Options) -> Candid
 
 def _folder(options: Options) -> Path:
     if options.folder is None:
-        raise ValueError("this method makes pictures: give the folder they go to")
+        raise BadInput("this method makes pictures: give the folder they go to")
     return options.folder
 
 

@@ -34,17 +34,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import torch
-
-from data.batch import collate
+from common import BadInput
 from data.check import problems_of
 from data.processor import Processor
+from judges.scores import Judge, order
 from losses import dpo
 from model.generate import generate
 from model.llava import Llava
-from model.reward import RewardModel
 from pairs.bdhs import bdhs_pairs, completion
-from pairs.rank import Judge, Score, order
 
 
 def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[int], root: Path | None, *,
@@ -70,9 +67,9 @@ def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[
 def ranked_pairs(records: list[dict], seeds: list[int], model: Llava, processor: Processor, root: Path | None,
                  judge: Judge, *, samples: int = 2, temperature: float = 1.0, max_new_tokens: int = 96,
                  offline: float = 0.0) -> list[dict]:
-    """Online and mixed DPO: for each record a pair to train on now. Raises ValueError on `samples` below 2."""
+    """Online and mixed DPO: for each record a pair to train on now. Raises BadInput on `samples` below 2."""
     if samples < 2 or not 0 <= offline <= 1:
-        raise ValueError(f"{samples} samples and a share {offline} of given pairs: need at least 2, and 0 to 1")
+        raise BadInput(f"{samples} samples and a share {offline} of given pairs: need at least 2, and 0 to 1")
     given = [random.Random(f"{seed}/alpha").random() < offline for seed in seeds]  # alpha of Eq. 4
     online = [i for i, alpha in enumerate(given) if not alpha]
     result = [{**record, "weight": 1.0} for record in records]
@@ -109,23 +106,3 @@ def bdhs_triples(records: list[dict], seeds: list[int], model: Llava, processor:
                  if not problems_of(pair, processor, root, dpo.SEQUENCES)}
     return [{**record, "generated": generated.get(asking["id"], record["rejected"]),
              "weight": float(asking["id"] in generated)} for record, asking in zip(records, asked)]
-
-
-def reward_judge(reward: RewardModel, processor: Processor, root: Path | None = None) -> Judge:
-    """A reward model as judge (pairs/rank.py): its rewards are the scores.
-
-    Every answer is scored with the end token behind it, as the reward model was trained, even one that was
-    cut off: how dear that is to be is up to PPO's `missing_eos_penalty`.
-    """
-
-    @torch.no_grad()
-    def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score]]:
-        rows = [{**record, "answer": processor.refused.sub("", text)}  # special tokens that the policy spelt out
-                for record, texts in zip(records, answers, strict=True) for text in texts]
-        batch = collate(rows, {"answer": ("image", "answer")}, processor, root, end=True)
-        device = reward.head.weight.device
-        features = reward.scorer.model.vision_features(batch.pixels.to(device))
-        rewards = iter(reward(batch.packed.to(device), features).tolist())
-        return [[Score(next(rewards)) for _ in texts] for texts in answers]
-
-    return judge

@@ -31,6 +31,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common import BadInput
+
 Work = Callable[[list[int]], tuple[list[dict], Counter]]
 
 
@@ -48,7 +50,7 @@ def in_chunks(ids: list[str], work: Work, out: Path, settings: dict, *, chunk: i
         chunk: rows for one call of `work`; an interruption loses one chunk of each process.
         barrier: waits until all processes have called it.
 
-    Returns (records made, in the order of `ids`; dropped) in process 0, None in the others. Raises ValueError
+    Returns (records made, in the order of `ids`; dropped) in process 0, None in the others. Raises BadInput
     naming a part file of other settings.
     """
     if len(set(ids)) != len(ids):
@@ -90,7 +92,7 @@ def _lines(part: Path, header: str) -> list[dict]:
     if not any(rest):  # interrupted before anything was done, whatever run it was of
         return []
     if first.decode("utf-8", "replace") != header:
-        raise ValueError(f"{part}: is of a run with other settings or records; delete it, or write elsewhere")
+        raise BadInput(f"{part}: is of a run with other settings or records; delete it, or write elsewhere")
     return [json.loads(line) for line in rest[:-1]]
 
 
@@ -116,7 +118,7 @@ def _merge(ids: list[str], lines: list[dict]) -> tuple[list[dict], Counter]:
     place = {name: row for row, name in enumerate(ids)}
     finished = [name for line in lines for name in line["ids"]]
     if sorted(finished) != sorted(ids):
-        raise ValueError(f"the part files hold {len(finished)} records, {len(ids)} were to be done")
+        raise BadInput(f"the part files hold {len(finished)} records, {len(ids)} were to be done")
     made = [record for line in lines for record in line["made"]]
     made.sort(key=lambda record: place[record["id"]])
     return made, sum((Counter(line["dropped"]) for line in lines), Counter())

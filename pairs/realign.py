@@ -26,7 +26,7 @@ Departures from the paper, whose pair-making code is not public
   a model that follows instructions, pass another `complete`.
 - Similarity: the paper compares embeddings of all-mpnet-base-v2. The default is `clip_similarity`, which
   compares the mean CLIP embeddings of the sentences; with a sentence-transformers folder pass
-  `SentenceEncoder(folder).similarity` (model/sentence.py).
+  `SentenceEncoder(folder).similarity` (judges/sentence.py).
 - The paper gives neither k nor the image feature: k is an argument, the feature CLIP's projected embedding.
 """
 
@@ -39,17 +39,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from data.images import View
-from data.processor import ClipProcessor, Processor
+from data.processor import Processor
 from metrics.chair import TWO_WORDS, load_synonyms, singularize
-from model.clip import CLIP
 from model.generate import generate
 from model.llava import Llava
-from pairs.adavip import sentences
-from retrieval.embed import embed_texts
 
 Span = tuple[int, int]
 
@@ -189,17 +185,6 @@ def suit(proposal: str, hidden: str) -> str:
     return hidden
 
 
-def clip_similarity(clip: CLIP, processor: ClipProcessor) -> Similarity:
-    """A `similarity`: cosine of the mean CLIP embeddings of the sentences of two texts."""
-
-    def vectors(texts: list[str]) -> np.ndarray:
-        said = [sentences(text) for text in texts]
-        rows = embed_texts([sentence for lines in said for sentence in lines], clip, processor)
-        ends = np.cumsum([len(lines) for lines in said])
-        means = np.stack([block.mean(axis=0) for block in np.split(rows, ends[:-1])])  # (N, E)
-        return means / np.linalg.norm(means, axis=1, keepdims=True)
-
-    return lambda left, right: (vectors(left) * vectors(right)).sum(axis=1).tolist() if left else []
 
 
 def retrieval_pairs(records: list[dict], neighbours: list[list[tuple[str, float]]], complete: Complete,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from data import scenes
-from pairs.rank import judge_scene
+from judges.scene import judge_scene
 
 
 def report_on(method: str, records: list[dict], made: list[dict], dropped: Counter) -> dict:

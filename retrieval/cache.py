@@ -14,7 +14,6 @@ soon as it is full; nothing is ever deleted.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import astuple
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from common import BadInput, written_whole
 from data.processor import ClipProcessor
 from model.clip import CLIP
 from retrieval.embed import embed_images
@@ -39,7 +39,7 @@ def cached_images(references: list[str], clip: CLIP, processor: ClipProcessor, f
         shard: pictures after which a shard is written; an interruption loses fewer than so many.
         root: folder that relative file paths start from.
 
-    Each distinct picture is embedded once. Raises ValueError naming a missing picture or an unreadable shard.
+    Each distinct picture is embedded once. Raises BadInput naming a missing picture or an unreadable shard.
     """
     folder = Path(folder)
     model = fingerprint(clip, processor)
@@ -69,14 +69,14 @@ def fingerprint(clip: CLIP, processor: ClipProcessor) -> bytes:
 
 
 def picture_key(model: bytes, reference: str, root: Path | None = None) -> bytes:
-    """Key of a picture's embedding. ValueError naming a file that is not there."""
+    """Key of a picture's embedding. BadInput naming a file that is not there."""
     what = reference
     if not reference.startswith("scene:"):
         path = Path(root or ".") / reference
         try:
             state = path.stat()
         except OSError:
-            raise ValueError(f"{path}: no such image") from None
+            raise BadInput(f"{path}: no such image") from None
         what = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
     return hashlib.sha256(model + what.encode()).digest()
 
@@ -89,19 +89,17 @@ def _read_shards(folder: Path, width: int) -> dict[bytes, np.ndarray]:
             found = load_file(path)
             keys, vectors = found["keys"], found["vectors"]
         except (SafetensorError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{path}: not a shard of embeddings ({error}); delete it") from None
+            raise BadInput(f"{path}: not a shard of embeddings ({error}); delete it") from None
         if (keys.dtype, vectors.dtype, keys.ndim, vectors.ndim) != (np.uint8, np.float32, 2, 2) or \
                 len(keys) != len(vectors) or not np.isfinite(vectors).all():
-            raise ValueError(f"{path}: not a shard of embeddings (keys or vectors of another kind); delete it")
+            raise BadInput(f"{path}: not a shard of embeddings (keys or vectors of another kind); delete it")
         if vectors.shape[1] == width:
             known |= {key.tobytes(): vector for key, vector in zip(keys, vectors)}
     return known
 
 
 def _write_shard(folder: Path, keys: list[bytes], vectors: np.ndarray) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     rows = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
     path = folder / f"{hashlib.sha256(rows.tobytes()).hexdigest()[:24]}.safetensors"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"keys": rows.copy(), "vectors": np.ascontiguousarray(vectors, np.float32)}, temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        save_file({"keys": rows.copy(), "vectors": np.ascontiguousarray(vectors, np.float32)}, temporary)

@@ -21,11 +21,12 @@ import faiss
 import numpy as np
 from PIL import Image
 
+from common import BadInput
 from data.images import open_image
 
 
 def build_index(vectors: np.ndarray) -> faiss.IndexFlatIP:
-    """Index over the rows of `vectors` (N, E). ValueError naming the first row whose length is not 1."""
+    """Index over the rows of `vectors` (N, E). BadInput naming the first row whose length is not 1."""
     vectors = _unit_rows(vectors)
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
@@ -38,12 +39,12 @@ def build_approximate_index(vectors: np.ndarray, nprobe: int, lists: int | None 
     Args:
         lists: reconstructed: None takes 4 sqrt(N), at most N / 39 (FAISS wants 39 vectors a cell).
 
-    The cells are the same in every run. ValueError on a row whose length is not 1, or more probes than cells.
+    The cells are the same in every run. BadInput on a row whose length is not 1, or more probes than cells.
     """
     vectors = _unit_rows(vectors)
     lists = lists or max(1, min(int(4 * len(vectors) ** 0.5), len(vectors) // 39))
     if not 1 <= nprobe <= lists:
-        raise ValueError(f"nprobe {nprobe}: must be between 1 and the number of cells, {lists}")
+        raise BadInput(f"nprobe {nprobe}: must be between 1 and the number of cells, {lists}")
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(vectors.shape[1]), vectors.shape[1], lists,
                                faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = 0

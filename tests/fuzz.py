@@ -34,7 +34,7 @@ import evaluate
 from data import formats
 from data.detect import coco_instances
 from data.processor import ClipProcessor, Processor
-from metrics.questions import KnownObjects
+from judges.known import KnownObjects
 from model import reference
 from model.adapters import save_adapters
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava

@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train
 from data.images import View
+from judges.scores import Score
 from model.logprobs import Packed
-from pairs.rank import Score
 
 WORDS = ["<image>", "<s>", "a", "dog", "two", "cats", "hot", "</s>"]
 A, DOG, TWO, CATS, HOT, EOS = range(2, 8)

@@ -8,6 +8,7 @@ import pytest
 import small
 import torch
 
+from common import BadInput
 from data.batch import BadRecord, Drawn, MicroBatches, collate, with_seeds, without_bad
 from data.images import View
 from losses.rdpo import SEQUENCES
@@ -23,7 +24,7 @@ class Words:
 
     def image(self, reference: str, root=None) -> View:
         if reference == "bad":
-            raise ValueError("/x/bad: not a readable image")
+            raise BadInput("/x/bad: not a readable image")
         self.opened.append(reference)
         n = int(reference)
         return View(torch.full((n, 3, 2, 2), float(n)), torch.tensor([*range(4 * n - 1), -1]))

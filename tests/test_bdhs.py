@@ -12,21 +12,11 @@ import torch
 from data.processor import Processor
 from data.scene_text import CAPTION_PROMPT, caption
 from data.scenes import PAIRS, reference, sample_scene
+from data.sentences import sentence_end, split_sentences
 from model.attention import SharedPrefix
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import _uniforms, generate, pick
-from pairs.bdhs import (
-    Attempt,
-    Cut,
-    bdhs_pairs,
-    close,
-    completion,
-    cut_sentences,
-    draw_mask,
-    sentence_end,
-    split_sentences,
-    swap_answer,
-)
+from pairs.bdhs import Attempt, Cut, bdhs_pairs, close, completion, cut_sentences, draw_mask, swap_answer
 
 NEVER = 999  # an EOS id that is never drawn
 PROMPTS = [list(small.prompt(*range(7, 7 + n))) for n in (3, 1, 5)]

@@ -18,16 +18,9 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import evaluate
 from data import scenes
+from judges.known import KnownObjects
 from metrics.files import read_answers, read_jsonl
-from metrics.questions import (
-    KnownObjects,
-    chair_photographs,
-    chair_scenes,
-    pope_photographs,
-    pope_scenes,
-    read_asked,
-    read_objects,
-)
+from metrics.questions import chair_photographs, chair_scenes, pope_photographs, pope_scenes, read_asked, read_objects
 from model.checkpoint import DEFAULT_MODEL
 
 HOME = Path(__file__).resolve().parents[1]

@@ -17,12 +17,12 @@ from data.formats import read
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
 from generate_pairs import main, read_arguments, read_input, relocate, run
+from judges.ask import Request, local_model
+from judges.scene import judge_scene
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.generate import answers
 from pairs import bdhs, methods, realign
-from pairs.ask import Request, local_model
 from pairs.methods import METHODS, Options, make_pairs, needs_clip, needs_model
-from pairs.rank import judge_scene
 
 HOME = Path(__file__).resolve().parents[1]
 SEEDS = range(scenes.PAIRS, scenes.PAIRS + 6)
@@ -167,7 +167,7 @@ def test_a_stronger_model_writes_the_chosen_answers(models, tmp_path):
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pairs.ask.time.sleep", lambda _: None)
+    monkeypatch.setattr("judges.ask.time.sleep", lambda _: None)
     command = ["generate_pairs.py", "--scenes", "2", "--samples", "2", "--judge", "http://127.0.0.1:9/v1",
                "--judge-model", "some-vlm", "--out", str(tmp_path / "p.jsonl")]
     monkeypatch.setattr("sys.argv", command)

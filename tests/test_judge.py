@@ -18,8 +18,12 @@ from PIL import Image
 from data import scenes
 from data.places import PLACES
 from data.processor import Processor
+from judges.ask import CUT, Model, Reply, Request, Server, local_model, read_reply, server_model
+from judges.clip import clip_judge
+from judges.compare import model_judge, verdict
+from judges.scene import judge_scene
+from judges.scores import Score
 from model.checkpoint import DEFAULT_MODEL, load_llava
-from pairs.ask import CUT, Model, Reply, Request, Server, local_model, read_reply, server_model
 from pairs.corrupt import (
     Corruption,
     _change_count,
@@ -29,8 +33,7 @@ from pairs.corrupt import (
     model_corrupt,
     scene_corrupt,
 )
-from pairs.judge import model_judge, verdict
-from pairs.rank import Score, best_answers, clip_judge, judge_scene, rank_pairs
+from pairs.rank import best_answers, rank_pairs
 
 SECRET = "sk-very-secret"
 
@@ -321,7 +324,7 @@ def test_clip_judge(monkeypatch):
     """cosines with the picture (1, 0): "A dog." 1, "A cat." .6: means 1, .6 and .8."""
     table = {"scene:1000000": (1, 0), "A dog.": (1, 0), "A cat.": (0.6, 0.8), "": (0, 1)}
     for name in ("embed_images", "embed_texts"):
-        monkeypatch.setattr(f"pairs.rank.{name}", lambda x, *_, **__: np.array([table[item] for item in x]))
+        monkeypatch.setattr(f"judges.clip.{name}", lambda x, *_, **__: np.array([table[item] for item in x]))
     answers = [["A cat.", "A dog.", "A dog. A cat.", ""], ["A dog."]]
     judged = clip_judge(None, None)([record(), record("b")], answers)
     assert judged == [[Score(0.6), Score(1), Score(0.8), Score(0)], [Score(1)]]

@@ -29,14 +29,15 @@ from data.corrupt import add_noise, crop
 from data.images import open_image, stack
 from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
+from judges.reward import reward_judge
+from judges.scores import Score
+from judges.words import Verifier
 from losses import ppo
 from model import reference
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
 from model.logprobs import Sequence, naive_logprobs, pack
 from model.reward import load_reward_model, save_reward_head
-from model.verifier import Verifier
 from pairs import online
-from pairs.rank import Score
 
 HOME = Path(__file__).resolve().parents[1]
 ANSWERS = [("There is a dog and a cup on the table.", "There is a cat."), ("A red ball lies on the floor.", "A chair."),
@@ -205,7 +206,7 @@ def test_reward_is_read_at_the_end_token_and_survives_the_disk(tmp_path):
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-4)
     save_reward_head(run.plain, tmp_path)
     save_llava(run.model, tmp_path / "model", DEFAULT_MODEL)
-    judge = online.reward_judge(load_reward_model(tmp_path), Processor(tmp_path / "model"))
+    judge = reward_judge(load_reward_model(tmp_path), Processor(tmp_path / "model"))
     scores = judge(run.records, [[r["chosen"], r["rejected"]] for r in run.records])
     judged = torch.tensor([[s.score for s in group] for group in scores])
     torch.testing.assert_close(judged.T.flatten(), found.detach(), rtol=0, atol=1e-4)

@@ -17,13 +17,17 @@ from PIL import Image
 from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
+from data.sentences import sentences
 from generate_pairs import main, read_arguments, relocate, run
+from judges.clip import clip_similarity
+from judges.scene import judge_scene
+from judges.scores import Judgement
 from metrics.chair import load_synonyms, mentions
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
-from pairs.adavip import candidate_scores, mentions_of, scene_candidates, sentences, vision_pairs
+from pairs.adavip import candidate_scores, mentions_of, scene_candidates, vision_pairs
 from pairs.methods import make_pairs
-from pairs.rank import Judgement, best_answers, judge_scene, rank_pairs
-from pairs.realign import Job, clip_similarity, fill, infill, mask_words, retrieval_pairs, suit
+from pairs.rank import best_answers, rank_pairs
+from pairs.realign import Job, fill, infill, mask_words, retrieval_pairs, suit
 
 HOME = Path(__file__).resolve().parents[1]
 SEEDS = range(scenes.PAIRS, scenes.PAIRS + 12)

@@ -18,7 +18,7 @@ from data.corrupt import to_image, to_pixels
 from data.detect import Detection, box_of, coco_instances, decode_mask, mask_rcnn, scene_objects, torchvision_detector
 from data.images import open_image
 from data.inpaint import dilate, fill
-from model.lama import Lama, lama_fill, load_lama, symmetric_pad
+from data.lama import Lama, lama_fill, load_lama, symmetric_pad
 from pairs.adavip import photo_candidates, removable
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small import fill
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from model.sentence import BERT_NAMES, SentenceEncoder, SentenceTransformer, relative_bucket, sentence_config
+from judges.sentence import BERT_NAMES, SentenceEncoder, SentenceTransformer, relative_bucket, sentence_config
 
 WORDS = [f"w{i}" for i in range(40)]
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, hidden_act="gelu",

@@ -24,7 +24,7 @@ from table import CATS, DOG, EOS, HOT, TWO, A, Notes, Words, by_token, judge, ma
 import reinforce
 import train
 from data.images import stack
-from model import verifier
+from judges import words as verifier
 from model.logprobs import Scorer, Sequence, pack
 from pairs import online
 
@@ -238,7 +238,7 @@ def test_a_step_of_rloo_moves_answers_by_what_the_others_got(monkeypatch, parts)
 # ---- FiSAO -------------------------------------------------------------------------------------------------
 
 VECTORS = {"v0": (1, 0), "v1": (0, 1), "dog": (0.8, 0.6), "cats": (0.6, 0.8), "cat": (1, 0), "hot dog": (0.8, 0.6),
-           "a dog.": (0.6, 0.8), "Two cats!": (0, -1), "hot.": (0.8, 0.6)}
+           "a dog.": (0.6, 0.8), "Two cats!": (0, -1), "Hot.": (0.8, 0.6)}
 SHOWN = {"v0": {"dog"}, "v1": {"dog", "cat"}}
 BASELINES = {"correct": 180.0, "hallucinated": 170.0, "low": 70.0, "high": 230.0, "std": 20.0}
 
@@ -269,8 +269,8 @@ def test_the_verifier_scores_the_word_that_was_said_against_its_picture(eyes):
 
 def test_what_the_verifier_says_of_sentences(eyes):
     """"a dog." and (1, 0): 150, true there; "Two cats!" and (0, 1): cos -1 counts as 0, true there, and false of
-    the first picture; "hot." names nothing."""
-    texts = ["a dog.", "Two cats! hot.", "Two cats!"]
+    the first picture; "Hot." names nothing."""
+    texts = ["a dog.", "Two cats! Hot.", "Two cats!"]
     scores = reinforce.verifier_scores(["v0", "v1", "v0"], [Y1, Y2, Y2], texts, eyes)
     expected = {"words, correct": [200, 200], "words, hallucinated": [150],
                 "sentences, correct": [150, 0], "sentences, hallucinated": [0]}

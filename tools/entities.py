@@ -28,9 +28,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from pathlib import Path
+
+from common import written_whole
 
 HOME = Path(__file__).resolve().parents[1]
 COCO = HOME / "metrics" / "chair_synonyms.txt"
@@ -144,10 +145,9 @@ def main() -> None:
     coco = [line.partition(",")[0].strip() for line in COCO.read_text(encoding="utf-8").splitlines()]
     entities = categories(json.loads(args.lvis.read_text(encoding="utf-8")), coco, senses, members)
     table = expand(entities, irregular)
-    temporary = args.out.with_name(args.out.name + ".tmp")
     lines = "".join(f"{word}\t{entity}\n" for word, entity in table.items())
-    temporary.write_text(HEADER + lines, encoding="utf-8")
-    os.replace(temporary, args.out)
+    with written_whole(args.out) as temporary:
+        temporary.write_text(HEADER + lines, encoding="utf-8")
     print(f"{args.out}: {len(table)} words of {len(set(table.values()))} entities")
 
 

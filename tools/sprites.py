@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from common import written_whole
 
 SIZES = (12, 24, 36)                                        # pixels: one, two, three cells of the grid
 COLUMNS = 16
@@ -85,11 +86,11 @@ def build(folder: Path, out: Path) -> None:
         atlas = Image.new("RGBA", (COLUMNS * size, rows * size))
         for number, picture in enumerate(pictures):
             atlas.paste(tile(picture, size), (number % COLUMNS * size, number // COLUMNS * size))
-        atlas.save(out / f"atlas_{size}.tmp", format="PNG", optimize=True)
-        os.replace(out / f"atlas_{size}.tmp", out / f"atlas_{size}.png")
+        with written_whole(out / f"atlas_{size}.png") as temporary:
+            atlas.save(temporary, format="PNG", optimize=True)
     lines = ",\n  ".join(json.dumps(row) for row in index)
-    (out / "index.tmp").write_text(f'{{"columns": {COLUMNS}, "tiles": [\n  {lines}\n]}}\n')
-    os.replace(out / "index.tmp", out / "index.json")
+    with written_whole(out / "index.json") as temporary:
+        temporary.write_text(f'{{"columns": {COLUMNS}, "tiles": [\n  {lines}\n]}}\n')
 
 
 if __name__ == "__main__":

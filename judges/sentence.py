@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from common import read_json
+from common import BadInput, read_json
 from model.checkpoint import _fill
 from model.config import read_config
 from model.hub import resolve
@@ -75,25 +75,25 @@ class SentenceConfig:
 
 
 def sentence_config(raw: dict, where: str = "config.json") -> SentenceConfig:
-    """Read config.json. Raises ValueError on another network or activation, and on sizes that are none."""
+    """Read config.json. Raises BadInput on another network or activation, and on sizes that are none."""
     required = {"model_type": ("bert", "mpnet"), "hidden_act": ("gelu",),
                 "position_embedding_type": ("absolute",)}
     for key, allowed in required.items():
         value = raw.get(key, None if key == "model_type" else allowed[0])
         if value not in allowed:
-            raise ValueError(f"{where}: {key}={value!r} is not supported (supported: {list(allowed)})")
+            raise BadInput(f"{where}: {key}={value!r} is not supported (supported: {list(allowed)})")
     defaults = {"vocab_size": 30527, "pad_token_id": 1} if raw["model_type"] == "mpnet" else {}
     known = {k: raw[k] for k in SentenceConfig.__dataclass_fields__ if raw.get(k) is not None}
     config = SentenceConfig(**{**defaults, **known})
     for key, value in vars(config).items():
         least, most = int(key != "pad_token_id"), 1000 if key == "num_hidden_layers" else 10**7
         if key not in ("model_type", "layer_norm_eps") and not (type(value) is int and least <= value <= most):
-            raise ValueError(f"{where}: {key}={value!r} is not a whole number from {least} to {most}")
+            raise BadInput(f"{where}: {key}={value!r} is not a whole number from {least} to {most}")
     if type(config.layer_norm_eps) not in (int, float) or not 0 < config.layer_norm_eps < 1:
-        raise ValueError(f"{where}: layer_norm_eps={config.layer_norm_eps!r} is not a number between 0 and 1")
+        raise BadInput(f"{where}: layer_norm_eps={config.layer_norm_eps!r} is not a number between 0 and 1")
     if config.hidden_size % config.num_attention_heads:
-        raise ValueError(f"{where}: hidden_size={config.hidden_size} is no multiple of"
-                         f" num_attention_heads={config.num_attention_heads}")
+        raise BadInput(f"{where}: hidden_size={config.hidden_size} is no multiple of"
+                       f" num_attention_heads={config.num_attention_heads}")
     return config
 
 
@@ -209,14 +209,14 @@ class SentenceTransformer(nn.Module):
         self.encoder = Encoder(config)
 
     def forward(self, texts: list[list[int]]) -> Tensor:
-        """Token ids of each text, special tokens included -> unit vectors (B, E). ValueError if too long or
+        """Token ids of each text, special tokens included -> unit vectors (B, E). BadInput if too long or
         when a token is unknown."""
         longest = max(len(ids) for ids in texts)
         limit = self.config.max_position_embeddings - self.config.first_position
         if longest > limit:
-            raise ValueError(f"a text has {longest} tokens, the encoder takes {limit}")
+            raise BadInput(f"a text has {longest} tokens, the encoder takes {limit}")
         if (last := max((i for ids in texts for i in ids), default=0)) >= self.config.vocab_size:
-            raise ValueError(f"tokenizer.json has a token {last}, the encoder {self.config.vocab_size} words")
+            raise BadInput(f"tokenizer.json has a token {last}, the encoder {self.config.vocab_size} words")
         device, pad = self.embeddings.word_embeddings.weight.device, self.config.pad_token_id
         ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)  # (B, T)
         lengths = torch.tensor([len(text) for text in texts], device=device)[:, None]  # (B, 1)
@@ -231,7 +231,7 @@ class SentenceEncoder:
     Args:
         name: the folder, or a hub id ("sentence-transformers/all-mpnet-base-v2").
         dtype, device: of the network; vectors are fp32 on the CPU.
-    Raises ValueError naming the file and the tensor or setting that does not fit.
+    Raises BadInput naming the file and the tensor or setting that does not fit.
     """
 
     def __init__(self, name: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
@@ -243,17 +243,17 @@ class SentenceEncoder:
         self.model = _load(config, root, dtype, device)
         path = root / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{path}: not found")
+            raise BadInput(f"{path}: not found")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no other class
-            raise ValueError(f"{path}: not a readable tokenizer ({str(error)[:200]})") from None
+            raise BadInput(f"{path}: not a readable tokenizer ({str(error)[:200]})") from None
         self.tokenizer.no_padding()  # published files pad every text to 128
         limit = config.max_position_embeddings - config.first_position
         settings = root / "sentence_bert_config.json"
         chosen = read_json(settings).get("max_seq_length") if settings.is_file() else None
         if chosen is not None and (type(chosen) is not int or chosen < 3):
-            raise ValueError(f"{settings}: max_seq_length={chosen!r} is no number of tokens")
+            raise BadInput(f"{settings}: max_seq_length={chosen!r} is no number of tokens")
         self.max_length = min(chosen or limit, limit)
         self.tokenizer.enable_truncation(self.max_length)
 
@@ -274,19 +274,19 @@ class SentenceEncoder:
 
 
 def _transformer_folder(folder: Path) -> Path:
-    """Where modules.json has the transformer. ValueError unless mean pooling (and normalisation) follows."""
+    """Where modules.json has the transformer. BadInput unless mean pooling (and normalisation) follows."""
     listing = folder / "modules.json"
     modules = read_json(listing, list)
     for module in modules:
         if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("type", "path")):
-            raise ValueError(f"{listing}: is not a list of modules with type and path")
+            raise BadInput(f"{listing}: is not a list of modules with type and path")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise ValueError(f"{listing}: the modules {kinds} are not Transformer, Pooling[, Normalize]")
+        raise BadInput(f"{listing}: the modules {kinds} are not Transformer, Pooling[, Normalize]")
     pooling = folder / modules[1]["path"] / "config.json"
     modes = [key for key, on in read_json(pooling).items() if key.startswith("pooling_mode") and on]
     if modes != ["pooling_mode_mean_tokens"]:
-        raise ValueError(f"{pooling}: {modes} is not supported (supported: pooling_mode_mean_tokens alone)")
+        raise BadInput(f"{pooling}: {modes} is not supported (supported: pooling_mode_mean_tokens alone)")
     return folder / modules[0]["path"]
 
 

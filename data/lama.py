@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import BadInput
 from data.inpaint import Fill, check
 from model.tensors import finite, read_file, refuse
 from model.torchscript import script_tensors
@@ -164,7 +165,7 @@ def lama_fill(model: Lama) -> Fill:
         check(pixels, hole)
         height, width = hole.shape
         if min(height, width) < 9:
-            raise ValueError(f"a picture of {width} x {height} pixels: LaMa needs 9 x 9")
+            raise BadInput(f"a picture of {width} x {height} pixels: LaMa needs 9 x 9")
         mask = hole[None].to(pixels.dtype)
         given = symmetric_pad(torch.cat([pixels * (1 - mask), mask])[None])  # (1, 4, H + .., W + ..)
         weight = model.model[1].ffc.convl2l.weight
@@ -182,7 +183,7 @@ def symmetric_pad(x: Tensor, multiple: int = 8) -> Tensor:
 
 
 def load_lama(path: Path | str, device: torch.device | str = "cpu") -> Lama:
-    """Load weights; width and number of blocks are read off them. ValueError naming the file and the tensor.
+    """Load weights; width and number of blocks are read off them. BadInput naming the file and the tensor.
 
     - .safetensors
     - TorchScript archive (big-lama.pt): only its tensors are read, none of its code (model/torchscript.py).
@@ -192,7 +193,7 @@ def load_lama(path: Path | str, device: torch.device | str = "cpu") -> Lama:
     path = Path(path)
     found = _generator(_read(path), path)
     if found[FIRST].ndim != 4 or not len(found[FIRST]):
-        raise ValueError(f"{path}: tensor {FIRST} is {tuple(found[FIRST].shape)}, expected 4 sizes")
+        raise BadInput(f"{path}: tensor {FIRST} is {tuple(found[FIRST].shape)}, expected 4 sizes")
     blocks = {name.split(".")[0] for name in found if ".conv1.ffc." in name}
     with torch.device("meta"):
         model = Lama(len(found[FIRST]), len(blocks))
@@ -215,7 +216,7 @@ def load_lama(path: Path | str, device: torch.device | str = "cpu") -> Lama:
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by their names in it."""
     if not path.is_file():
-        raise ValueError(f"{path}: not found")
+        raise BadInput(f"{path}: not found")
     tensors = script_tensors(path)
     return read_file(path) if tensors is None else tensors
 
@@ -226,4 +227,4 @@ def _generator(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if prefix + FIRST in tensors:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
                     if name.startswith(prefix)}
-    raise ValueError(f"{path}: no LaMa generator: tensor {FIRST} is not there under {', '.join(PREFIXES)}")
+    raise BadInput(f"{path}: no LaMa generator: tensor {FIRST} is not there under {', '.join(PREFIXES)}")

@@ -20,8 +20,8 @@ import random
 import re
 from itertools import combinations
 
-from pairs.ask import Model, Request, read_reply
-from pairs.rank import Judge, Score
+from judges.ask import Model, Request, read_reply
+from judges.scores import Judge, Score
 
 JUDGE_PROMPT = """Two answers to a question about the picture follow. Decide which one hallucinates less.
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from data.mentions import load_entities, mentions
 from data.processor import ClipProcessor, Processor
+from data.sentences import sentences
+from judges.known import KnownObjects
 from losses.fisao import verifier_scores
-from metrics.questions import KnownObjects
 from model.clip import CLIP
-from pairs.adavip import sentences
 from retrieval.embed import embed_images, embed_texts
 
 

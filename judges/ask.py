@@ -1,6 +1,6 @@
 """Ask a model about pictures: the policy, another local LLaVA, or any server that speaks OpenAI's protocol.
 
-Judges (pairs/judge.py) and writers (pairs/corrupt.py) see one interface, a `Model`: a name that goes into
+Judges (judges/compare.py) and writers (pairs/corrupt.py) see one interface, a `Model`: a name that goes into
 the records, and a function from requests to replies in the same order. A reply has a text or a problem,
 never both: a text that was cut at the token limit is no answer. What a reasoning model thinks before it answers
 (up to its last </think>, whether the text opens with <think> or the server's template did) is not part of the
@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import parse_json, read_json
+from common import BadInput, parse_json, read_json, written_whole
 from data.images import open_image
 from data.processor import Processor
 from model.generate import generate
@@ -129,7 +129,7 @@ def _prompt(processor: Processor, text: str, count: int, limit: int) -> list[int
     """The prompt's ids, or why it cannot be asked."""
     try:
         ids = processor.prompt(text, count)
-    except ValueError:
+    except BadInput:
         return Reply("", "a special token in the question")
     return ids if len(ids) + limit <= processor.window else Reply("", "question longer than the model's window")
 
@@ -183,19 +183,17 @@ def _cached(server: Server, request: Request, cache: Path, root: Path | None) ->
     if path.exists():
         return _kept(path)
     reply = _answered(_post(server, body))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{random.getrandbits(32):08x}")
     row = {"model": server.model, "image": request.image, "text": request.text, "reply": reply._asdict()}
-    temporary.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     return reply
 
 
 def _kept(path: Path) -> Reply:
-    """A reply of an earlier run. ValueError naming the file when it holds none."""
+    """A reply of an earlier run. BadInput naming the file when it holds none."""
     reply = read_json(path).get("reply")
     if not isinstance(reply, dict) or not all(isinstance(reply.get(key), str) for key in ("text", "problem")):
-        raise ValueError(f"{path}: holds no reply; delete it")
+        raise BadInput(f"{path}: holds no reply; delete it")
     return Reply("", reply["problem"]) if reply["problem"] else read_reply(reply["text"])
 
 
@@ -254,7 +252,7 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 def _exchange(request: urllib.request.Request, seconds: float, most: int) -> tuple[int, Message, bytes]:
     """(status, headers, at most `most` bytes). The time-out of sockets counts from byte to byte, so a server that
-    drips would never end; here it is of the whole. Raises OSError (TimeoutError), HTTPException or ValueError."""
+    drips would never end; here it is of the whole. Raises OSError (TimeoutError), HTTPException or BadInput."""
     watched = _Watched()
     timer = threading.Timer(seconds, watched.break_off)
     timer.daemon = True
@@ -315,7 +313,7 @@ def _completion(data: bytes, most: int) -> tuple[dict | None, str]:
         return None, f"the reply is longer than {most} bytes"
     try:
         answer = parse_json(data)
-    except ValueError as error:
+    except BadInput as error:
         return None, f"the reply is {error}"
     return (answer, "") if _choice(answer) is not None else (None, "the reply is no chat completion")
 

@@ -1,0 +1,49 @@
+"""CLIP as judge, by likeness of images and texts: reconstructed scores, for photographs that nobody has described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data.processor import ClipProcessor
+from data.sentences import sentences
+from judges.scores import Judge, Score
+from model.clip import CLIP
+from retrieval.embed import embed_images, embed_texts
+
+Similarity = Callable[[list[str], list[str]], list[float]]  # two lists of texts -> cosines
+
+
+def clip_judge(clip: CLIP, processor: ClipProcessor, *, batch_size: int = 64, root: Path | None = None,
+               progress: str = "") -> Judge:
+    """A judge by likeness: mean cosine of a CLIP model between the picture and the sentences of an answer.
+
+    The mean, not AdaViP's sum, so that more sentences are no merit. Relative paths of pictures start at
+    `root`.
+    """
+
+    def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score]]:
+        pictures = embed_images([record["image"] for record in records], clip, processor,
+                                batch_size=batch_size, root=root, progress=progress)  # (M, E)
+        said = [sentences(answer) for texts in answers for answer in texts]
+        rows = embed_texts([sentence for lines in said for sentence in lines], clip, processor)
+        lines = iter(np.split(rows, np.cumsum([len(each) for each in said])))
+        return [[Score(round(float((next(lines) @ picture).mean()), 6)) for _ in texts]
+                for picture, texts in zip(pictures, answers, strict=True)]
+
+    return judge
+
+
+def clip_similarity(clip: CLIP, processor: ClipProcessor) -> Similarity:
+    """A `similarity`: cosine of the mean CLIP embeddings of the sentences of two texts."""
+
+    def vectors(texts: list[str]) -> np.ndarray:
+        said = [sentences(text) for text in texts]
+        rows = embed_texts([sentence for lines in said for sentence in lines], clip, processor)
+        ends = np.cumsum([len(lines) for lines in said])
+        means = np.stack([block.mean(axis=0) for block in np.split(rows, ends[:-1])])  # (N, E)
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+    return lambda left, right: (vectors(left) * vectors(right)).sum(axis=1).tolist() if left else []

@@ -1,0 +1,28 @@
+"""The scene world as judge: mentions are compared with the scene's own record (CHAIR's words, metrics/chair.py)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from common import BadInput
+from data.scenes import objects_present, parse_reference
+from judges.scores import Judgement
+from metrics.chair import load_synonyms, mentions
+
+synonyms = cache(load_synonyms)
+
+
+def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:
+    """Annotator of the scene world: mentions of absent objects (repeats count), present objects named.
+
+    Raises BadInput when the record's picture is not a scene.
+    """
+    if not record["image"].startswith("scene:"):
+        raise BadInput(f"{record['id']}: nobody knows what {record['image']!r} shows; to rank answers "
+                       "about photographs, pass an annotator or pairs that were ranked elsewhere")
+    shown = objects_present(*parse_reference(record["image"]))
+    judgements = []
+    for answer in answers:
+        named = [name for _, name in mentions(answer, synonyms())]
+        judgements.append(Judgement(sum(name not in shown for name in named), len(shown & set(named))))
+    return judgements

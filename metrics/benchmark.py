@@ -1,0 +1,56 @@
+"""What a benchmark is: questions, answers, scores, a table. Each of its files ends with one `Benchmark`; evaluate.py
+lists them in one table and knows nothing else of any.
+
+    questions(data, images, **options) -> rows     read the official files, or sample scenes
+    read_answers(path, rows, subset)   -> said     an answers file, joined with the rows by id
+    score(rows, said, **options)       -> scores   pure: the official rules
+    table(scores)                      -> cells    for the screen, the headings first
+
+A row is a dict: `id` (unique string), `image` (image reference, None for a question without one), `prompt` (what the
+model is asked, suffix included), and what the scoring needs. `said` maps ids to texts. Scores hold every count, every
+figure unrounded, and `rounded`, as the official script prints them. Keyword-only arguments of `questions` and `score`
+are options of the command line; the table `option  meaning` of the file's header is their help.
+
+A judged benchmark has `requests`, and its `score` takes the replies:
+
+    requests(rows, said)                    -> asked     {key: (image reference or None, text for the judge)}
+    score(rows, said, replies, **options)   -> scores    replies: one {key: text} for each run of the judge
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from common import BadInput
+
+
+class Benchmark(NamedTuple):
+    """One benchmark; see above."""
+
+    rules: str  # whose rules, in which version: part of the result
+    questions: Callable
+    score: Callable
+    table: Callable
+    max_new_tokens: int  # limit of an answer, unless the command line says otherwise
+    files: Mapping[str, str] = {}  # official file -> where it is published
+    read_answers: Callable | None = None  # None: metrics/files.py, which joins by id
+    requests: Callable | None = None  # judged benchmarks only
+
+
+def find(data: Path, name: str, files: Mapping[str, str]) -> Path:
+    """The official file of this name (or of this ending of its path) in or below a folder, the least deep one.
+
+    Raises BadInput that says where the file is published, when it is missing or when several lie equally deep.
+    """
+    if not data.is_dir():
+        raise BadInput(f"{data}: no such folder")
+    found = [data / name] if (data / name).exists() else sorted(
+        (path for path in data.rglob(Path(name).name) if path.as_posix().endswith(f"/{name}")),
+        key=lambda path: (len(path.parts), path))  # fmt: skip
+    if not found:
+        raise BadInput(f"{data}: has no {name}; published at {files[name]}")
+    if len(found) > 1 and len(found[0].parts) == len(found[1].parts):
+        raise BadInput(f"{data}: {found[0]} or {found[1]}? one {name} is wanted")
+    return found[0]
