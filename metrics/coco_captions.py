@@ -1,15 +1,16 @@
 """COCO captions: one sentence about an image, compared with the sentences of five people.
 
-Papers: Chen et al., "Microsoft COCO Captions", arXiv:1504.00325, for BLEU-1 to BLEU-4, ROUGE-L, CIDEr-D (metrics/ngrams.py) and
-METEOR on the tokens of metrics/ptb.py, by the rules of coco-caption; the prompt is that of lmms-eval (coco2017_cap_val).
-FiSAO's "Cap_val" is the mean of BLEU, ROUGE-L and CIDEr times 100, without the orders of BLEU.
+Paper: Chen et al., "Microsoft COCO Captions", arXiv:1504.00325. BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D
+(metrics/ngrams.py), and METEOR, on the tokens of metrics/ptb.py, by the rules of coco-caption. The prompt is that of
+lmms-eval (coco2017_cap_val). FiSAO's "Cap_val" is the mean of BLEU, ROUGE-L and CIDEr times 100; the paper does not say
+which orders of BLEU it takes.
 
 split    "val2017", "val2014" or "karpathy"  5000 images, 40,504, or the 5000 of Karpathy's test split
 meteor   Path                                meteor-1.5.jar: METEOR as well (needs Java)
 cap_val  "bleu4" or "bleu1-4"                reconstructed: the mean takes BLEU-4, or BLEU-1 to BLEU-4, each as a figure
 
-CIDEr weighs words by the references of the images scored: figures of a subset are not comparable with those of all. Answers are
-joined by the image's number in COCO; the official results list {image_id, caption} is read as it is.
+CIDEr weighs words by the references of the images scored: figures of a subset are not comparable with those of all.
+Answers are joined by the image's number in COCO; the official results list {image_id, caption} is read as it is.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ Paper: Hudson and Manning, "GQA: A New Dataset for Real-World Visual Reasoning",
     accuracy = #{q : r(said_q) = answer_q} / #q       r: no full stops at the end, lower case
 
 Also over binary questions (structural type verify, logical, choose or compare) and open ones (query), and by structural
-and semantic type. What else the released script prints (consistency, validity, plausibility, distribution, grounding) wants
-files that testdev lacks.
+and semantic type. What else the released script prints (consistency, validity, plausibility, distribution, grounding)
+needs files that testdev lacks.
 
-rules  "official" or "lmms"  official: the strings are equal, as LLaVA converts and GQA compares them. lmms: equal without
-                             case and punctuation, as lmms-eval
+rules  "official" or "lmms"  official: the strings are equal, as LLaVA converts and GQA compares them.
+                             lmms: equal without case and punctuation, as lmms-eval has it
 
 Answers are joined by questionId, id or question_id: GQA's prediction files and LLaVA's answers are both read.
 """
@@ -42,8 +42,8 @@ def questions(data: Path, images: Path | None) -> list[dict]:
     if not isinstance(file, dict):
         raise BadInput(f"{path}: an object of questions is wanted")
     items = checked(path, list(file.values()), imageId=str, question=str, answer=str)
-    rows = [{"id": name, "image": f"{item['imageId']}.jpg", "prompt": item["question"] + SUFFIX, "label": item["answer"],
-             **_types(item.get("types"))} for name, item in zip(file, items)]  # fmt: skip
+    rows = [{"id": name, "image": f"{item['imageId']}.jpg", "prompt": item["question"] + SUFFIX,
+             "label": item["answer"], **_types(item.get("types"))} for name, item in zip(file, items)]  # fmt: skip
     refuse_missing(images, rows)
     return rows
 

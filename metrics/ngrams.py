@@ -1,7 +1,7 @@
 """Scores of captions against reference captions, with the definitions and constants of coco-caption.
 
-BLEU (Papineni et al., ACL 2002): pooled over the corpus; c_k n-grams of length k found in the references, each at most as
-often as in one of them, of g_k; L words, and R of the reference closest in length (of two, the shorter).
+BLEU (Papineni et al., ACL 2002): pooled over the corpus; of g_k n-grams of length k, c_k are found in the references,
+each at most as often as in one of them; L words, and R of the reference closest in length (of two, the shorter).
 
     BLEU_n = [prod_{k<=n} (c_k + 1e-15) / (g_k + 1e-9)]^(1/n)  x  exp(1 - 1/q) if q < 1,    q = (L + 1e-15) / (R + 1e-9)
 
@@ -11,7 +11,7 @@ references. The mean over captions of
     (1 + b^2) P R / (R + b^2 P),    P = max lcs / |c|,    R = max lcs / |r|,    b = 1.2
 
 CIDEr-D (Vedantam et al., CVPR 2015, arXiv:1411.5726): N images; df(w) images with n-gram w in a reference;
-v(w) = count(w) (log N - log max(1, df(w))); l counts bigrams. The mean over captions, their references and n = 1 .. 4 of
+v(w) = count(w) (log N - log max(1, df(w))); l counts bigrams. The mean over captions, their references and n = 1..4 of
 
     10 exp(-(l_c - l_r)^2 / 2 sigma^2)  sum_w min(v_c(w), v_r(w)) v_r(w) / |v_c| |v_r|,    sigma = 6
 

@@ -9,8 +9,8 @@ copies "own" or "last"        a question that is asked twice about an image is s
                               or to the last copy, as LLaVA's script does
 
 With `ocr` the prompts are those of LLaVA's question file; else lmms-eval's: the question with a capital and the rest in
-lower case. Answers are joined by `id`, or `question_id` of the data set. In LLaVA's answer files `question_id` is the image,
-and the question stands in `prompt`: they are joined by both, and equal questions in the order of the file.
+lower case. Answers are joined by `id` or the data set's `question_id`. In LLaVA's answer files `question_id` is the
+image, and `prompt` holds the question: they are joined by both, and equal questions in the order of the file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def questions(data: Path, images: Path | None, *, ocr: bool = False) -> list[dic
 def _with_ocr(path: Path, rows: Sequence[dict]) -> list[dict]:
     prompts = {(str(line["question_id"]), question_of(str(line["text"]))): str(line["text"])
                for _, line in read_jsonl(path, ("question_id", "text"))}  # fmt: skip
-    refuse(f"{path}: has no question {row['id']}, {brief(row['question'])}" for row in rows if _asked(row) not in prompts)
+    refuse(f"{path}: has no question {row['id']}, {brief(row['question'])}" for row in rows
+           if _asked(row) not in prompts)  # fmt: skip
     return [{**row, "prompt": prompts[_asked(row)]} for row in rows]
 
 

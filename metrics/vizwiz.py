@@ -2,12 +2,12 @@
 
 Paper: Gurari et al., "VizWiz Grand Challenge", CVPR 2018, arXiv:1802.08218.
 
-split  "val" or "test"        the answers of test are hidden, and LLaVA's published figures are of its server: the score is
-                              then `upload`, the list {image, answer} that the server takes, answers normalised by `rules`
+split  "val" or "test"        the answers of test are hidden, and LLaVA's published figures are of its server: the score
+                              is then `upload`, the list {image, answer} that the server takes, normalised
 rules  "evalai" or "classic"  normalisation of answers; published figures are evalai
 
-The prompt is LLaVA's. Answers are joined by the image, which `id`, `question_id`, `image_id` or `image` names in any way of
-data/names.py (LLaVA's question_id 7 is VizWiz_test_00000007.jpg); upload files are read as well.
+The prompt is LLaVA's. Answers are joined by the image, which `id`, `question_id`, `image_id` or `image` names in any
+way of data/names.py (LLaVA's question_id 7 is VizWiz_test_00000007.jpg); upload files are read as well.
 """
 
 from __future__ import annotations

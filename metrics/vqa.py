@@ -3,7 +3,7 @@
 Paper: Antol et al., "VQA: Visual Question Answering", ICCV 2015, arXiv:1505.00468. Each annotator is left out once:
 
     accuracy = 1/n sum_i min(1, #{j != i : r(a_j) = r(said)} / 3)
-             = [k min(3, k - 1) + (n - k) min(3, k)] / 3n              for k equal answers: 0, .3, .6, .9, 1, 1 ... (n = 10)
+             = [k min(3, k - 1) + (n - k) min(3, k)] / 3n      for k equal answers; n = 10: 0, .3, .6, .9, 1, 1 ...
 
 | symbol | argument | type                                       |
 |--------|----------|--------------------------------------------|
@@ -13,9 +13,10 @@ Paper: Antol et al., "VQA: Visual Question Answering", ICCV 2015, arXiv:1505.004
 
 Normalisation (`normalise`), oddities included, for published figures contain them:
 - evalai, as Pythia, LLaVA's m4c_evaluator and lmms-eval have it: lower case; commas and question marks go; 's is
-  detached; a punctuation mark goes if it touches a blank anywhere in the answer, else it becomes a blank; the first 32 full
-  stops that no digit follows go (the look-behind of the released pattern is mistyped and tests nothing; its flag is taken
-  for a count); number words up to ten become digits ("none" is 0); articles go; apostrophes of contractions return.
+  detached; a punctuation mark goes if it touches a blank anywhere in the answer, else it becomes a blank; the first 32
+  full stops that no digit follows go (the look-behind of the released pattern is mistyped and tests nothing, and its
+  flag is taken for a count); number words up to ten become digits ("none" is 0); articles go; apostrophes of
+  contractions return.
 - classic, as the VQA tool: commas, question marks and 's are not treated first, so that a number with a comma makes
   all marks go; and where all annotators agree nothing is normalised, on neither side.
 """
@@ -45,7 +46,8 @@ _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn
     there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
     would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
-CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS.split() for i, c in enumerate(word) if c == "'"}
+CONTRACTIONS = {word[:i] + word[i + 1 :]: word
+                for word in _CONTRACTIONS.split() for i, mark in enumerate(word) if mark == "'"}  # fmt: skip
 CONTRACTIONS["somebody'd"] = "somebodyd"  # sic
 
 
