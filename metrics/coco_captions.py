@@ -1,0 +1,105 @@
+"""COCO captions: one sentence about an image, compared with the sentences of five people.
+
+Paper: Chen et al., "Microsoft COCO Captions", arXiv:1504.00325. BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D
+(metrics/ngrams.py), and METEOR, on the tokens of metrics/ptb.py, by the rules of coco-caption. The prompt is that of
+lmms-eval (coco2017_cap_val). FiSAO's "Cap_val" is the mean of BLEU, ROUGE-L and CIDEr times 100; the paper does not say
+which orders of BLEU it takes.
+
+split    "val2017", "val2014" or "karpathy"  5000 images, 40,504, or the 5000 of Karpathy's test split
+meteor   Path                                meteor-1.5.jar: METEOR as well (needs Java)
+cap_val  "bleu4" or "bleu1-4"                reconstructed: the mean takes BLEU-4, or BLEU-1 to BLEU-4, each as a figure
+
+CIDEr weighs words by the references of the images scored: figures of a subset are not comparable with those of all.
+Answers are joined by the image's number in COCO; the official results list {image_id, caption} is read as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from common import BadInput
+from metrics.benchmark import Benchmark, find
+from metrics.files import read_json
+from metrics.joined import checked, refuse_missing, unique
+from metrics.meteor import meteor as meteor_of
+from metrics.ngrams import bleu, cider_d, rouge_l
+from metrics.ptb import tokenize
+from metrics.vqa import mean
+
+PROMPT = "Provide a one-sentence caption for the provided image."
+COCO, KARPATHY = "https://cocodataset.org/#download (annotations_trainval{year}.zip)", "dataset_coco.json"
+FILES = {
+    "captions_val2017.json": COCO.format(year=2017),
+    "captions_val2014.json": COCO.format(year=2014),
+    KARPATHY: "https://cs.stanford.edu/people/karpathy/deepimagesent/ (caption_datasets.zip)",
+}
+Split = Literal["val2017", "val2014", "karpathy"]
+
+
+def questions(data: Path, images: Path | None, *, split: Split = "val2017") -> list[dict]:
+    """Rows with id (number in COCO), image, prompt and references (captions of people).
+
+    Raises BadInput: the file is missing or of another form, an image has no caption, images are missing.
+    """
+    path = find(data, KARPATHY if split == "karpathy" else f"captions_{split}.json", FILES)
+    file = read_json(path)
+    if not isinstance(file, dict):
+        raise BadInput(f"{path}: an object with images is wanted")
+    read = _karpathy if split == "karpathy" else _coco
+    rows = [{"id": str(name), "image": image, "prompt": PROMPT, "references": captions}
+            for name, image, captions in read(path, file)]  # fmt: skip
+    if empty := [row["image"] for row in rows if not row["references"]]:
+        raise BadInput(f"{path}: {len(empty):,} images have no caption, as {empty[0]}")
+    refuse_missing(images, unique(path, rows))
+    return rows
+
+
+def _coco(path: Path, file: Mapping) -> list[tuple[int, str, list[str]]]:
+    captions: dict[int, list[str]] = {}
+    for item in checked(path, file.get("annotations"), image_id=int, caption=str):
+        captions.setdefault(item["image_id"], []).append(item["caption"])
+    shown = checked(path, file.get("images"), id=int, file_name=str)
+    return [(image["id"], image["file_name"], captions.get(image["id"], [])) for image in shown]
+
+
+def _karpathy(path: Path, file: Mapping) -> list[tuple[int, str, list[str]]]:
+    shown = checked(path, file.get("images"), cocoid=int, filename=str, split=str, sentences=list)
+    return [(image["cocoid"], image["filename"],
+             [item["raw"] for item in checked(path, image["sentences"], raw=str)])
+            for image in shown if image["split"] == "test"]  # fmt: skip
+
+
+def score(rows: Sequence[dict], said: Mapping[str, str], *, meteor: Path | None = None,
+          cap_val: Literal["bleu4", "bleu1-4"] = "bleu4") -> dict:  # fmt: skip
+    """{n, words (mean length), bleu_1 .. bleu_4, rouge_l, cider, meteor if asked for, cap_val, rounded}."""
+    captions = [tokenize(said[row["id"]]) for row in rows]
+    references = [[tokenize(text) for text in row["references"]] for row in rows]
+    figures = {f"bleu_{n}": value for n, value in enumerate(bleu(captions, references), start=1)}
+    figures |= {"rouge_l": rouge_l(captions, references), "cider": cider_d(captions, references)}
+    if meteor is not None:
+        figures["meteor"] = meteor_of(meteor, captions, references)
+    orders = ("bleu_4",) if cap_val == "bleu4" else ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
+    combined = 100 * mean([figures[name] for name in (*orders, "rouge_l", "cider")])
+    rounded = {name: round(value, 3) for name, value in figures.items()}
+    return {"n": len(rows), "words": mean([len(words) for words in captions]), **figures,
+            "cap_val": combined, "rounded": {**rounded, "cap_val": round(combined, 1)}}  # fmt: skip
+
+
+def table(scores: Mapping) -> list[tuple]:
+    """The figures as coco-caption prints them, and Cap_val in percent."""
+    rounded = scores["rounded"]
+    names = [name for name in rounded if name != "cap_val"]
+    return [(*names, "cap_val", "images"),
+            (*(f"{rounded[name]:.3f}" for name in names), f"{rounded['cap_val']:.1f}", str(scores["n"]))]  # fmt: skip
+
+
+BENCHMARK = Benchmark(
+    rules="COCO captions, coco-caption's BLEU, ROUGE-L and CIDEr-D, tokens by rules like PTBTokenizer's",
+    questions=questions,
+    score=score,
+    table=table,
+    max_new_tokens=64,
+    files=FILES,
+)

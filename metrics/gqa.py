@@ -1,0 +1,94 @@
+"""GQA: compositional questions made from scene graphs, 12,578 in testdev_balanced.
+
+Paper: Hudson and Manning, "GQA: A New Dataset for Real-World Visual Reasoning", CVPR 2019, arXiv:1902.09506.
+
+    accuracy = #{q : r(said_q) = answer_q} / #q       r: no full stops at the end, lower case
+
+Also over binary questions (structural type verify, logical, choose or compare) and open ones (query), and by structural
+and semantic type. What else the released script prints (consistency, validity, plausibility, distribution, grounding)
+needs files that testdev lacks.
+
+rules  "official" or "lmms"  official: the strings are equal, as LLaVA converts and GQA compares them.
+                             lmms: equal without case and punctuation, as lmms-eval has it
+
+Answers are joined by questionId, id or question_id: GQA's prediction files and LLaVA's answers are both read.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from common import BadInput
+from metrics.benchmark import Benchmark, find
+from metrics.files import read_json
+from metrics.joined import by_id, checked, join, refuse_missing
+from metrics.vqa import SUFFIX, mean, mean_by
+
+QUESTIONS = "testdev_balanced_questions.json"
+FILES = {QUESTIONS: "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions 1.2)"}
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def questions(data: Path, images: Path | None) -> list[dict]:
+    """Rows with id, image, prompt, label, and kind (binary or open), structural and semantic where the file has types.
+
+    Raises BadInput: the file is missing or of another form, images are missing.
+    """
+    path = find(data, QUESTIONS, FILES)
+    file = read_json(path)
+    if not isinstance(file, dict):
+        raise BadInput(f"{path}: an object of questions is wanted")
+    items = checked(path, list(file.values()), imageId=str, question=str, answer=str)
+    rows = [{"id": name, "image": f"{item['imageId']}.jpg", "prompt": item["question"] + SUFFIX,
+             "label": item["answer"], **_types(item.get("types"))} for name, item in zip(file, items)]  # fmt: skip
+    refuse_missing(images, rows)
+    return rows
+
+
+def _types(types: object) -> dict[str, str]:
+    if not isinstance(types, dict):
+        return {}
+    kind = "open" if types.get("structural") == "query" else "binary"
+    return {"kind": kind, "structural": types.get("structural"), "semantic": types.get("semantic")}
+
+
+def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
+    """{question id: text}. Raises BadInput as metrics.joined.join."""
+    return join(path, rows, by_id(rows, ("questionId", "id", "question_id")), subset=subset)
+
+
+def is_right(said: str, label: str, rules: Literal["official", "lmms"] = "official") -> bool:
+    """Whether an answer counts."""
+    if rules == "lmms":
+        return said.lower().translate(_PUNCTUATION) == label.lower().translate(_PUNCTUATION)
+    return said.rstrip(".").lower() == label
+
+
+def score(rows: Sequence[dict], said: Mapping[str, str], *, rules: Literal["official", "lmms"] = "official") -> dict:
+    """{n, right, accuracy, by_kind, by_structural, by_semantic, rounded}."""
+    right = [is_right(said[row["id"]], row["label"], rules) for row in rows]
+    figure = mean(right)
+    return {"n": len(rows), "right": sum(right), "accuracy": figure,
+            **{f"by_{key}": mean_by(rows, right, key) for key in ("kind", "structural", "semantic")},
+            "rounded": {"accuracy": round(100 * figure, 2)}}  # fmt: skip
+
+
+def table(scores: Mapping) -> list[tuple]:
+    """Accuracy in percent, of all questions and by their kind."""
+    lines = {**scores["by_kind"], **scores["by_structural"], **scores["by_semantic"], "all": scores}
+    return [("questions", "accuracy", "number"),
+            *((name, f"{100 * part['accuracy']:.2f}", str(part["n"])) for name, part in lines.items())]  # fmt: skip
+
+
+BENCHMARK = Benchmark(
+    rules="GQA testdev_balanced, equal strings",
+    questions=questions,
+    score=score,
+    table=table,
+    max_new_tokens=16,
+    files=FILES,
+    read_answers=read_answers,
+)

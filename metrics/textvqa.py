@@ -1,0 +1,118 @@
+"""TextVQA: questions about the text in an image, 5000 in the validation set, VQA accuracy (metrics/vqa.py).
+
+Paper: Singh et al., "Towards VQA Models That Can Read", CVPR 2019, arXiv:1904.08920.
+
+ocr    bool                   show the OCR tokens that LLaVA-1.5 was shown. They decide the score: about ten points for
+                              LLaVA-1.5, whose published figure has them; LLaVA-1.6's and lmms-eval's have not
+rules  "evalai" or "classic"  normalisation of answers; published figures are evalai
+copies "own" or "last"        a question that is asked twice about an image is scored against the answers to this copy,
+                              or to the last copy, as LLaVA's script does
+
+With `ocr` the prompts are those of LLaVA's question file; else lmms-eval's: the question with a capital and the rest in
+lower case. Answers are joined by `id` or the data set's `question_id`. In LLaVA's answer files `question_id` is the
+image, and `prompt` holds the question: they are joined by both, and equal questions in the order of the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from common import BadInput, brief, refuse
+from data.names import as_id
+from metrics.benchmark import Benchmark, find
+from metrics.files import read_json, read_jsonl
+from metrics.joined import by_id, checked, given, join, refuse_missing, unique
+from metrics.vqa import SUFFIX, Rules, accuracy, mean
+
+ANNOTATIONS, LLAVA = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
+FILES = {
+    ANNOTATIONS: "https://textvqa.org/dataset (v0.5.1, validation)",
+    LLAVA: "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md (eval.zip)",
+}
+
+
+def questions(data: Path, images: Path | None, *, ocr: bool = False) -> list[dict]:
+    """Rows with id, image, image_id, question, prompt and the ten answers.
+
+    Raises BadInput: a file is missing or of another form, images are missing, LLaVA's file lacks a question.
+    """
+    path = find(data, ANNOTATIONS, FILES)
+    file = read_json(path)
+    items = checked(path, file.get("data") if isinstance(file, dict) else None,
+                    question_id=int, image_id=str, question=str, answers=list)  # fmt: skip
+    refuse(f"{path}: question {item['question_id']} has not ten answers" for item in items
+           if len(item["answers"]) != 10 or not all(isinstance(answer, str) for answer in item["answers"]))  # fmt: skip
+    rows = [{"id": str(item["question_id"]), "image": f"{item['image_id']}.jpg", "image_id": item["image_id"],
+             "question": item["question"], "prompt": item["question"].capitalize() + SUFFIX,
+             "answers": item["answers"]} for item in items]  # fmt: skip
+    refuse_missing(images, unique(path, rows))
+    return _with_ocr(find(data, LLAVA, FILES), rows) if ocr else rows
+
+
+def _with_ocr(path: Path, rows: Sequence[dict]) -> list[dict]:
+    prompts = {(str(line["question_id"]), question_of(str(line["text"]))): str(line["text"])
+               for _, line in read_jsonl(path, ("question_id", "text"))}  # fmt: skip
+    refuse(f"{path}: has no question {row['id']}, {brief(row['question'])}" for row in rows
+           if _asked(row) not in prompts)  # fmt: skip
+    return [{**row, "prompt": prompts[_asked(row)]} for row in rows]
+
+
+def _asked(row: Mapping) -> tuple[str, str]:
+    return row["image_id"], row["question"].strip().lower()
+
+
+def question_of(prompt: str) -> str:
+    """The question in a prompt of LLaVA or InstructBLIP, in lower case."""
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: ") and (found := re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)):
+        return found[1].strip().lower()
+    return lines[1 if prompt.startswith("Reference OCR token:") and len(lines) > 1 else 0].strip().lower()
+
+
+def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
+    """{question id: text} of our answers or LLaVA's; see above. Raises BadInput as metrics.joined.join."""
+    known, images = by_id(rows, ("id", "question_id")), {row["image_id"] for row in rows}
+    waiting: dict[tuple[str, str], list[str]] = {}
+    for row in reversed(rows):
+        waiting.setdefault(_asked(row), []).append(row["id"])
+
+    def key(answer: dict) -> str:
+        if answer.get("id") is not None or as_id(answer.get("question_id")) not in images:
+            return known(answer)
+        if not isinstance(answer.get("prompt"), str):
+            raise BadInput("has no prompt that tells which question about the image it answers")
+        asked = given(answer, ("question_id",)), question_of(answer["prompt"])
+        if asked not in waiting:
+            raise BadInput(f"image {asked[0]} has no question {brief(asked[1])}")
+        ids = waiting[asked]
+        return ids.pop() if len(ids) > 1 else ids[0]
+
+    return join(path, rows, key, subset=subset)
+
+
+def score(rows: Sequence[dict], said: Mapping[str, str], *, rules: Rules = "evalai",
+          copies: Literal["own", "last"] = "own") -> dict:  # fmt: skip
+    """VQA accuracy: {n, accuracy, rounded}."""
+    last = {_asked(row): row["answers"] for row in rows}
+    figure = mean(accuracy(said[row["id"]], last[_asked(row)] if copies == "last" else row["answers"], rules)
+                  for row in rows)  # fmt: skip
+    return {"n": len(rows), "accuracy": figure, "rounded": {"accuracy": round(100 * figure, 2)}}
+
+
+def table(scores: Mapping) -> list[tuple]:
+    """Accuracy in percent."""
+    return [("accuracy", "questions"), (f"{scores['rounded']['accuracy']:.2f}", str(scores["n"]))]
+
+
+BENCHMARK = Benchmark(
+    rules="TextVQA v0.5.1 validation, VQA accuracy with the answer processing of EvalAI",
+    questions=questions,
+    score=score,
+    table=table,
+    max_new_tokens=16,
+    files=FILES,
+    read_answers=read_answers,
+)
