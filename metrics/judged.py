@@ -18,7 +18,7 @@ from statistics import fmean, pstdev
 
 from common import BadInput, brief, refuse
 from data.names import as_id
-from metrics.files import examples
+from metrics.files import examples, read_json
 
 TEXT_KEYS = ("text", "answer", "response", "caption", "model_prediction", "prediction")
 
@@ -50,6 +50,13 @@ def field(row: object, key: str, kind: type = str):
     if not isinstance(row[key], kind):
         raise BadInput(f"{key!r} must be a {kind.__name__}, found {brief(row[key])}")
     return row[key]
+
+
+def table(path: Path) -> dict:
+    """A filled JSON object."""
+    if not isinstance(found := read_json(path), dict) or not found:
+        raise BadInput(f"{path}: want a filled JSON object")
+    return found
 
 
 def texts(row: object, key: str) -> list[str]:

@@ -65,16 +65,21 @@ def questions(data: Path, images: Path | None = None) -> list[dict]:
                 "reference": judged.field(entry, "answer"),
                 "capabilities": [name for name in CAPABILITIES if name in entry["capability"]]}
 
-    rows = judged.each(path, ((brief(item[0]), item) for item in _entries(path)), row)
+    rows = judged.each(path, _items(path), row)
     judged.check_images(rows, images)
     return rows
+
+
+def _items(path: Path) -> list[tuple]:
+    """(key, (key, value)) of a JSON object; errors name the key."""
+    return [(brief(key), (key, value)) for key, value in judged.table(path).items()]
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> answer. Raises BadInput listing bad lines and unknown, repeated or missing ids."""
     ids = [row["id"] for row in rows]
     if path.suffix == ".json" and isinstance(read_json(path), dict):
-        items = [(brief(key), {"id": key, "text": text}) for key, text in _entries(path)]
+        items = [(key, {"id": item[0], "text": item[1]}) for key, item in _items(path)]
     else:
         items = read_jsonl(path)
     return judged.join(path, items, ids, lambda row: (judged.key_of(row), judged.text_of(row)), subset=subset)
@@ -93,18 +98,11 @@ def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
             raise BadInput(f"{len(scores)} scores of {len(contents)} replies")
         return key, [text if (read_grade(text) or 0) == score else str(score) for text, score in zip(contents, scores)]
 
-    found = judged.join(path, ((brief(item[0]), item) for item in _entries(path)), [row["id"] for row in rows], grades)
+    found = judged.join(path, _items(path), [row["id"] for row in rows], grades)
     runs = {len(replies) for replies in found.values()}
     if len(runs) != 1 or 0 in runs:
         raise BadInput(f"{path}: all answers need equally many grades, found {' and '.join(map(str, sorted(runs)))}")
     return [{key: replies[run] for key, replies in found.items()} for run in range(runs.pop())]
-
-
-def _entries(path: Path) -> list[tuple]:
-    """The items of a JSON object."""
-    if not isinstance(table := read_json(path), dict) or not table:
-        raise BadInput(f"{path}: want a filled JSON object, id -> entry")
-    return list(table.items())
 
 
 def requests(rows: Sequence[dict], said: Mapping[str, str], prompt: str = PROMPT) -> dict[str, tuple[None, str]]:
