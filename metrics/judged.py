@@ -18,9 +18,7 @@ from statistics import fmean, pstdev
 
 from common import BadInput, brief, refuse
 from data.names import as_id
-from metrics.files import examples, read_json
-
-TEXT_KEYS = ("text", "answer", "response", "caption", "model_prediction", "prediction")
+from metrics.files import TEXT_KEYS, examples, read_json
 
 
 def fill(prompt: str, **values: str) -> str:

@@ -32,7 +32,7 @@ from statistics import fmean
 from common import BadInput, brief, refuse
 from metrics import judged
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_json, read_jsonl
+from metrics.files import TEXT_KEYS, read_json, read_jsonl
 
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 FIGURES = ("score", "hallucination_rate", "informativeness")
@@ -110,7 +110,7 @@ def _items(path: Path) -> list[tuple]:
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> answer: the filled-in template, or an id and a text. BadInput lists bad lines and ids."""
-    keys, texts = ("image_id", "id", "question_id"), ("model_answer", *judged.TEXT_KEYS)
+    keys, texts = ("image_id", "id", "question_id"), ("model_answer", *TEXT_KEYS)
     return judged.join(path, read_jsonl(path), [row["id"] for row in rows],
                        lambda row: (judged.key_of(row, keys), judged.text_of(row, texts)), subset=subset)
 
