@@ -15,6 +15,11 @@ A judged benchmark has `requests`, and its `score` takes the replies:
 
     requests(rows, said)                    -> asked     {key: (image reference or None, text for the judge)}
     score(rows, said, replies, **options)   -> scores    replies: one {key: text} for each run of the judge
+    read_replies(path, rows)                -> replies   of a judge who was asked elsewhere, in the official format
+
+What is measured without a generated text has `measure`, whose `said` holds numbers:
+
+    measure(model, processor, rows, **options) -> said
 """
 
 from __future__ import annotations
@@ -37,6 +42,8 @@ class Benchmark(NamedTuple):
     files: Mapping[str, str] = {}  # official file -> where it is published
     read_answers: Callable | None = None  # None: metrics/files.py, which joins by id
     requests: Callable | None = None  # judged benchmarks only
+    read_replies: Callable | None = None  # judged benchmarks only
+    measure: Callable | None = None  # None: the model answers, greedily
 
 
 def find(data: Path, name: str, files: Mapping[str, str]) -> Path:
