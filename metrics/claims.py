@@ -83,7 +83,7 @@ class Record(NamedTuple):
 def read_record(reference: str) -> Record:
     """The record of a scene, with the removed classes left out."""
     scene, without = scenes.parse_reference(reference)
-    shown = scenes.objects_present(scene, without)
+    shown = sorted(scenes.objects_present(scene, without))
     return Record(scene.place, {name: [item for item in scene.objects if item.category == name] for name in shown})
 
 
@@ -144,7 +144,12 @@ def is_true(claim: Claim, record: Record) -> bool | None:
 
 def _facts(item: scenes.Object) -> set[str]:
     """Size and position words that are true of an object."""
-    return {SIZE_OF_CELLS[item.size], horizontal(item).split()[-1], vertical(item).split(" ")[-1]} - {""}
+    return {SIZE_OF_CELLS[item.size], *thirds(item)} - {""}
+
+
+def thirds(item: scenes.Object) -> list[str]:
+    """Where the centre of an object lies: "left", "middle" or "right", then "top", "bottom" or nothing."""
+    return [phrase.split()[-1] for phrase in (horizontal(item), vertical(item)) if phrase]
 
 
 def sayable(record: Record) -> set[tuple[str, str | None]]:
