@@ -51,18 +51,18 @@ def _article(phrase: str) -> str:
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
-def _horizontal(item: Object) -> str:
+def horizontal(item: Object) -> str:
     """Third of the image in which the centre lies."""
     centre = item.column + item.size / 2
     return ("on the left", "in the middle", "on the right")[int(3 * centre / GRID)]
 
 
-def _vertical(item: Object) -> str:
+def vertical(item: Object) -> str:
     centre = item.row + item.size / 2
     return "at the top" if centre < GRID / 3 else "at the bottom" if centre > 2 * GRID / 3 else ""
 
 
-def _relation(item: Object, other: Object) -> str:
+def relation(item: Object, other: Object) -> str:
     """Where `item` is, seen from `other`: "next to" across at most one cell, else by the longer axis."""
     gap = [max(getattr(a, axis) - getattr(b, axis) - b.size for a, b in ((item, other), (other, item)))
            for axis in ("column", "row")]
@@ -82,10 +82,10 @@ def _groups(scene: Scene) -> list[_Group]:
         items = tuple(item for item in scene.objects if item.category == category)
         if items:
             sizes = {SIZE_OF_CELLS[item.size] for item in items}
-            sides = {_horizontal(item) for item in items}
+            sides = {horizontal(item) for item in items}
             positions = tuple(sides) if len(sides) == 1 else ()
-            if len(items) == 1 and _vertical(items[0]):
-                positions += (_vertical(items[0]),)
+            if len(items) == 1 and vertical(items[0]):
+                positions += (vertical(items[0]),)
             size = sizes.pop() if len(sizes) == 1 else ""
             groups.append(_Group(category, len(items), size, positions, items))
     return sorted(groups, key=lambda g: (-max(o.size for o in g.objects), -g.count, g.objects[0].column))
@@ -148,11 +148,11 @@ def _pair(first: _Group, second: _Group, rng: random.Random) -> str:
 def _related(group: _Group, previous: _Group, rng: random.Random) -> str:
     """Sentence of kind "Next to it there is a cup."; `previous` is a single object."""
     if group.objects and previous.objects:
-        relation = _relation(group.objects[0], previous.objects[0])
+        where = relation(group.objects[0], previous.objects[0])
     else:
-        relation = pick(rng, ("next to", "to the left of", "to the right of"))
+        where = pick(rng, ("next to", "to the left of", "to the right of"))
     noun = _noun(group, rng)
-    return pick(rng, (f"{relation} it there is {noun}.", f"{noun} is {relation} it."))
+    return pick(rng, (f"{where} it there is {noun}.", f"{noun} is {where} it."))
 
 
 def _body(groups: Sequence[_Group], previous: _Group | None, rng: random.Random, room: int) -> list[str]:
