@@ -16,6 +16,7 @@ correct. A group counts if every answer in it is right:
 | answer  | said[id]          | str                                                                               |
 | verdict | replies[run][id]  | str, the judge's words                                                            |
 
+Options
     items  all: 1,129 questions, 178 of them without an image; image: the other 951
     by     judge: a language model compares the answer with the reference; yes_no: the answer's own yes or no is
            compared, without a judge (VLMEvalKit, with items image). The two are not comparable
@@ -38,10 +39,10 @@ from typing import Literal
 
 from common import BadInput, brief, refuse
 from data.names import as_id
+from metrics.answers import given, join, with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
 from metrics.files import examples, read_json, refuse_repeats
-from metrics.joined import id_of, join, numbered, with_files
 
 FILES = {"HallusionBench.json": "https://github.com/tianyi-lab/HallusionBench"}
 PLACE = ("category", "subcategory", "set_id", "figure_id", "question_id")  # together the id
@@ -89,17 +90,17 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
     """id -> text, of the official list with `model_prediction`, or of answers by `id`.
 
     Answers to questions without an image do not count where those are not asked. Raises BadInput as
-    `metrics.joined.join` does.
+    `metrics.answers.join` does.
     """
     blind = any(row["image"] is None for row in rows)
 
-    def name(line: dict) -> str | None:
-        if as_id(line.get("visual_input")) == "0" and not blind:
+    def key(answer: dict) -> str | None:
+        if as_id(answer.get("visual_input")) == "0" and not blind:
             return None
-        places = [as_id(line.get(key)) for key in PLACE]
-        return id_of(line) if None in places else "/".join(places)
+        places = [as_id(answer.get(part)) for part in PLACE]
+        return given(answer) if None in places else "/".join(places)
 
-    return join(path, numbered(path), rows, name, subset=subset)
+    return join(path, rows, key, subset=subset)
 
 
 def requests(rows: Sequence[dict], said: Mapping[str, str]) -> dict[str, tuple[None, str]]:

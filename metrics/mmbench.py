@@ -11,6 +11,7 @@ Paper: Liu et al., "MMBench: Is Your Multi-modal Model an All-around Player?", E
 | label    | rows[i]["label"] | letter of the right choice in this row's order                              |
 | answer   | said[id]         | str                                                                         |
 
+Options
     edition    official file, without .tsv. mmbench_dev_20230712 has 1,176 questions in 4,377 rows; the published
                accuracy, the server's, is over 1,164
     rounds     file: the orders that are in the file (copy k of a question has index + k 1,000,000); all: each row in
@@ -42,11 +43,11 @@ from typing import Literal, get_args
 from common import BadInput, brief, refuse
 from data.formats import Pictures
 from data.names import as_id
+from metrics.answers import given, join, read_text
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
 from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice
 from metrics.files import refuse_repeats
-from metrics.joined import id_of, join, numbered, read_text
 
 Edition = Literal["mmbench_dev_20230712", "mmbench_dev_en_20231003", "MMBench_DEV_EN"]
 FILES = {f"{name}.tsv": "https://github.com/open-compass/MMBench" for name in get_args(Edition)}
@@ -86,19 +87,19 @@ def questions(
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> text, of LLaVA's answers (`question_id`, `round_id`, `text`) or of answers by `id`.
 
-    Raises BadInput as `metrics.joined.join` does, and for choices in another order than that of their round.
+    Raises BadInput as `metrics.answers.join` does, and for choices in another order than that of their round.
     """
 
-    def name(line: dict) -> str:
-        key, turn, order = id_of(line), as_id(line.get("round_id", 0)), line.get("option_char")
+    def key(answer: dict) -> str:
+        name, turn, order = given(answer), as_id(answer.get("round_id", 0)), answer.get("option_char")
         if turn is None or not turn.isdecimal():
-            raise BadInput(f"{brief(line['round_id'])} is no round_id")
+            raise BadInput(f"{brief(answer['round_id'])} is no round_id")
         letters = list(LETTERS[: len(order)]) if isinstance(order, list) else None
         if letters is not None and order != letters[int(turn) :] + letters[: int(turn)]:
             raise BadInput(f"option_char {brief(order)} is not the order of round {turn}")
-        return key if turn == "0" else f"{key}-{turn}"
+        return name if turn == "0" else f"{name}-{turn}"
 
-    return join(path, numbered(path), rows, name, subset=subset)
+    return join(path, rows, key, subset=subset)
 
 
 def score(

@@ -12,6 +12,7 @@ arXiv:2306.13394. For each task:
 | label    | rows[i]["label"] | "yes" or "no"                                   |
 | answer   | said[id]         | str                                             |
 
+Options
     suffix  llava: "Please answer yes or no." is replaced by the request for a single word; official: it is kept
 
 Questions come from the released folder (TASK/IMAGE.txt, in five tasks TASK/questions_answers_YN/IMAGE.txt), or from
@@ -32,9 +33,9 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from common import BadInput, brief, refuse
+from metrics.answers import given, join, read_text
 from metrics.benchmark import Benchmark
 from metrics.chair import ratio
-from metrics.joined import id_of, join, numbered, read_text
 
 GROUPS = {
     "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
@@ -79,23 +80,23 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
     """id -> text, of a folder of official results (TASK.txt: image, question, ground truth, reply), of LLaVA's JSONL
     (`question_id` TASK/IMAGE, `prompt`, `text`) or of answers by `id`.
 
-    Raises BadInput as `metrics.joined.join` does.
+    Raises BadInput as `metrics.answers.join` does.
     """
     ids, asked, times = {row["id"] for row in rows}, defaultdict(list), Counter()
     for row in rows:
         asked[row["id"].rpartition("#")[0], _plain(row["question"])].append(row["id"])
 
-    def name(line: dict) -> str:
-        if (given := id_of(line)) in ids:
-            return given
-        prompt = line.get("prompt")
-        key = f"{given.split('/')[0]}/{_stem(given)}", _plain(prompt) if isinstance(prompt, str) else ""
-        if key not in asked:
-            raise BadInput(f"no question {brief(prompt)} about {brief(given)}")
-        times[key] += 1
-        return asked[key][min(times[key], len(asked[key])) - 1]
+    def key(answer: dict) -> str:
+        if (name := given(answer)) in ids:
+            return name
+        prompt = answer.get("prompt")
+        question = f"{name.split('/')[0]}/{_stem(name)}", _plain(prompt) if isinstance(prompt, str) else ""
+        if question not in asked:
+            raise BadInput(f"no question {brief(prompt)} about {brief(name)}")
+        times[question] += 1  # where an image has the same question twice, in the order of the file
+        return asked[question][min(times[question], len(asked[question])) - 1]
 
-    return join(path, _results(path) if path.is_dir() else numbered(path), rows, name, subset=subset)
+    return join(path, rows, key, subset=subset, answers=_results(path) if path.is_dir() else None)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str]) -> dict:

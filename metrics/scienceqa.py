@@ -12,6 +12,7 @@ NeurIPS 2022, arXiv:2209.09513. Of the 4,241 questions of the test split:
 | groups   | rows[i]["groups"]| names of GROUPS that the question belongs to               |
 | answer   | said[id]         | str                                                        |
 
+Options
     headline  IMG (LLaVA, FiSAO) or total (Re-Align): which accuracy is called `accuracy`; both are always given
 
 The groups NAT SOC LAN (subject), TXT IMG NO (context: a hint, an image, neither) and G1-6 G7-12 (grade) need the
@@ -30,11 +31,11 @@ from pathlib import Path
 from typing import Literal
 
 from common import BadInput, brief, refuse
+from metrics.answers import with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
 from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice
 from metrics.files import read_json, refuse_repeats
-from metrics.joined import with_files
 
 LLAVA = "llava_test_CQM-A.json"
 OFFICIAL = "https://github.com/lupantech/ScienceQA/tree/main/data/scienceqa"

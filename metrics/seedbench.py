@@ -11,6 +11,7 @@ arXiv:2307.16125.
 | label    | rows[i]["label"] | "A" ... "D"                                |
 | answer   | said[id]         | str                                        |
 
+Options
     kinds  all: 14,233 questions about images and 5,009 about videos; image: the former alone
     read   exact: the answer is the letter (LLaVA); first: its first character is, in either case (lmms-eval)
 
@@ -29,11 +30,11 @@ from typing import Literal
 
 from common import BadInput, brief, refuse
 from data.names import as_id
+from metrics.answers import given, join, numbered, with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
 from metrics.choices import LETTER_SUFFIX, multiple_choice
 from metrics.files import read_json, refuse_repeats
-from metrics.joined import id_of, join, numbered, with_files
 
 FILES = {"SEED-Bench.json": "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"}
 TWICE, SECOND = "49914", "49914-2"
@@ -69,24 +70,24 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
     """id -> text, of LLaVA's answers (`text`), its file for upload (`prediction`) or of answers by `id`.
 
     Where only images are asked about, answers about videos (v...) do not count. Raises BadInput as
-    `metrics.joined.join` does.
+    `metrics.answers.join` does.
     """
-    ids, lines = {row["id"] for row in rows}, numbered(path)
+    ids, answers = {row["id"] for row in rows}, numbered(path)
     video = any(row["kind"] == "video" for row in rows)
-    times = Counter(as_id(line.get("id", line.get("question_id"))) for _, line in lines)
-    if SECOND in ids and times[TWICE] == 1 and not times[SECOND]:
-        lines += [(where, {**line, "id": SECOND}) for where, line in lines
-                  if as_id(line.get("id", line.get("question_id"))) == TWICE]  # fmt: skip
+    names = [as_id(answer.get("id", answer.get("question_id"))) for _, answer in answers]
+    if SECOND in ids and names.count(TWICE) == 1 and SECOND not in names:
+        where, answer = answers[names.index(TWICE)]
+        answers.append((where, {**answer, "id": SECOND}))
     seen: Counter = Counter()
 
-    def name(line: dict) -> str | None:
-        key = id_of(line)
-        seen[key] += 1
-        if key == TWICE and seen[key] == 2:
+    def key(answer: dict) -> str | None:
+        name = given(answer)
+        seen[name] += 1
+        if name == TWICE and seen[name] == 2:
             return SECOND if SECOND in ids else None
-        return None if key.startswith("v") and not video else key
+        return None if name.startswith("v") and not video else name
 
-    return join(path, lines, rows, name, subset=subset)
+    return join(path, rows, key, subset=subset, answers=answers)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, read: Literal["exact", "first"] = "exact") -> dict:

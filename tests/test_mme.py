@@ -105,7 +105,8 @@ def test_three_forms_of_answers_are_the_same(tmp_path):
     texts = {row["id"]: f"answer {i} é" for i, row in enumerate(rows)}
     lines = llava(rows, texts)
     random.Random(1).shuffle(lines)
-    assert mme.read_answers(write(tmp_path / "llava.jsonl", lines), rows) == texts
+    said = mme.read_answers(write(tmp_path / "llava.jsonl", lines), rows)
+    assert said == texts and list(said) == list(texts)
     own = [{**row, "text": texts[row["id"]]} for row in rows]
     assert mme.read_answers(write(tmp_path / "own.jsonl", own), rows) == texts
     results = tmp_path / "results"
@@ -128,15 +129,29 @@ def test_refused_answers(tmp_path):
         mme.read_answers(short, rows)
     assert len(mme.read_answers(short, rows, subset=True)) == 10
     bad = [*lines, lines[0], {**lines[0], "question_id": "count/0009.png"}, {**lines[1], "prompt": "What?"},
-           {"question_id": 3.5}, {**lines[0], "text": None}]  # fmt: skip
+           {"question_id": 3.5}]  # fmt: skip
     with pytest.raises(BadInput) as error:
         mme.read_answers(write(tmp_path / "bad.jsonl", bad), rows)
     told = str(error.value).splitlines()
-    assert len(told) == 5 and "jsonl:13: id 'count/0001#1' was already answered at" in told[0]
+    assert len(told) == 4 and "jsonl:13: id 'count/0001#1' was already answered at" in told[0]
     assert "jsonl:14: no question 'Is é" in told[1] and "'count/0009.png'" in told[1] and "What?" in told[2]
+    bad = [{**lines[0], "text": None}, {"id": rows[1]["id"], "text": "a", "answer": "b"}, *lines[2:]]
+    with pytest.raises(BadInput, match=r"(?s):1: want one text.*found 0\n.*:2: want one text.*found 2$"):
+        mme.read_answers(write(tmp_path / "bad.jsonl", bad), rows)
     (tmp_path / "count.txt").write_text("a.png\tIs it?\tYes\nb.png\tIs it?\tNo\tyes\tno\n")
     with pytest.raises(BadInput, match=r"(?s)count.txt:1: .*found 3 cells.*count.txt:2: .*found 5 cells"):
         mme.read_answers(tmp_path, rows)
+
+
+def test_the_same_question_twice(tmp_path):
+    """About one image: answers are taken in their order, a third one is refused."""
+    (tmp_path / "count.txt").write_text("a.png\tIs it?\tYes\na.png\tIs it?\tNo\n")
+    rows = mme.questions(tmp_path, None)
+    lines = [{"question_id": "count/a.png", "prompt": "Is it?", "text": text} for text in ("x", "y", "z")]
+    said = mme.read_answers(write(tmp_path / "answers.jsonl", lines[:2]), rows)
+    assert said == {"count/a#1": "x", "count/a#2": "y"}
+    with pytest.raises(BadInput, match="id 'count/a#2' was already answered"):
+        mme.read_answers(write(tmp_path / "answers.jsonl", lines), rows)
 
 
 def test_refused_questions(tmp_path):

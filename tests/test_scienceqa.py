@@ -72,6 +72,7 @@ def test_official_files(tmp_path):
     assert scienceqa.score(rows, said) == scores
     for text, right in (("B", 2), ("", 0), ("D", 0)):
         assert scienceqa.score(rows, dict.fromkeys(said, text))["right"] == right
+    assert scienceqa.score(rows, dict.fromkeys(said, ""))["failed"] == 4
     assert scienceqa.score([], {})["groups"]["total"]["accuracy"] == 0
 
 

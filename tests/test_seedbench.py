@@ -60,6 +60,7 @@ def test_by_hand(tmp_path):
     assert seedbench.score(rows, said) == scores
     for text, right in (("A", 1), ("", 0), ("D", 2)):
         assert seedbench.score(rows, dict.fromkeys(said, text))["right"] == right
+    assert seedbench.score(rows, dict.fromkeys(said, ""))["other"] == 5
     assert seedbench.score([], {})["accuracy"] == 0
 
 
@@ -86,6 +87,8 @@ def test_answers_about_videos_do_not_count_where_images_are_asked_about(tmp_path
     lines = [{"question_id": entry["question_id"], "prediction": "A"} for entry in ENTRIES]
     rows = seedbench.questions(write(tmp_path), None, kinds="image")
     assert len(seedbench.read_answers(answers(tmp_path, lines), rows)) == len(rows) == 4
+    with pytest.raises(BadInput, match="no answer to 4 of 4 ids"):
+        seedbench.read_answers(answers(tmp_path, lines[-1:]), rows, subset=True)
     rows = seedbench.questions(tmp_path, None)
     with pytest.raises(BadInput, match="unknown id 'v4'"):
         seedbench.read_answers(answers(tmp_path, [*lines, {"question_id": "v4", "text": "A"}]), rows)

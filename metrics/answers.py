@@ -16,36 +16,36 @@ from metrics.files import examples, read_jsonl
 TEXT_KEYS = ("text", "answer", "response", "caption", "model_prediction", "prediction")
 
 
-def join(path: Path, lines: Iterable[tuple[str, dict]], rows: Sequence[dict],
-         name: Callable[[dict], str | None], *, subset: bool = False) -> dict[str, str]:
+def join(path: Path, rows: Sequence[dict], key: Callable[[dict], str | None], *, subset: bool = False,
+         answers: Iterable[tuple[str, dict]] | None = None) -> dict[str, str]:
     """id -> text of exactly the given questions, in their order.
 
     Args:
-        lines: (FILE:LINE, answer) of each answer.
-        name: answer -> id of its question, None for an answer that does not count; raises BadInput.
+        key: an answer -> id of its question, None for an answer that does not count; raises BadInput.
         subset: for those of the questions that are answered; at least one is.
+        answers: (FILE:LINE, answer) of each; None reads `path`, JSONL or one JSON list.
 
     Raises BadInput with one line for each bad answer and each unknown or repeated id, and one for what is missing.
     """
     ids = [row["id"] for row in rows]
     known, problems, said, first = set(ids), [], {}, {}
-    for where, line in lines:
+    for where, answer in numbered(path) if answers is None else answers:
         try:
-            if (key := name(line)) is None:
+            if (name := key(answer)) is None:
                 continue
-            if key not in known:
-                raise BadInput(f"unknown id {brief(key)} (known: {examples(ids)})")
-            if key in said:
-                raise BadInput(f"id {brief(key)} was already answered at {first[key]}")
-            said[key], first[key] = text_of(line), where
+            if name not in known:
+                raise BadInput(f"unknown id {brief(name)} (known: {examples(ids)})")
+            if name in said:
+                raise BadInput(f"id {brief(name)} was already answered at {first[name]}")
+            said[name], first[name] = _text(answer), where
         except BadInput as error:
             problems.append(f"{where}: {error}")
-    missing = [key for key in ids if key not in said]
+    missing = [name for name in ids if name not in said]
     if missing and not problems and not (subset and said):  # else what is missing may be in a bad line
         problems.append(f"{path}: no answer to {len(missing):,} of {len(ids):,} ids: {examples(missing)}; "
                         "--subset scores the answered ones alone")
     refuse(problems)
-    return {key: said[key] for key in ids if key in said}
+    return {name: said[name] for name in ids if name in said}
 
 
 def numbered(path: Path) -> list[tuple[str, dict]]:
@@ -63,19 +63,18 @@ def read_text(path: Path) -> str:
         raise BadInput(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def text_of(line: dict) -> str:
-    """The one text of an answer. BadInput when there is none, or several that differ."""
-    texts = {line[key] for key in TEXT_KEYS if isinstance(line.get(key), str)}
+def _text(answer: dict) -> str:
+    texts = {answer[key] for key in TEXT_KEYS if isinstance(answer.get(key), str)}
     if len(texts) != 1:
         raise BadInput(f"want one text ({', '.join(TEXT_KEYS)}), found {len(texts)}")
     return texts.pop()
 
 
-def id_of(line: dict) -> str:
-    """The id of an answer. BadInput when there is none."""
-    given = next((line[key] for key in ("id", "question_id") if line.get(key) is not None), None)
-    if (name := as_id(given)) is None:
-        raise BadInput("no id (id, question_id)" if given is None else f"{brief(given)} is no id")
+def given(answer: dict, keys: Sequence[str] = ("id", "question_id")) -> str:
+    """The first of these keys that the answer has, as an id. BadInput if there is none."""
+    value = next((answer[key] for key in keys if answer.get(key) is not None), None)
+    if (name := as_id(value)) is None:
+        raise BadInput(f"no id ({', '.join(keys)})" if value is None else f"{brief(value)} is no id")
     return name
 
 
