@@ -1,0 +1,200 @@
+"""HallusionBench: yes/no questions about charts, maps, illusions and videos, each asked about several images.
+
+Paper: Guan et al., "HallusionBench: An Advanced Diagnostic Suite for Entangled Language Hallucination and Visual
+Illusion in Large Vision-Language Models", CVPR 2024, arXiv:2310.14566. A judge says of each answer whether it is
+correct. A group counts if every answer in it is right:
+
+    aAcc   right answers / answers
+    qAcc   groups of one question, about all its images
+    fAcc   groups of one image, with all its questions (without the questions that have no image)
+    easy   groups of one question, about its images that were not edited (visual_input 0 and 1)
+    hard   groups of one question, about its edited images (visual_input 2)
+
+| symbol  | argument          | type                                                                              |
+|---------|-------------------|-----------------------------------------------------------------------------------|
+| row     | rows[i]           | dict with category, subcategory, set_id, figure_id, question_id, visual_input     |
+| answer  | said[id]          | str                                                                               |
+| verdict | replies[run][id]  | str, the judge's words                                                            |
+
+Options
+    items  all: 1,129 questions, 178 of them without an image; image: the other 951
+    by     judge: a language model compares the answer with the reference; yes_no: the answer's own yes or no is
+           compared, without a judge (VLMEvalKit, with items image). The two are not comparable
+
+Rules of the released code: "incorrect" in the judge's words, in any case, is wrong, else "correct" is right, else
+the verdict is unclear; unclear is wrong, but right for a question of category VS without an image. Of several runs of
+the judge the mean is given. With yes_no, an answer is unclear unless it holds exactly one of the words.
+
+Departures: the judge's prompt is worded anew; its second question (is the answer the same without the image?),
+which only sorts the errors, is not asked. Nothing is added to the questions, as in the paper.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from common import BadInput, brief, refuse
+from data.names import as_id
+from metrics.answers import given, join, with_files
+from metrics.benchmark import Benchmark, find
+from metrics.chair import ratio
+from metrics.files import examples, read_json, refuse_repeats
+
+FILES = {"HallusionBench.json": "https://github.com/tianyi-lab/HallusionBench"}
+PLACE = ("category", "subcategory", "set_id", "figure_id", "question_id")  # together the id
+TEXTS = (*PLACE, "visual_input", "question", "gt_answer", "gt_answer_details")
+FIGURES = ("aAcc", "qAcc", "fAcc", "easy", "hard")
+PROMPT_VERSION = 1
+PROMPT = """You grade answers to questions about images. Compare the answer with the reference.
+
+Question: {question}
+Reference: {reference}
+Answer: {answer}
+
+Reply with one word: correct if the answer agrees with the reference, incorrect if it contradicts the reference, \
+unclear if it does not settle the question."""
+
+
+def questions(
+    data: Path,
+    images: Path | None,
+    *,
+    items: Literal["all", "image"] = "all",
+    by: Literal["judge", "yes_no"] = "judge",
+) -> list[dict]:
+    """Rows of `id` (CATEGORY/SUBCATEGORY/SET/FIGURE/QUESTION), `image` or None, `prompt`, `by` and the official keys.
+
+    Raises BadInput that lists bad entries.
+    """
+    path = find(data, "HallusionBench.json", FILES)
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise BadInput(f"{path}: want a filled JSON list")
+    problems, rows = [], []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            rows.append(_row(entry, by))
+        except BadInput as error:
+            problems.append(f"{path}:{number}: {error}")
+    refuse(problems)
+    refuse_repeats((row["id"] for row in rows), f"{path}: question")
+    rows = [row for row in rows if items == "all" or row["image"] is not None]
+    return rows if images is None else with_files(rows, images, "hallusion_bench")
+
+
+def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
+    """id -> text, of the official list with `model_prediction`, or of answers by `id`.
+
+    Answers to questions without an image do not count where those are not asked. Raises BadInput as
+    `metrics.answers.join` does.
+    """
+    blind = any(row["image"] is None for row in rows)
+
+    def key(answer: dict) -> str | None:
+        if as_id(answer.get("visual_input")) == "0" and not blind:
+            return None
+        places = [as_id(answer.get(part)) for part in PLACE]
+        return given(answer) if None in places else "/".join(places)
+
+    return join(path, rows, key, subset=subset)
+
+
+def requests(rows: Sequence[dict], said: Mapping[str, str]) -> dict[str, tuple[None, str]]:
+    """id -> (no image, prompt) for the judge; empty with yes_no."""
+    return {row["id"]: (None, PROMPT.format(question=row["question"], reference=row["gt_answer_details"],
+                                            answer=said[row["id"]]))
+            for row in rows if row["by"] == "judge"}  # fmt: skip
+
+
+def score(rows: Sequence[dict], said: Mapping[str, str], replies: Sequence[Mapping[str, str]] = ()) -> dict:
+    """{n, unclear, aAcc, qAcc, fAcc, easy, hard, runs, rounded}: means over the runs of the judge.
+
+    Each of `runs` has the numbers of correct, incorrect and unclear verdicts, the figures, and `groups`: figure ->
+    (right, all).
+    """
+    if any(row["by"] == "judge" for row in rows) and not replies:
+        raise ValueError("the judge's replies are wanted")
+    runs = [_score_run(rows, said, verdicts) for verdicts in replies or [{}]]
+    figures = {name: ratio(sum(run[name] for run in runs), len(runs)) for name in FIGURES}
+    unclear = ratio(sum(run["unclear"] for run in runs), len(runs))
+    rounded = {name: round(100 * value, 4) for name, value in figures.items()}
+    return {"n": len(rows), "unclear": unclear, **figures, "runs": runs, "rounded": rounded}
+
+
+def table(scores: Mapping) -> list[tuple[str, ...]]:
+    """The five figures, and of each run what they count."""
+    lines = [("", *FIGURES, "unclear")]
+    lines += [(f"run {number}", *(f"{right}/{n}" for right, n in run["groups"].values()), str(run["unclear"]))
+              for number, run in enumerate(scores["runs"], start=1)]  # fmt: skip
+    return [*lines, ("mean", *(f"{100 * scores[name]:.2f}" for name in FIGURES), f"{scores['unclear']:g}")]
+
+
+def read_reply(reply: str) -> str:
+    """Released rule: the judge's words -> correct, incorrect or unclear."""
+    reply = reply.lower()
+    return "incorrect" if "incorrect" in reply else "correct" if "correct" in reply else "unclear"
+
+
+def read_yes_no(text: str, label: str) -> str:
+    """An answer's own yes or no, against the label "1" or "0" -> correct, incorrect or unclear."""
+    words = {"yes", "no"} & set(re.findall(r"\w+", text.lower()))
+    if len(words) != 1:
+        return "unclear"
+    return "correct" if (words == {"yes"}) == (label == "1") else "incorrect"
+
+
+def _score_run(rows: Sequence[dict], said: Mapping[str, str], replies: Mapping[str, str]) -> dict:
+    verdicts = {row["id"]: read_reply(replies[row["id"]]) if row["by"] == "judge"
+                else read_yes_no(said[row["id"]], row["gt_answer"]) for row in rows}  # fmt: skip
+    right = {row["id"]: verdicts[row["id"]] == "correct" or verdicts[row["id"]] == "unclear" and _blind(row)
+             for row in rows}  # fmt: skip
+
+    def groups(keys: Sequence[str], wanted: Callable[[dict], bool] = lambda row: True) -> tuple[int, int]:
+        found: dict[tuple, bool] = defaultdict(lambda: True)
+        for row in filter(wanted, rows):
+            found[tuple(row[key] for key in keys)] &= right[row["id"]]
+        return sum(found.values()), len(found)
+
+    question, figure = (*PLACE[:3], "question_id"), PLACE[:4]
+    counts = {
+        "aAcc": groups(PLACE),
+        "qAcc": groups(question),
+        "fAcc": groups(figure, lambda row: not _blind(row)),
+        "easy": groups(question, lambda row: row["visual_input"] != "2"),
+        "hard": groups(question, lambda row: row["visual_input"] == "2"),
+    }
+    times = Counter(verdicts.values())
+    return {**{name: times[name] for name in ("correct", "incorrect", "unclear")}, "groups": counts,
+            **{name: ratio(*count) for name, count in counts.items()}}  # fmt: skip
+
+
+def _blind(row: dict) -> bool:
+    """Whether it is a question of category VS without an image."""
+    return row["category"] == "VS" and row["figure_id"] == "0"
+
+
+def _row(entry: object, by: str) -> dict:
+    """An entry as a row. BadInput says what it lacks."""
+    if not isinstance(entry, dict):
+        raise BadInput(f"want a JSON object, found {type(entry).__name__}")
+    if odd := [key for key in TEXTS if not isinstance(entry.get(key), str)]:
+        raise BadInput(f"want strings in {examples(odd)}")
+    image = entry.get("filename")
+    if not isinstance(image, str | None) or (image is None) != (entry["visual_input"] == "0"):
+        raise BadInput(f"filename {brief(image)}: want a string, or null where visual_input is '0'")
+    for key, known in (("visual_input", ("0", "1", "2")), ("gt_answer", ("0", "1"))):
+        if entry[key] not in known:
+            raise BadInput(f"{key} {brief(entry[key])}: want {' or '.join(map(repr, known))}")
+    return {"id": "/".join(entry[key] for key in PLACE), "image": image and image.removeprefix("./"),
+            "prompt": entry["question"], "by": by, **{key: entry[key] for key in TEXTS}}  # fmt: skip
+
+
+BENCHMARK = Benchmark(
+    rules=f"HallusionBench as released; judge's prompt reconstructed, version {PROMPT_VERSION}",
+    questions=questions, score=score, table=table, max_new_tokens=512, files=FILES, read_answers=read_answers,
+    requests=requests,
+)  # fmt: skip

@@ -1,0 +1,147 @@
+"""SEED-Bench: multiple choice in 12 dimensions, 9 about images and 3 about videos.
+
+Paper: Li et al., "SEED-Bench: Benchmarking Multimodal LLMs with Generative Comprehension", CVPR 2024,
+arXiv:2307.16125.
+
+    accuracy = right answers / questions         of all, of the kinds image and video, and of each dimension
+
+| symbol   | argument         | type                                       |
+|----------|------------------|--------------------------------------------|
+| question | rows[i]          | dict with `kind`, `dimension`, `label`     |
+| label    | rows[i]["label"] | "A" ... "D"                                |
+| answer   | said[id]         | str                                        |
+
+Options
+    kinds  all: 14,233 questions about images and 5,009 about videos; image: the former alone
+    read   exact: the answer is the letter (LLaVA); first: its first character is, in either case (lmms-eval)
+
+The paper ranks the likelihoods of the choices; LLaVA, whose way this is, has a letter generated. A video is shown as
+its middle frame, extracted before: SEED-Bench-video-image/DIMENSION_QUESTION.png, next to SEED-Bench-image. The id
+49914 occurs twice, in the questions and in LLaVA's file for upload: the second one is 49914-2 here. Answers to it
+are taken in their order, and a single one answers both (LLaVA: the last one answers both).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from common import BadInput, brief, refuse
+from data.names import as_id
+from metrics.answers import given, join, numbered, with_files
+from metrics.benchmark import Benchmark, find
+from metrics.chair import ratio
+from metrics.choices import LETTER_SUFFIX, multiple_choice
+from metrics.files import read_json, refuse_repeats
+
+FILES = {"SEED-Bench.json": "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"}
+TWICE, SECOND = "49914", "49914-2"
+CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+
+
+def questions(data: Path, images: Path | None, *, kinds: Literal["all", "image"] = "all") -> list[dict]:
+    """Rows of `id`, `image`, `prompt`, `kind`, `dimension` and `label`.
+
+    Raises BadInput that lists bad entries and, with `images`, images and frames without a file.
+    """
+    path = find(data, "SEED-Bench.json", FILES)
+    table = read_json(path)
+    entries, names = (table.get("questions"), table.get("question_type")) if isinstance(table, dict) else (None, None)
+    if not isinstance(entries, list) or not entries or not isinstance(names, dict):
+        raise BadInput(f"{path}: want a JSON object with a filled list `questions` and an object `question_type`")
+    dimensions = {as_id(number): name for name, number in names.items()}
+    problems, rows = [], []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            rows.append(_row(entry, dimensions))
+        except BadInput as error:
+            problems.append(f"{path}: question {number}: {error}")
+    refuse(problems)
+    if len(again := [row for row in rows if row["id"] == TWICE]) > 1:
+        again[1]["id"] = SECOND
+    refuse_repeats((row["id"] for row in rows), f"{path}: question_id")
+    rows = [row for row in rows if kinds == "all" or row["kind"] == kinds]
+    return rows if images is None else with_files(rows, images)
+
+
+def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
+    """id -> text, of LLaVA's answers (`text`), its file for upload (`prediction`) or of answers by `id`.
+
+    Where only images are asked about, answers about videos (v...) do not count. Raises BadInput as
+    `metrics.answers.join` does.
+    """
+    ids, answers = {row["id"] for row in rows}, numbered(path)
+    video = any(row["kind"] == "video" for row in rows)
+    names = [as_id(answer.get("id", answer.get("question_id"))) for _, answer in answers]
+    if SECOND in ids and names.count(TWICE) == 1 and SECOND not in names:
+        where, answer = answers[names.index(TWICE)]
+        answers.append((where, {**answer, "id": SECOND}))
+    seen: Counter = Counter()
+
+    def key(answer: dict) -> str | None:
+        name = given(answer)
+        seen[name] += 1
+        if name == TWICE and seen[name] == 2:
+            return SECOND if SECOND in ids else None
+        return None if name.startswith("v") and not video else name
+
+    return join(path, rows, key, subset=subset, answers=answers)
+
+
+def score(rows: Sequence[dict], said: Mapping[str, str], *, read: Literal["exact", "first"] = "exact") -> dict:
+    """{n, right, other, accuracy, kinds: {name: n, right, accuracy}, dimensions: the same, rounded}."""
+    letters = {row["id"]: read_answer(said[row["id"]], read) for row in rows}
+    right = {row["id"]: letters[row["id"]] == row["label"] for row in rows}
+
+    def part(key: str, name: str) -> dict:
+        found = [right[row["id"]] for row in rows if row[key] == name]
+        return {"n": len(found), "right": sum(found), "accuracy": ratio(sum(found), len(found))}
+
+    parts = {f"{key}s": {name: part(key, name) for name in sorted({row[key] for row in rows})}
+             for key in ("kind", "dimension")}  # fmt: skip
+    accuracy = ratio(sum(right.values()), len(rows))
+    rounded = {"all": round(100 * accuracy, 2)}
+    rounded |= {name: round(100 * one["accuracy"], 2) for found in parts.values() for name, one in found.items()}
+    return {"n": len(rows), "right": sum(right.values()), "other": list(letters.values()).count(None),
+            "accuracy": accuracy, **parts, "rounded": rounded}  # fmt: skip
+
+
+def table(scores: Mapping) -> list[tuple[str, ...]]:
+    """All questions, each kind, each dimension."""
+    parts = [("all", scores), *scores["kinds"].items(), *scores["dimensions"].items()]
+    lines = [("", "questions", "right", "accuracy")]
+    lines += [(name, str(part["n"]), str(part["right"]), f"{100 * part['accuracy']:.2f}") for name, part in parts]
+    return [*lines, ("no letter", str(scores["n"]), str(scores["other"]), "")]
+
+
+def read_answer(text: str, read: str = "exact") -> str | None:
+    """The letter, None if there is none."""
+    letter = text.strip()[:1].upper() if read == "first" else text
+    return letter if letter in ("A", "B", "C", "D") else None
+
+
+def _row(entry: object, dimensions: Mapping[str | None, str]) -> dict:
+    """A question as a row. BadInput says what it lacks."""
+    if not isinstance(entry, dict):
+        raise BadInput(f"want a JSON object, found {type(entry).__name__}")
+    keys = ("question_id", "question", "data_type", "question_type_id", "data_id", "answer", *CHOICES)
+    if missing := [key for key in keys if not isinstance(entry.get(key), str | int | float)]:
+        raise BadInput(f"has no {', '.join(missing)}")
+    name, number, kind = (as_id(entry[key]) for key in ("question_id", "question_type_id", "data_type"))
+    if name is None or number not in dimensions or kind not in ("image", "video"):
+        raise BadInput(f"has no id, a data_type other than image and video, or the unknown question_type_id {number}")
+    if entry["answer"] not in ("A", "B", "C", "D"):
+        raise BadInput(f"answer {brief(entry['answer'])}: want A, B, C or D")
+    image = (f"SEED-Bench-video-image/{number}_{name}.png" if kind == "video"
+             else f"SEED-Bench-image/{as_id(entry['data_id'])}")  # fmt: skip
+    text = multiple_choice(str(entry["question"]), (str(entry[key]) for key in CHOICES))
+    return {"id": name, "image": image, "prompt": f"{text}\n{LETTER_SUFFIX}", "kind": kind,
+            "dimension": dimensions[number], "label": entry["answer"]}  # fmt: skip
+
+
+BENCHMARK = Benchmark(
+    rules="SEED-Bench, letters generated and compared as in LLaVA (not ranked by likelihood)",
+    questions=questions, score=score, table=table, max_new_tokens=128, files=FILES, read_answers=read_answers,
+)  # fmt: skip
