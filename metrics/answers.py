@@ -1,4 +1,4 @@
-"""Answers and images joined with the questions of a benchmark: by name, never by order.
+"""Answers and images joined with the questions of a benchmark: by id, never by order.
 
 An id that is missing, unknown or given twice is refused, and so is an image without a file: a shifted or shortened
 file would otherwise give a plausible, wrong score.
@@ -37,7 +37,7 @@ def join(path: Path, rows: Sequence[dict], key: Callable[[dict], str | None], *,
                 raise BadInput(f"unknown id {brief(name)} (known: {examples(ids)})")
             if name in said:
                 raise BadInput(f"id {brief(name)} was already answered at {first[name]}")
-            said[name], first[name] = _text(answer), where
+            said[name], first[name] = text_of(answer), where
         except BadInput as error:
             problems.append(f"{where}: {error}")
     missing = [name for name in ids if name not in said]
@@ -63,7 +63,8 @@ def read_text(path: Path) -> str:
         raise BadInput(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def _text(answer: dict) -> str:
+def text_of(answer: dict) -> str:
+    """The one text of an answer. BadInput where it has none, or several that differ."""
     texts = {answer[key] for key in TEXT_KEYS if isinstance(answer.get(key), str)}
     if len(texts) != 1:
         raise BadInput(f"want one text ({', '.join(TEXT_KEYS)}), found {len(texts)}")
@@ -78,11 +79,14 @@ def given(answer: dict, keys: Sequence[str] = ("id", "question_id")) -> str:
     return name
 
 
-def with_files(rows: Sequence[dict], images: Path, *folders: str) -> list[dict]:
-    """The rows, each `image` a file of the folder `images` or of these folders in it, relative to `images`.
+def with_files(rows: Sequence[dict], images: Path | None, *folders: str) -> list[dict]:
+    """The rows, each `image` a file of the folder `images` or of these folders in it, relative to `images`; as they are
+    without a folder, as no model is asked then.
 
     Raises BadInput that lists the images without a file.
     """
+    if images is None:
+        return list(rows)
     if not images.is_dir():
         raise BadInput(f"{images}: no such folder")
     names = dict.fromkeys(row["image"] for row in rows if row["image"] is not None)
@@ -91,3 +95,12 @@ def with_files(rows: Sequence[dict], images: Path, *folders: str) -> list[dict]:
         names[name] = next((place for place in places if (images / place).is_file()), None)
     refuse(f"{images / name}: no such image" for name, place in names.items() if place is None)
     return [{**row, "image": names.get(row["image"])} for row in rows]
+
+
+def checked(where: Path, items: object, **kinds: type) -> list[dict]:
+    """The items, if they are a list of objects that hold these keys with values of these types. Raises BadInput."""
+    if not isinstance(items, list) or not items:
+        raise BadInput(f"{where}: a list of entries is wanted")
+    refuse(f"{where}: entry {number} has no {key} ({kind.__name__})" for number, item in enumerate(items)
+           for key, kind in kinds.items() if not isinstance(item, dict) or type(item.get(key)) is not kind)
+    return items

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from common import BadInput
+from metrics.answers import checked, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_json
-from metrics.joined import checked, refuse_missing, unique
+from metrics.files import read_json, refuse_repeats
 from metrics.meteor import meteor as meteor_of
 from metrics.ngrams import bleu, cider_d, rouge_l
 from metrics.ptb import tokenize
@@ -52,8 +52,8 @@ def questions(data: Path, images: Path | None, *, split: Split = "val2017") -> l
             for name, image, captions in read(path, file)]  # fmt: skip
     if empty := [row["image"] for row in rows if not row["references"]]:
         raise BadInput(f"{path}: {len(empty):,} images have no caption, as {empty[0]}")
-    refuse_missing(images, unique(path, rows))
-    return rows
+    refuse_repeats((row["id"] for row in rows), f"{path}: id")
+    return with_files(rows, images)
 
 
 def _coco(path: Path, file: Mapping) -> list[tuple[int, str, list[str]]]:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Literal
 
 from common import BadInput
+from metrics.answers import checked, given, join, with_files
 from metrics.benchmark import Benchmark, find
 from metrics.files import read_json
-from metrics.joined import by_id, checked, join, refuse_missing
 from metrics.vqa import SUFFIX, mean, mean_by
 
 QUESTIONS = "testdev_balanced_questions.json"
@@ -44,8 +44,7 @@ def questions(data: Path, images: Path | None) -> list[dict]:
     items = checked(path, list(file.values()), imageId=str, question=str, answer=str)
     rows = [{"id": name, "image": f"{item['imageId']}.jpg", "prompt": item["question"] + SUFFIX,
              "label": item["answer"], **_types(item.get("types"))} for name, item in zip(file, items)]  # fmt: skip
-    refuse_missing(images, rows)
-    return rows
+    return with_files(rows, images)
 
 
 def _types(types: object) -> dict[str, str]:
@@ -56,8 +55,8 @@ def _types(types: object) -> dict[str, str]:
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """{question id: text}. Raises BadInput as metrics.joined.join."""
-    return join(path, rows, by_id(rows, ("questionId", "id", "question_id")), subset=subset)
+    """{question id: text}. Raises BadInput as metrics.answers.join."""
+    return join(path, rows, lambda answer: given(answer, ("questionId", "id", "question_id")), subset=subset)
 
 
 def is_right(said: str, label: str, rules: Literal["official", "lmms"] = "official") -> bool:

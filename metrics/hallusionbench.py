@@ -83,7 +83,7 @@ def questions(
     refuse(problems)
     refuse_repeats((row["id"] for row in rows), f"{path}: question")
     rows = [row for row in rows if items == "all" or row["image"] is not None]
-    return rows if images is None else with_files(rows, images, "hallusion_bench")
+    return with_files(rows, images, "hallusion_bench")
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from common import BadInput, brief, refuse
-from data.formats import Pictures
+from data.formats import Images
 from data.names import as_id
 from metrics.answers import given, join, read_text
 from metrics.benchmark import Benchmark, find
@@ -215,7 +215,7 @@ def _image(where: str, index: str, encoded: Mapping[str, str], images: Path) -> 
         data = b""
     if not data:
         raise BadInput("its image is missing or not base64")
-    return Pictures(where, images)(data)
+    return Images(where, images)(data)
 
 
 BENCHMARK = Benchmark(

@@ -57,7 +57,7 @@ def questions(data: Path, images: Path | None) -> list[dict]:
     if rows is None or {"problems.json", "pid_splits.json"} <= given:
         official = _official(find(data, "problems.json", FILES), find(data, "pid_splits.json", FILES))
         rows = official if rows is None else _merged(rows, official, data)
-    return rows if images is None else with_files(rows, images, "test")
+    return with_files(rows, images, "test")
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, headline: Literal["IMG", "total"] = "IMG") -> dict:

@@ -63,7 +63,7 @@ def questions(data: Path, images: Path | None, *, kinds: Literal["all", "image"]
         again[1]["id"] = SECOND
     refuse_repeats((row["id"] for row in rows), f"{path}: question_id")
     rows = [row for row in rows if kinds == "all" or row["kind"] == kinds]
-    return rows if images is None else with_files(rows, images)
+    return with_files(rows, images)
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:

@@ -22,9 +22,9 @@ from typing import Literal
 
 from common import BadInput, brief, refuse
 from data.names import as_id
+from metrics.answers import checked, given, join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_json, read_jsonl
-from metrics.joined import by_id, checked, given, join, refuse_missing, unique
+from metrics.files import read_json, read_jsonl, refuse_repeats
 from metrics.vqa import SUFFIX, Rules, accuracy, mean
 
 ANNOTATIONS, LLAVA = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
@@ -48,7 +48,8 @@ def questions(data: Path, images: Path | None, *, ocr: bool = False) -> list[dic
     rows = [{"id": str(item["question_id"]), "image": f"{item['image_id']}.jpg", "image_id": item["image_id"],
              "question": item["question"], "prompt": item["question"].capitalize() + SUFFIX,
              "answers": item["answers"]} for item in items]  # fmt: skip
-    refuse_missing(images, unique(path, rows))
+    refuse_repeats((row["id"] for row in rows), f"{path}: id")
+    rows = with_files(rows, images)
     return _with_ocr(find(data, LLAVA, FILES), rows) if ocr else rows
 
 
@@ -73,15 +74,15 @@ def question_of(prompt: str) -> str:
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """{question id: text} of our answers or LLaVA's; see above. Raises BadInput as metrics.joined.join."""
-    known, images = by_id(rows, ("id", "question_id")), {row["image_id"] for row in rows}
+    """{question id: text} of our answers or LLaVA's; see above. Raises BadInput as metrics.answers.join."""
+    images = {row["image_id"] for row in rows}
     waiting: dict[tuple[str, str], list[str]] = {}
     for row in reversed(rows):
         waiting.setdefault(_asked(row), []).append(row["id"])
 
     def key(answer: dict) -> str:
         if answer.get("id") is not None or as_id(answer.get("question_id")) not in images:
-            return known(answer)
+            return given(answer)
         if not isinstance(answer.get("prompt"), str):
             raise BadInput("has no prompt that tells which question about the image it answers")
         asked = given(answer, ("question_id",)), question_of(answer["prompt"])

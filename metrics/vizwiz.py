@@ -18,9 +18,9 @@ from typing import Literal
 
 from common import BadInput, brief, refuse
 from data.names import Names
+from metrics.answers import checked, given, join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import examples, read_json
-from metrics.joined import checked, given, join, refuse_missing, unique
+from metrics.files import examples, read_json, refuse_repeats
 from metrics.vqa import SUFFIX, Rules, accuracy, mean, mean_by, normalise
 
 FILES = {f"{split}.json": "https://vizwiz.org/tasks-and-datasets/vqa (annotations)" for split in ("val", "test")}
@@ -41,12 +41,12 @@ def questions(data: Path, images: Path | None, *, split: Literal["val", "test"] 
                if not texts or not all(isinstance(text, str) for text in texts))  # fmt: skip
         for row, item, texts in zip(rows, items, answers):
             row |= {"answers": texts, "answer_type": item.get("answer_type")}
-    refuse_missing(images, unique(path, rows))
-    return rows
+    refuse_repeats((row["id"] for row in rows), f"{path}: id")
+    return with_files(rows, images)
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """{image: text}; see above. Raises BadInput as metrics.joined.join."""
+    """{image: text}; see above. Raises BadInput as metrics.answers.join."""
     ids = [row["id"] for row in rows]
     find_image = Names("questions", ids).find
 
