@@ -12,7 +12,7 @@ number a row more) and has its gradient written out.
                                                            dq, dk from dS
 
 `Attention` is for bf16 on CPUs only: torch's kernel for the backward is up to four times slower there than
-the same products written out (torch 2.14). It recomputes P, 128 query rows at a time, and keeps none of it.
+the same products written out (torch 2.14). It recomputes P, ROWS query rows at a time, and keeps none of it.
 
 Shapes: T tokens, D width, H heads, d head width; G groups, n queries and m keys of each.
 """

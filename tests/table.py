@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import train
-from data.images import View
 from judges.scores import Score
 from model.logprobs import Packed
+from model.views import View
 
 WORDS = ["<image>", "<s>", "a", "dog", "two", "cats", "hot", "</s>"]
 A, DOG, TWO, CATS, HOT, EOS = range(2, 8)

@@ -10,8 +10,8 @@ import torch
 
 from common import BadInput
 from data.batch import BadRecord, Drawn, MicroBatches, collate, with_seeds, without_bad
-from data.images import View
 from losses.rdpo import SEQUENCES
+from model.views import View
 
 
 class Words:

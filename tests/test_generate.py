@@ -11,10 +11,10 @@ import torch
 from goldens import make
 from safetensors.torch import load_file
 
-from data.images import View
 from model.checkpoint import load_llava
 from model.generate import Cache, NotFinite, answers, generate, pick
 from model.lora import add_lora, lora_layers, merge_lora
+from model.views import View
 
 NEVER = 999  # an EOS id that is never drawn
 PROMPTS = [list(small.prompt(*range(7, 7 + n))) for n in (3, 1, 5, 2, 3, 8)]

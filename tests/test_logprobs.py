@@ -13,7 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.logprobs as logprobs
-from data.images import stack
 from losses.adavip import SEQUENCES as ADAVIP
 from losses.dpo import SEQUENCES as DPO
 from losses.dpo import dpo_loss
@@ -22,6 +21,7 @@ from losses.rdpo import SEQUENCES_RELEASED as RDPO_RELEASED
 from losses.sft import SEQUENCES as SFT
 from model.logprobs import Scorer, SelectedLogProbs, Sequence, naive_logprobs, pack
 from model.lora import Reference, add_lora, lora_layers
+from model.views import stack
 
 EOS = 2
 PROMPTS = (small.prompt(7, 8, 9), small.prompt(11), small.prompt(12, 13, 14, 15))

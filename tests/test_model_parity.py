@@ -16,12 +16,14 @@ from goldens import make
 from PIL import Image
 from safetensors.torch import load_file
 
-from data.images import Preprocessing, open_image, preprocess
+from data.images import open_image
 from model.attention import Causal
 from model.checkpoint import load_clip, load_llava, save_llava
 from model.clip import VisionTransformer
-from model.config import llama_config, llava_config
+from model.config import llama_config
+from model.families.llava import llava_config
 from model.llama import CausalLM
+from model.views import Preprocessing, preprocess
 
 TIGHT = dict(rtol=1e-4, atol=1e-4)
 
