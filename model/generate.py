@@ -252,7 +252,7 @@ def _check(model: VLM, prompts: list[list[int]], starts: list[list[list[int]]], 
     if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
         raise ValueError("sampling needs one seed per prompt")
     if len(starts) != len(prompts) or not all(starts):
-        raise ValueError("each prompt needs at least one beginning, be it an empty one")
+        raise ValueError("each prompt needs at least one beginning of a response, be it empty")
     longest = max(len(p) + max(map(len, g)) for p, g in zip(prompts, starts)) + max_new_tokens
     if longest > model.config.text.max_position_embeddings:
         raise BadInput(f"prompt and answer may reach {longest} tokens, the decoder takes "

@@ -41,6 +41,9 @@ class Words:
     def prompt(self, text: str, count: int = 1) -> list[int]:
         return [1, *[self.image_id] * count]
 
+    def question(self, text: str) -> tuple[int, ...]:
+        return ()
+
     def response(self, text: str) -> list[int]:
         return [*map(WORDS.index, text.split()), self.eos_id]
 

@@ -32,6 +32,9 @@ class Words:
     def prompt(self, text: str, count: int) -> list[int]:
         return [1, *[self.image_id] * (count + self.extra), int(text)]
 
+    def question(self, text: str) -> tuple[int, ...]:
+        return (int(text), 9)
+
     def response(self, text: str) -> list[int]:
         return [int(text), 2]
 

@@ -858,7 +858,7 @@ def test_live_original_layout_as_llava_hf(tmp_path, kind):
     """Original layout in, llava-hf out, in shards: transformers finds every tensor and computes the same."""
     transformers = pytest.importorskip("transformers")
     source = small.write_llava(tmp_path / "hf", DECODERS["Mistral"] | {"vocab_size": IMAGE}, image_token_index=IMAGE)
-    settings = dict(architectures=["LlavaMistralForCausalLM"], **DECODERS["Mistral"] | {"vocab_size": IMAGE})
+    settings = dict(architectures=["LlavaMistralForCausalLM"], **DECODERS["Mistral"] | {"vocab_size": IMAGE, "model_type": "llava_mistral"})
     model = load_llava(write_original(tmp_path / "original", kind, source, **settings))
     save_llava(model, tmp_path / "out", tmp_path / "original", shard_bytes=45_000)
     theirs, report = transformers.LlavaForConditionalGeneration.from_pretrained(

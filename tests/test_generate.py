@@ -196,7 +196,7 @@ def test_compaction_with_several_answers(model, pictures, monkeypatch):
         (dict(top_p=0.0), "top_p 0.0"),
         (dict(top_p=1.5), "top_p 1.5"),
         (dict(prompts=[[1]]), "at least two tokens"),
-        (dict(prompts=[[1, *[small.IMAGE_TOKEN] * 8, 4]]), "prompt 0 has 8 image tokens, its picture 9"),
+        (dict(prompts=[[1, *[small.IMAGE_TOKEN] * 8, 4]]), "prompt 0: 8 image tokens, its image needs 9"),
     ],
 )
 def test_refusals(model, pictures, options, reason):
@@ -300,6 +300,9 @@ class Words:
     def prompt(self, text: str, count: int = small.PATCHES) -> list[int]:
         assert count == small.PATCHES
         return list(small.prompt(*map(int, text.split())))
+
+    def question(self, text: str) -> tuple[int, ...]:
+        return ()
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))

@@ -374,11 +374,11 @@ IMAGE = small.IMAGE_TOKEN
 @pytest.mark.parametrize(
     "sequence, reason",
     [
-        (Sequence(0, PROMPTS[0], ()), "sequence 1: needs a response"),
-        (Sequence(0, (1,), (2,)), "sequence 1: needs a response and a prompt of at least two"),
-        (Sequence(2, (1, *[IMAGE] * 8, 4), (2,)), "sequence 1: 8 image tokens in the prompt .* picture 2 needs 9"),
-        (Sequence(2, (1, *[IMAGE] * 10, 4), (2,)), "sequence 1: 10 image tokens in the prompt .* picture 2 needs 9"),
-        (Sequence(2, PROMPTS[0], (2, IMAGE)), "sequence 1: 9 image tokens in the prompt and 1 in the response"),
+        (Sequence(0, PROMPTS[0], ()), "sequence 1: the response is empty"),
+        (Sequence(0, (1,), (2,)), "prompt 1: needs at least two tokens"),
+        (Sequence(2, (1, *[IMAGE] * 8, 4), (2,)), "prompt 1: 8 image tokens, its image needs 9"),
+        (Sequence(2, (1, *[IMAGE] * 10, 4), (2,)), "prompt 1: 10 image tokens, its image needs 9"),
+        (Sequence(2, PROMPTS[0], (2, IMAGE)), "sequence 1: the response is empty or holds image tokens"),
     ],
 )
 def test_pack_refuses_what_it_cannot_score(views, sequence, reason):

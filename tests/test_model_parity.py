@@ -153,7 +153,6 @@ def test_a_picture_of_another_size_is_refused(model):
         (dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy='full'"),
         (dict(vision_feature_layer=[-2, -5]), r"vision_feature_layer=\[-2, -5\]"),
         (dict(vision_feature_layer=-5), "vision_feature_layer=-5 is not one of the tower's 4 states"),
-        (dict(model_type="llava_onevision"), "model_type='llava_onevision'"),
     ],
 )
 def test_configurations_with_other_mathematics_are_refused(change, reason):
