@@ -266,12 +266,13 @@ def _prefill(model: VLM, views: list[View], prompts: list[list[int]], starts: li
     positions (N,) of these."""
     device, decoder = model.device, model.language_model.model
     pixels, rows = stack(views, model.config.tile_tokens)
-    layout = lay_out(prompts, starts, [rows[image] for image in shows], model.config.image_token_index)
+    layout = lay_out(prompts, starts, [rows[image] for image in shows], questions, model.config.image_token_index)
     lengths, begun = [len(p) for p in prompts], [[len(ids) for ids in group] for group in starts]
     cache = Cache(lengths, begun, steps, len(decoder.layers), device, hidden)
     features = model.vision_features(pixels.to(device))  # (tiles, P, C)
     ids, positions, slots, shown = (x.to(device) for x in layout[:4])
-    states = decoder(model.embed(ids, features, shown, slots, questions), positions, cache)  # (tail tokens, D)
+    x = model.embed(ids, features, shown, slots, layout.questions)  # (T, D)
+    states = decoder(x, positions, cache)  # (tail tokens, D)
     cache.filling = False
     first = torch.tensor([x + y for x, group in zip(lengths, begun) for y in group], device=device)  # (N,)
     return cache, states[cache.ends.to(device)], first

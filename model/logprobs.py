@@ -60,7 +60,7 @@ class Packed:
     lengths: list[int]  # response length of each sequence, in the order they were given
     prefixes: list[int]  # prefix length of each group
     responses: list[list[int]]  # input lengths of the distinct responses of each group
-    questions: list[tuple[int, ...]] = field(default_factory=list)  # of each group
+    questions: list[tuple[int, ...]] = field(default_factory=list)  # of each group with image tokens
 
     def to(self, device: torch.device | str) -> Packed:
         """Move the tensors; from pinned memory the copy does not block."""
@@ -105,7 +105,9 @@ def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed
 
     # What goes in, once for each distinct response: two that differ in the last token only are the same input.
     inputs = [list(dict.fromkeys(sequences[i].response[:-1] for i in members)) for members in groups.values()]
-    layout = lay_out([prompt for _, prompt in groups], inputs, [rows[image] for image, _ in groups], image_id)
+    questions = [sequences[members[0]].question for members in groups.values()]
+    shown = [rows[image] for image, _ in groups]
+    layout = lay_out([prompt for _, prompt in groups], inputs, shown, questions, image_id)
     where = {i: (layout.anchors[g], layout.begins[g][inputs[g].index(sequences[i].response[:-1])])
              for g, members in enumerate(groups.values()) for i in members}
 
@@ -126,7 +128,7 @@ def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed
         lengths=[len(s.response) for s in sequences],
         prefixes=[len(prompt) for _, prompt in groups],
         responses=[[len(ids) for ids in group] for group in inputs],
-        questions=[sequences[members[0]].question for members in groups.values()],
+        questions=layout.questions,
     )
 
 

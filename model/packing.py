@@ -35,18 +35,20 @@ class Layout(NamedTuple):
     positions: Tensor  # (T,) position of each token in its own sequence
     slots: Tensor  # (I,) where the image tokens are in ids
     rows: Tensor  # (I,) what each of them stands for (model/views.py)
+    questions: list[tuple[int, ...]]  # of each group with image tokens
     anchors: list[int]  # of each group
     begins: list[list[int]]  # of each response of each group
 
 
 def lay_out(prompts: list[Sequence[int]], responses: list[list[Sequence[int]]], rows: list[Tensor],
-            image_id: int) -> Layout:
+            questions: list[tuple[int, ...]], image_id: int) -> Layout:
     """Lay groups out as drawn above.
 
     Args:
         prompts: token ids of each group's prompt.
         responses: of each group the token ids of each response; may be empty lists.
-        rows: of each group what the prompt's image tokens stand for.
+        rows: of each group what the prompt's image tokens stand for; empty for a question without an image.
+        questions: of each group what `VLM.connect` reads of the question.
     Raises ValueError on a prompt of fewer than two tokens, or image tokens that are not as many as the rows.
     """
     bodies, tails, body_positions, tail_positions, slots = [], [], [], [], []
@@ -63,7 +65,8 @@ def lay_out(prompts: list[Sequence[int]], responses: list[list[Sequence[int]]], 
         tail_positions += [len(prompt) - 1, *(len(prompt) + t for ids in group for t in range(len(ids)))]
     ids, positions, slots = (torch.tensor(x, dtype=torch.long)
                              for x in (bodies + tails, body_positions + tail_positions, slots))
-    return Layout(ids, positions, slots, torch.cat(rows), anchors, begins)
+    questions = [question for question, shown in zip(questions, rows, strict=True) if len(shown)]
+    return Layout(ids, positions, slots, torch.cat(rows), questions, anchors, begins)
 
 
 def tail_rows(lengths: list[list[int]]) -> tuple[list[int], list[list[int]]]:

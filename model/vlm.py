@@ -7,8 +7,8 @@ for, in two steps, because the tower is frozen in the papers: its output does no
     vision_features(pixels (N, 3, S, S)) -> features (N, P, C), frozen
     connect(features, rows (I,), questions) -> (I, D), the embedding of each image token
         rows: which of the N * tile_tokens rows that the tiles give; see `View` (model/views.py).
-        questions: one tuple of token ids for each prompt in the order of its rows, for families whose image tokens
-            depend on the question; () elsewhere.
+        questions: for each prompt that has image tokens, in the order of `rows`, the token ids that its image tokens
+            depend on; () in families where they do not.
 
 `connect` sees all prompts of a batch at once, each distinct (image, prompt) once, so it can do its work once per tile
 (LLaVA: each is projected once, however often it is shown) or once per prompt (a Q-Former that reads the question).
@@ -66,7 +66,7 @@ class VLM(nn.Module):
             rows: (I,) for each image token what it stands for.
             slots: (I,) where in `ids` these image tokens are; left out, they are looked for, which on CUDA waits
                 for the device.
-            questions: of each prompt in `ids`.
+            questions: of each prompt in `ids` that has image tokens.
         Returns: (T, D).
         Raises ValueError when the image tokens are not as many as `rows`.
         """
@@ -76,7 +76,7 @@ class VLM(nn.Module):
             raise ValueError(f"{len(slots)} image tokens for {len(rows)} image features")
         # The image token may lie outside the embedding table (original LLaVA), so it is never looked up.
         x = self.language_model.model.embed_tokens(ids.masked_fill(is_image, 0))  # (T, D)
-        return x.index_copy(0, slots, self.connect(features, rows, questions or [()]).to(x.dtype))
+        return x.index_copy(0, slots, self.connect(features, rows, questions or []).to(x.dtype))
 
     def logits(self, ids: Tensor, pixels: Tensor, rows: Tensor | None = None,
                question: tuple[int, ...] = ()) -> Tensor:
