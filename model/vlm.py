@@ -4,13 +4,13 @@ In the token sequence an image is copies of the image token. A family's network 
 for, in two steps, because the tower is frozen in the papers: its output does not depend on the policy, so callers run
 `vision_features` once per distinct image and hand the result to policy and reference alike.
 
-    vision_features(pixels (N, 3, S, S)) -> features (N, P, C), frozen
+    vision_features(pixels (N, 3, S, S)) -> features (N, P, C), frozen; N is 0 for questions without an image
     connect(features, rows (I,), questions) -> (I, D), the embedding of each image token
         rows: which of the N * tile_tokens rows that the tiles give; see `View` (model/views.py).
         questions: for each prompt that has image tokens, in the order of `rows`, the token ids that its image tokens
             depend on; () in families where they do not.
 
-`connect` sees all prompts of a batch at once, each distinct (image, prompt) once, so it can do its work once per tile
+`connect` sees all prompts with an image of a batch at once, each distinct (image, prompt) once, so it can do its work once per tile
 (LLaVA: each is projected once, however often it is shown) or once per prompt (a Q-Former that reads the question).
 
 The configuration has these fields and properties:
@@ -76,6 +76,8 @@ class VLM(nn.Module):
             raise ValueError(f"{len(slots)} image tokens for {len(rows)} image features")
         # The image token may lie outside the embedding table (original LLaVA), so it is never looked up.
         x = self.language_model.model.embed_tokens(ids.masked_fill(is_image, 0))  # (T, D)
+        if not len(rows):
+            return x  # questions without an image
         return x.index_copy(0, slots, self.connect(features, rows, questions or []).to(x.dtype))
 
     def logits(self, ids: Tensor, pixels: Tensor, rows: Tensor | None = None,
