@@ -207,7 +207,7 @@ def generate(
     starts = [[[]] * n for _ in prompts] if starts is None else starts
     _check(model, prompts, starts, max_new_tokens, temperature, top_p, seeds)
     names = [(i, j) for i, group in enumerate(starts) for j in range(len(group))]  # (N,)
-    device, decoder, image_id = model.device, model.language_model.model, model.config.image_token_index
+    device, decoder = model.device, model.language_model.model
     noise = _noise(seeds, starts, max_new_tokens).to(device) if temperature > 0 else None  # (N, steps)
     cache, states, position = _prefill(model, views, prompts, starts, shows or range(len(prompts)),
                                        questions or [()] * len(prompts), max_new_tokens, hidden)
@@ -217,10 +217,8 @@ def generate(
     broken = finished.clone()
     rows = torch.arange(len(names), device=device)  # (N',) responses in the cache: unfinished, and a few finished
     for step in range(max_new_tokens):
-        logits = model.language_model.lm_head(states).float()  # (N', V)
-        broken[rows] |= ~logits.sum(-1).isfinite()  # asked about below, where the device is waited for anyway
-        if image_id < logits.shape[-1]:  # a row that was never trained, and no word
-            logits[:, image_id] = float("-inf")
+        logits, finite = _predict(model, states)  # (N', V), (N',)
+        broken[rows] |= ~finite  # asked about below, where the device is waited for anyway
         new = pick(logits, temperature, top_p, noise[rows, step] if noise is not None else None)  # (N',)
         new = new.masked_fill(finished[rows], eos_id)
         tokens[rows, step] = new
@@ -276,6 +274,15 @@ def _prefill(model: VLM, views: list[View], prompts: list[list[int]], starts: li
     cache.filling = False
     first = torch.tensor([x + y for x, group in zip(lengths, begun) for y in group], device=device)  # (N,)
     return cache, states[cache.ends.to(device)], first
+
+
+def _predict(model: VLM, states: Tensor) -> tuple[Tensor, Tensor]:
+    """states (N', D) -> logits of the next tokens (N', V), never of the image token, and which are finite (N',)."""
+    logits = model.language_model.lm_head(states).float()  # (N', V)
+    finite = logits.sum(-1).isfinite()
+    if model.config.image_token_index < logits.shape[-1]:  # a row that was never trained, and no word
+        logits[:, model.config.image_token_index] = float("-inf")
+    return logits, finite
 
 
 def _refuse_broken(broken: Tensor, names: list[tuple[int, int]]) -> None:

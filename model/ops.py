@@ -1,8 +1,8 @@
 """Four steps of the decoder with hand-written gradients: the same mathematics in fewer passes over memory.
 
 Autograd keeps every intermediate of a formula and differentiates it term by term. For these steps that is
-what the time and the memory outside the matrix products go to, so each of them keeps its inputs (RMSNorm one
-number a row more) and has its gradient written out.
+what the time and the memory outside the matrix products go to, so each of them keeps no more than its inputs
+(RMSNorm one number a row more) and has its gradient written out.
 
     step        formula                                    gradient
     RMSNorm     y = w x / r,  r = sqrt(mean x^2 + eps)     dx = u / r - x mean(u x) / r^3,  u = w dy

@@ -10,8 +10,9 @@ for, in two steps, because the tower is frozen in the papers: its output does no
         questions: for each prompt that has image tokens, in the order of `rows`, the token ids that its image tokens
             depend on; () in families where they do not.
 
-`connect` sees all prompts with an image of a batch at once, each distinct (image, prompt) once, so it can do its work once per tile
-(LLaVA: each is projected once, however often it is shown) or once per prompt (a Q-Former that reads the question).
+`connect` sees all prompts with an image of a batch at once, each distinct (image, prompt) once. So it can do its work
+once per tile (LLaVA projects each once, however often it is shown) or once per prompt (a Q-Former that reads the
+question).
 
 The configuration has these fields and properties:
 
