@@ -170,7 +170,8 @@ def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     source = resolve(base)
-    copy_companions(source, folder, family_of(source).settings_folder(config_folder(source)))
+    family = family_of(source)
+    copy_companions(source, folder, family.settings_folder(config_folder(source)), family.COMPANIONS)
     save_json(config, folder / "adapter_config.json")
     save_tensors(tensors, folder / "adapter_model.safetensors")
 

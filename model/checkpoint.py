@@ -162,7 +162,7 @@ def save_llava(
     if model.config.text.tie_word_embeddings:
         tensors.pop(HEAD, None)
     folder.mkdir(parents=True, exist_ok=True)
-    copy_companions(source, folder, family.settings_folder(home))
+    copy_companions(source, folder, family.settings_folder(home), family.COMPANIONS)
     if new:
         save_json(new, folder / "config.json")
     save_shards(tensors, folder, shard_bytes, dtype)

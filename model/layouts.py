@@ -79,16 +79,18 @@ def tokenizer_folder(folder: Path) -> Path:
     return home if not base or any((home / n).is_file() for n in ("tokenizer.json", "tokenizer.model")) else base
 
 
-def copy_companions(source: Path, folder: Path, settings: Path) -> None:
+def copy_companions(source: Path, folder: Path, settings: Path, more: tuple[str, ...] = ()) -> None:
     """Configuration and tokenizer files (what adapters lack, of their base), each replaced atomically.
 
     Args:
         settings: the folder of the image settings, where `source` has none.
+        more: further files of the model's family, which may be in folders of their own.
     """
     base = adapter_base(source)
-    for name in COMPANIONS:
+    for name in (*COMPANIONS, *more):
         places = [source, base, settings if name in SETTINGS else None]
         path = next((p / name for p in places if p and (p / name).is_file()), None)
         if path and path.resolve() != (folder / name).resolve():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with written_whole(folder / name) as temporary:
                 shutil.copyfile(path, temporary)

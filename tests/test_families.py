@@ -37,6 +37,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(raw))
     small.write(tmp_path, raw, small.fill(toy_family.Model(toy_family.read(tmp_path)).state_dict()))
     tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "reader").mkdir()
+    (tmp_path / "reader" / "vocabulary.txt").write_text("".join(map(chr, range(32, 127))))
     for name, size in (("a.png", (40, 24)), ("b.png", (23, 57))):
         Image.fromarray(small.photo(*size)).save(tmp_path / name)
     return tmp_path

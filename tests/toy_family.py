@@ -27,6 +27,7 @@ from model.llava import Llava, LlavaConfig
 from model.views import Preprocessing, View, preprocess, single
 
 QUERIES = 4
+COMPANIONS = ("reader/vocabulary.txt",)  # of a tokenizer for questions
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>")  # of the small tokenizer: <unk> opens an image, <pad> closes it
 TEMPLATES = {"toy": Template("", "<unk><image><pad>", "<s>Q {prompt} A", " {answer}", "</s>")}
 
@@ -67,7 +68,8 @@ def converted_config(config: ToyConfig, raw: dict) -> None:
 
 
 def question_reader(folder: Path):
-    return lambda text: tuple(text.encode())
+    vocabulary = (folder / "reader" / "vocabulary.txt").read_text()
+    return lambda text: tuple(vocabulary.index(letter) for letter in text)
 
 
 def view(image, aspect: str, how: Preprocessing, config: ToyConfig) -> View:

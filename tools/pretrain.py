@@ -87,7 +87,8 @@ def train_tokenizer(out: Path) -> None:
 
 
 def _corpus():
-    before, after = TEMPLATES["hf"].before.removeprefix("<s>"), TEMPLATES["hf"].after
+    template = TEMPLATES["hf"]
+    before, after = template.before.removeprefix("<s>"), template.image.removeprefix("<image>") + template.after
     for category in scenes.CATEGORIES:
         for _ in range(20):
             yield phrase(category)

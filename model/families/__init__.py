@@ -7,6 +7,7 @@ names (model/families/llava.py has them all):
       Model                           the network, a model.vlm.VLM that is built from the configuration
       read(folder)                    -> the configuration, with the fields and properties that model/vlm.py lists
       converted_config(config, raw)   -> config.json to save where the source's layout is not the one that is saved
+      COMPANIONS                      files that go along with a saved model, besides those of model/layouts.py
     tensors
       tensors(folder)                 -> name in the model: where it is stored; the model's names are those saved
       canonical(name)                 -> name in the model of a tensor of any layout, for adapters

@@ -142,6 +142,7 @@ RENAMES = (
     (r"^model\.(vision_tower\.|multi_modal_projector\.|image_newline$)", r"\1"),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+COMPANIONS = ()
 PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower.vision_model."
 
 
