@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import View, single
 from data.processor import Processor
 from data.scene_text import CAPTION_PROMPT, caption
 from data.scenes import PAIRS, reference, sample_scene
 from model.checkpoint import DEFAULT_MODEL, load_llava
-from model.config import llava_config
+from model.families.llava import llava_config
 from model.generate import generate
 from model.llava import Llava
+from model.views import View, single
 from pairs.bdhs import Writing, cut_sentences, draw_mask
 
 RHO = 0.99

@@ -35,15 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from data.images import View, single, stack
 from losses.adavip import adavip_loss
 from model.checkpoint import load_llava
-from model.config import LlamaConfig, LlavaConfig, VisionConfig, hf_config
+from model.config import LlamaConfig, VisionConfig
+from model.families.llava import hf_config
 from model.generate import generate
-from model.llava import Llava
+from model.llava import Llava, LlavaConfig
 from model.logprobs import Scorer, Sequence, pack
 from model.lora import Reference, add_lora
 from model.tensors import save_json, save_shards
+from model.views import View, single, stack
 
 VISION = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                       image_size=336, patch_size=14, projection_dim=768)

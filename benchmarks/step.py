@@ -47,11 +47,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from data.images import single, stack
 from losses.dpo import dpo_loss
 from model.checkpoint import load_llava
 from model.logprobs import Scorer, Sequence, naive_logprobs, pack
 from model.lora import TARGETS, Reference, add_lora, lora_layers
+from model.views import single, stack
 
 try:
     import peft

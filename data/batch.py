@@ -24,10 +24,11 @@ from torch.utils.data import Dataset
 
 from common import BadInput
 from data.corrupt import add_noise, crop
-from data.images import View, open_image, stack
+from data.images import open_image
 from data.processor import Processor
 from losses.dpo_weighted import changed_tokens
 from model.logprobs import Packed, Sequence, pack
+from model.views import View, stack
 
 
 class BadRecord(BadInput):
@@ -101,7 +102,8 @@ def collate(
             for sequence, where in ((scored, shown), (noisy, key)):
                 if sequence is scored or reads_noise:
                     prompt = _prompt(record, views[where], processor)
-                    sequence.append(Sequence(list(views).index(where), prompt, response, "competitor" in how))
+                    sequence.append(Sequence(list(views).index(where), prompt, response, "competitor" in how,
+                                             processor.question(record["prompt"])))
     pixels, rows = stack(list(views.values()), processor.patches)
     batch = Batch(pixels, pack(scored, rows, processor.image_id), list(sequences), [r["id"] for r in records],
                   answers=answers)

@@ -56,8 +56,10 @@ def problems_of(
     lengths, found = {}, {}  # a dict: what holds for two pictures is said once
     for field in dict.fromkeys(["prompt", *(field for _, field in scored)]):
         try:
-            ids = processor.prompt(record[field], 0) if field == "prompt" else processor.response(record[field])
-            lengths[field] = len(ids)
+            if field == "prompt":
+                lengths[field] = len(processor.prompt(record[field])) - processor.patches  # without image tokens
+            else:
+                lengths[field] = len(processor.response(record[field]))
         except BadInput as error:
             found[f"{field!r}: {error}"] = True
     if found:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from common import BadInput
 from data.inpaint import Fill, check
-from model.tensors import finite, read_file, refuse
+from model.tensors import check_tensors, describe, finite, read_file
 from model.torchscript import script_tensors
 
 PREFIXES = ("generator.model.", "model.generator.model.", "model.")
@@ -198,14 +198,9 @@ def load_lama(path: Path | str, device: torch.device | str = "cpu") -> Lama:
     with torch.device("meta"):
         model = Lama(len(found[FIRST]), len(blocks))
     wanted = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
-    problems = [f"missing tensor {name}" for name in wanted
-                if name not in found and not name.endswith("num_batches_tracked")]
-    problems += [f"unexpected tensor {name}" for name in found if name not in wanted]
-    problems += [f"tensor {name} is {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
-                 for name in wanted if name in found and found[name].shape != wanted[name].shape]
-    problems += [f"tensor {name} is {tensor.dtype}, not floating-point" for name, tensor in found.items()
-                 if not (tensor.is_floating_point() or name.endswith("num_batches_tracked"))]
-    refuse(sorted(problems), f"{path}: ")
+    counted = {name for name in {*wanted, *found} if name.endswith("num_batches_tracked")}  # integers; may be missing
+    check_tensors({t.name: t for t in describe(found, path) if t.name not in counted},
+                  {name: tuple(tensor.shape) for name, tensor in wanted.items() if name not in counted}, path)
     for name, tensor in found.items():
         finite(tensor, f"{path}: tensor {name}")
     state = {f"model.{name}": found.get(name, torch.zeros((), dtype=torch.long)) for name in wanted}

@@ -118,7 +118,8 @@ def _answer(model: Llava, processor: Processor, batch: list[Request], limit: int
     prompts = [_prompt(processor, request.text, len(views[i].rows), limit) for request, i in zip(batch, shows)]
     rows = [row for row, prompt in enumerate(prompts) if not isinstance(prompt, Reply)]
     out = generate(model, views, [prompts[row] for row in rows], eos_id=processor.eos_id,
-                   shows=[shows[row] for row in rows], max_new_tokens=limit) if rows else []
+                   shows=[shows[row] for row in rows], max_new_tokens=limit,
+                   questions=[processor.question(batch[row].text) for row in rows]) if rows else []
     replies = list(prompts)  # why it was not asked, or the answer
     for row, (ids,) in zip(rows, out):
         replies[row] = Reply("", CUT) if len(ids) == limit else read_reply(processor.decode(ids))

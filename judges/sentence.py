@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from common import BadInput, read_json
-from model.checkpoint import _fill
+from model.checkpoint import fill
 from model.config import read_config
 from model.hub import resolve
 from model.layouts import by_name, unwrapped
@@ -302,5 +302,5 @@ def _load(config: SentenceConfig, folder: Path, dtype: torch.dtype, device) -> S
         return name
 
     found = by_name(list_tensors(folder), rename)
-    _fill(model, found, folder, dtype, device, lambda name: bool(UNUSED.search(name)))
+    fill(model, found, folder, dtype, device, lambda name: bool(UNUSED.search(name)))
     return model.eval().requires_grad_(False)

@@ -10,7 +10,7 @@
     base_model.model.model.multi_modal_projector.linear_1.weight    multi_modal_projector.linear_1.weight
 
 The prefix may be doubled (checkpoints from the middle of a LLaVA training), and the rest may follow any
-layout of model/layouts.py. The update is alpha / r (alpha / sqrt(r) with `use_rslora`) times B A; dropout is
+layout of the model's family. The update is alpha / r (alpha / sqrt(r) with `use_rslora`) times B A; dropout is
 a matter of training and is ignored. What changes the mathematics otherwise (DoRA, biases, ranks of single
 layers) is refused, and so is an initialisation that changed the base weights (PiSSA, OLoRA, CorDA, LoftQ,
 LoRA-GA): the update is then one to weights that the base folder does not hold.
@@ -22,23 +22,26 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from common import BadInput, read_json
+from model.families import family_of, find_family
 from model.hub import resolve
-from model.layouts import by_name, canonical, copy_companions, unwrapped
+from model.layouts import by_name, config_folder, copy_companions, unwrapped
 from model.lora import LoRALinear, lora_layers
-from model.tensors import Stored, finite, list_file, misfit, read, refuse, save_json, save_tensors
+from model.tensors import Stored, check_tensors, finite, list_file, read, save_json, save_tensors
+from model.vlm import VLM
 
 LORA = re.compile(r"(.+)\.(lora_[AB])(?:\.\w+)?\.weight")
-PROJECTOR = "multi_modal_projector"
 PLAIN = dict(
     peft_type=("LORA",), bias=("none",), use_dora=(False,), fan_in_fan_out=(False,), lora_bias=(False,),
     use_qalora=(False,), rank_pattern=({},), alpha_pattern=({},), layer_replication=(None,),
-    trainable_token_indices=(None,), target_parameters=(None, []), modules_to_save=(None, [], [PROJECTOR]),
+    trainable_token_indices=(None,), target_parameters=(None, []), 
     alora_invocation_tokens=(None,), arrow_config=(None,), kasa_config=(None,), monteclora_config=(None,),
     use_bdlora=(None,),
 )
@@ -46,22 +49,23 @@ KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # init_lora
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def load_adapters(model: nn.Module, folder: Path | str) -> None:
+def load_adapters(model: VLM, folder: Path | str) -> None:
     """Put the adapters of a folder onto a model without any; base weights freeze, adapters train.
 
-    Weights that trained without an adapter (the projector) replace the model's.
+    Weights that trained without an adapter (the connector) replace the model's.
     Raises BadInput naming the file and the tensor or setting that does not fit.
     """
     folder = Path(folder)
     if lora_layers(model):
         raise BadInput("the model has adapters already; merge them first")
-    rank, alpha = read_adapter_config(folder / "adapter_config.json")
+    rank, alpha = read_adapter_config(folder / "adapter_config.json", model.CONNECTOR)
     files = [folder / name for name in FILES if (folder / name).is_file()][:1]
     if not files:
         raise BadInput(f"{folder}: no {FILES[0]} and no {FILES[1]}")
     files += [p for p in [folder / "non_lora_trainables.bin"] if p.is_file()]
-    pairs, plain = _sort([tensor for file in files for tensor in list_file(file)])
-    _check(model, pairs, plain, rank)
+    canonical = find_family({"model_type": model.config.model_type}).canonical
+    pairs, plain = _sort([tensor for file in files for tensor in list_file(file)], canonical)
+    _check(model, pairs, plain, rank, folder)
     wanted = [*plain.values(), *(tensor for pair in pairs.values() for tensor in pair.values())]
     values = {t: finite(value, f"{t.file}: tensor {t.name}") for t, value in read(wanted)}
     model.requires_grad_(False)
@@ -77,10 +81,14 @@ def load_adapters(model: nn.Module, folder: Path | str) -> None:
             setattr(owner, leaf, layer)
 
 
-def read_adapter_config(path: Path) -> tuple[int, float]:
-    """(rank r, alpha as in alpha / r). Raises BadInput on a kind of adapter that is not plain LoRA."""
+def read_adapter_config(path: Path, connector: str) -> tuple[int, float]:
+    """(rank r, alpha as in alpha / r). Raises BadInput on a kind of adapter that is not plain LoRA.
+
+    Args:
+        connector: the module that may have trained without adapters.
+    """
     raw = read_json(path)
-    for key, allowed in PLAIN.items():
+    for key, allowed in {**PLAIN, "modules_to_save": (None, [], [connector])}.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             raise BadInput(f"{path}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
     if (initial := raw.get("init_lora_weights")) is not None and initial not in KEEPS_BASE:
@@ -93,11 +101,13 @@ def read_adapter_config(path: Path) -> tuple[int, float]:
     return rank, float(alpha) * (math.sqrt(rank) if raw.get("use_rslora") else 1.0)
 
 
-def _sort(tensors: list[Stored]) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
+def _sort(
+    tensors: list[Stored], canonical: Callable[[str], str]
+) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
     """Layer -> its two factors; parameter -> its new value."""
     pairs: dict[str, dict[str, Stored]] = {}
     plain: dict[str, Stored] = {}
-    for name, tensor in by_name(tensors, _place).items():
+    for name, tensor in by_name(tensors, partial(_place, canonical)).items():
         layer, _, part = name.rpartition(".")
         if part in ("lora_A", "lora_B"):
             pairs.setdefault(layer, {})[part] = tensor
@@ -106,43 +116,30 @@ def _sort(tensors: list[Stored]) -> tuple[dict[str, dict[str, Stored]], dict[str
     return pairs, plain
 
 
-def _place(name: str) -> str:
+def _place(canonical: Callable[[str], str], name: str) -> str:
     """Name in a file -> that of the parameter it is for: LAYER.lora_A, LAYER.lora_B, or one of the base."""
     if match := LORA.fullmatch(unwrapped(name)):
         return canonical(match[1] + ".weight").removesuffix("weight") + match[2]
     return canonical(name)
 
 
-def _check(
-    model: nn.Module, pairs: dict[str, dict[str, Stored]], plain: dict[str, Stored], rank: int
-) -> None:
+def _check(model: VLM, pairs: dict[str, dict[str, Stored]], plain: dict[str, Stored], rank: int,
+           folder: Path) -> None:
     """Raise BadInput naming everything in the files that does not fit the model."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    problems = []
-    for name, pair in pairs.items():
-        file = next(iter(pair.values())).file
-        layer = layers.get(name)
-        if layer is None or name.startswith("vision_tower.") or name.endswith("lm_head"):
-            problems.append(f"{file}: {name} is no layer that takes an adapter")
-            continue
-        for part, shape in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
-            if part not in pair:
-                problems.append(f"{file}: missing tensor {name}.{part}")
-            elif reason := misfit(pair[part], shape):
-                problems.append(f"{file}: {reason} for rank {rank}")
-    for name, stored in plain.items():
-        if name not in shapes:
-            problems.append(f"{stored.file}: tensor {stored.name} is no parameter of the model")
-        elif reason := misfit(stored, shapes[name]):
-            problems.append(f"{stored.file}: {reason}")
     if not pairs and not plain:
-        problems.append("the adapter files hold no tensors")
-    refuse(problems)
+        raise BadInput(f"{folder}: the adapter files hold no tensors")
+    takes = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)
+             and not n.startswith(f"{model.TOWER}.") and not n.endswith("lm_head")}
+    found, wanted = dict(plain), {n: tuple(p.shape) for n, p in model.named_parameters() if n in plain}
+    for name, pair in pairs.items():
+        found |= {f"{name}.{part}": tensor for part, tensor in pair.items()}
+        if layer := takes.get(name):  # else its factors are unexpected
+            wanted |= {f"{name}.lora_A": (rank, layer.in_features), f"{name}.lora_B": (layer.out_features, rank)}
+    check_tensors(found, wanted, folder)
 
 
-def save_adapters(model: nn.Module, folder: Path | str, base: Path | str) -> None:
-    """Write the adapters, and the projector if it trains, in PEFT's format; `base` is named in it.
+def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
+    """Write the adapters, and the connector (the projector of LLaVA) if it trains, in PEFT's format, with `base` named.
 
     `load_llava(folder)` loads both, and so does PEFT, on top of `transformers`' model of the base folder. The
     base's configuration and tokenizer files are copied, so that the folder can stand for a model everywhere.
@@ -156,23 +153,25 @@ def save_adapters(model: nn.Module, folder: Path | str, base: Path | str) -> Non
     if len(kinds) > 1:
         raise BadInput(f"adapters differ in rank or scale: {kinds}")
     trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
-    if other := sorted(n for n in trained if not n.startswith(PROJECTOR + ".")):
+    if other := sorted(n for n in trained if not n.startswith(model.CONNECTOR + ".")):
         raise BadInput(f"{other[0]} trains without an adapter; write the whole model instead")
     tensors = {}
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):
             tensors[f"{_peft_name(name)}.{part}.weight"] = getattr(layer, part)
     if trained:
-        tensors |= {_peft_name(n): p for n, p in model.named_parameters() if n.startswith(PROJECTOR + ".")}
+        tensors |= {_peft_name(n): p for n, p in model.named_parameters() if n.startswith(model.CONNECTOR + ".")}
     (rank, scale), = kinds
     leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
     config = {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": scale * rank,
         "lora_dropout": 0.0, "bias": "none", "target_modules": rf".*language_model.*\.({'|'.join(leaves)})",
-        "modules_to_save": [PROJECTOR] if trained else None, "inference_mode": True, "task_type": None,
+        "modules_to_save": [model.CONNECTOR] if trained else None, "inference_mode": True, "task_type": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    copy_companions(resolve(base), folder)
+    source = resolve(base)
+    family = family_of(source)
+    copy_companions(source, folder, family.settings_folder(config_folder(source)), family.COMPANIONS)
     save_json(config, folder / "adapter_config.json")
     save_tensors(tensors, folder / "adapter_model.safetensors")
 

@@ -1,15 +1,15 @@
-"""Checkpoints on disk: LLaVA and CLIP folders, read strictly, written atomically.
+"""Checkpoints on disk: folders of a VLM or a CLIP, read strictly, written atomically.
 
-A folder holds config.json, weights (model/tensors.py), tokenizer files and preprocessor_config.json; the
-layouts that are understood are in model/layouts.py. A hub id in place of a folder is downloaded
+A folder holds config.json, weights (model/tensors.py), tokenizer files and preprocessor_config.json; what they mean
+is up to the family that config.json names (model/families). A hub id in place of a folder is downloaded
 (model/hub.py), and a folder of LoRA adapters is loaded with its base model (model/adapters.py).
 
 A tensor that is missing, unexpected, of another shape or not floating-point is an error that names it, found
 in the headers before any weight is read; one that holds NaN or infinity, when it is read. Extra tensors are
-passed over only when the configuration says why: vision layers behind the chosen feature layer, the newline
-embedding of a model that shows single views, and index buffers that old versions of `transformers` wrote.
+passed over only when the family says why (vision layers after the chosen feature layer, for example), and index
+buffers that old versions of `transformers` wrote.
 
-Vocabulary rows that no text uses (model/config.py) are left in the file; `save_llava` carries them over.
+Vocabulary rows that no text uses are left in the file; `save_llava` carries them over.
 
 Memory: the model is built without weights, and each tensor goes from the mapped file to its final dtype and
 device by itself. On the CPU, weights that keep their dtype stay in the file's pages (read once, to look for NaN).
@@ -29,22 +29,13 @@ from torch.overrides import TorchFunctionMode
 from common import BadInput
 from model.adapters import load_adapters
 from model.clip import CLIP
-from model.config import PADDING, clip_config, hf_config, is_original, read_config, read_llava_config
+from model.config import clip_config, read_config
+from model.families import family_of
 from model.hub import resolve
-from model.layouts import TOWER, adapter_base, by_name, config_folder, copy_companions, llava_tensors, unwrapped
-from model.llava import Llava
+from model.layouts import adapter_base, by_name, config_folder, copy_companions, unwrapped
 from model.lora import LoRALinear, lora_layers
-from model.tensors import (
-    SHARD_BYTES,
-    Stored,
-    finite,
-    list_tensors,
-    misfits,
-    read,
-    refuse,
-    save_json,
-    save_shards,
-)
+from model.tensors import SHARD_BYTES, Stored, check_tensors, finite, list_tensors, read, save_json, save_shards
+from model.vlm import VLM
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny"
 DEFAULT_CLIP = DEFAULT_MODEL / "clip"
@@ -58,18 +49,18 @@ EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.l
 
 def load_llava(
     name: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Llava:
-    """Load a LLaVA folder or hub id; adapters, if the folder holds some, stay adapters.
+) -> VLM:
+    """Load a folder or hub id of any family; adapters, if the folder holds some, stay adapters.
 
     Raises BadInput naming the file and the tensor or setting that does not fit.
     """
     folder = resolve(name)
-    base = adapter_base(folder)
-    config = read_llava_config(config_folder(folder))
+    base, family = adapter_base(folder), family_of(folder)
+    config = family.read(config_folder(folder))
     with torch.device("meta"), _Unfilled():
-        model = Llava(config)
-    may_ignore = partial(_is_surplus, config)
-    _fill(model, llava_tensors(folder), base or folder, dtype, device, may_ignore, config.surplus_rows)
+        model = family.Model(config)
+    may_ignore = partial(family.may_ignore, config)
+    fill(model, family.tensors(folder), base or folder, dtype, device, may_ignore, config.surplus_rows)
     if config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
     if base:
@@ -88,15 +79,6 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _is_surplus(config, name: str) -> bool:
-    """True for a tensor that a LLaVA file may hold although the model has no place for it."""
-    if BUFFERS.search(name) or (name == "image_newline" and not config.anyres):
-        return True
-    behind = range(config.vision_layers_used, config.vision.num_hidden_layers)
-    numbers = "|".join(map(str, behind)) or "none"
-    return bool(re.match(rf"{re.escape(TOWER)}(post_layernorm\.|encoder\.layers\.({numbers})\.)", name))
-
-
 def load_clip(
     name: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> CLIP:
@@ -105,27 +87,30 @@ def load_clip(
     with torch.device("meta"), _Unfilled():
         model = CLIP(clip_config(read_config(folder), str(folder / "config.json")))
     found = by_name(list_tensors(folder), unwrapped)
-    _fill(model, found, folder, dtype, device, lambda name: bool(BUFFERS.search(name)))
+    fill(model, found, folder, dtype, device)
     return model.eval().requires_grad_(False)
 
 
-def _fill(
+def fill(
     model: nn.Module,
     found: dict[str, Stored],
     folder: Path,
     dtype: torch.dtype,
     device: torch.device | str,
-    may_ignore: Callable[[str], bool],
+    may_ignore: Callable[[str], bool] = lambda name: False,
     surplus_rows: int = 0,
 ) -> None:
-    """Put tensors into a model built on the meta device; the tables in the file have `surplus_rows` more."""
+    """Put tensors into a model built on the meta device; the tables in the file have `surplus_rows` more.
+
+    Raises BadInput naming every tensor that does not fit, or the first that is not finite.
+    """
     rows = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     text = getattr(model.config, "text", None)
     if tied := getattr(text, "tie_word_embeddings", False):
         rows.pop(HEAD)
         found = {n: t for n, t in found.items() if n != HEAD}
     tables = {n: (rows[n][0] + surplus_rows, rows[n][1]) for n in (EMBEDDINGS, HEAD) if n in rows}
-    refuse(misfits(found, rows | tables, may_ignore), f"{folder}: ")
+    check_tensors(found, rows | tables, folder, lambda name: bool(BUFFERS.search(name)) or may_ignore(name))
     names = {found[name]: name for name in rows}
     loaded = {}
     for stored, tensor in read(names):
@@ -141,13 +126,14 @@ def _fill(
 
 
 def save_llava(
-    model: Llava,
+    model: VLM,
     folder: Path | str,
     source: Path | str,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a llava-hf folder (layout as first published), adapters merged, every file replaced atomically.
+    """Write a folder in the layout of the model's own names (of LLaVA: llava-hf's as first published), adapters
+    merged, every file replaced atomically.
 
     Adapters alone are written by `model.adapters.save_adapters`.
 
@@ -161,24 +147,24 @@ def save_llava(
     Raises BadInput when an original checkpoint would be overwritten.
     """
     folder, source = Path(folder), resolve(source)
-    base = adapter_base(source) or source
-    original = is_original(read_config(config_folder(source)))
-    if original and folder.resolve() == base.resolve():
+    base, home, family = adapter_base(source) or source, config_folder(source), family_of(source)
+    new = family.converted_config(model.config, read_config(home))  # None: the source has the layout that is written
+    if new and folder.resolve() == base.resolve():
         raise BadInput(f"{folder}: holds an original checkpoint, which would be mixed with another layout")
     tensors = merged_tensors(model)
-    kept = {n: t for n, t in llava_tensors(source).items() if not BUFFERS.search(n)}
-    extra = model.config.surplus_rows or (PADDING if original else 0)
+    kept = {n: t for n, t in family.tensors(source).items() if not BUFFERS.search(n)}
+    extra = new["text_config"]["vocab_size"] - model.config.text.vocab_size if new else model.config.surplus_rows
     for name in (EMBEDDINGS, HEAD) if extra else ():
-        tensors[name] = partial(_with_rows, tensors[name], None if original else kept[name], extra)
+        tensors[name] = partial(_with_rows, tensors[name], None if new else kept[name], extra)
     for name in sorted(kept.keys() - tensors.keys()):
         if name != "image_newline":
             tensors[name] = partial(_read_one, kept[name])
     if model.config.text.tie_word_embeddings:
         tensors.pop(HEAD, None)
     folder.mkdir(parents=True, exist_ok=True)
-    copy_companions(source, folder)
-    if original:
-        save_json(hf_config(model.config, extra), folder / "config.json")
+    copy_companions(source, folder, family.settings_folder(home), family.COMPANIONS)
+    if new:
+        save_json(new, folder / "config.json")
     save_shards(tensors, folder, shard_bytes, dtype)
 
 

@@ -38,7 +38,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         B, T, D = x.shape
         q, k, v = (
-            proj(x).view(B, T, self.heads, -1)  # (B, T, H, d)
+            proj(x).view(B, T, self.heads, D // self.heads)  # (B, T, H, d)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(mix(q, k, v, causal).reshape(B, T, D))

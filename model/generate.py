@@ -1,20 +1,20 @@
 """Generation with a key-value cache: greedy, temperature, top-p; batched; n continuations share one prefix.
 
-A prompt with its picture is computed once however many answers are drawn from it, and its keys and values are
-kept once: at each step the n answers of a prompt are n queries against the same prefix, followed by each
-answer's own short cache. Answers may begin with given tokens, different ones for each: they are computed
-together with the prompt, side by side behind it.
+A prompt with its image is computed once however many responses are drawn from it, and its keys and values are
+kept once: at each step the n responses to a prompt are n queries against the same prefix, followed by each
+response's own short cache. Responses may begin with given tokens, different ones for each: they are computed
+together with the prompt, side by side after it (model/packing.py).
 
-Random numbers are drawn per answer, not per batch: answer j of a prompt with seed s gets its own stream, so
+Random numbers are drawn per response, not per batch: response j to a prompt with seed s gets its own stream, so
 what is sampled does not depend on what else is in the batch or on how many processes share the work.
 
-Shapes: M prompts, n answers each (or at most), N answers in all, b longest prefix body, S longest
+Shapes: M prompts, n responses to each (or at most), N responses in all, b longest prefix body, S longest
 continuation so far, H heads, K key-value heads, d head width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import BadInput
-from data.images import View, stack
 from model.attention import Ragged, SharedPrefix
-from model.llava import Llava
+from model.packing import lay_out, tail_rows
+from model.views import View, stack
+from model.vlm import VLM
 
 Stop = Callable[[int, int, list[int]], bool]
 
@@ -40,15 +41,26 @@ class NotFinite(BadInput):
 
 
 class Cache:
-    """Keys and values of every layer: one prefix per prompt, one continuation per answer.
+    """Keys and values of every layer: one prefix per prompt, one continuation per response.
 
-    It is both attention rules of generation. While prompts and answer beginnings are computed it records what
-    `SharedPrefix` sees; then each call mixes one new token per answer over its prompt's prefix and its own
-    continuation. Continuations of different length end in the same column, so that all grow by the same one.
+    It is both attention rules of generation. While prompts and beginnings are computed (`filling`) it attends as
+    `SharedPrefix` and records keys and values; then each call mixes one new token per response over its prompt's prefix
+    and its own continuation. What it holds of a layer, for two prompts with two responses and one:
+
+        prefix (M, K, b + 1, d)         own (N, K, width, d)
+                                                    column
+                                                      v
+        0: p p p p p     <-- read by --  0.0:  .  x  x  n  _  _        x  beginnings and tokens so far
+                         <-- read by --  0.1:  x  x  x  n  _  _        n  the new token of each response
+        1: p p p . .     <-- read by --  1.0:  .  .  x  n  _  _        _  room for those to come
+                                                                       .  padding, never read
+
+    Continuations of different length end in the same column, so that all grow by the same one: `unused` marks the
+    columns before a response's beginning, `blocked` the padding and the hidden tokens of the prefixes.
 
     Args:
         lengths: tokens of each prompt.
-        starts: for each prompt the tokens that each of its answers begins with.
+        starts: for each prompt the tokens that each of its responses begins with.
         steps: tokens to come.
         hidden: as for `SharedPrefix`; holds for the new tokens, too.
     """
@@ -57,26 +69,35 @@ class Cache:
                  hidden: list[Tensor] | None = None):
         self.prefill = SharedPrefix(lengths, starts, device, hidden)
         self.lengths, self.answers = lengths, Ragged([len(s) for s in starts], device)
-        blocked = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (M, b + 1) padding of the prefix
+        blocked = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (M, b + 1)
         for row, flags in zip(blocked, hidden or ()):
             row[: len(flags)] |= flags
         self.blocked = blocked.to(device)
 
-        counts = torch.tensor([n for s in starts for n in s])  # (N,) lengths of the answer beginnings
+        counts = torch.tensor([n for s in starts for n in s])  # (N,) lengths of the beginnings
         self.column, self.width = int(counts.max()) - 1, int(counts.max()) + steps  # last filled, all
-        self.unused = None  # (N, width) columns before an answer's beginning
+        self.unused = None  # (N, width)
         if counts.min() < counts.max():
             self.unused = (torch.arange(self.width) < self.column + 1 - counts[:, None]).to(device)
-        self.anchors, self.ends, self.begun = _tail_rows(starts)
-        self.slots = torch.cat([torch.arange(self.column + 1 - n, self.column + 1) for n in counts])
-        self.owners = torch.arange(len(counts)).repeat_interleave(counts)
+
+        # From tail rows to `own`: token t of a beginning of n tokens goes to column - n + 1 + t.
+        anchors, begins = tail_rows(starts)
+        rows = [range(row, row + n) for group, s in zip(begins, starts) for row, n in zip(group, s)]
+        self.anchors = torch.tensor(anchors)  # (M,)
+        self.begun = torch.tensor([row for span in rows for row in span], dtype=torch.long)  # (beginning tokens,)
+        self.owners = torch.arange(len(counts)).repeat_interleave(counts)  # response of each of them
+        self.slots = torch.cat([torch.arange(self.column + 1 - n, self.column + 1) for n in counts])  # its column
+        # The tail row that predicts each response's first new token: its beginning's last, or the prompt's.
+        owner = [anchor for anchor, s in zip(anchors, starts) for _ in s]
+        self.ends = torch.tensor([span[-1] if span else anchor for span, anchor in zip(rows, owner)])  # (N,)
+
         self.prefix: list[tuple[Tensor, Tensor]] = [()] * layers
         self.own: list[tuple[Tensor, Tensor]] = [()] * layers
         self.filling = True
 
     @property
     def skip(self) -> int:
-        """Tokens whose last-layer state nobody needs: while prompts are computed all but the tails."""
+        """Tokens whose last-layer state is not needed: while prompts are computed all but the tails."""
         return self.prefill.skip if self.filling else 0
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,25 +109,29 @@ class Cache:
         return self._decode(layer, q, k, v)
 
     def _prefix_rows(self, x: Tensor) -> Tensor:
-        """Packed bodies and tails (T, K, d) -> (M, K, b + 1, d), each prefix contiguous, padding behind."""
+        """Packed bodies and tails (T, K, d) -> (M, K, b + 1, d), each prefix contiguous, then padding."""
         body, last = self.prefill.body.pad(x[: self.prefill.skip]), x[self.prefill.skip :][self.anchors]
         rows = torch.cat([body, torch.zeros_like(body[:, :1])], 1)  # (M, b + 1, K, d)
-        rows[torch.arange(len(last)), torch.tensor(self.lengths) - 1] = last
+        rows[torch.arange(len(last)), torch.tensor(self.lengths) - 1] = last  # over the padding of its own body
         return rows.transpose(1, 2)
 
     def _own_rows(self, x: Tensor) -> Tensor:
-        """Packed bodies and tails (T, K, d) -> (N, K, width, d): the beginnings, space before and behind."""
+        """Packed bodies and tails (T, K, d) -> (N, K, width, d): the beginnings, space before and after."""
         rows = x.new_zeros(len(self.ends), x.shape[1], self.width, x.shape[2])
         rows[self.owners, :, self.slots] = x[self.prefill.skip :][self.begun]
         return rows
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One softmax over two sets of keys: those of the prefix, which all responses to a prompt share, and a
+        response's own. Their scores are put side by side; the weights are split again to read the values."""
         (N, H, d), K, now = q.shape, k.shape[1], self.column
         keys, values = self.own[layer]
         keys[:, :, now], values[:, :, now] = k, v
         keys, values = keys[:, :, : now + 1], values[:, :, : now + 1]  # (N, K, S, d)
         prefix_keys, prefix_values = self.prefix[layer]  # (M, K, b + 1, d)
 
+        # Scores on the prefix: the n responses to a prompt times the H / K query heads that share a key head become
+        # one batch of n H/K queries, so that each prefix is read once. `answers` pads to n responses a prompt.
         q = q.view(N, K, H // K, d) * d**-0.5
         shared = self.answers.pad(q)  # (M, n, K, H/K, d)
         M, n = shared.shape[:2]
@@ -120,13 +145,14 @@ class Cache:
 
         weights = torch.cat([to_prefix, to_own], -1).softmax(-1).to(v.dtype)
         on_prefix, on_own = weights.split([to_prefix.shape[-1], to_own.shape[-1]], -1)
+        # The values the same way: up to prompts with n H/K rows each, down to responses.
         on_prefix = self.answers.pad(on_prefix).transpose(1, 2).reshape(M, K, n * (H // K), -1)
         y = self.answers.unpad(
             (on_prefix @ prefix_values).view(M, K, n, H // K, d).transpose(1, 2))  # (N, K, H/K, d)
         return (y + on_own @ values).reshape(N, H, d)
 
     def keep(self, answers: Tensor) -> None:
-        """Go on with these answers only, (N',) in order; forget the others, and prompts that have none left."""
+        """Go on with these responses only, (N',) in order; forget the others, and prompts that have none left."""
         M, n = self.answers.shape
         prompts = self.answers.unpad(torch.arange(M, device=answers.device)[:, None].expand(M, n))[answers]
         left, counts = prompts.unique_consecutive(return_counts=True)
@@ -139,28 +165,15 @@ class Cache:
         self.own = [(k[answers], v[answers]) for k, v in self.own]
 
 
-def _tail_rows(starts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the tails: last prefix tokens (M,), those that predict each answer's first new token (N,), and all
-    tokens of answer beginnings."""
-    anchors, ends, begun, row = [], [], [], 0
-    for lengths in starts:
-        anchors.append(row)
-        row += 1
-        for length in lengths:
-            begun += range(row, row + length)
-            row += length
-            ends.append(row - 1 if length else anchors[-1])
-    return tuple(torch.tensor(x, dtype=torch.long) for x in (anchors, ends, begun))
-
-
 @torch.no_grad()
 def generate(
-    model: Llava,
+    model: VLM,
     views: list[View],
     prompts: list[list[int]],
     *,
     eos_id: int,
     shows: list[int] | None = None,
+    questions: list[tuple[int, ...]] | None = None,
     n: int = 1,
     starts: list[list[list[int]]] | None = None,
     hidden: list[Tensor] | None = None,
@@ -173,119 +186,113 @@ def generate(
     """Continue each prompt n times.
 
     Args:
-        views: distinct pictures.
-        prompts: M lists of token ids with as many image tokens as their picture has rows.
-        shows: for each prompt the number of its picture; left out, prompt i shows picture i.
-        starts: for each prompt the beginnings of its answers, each a list of token ids (or none); left out, n
-            answers that begin with nothing. All of a prompt share it, whatever they begin with.
-        hidden: for each prompt (len(prompt),) bool, True at tokens that nobody may look at (model/attention.py).
-        stop: (prompt, answer, new tokens so far) -> whether this answer needs no more; asked every 8 steps, so it
-            may come back longer than needed.
+        views: distinct images.
+        prompts: M lists of token ids with as many image tokens as their image has rows.
+        shows: for each prompt the number of its image; left out, prompt i shows image i.
+        questions: for each prompt what `VLM.connect` reads of it (`Processor.question`); left out, nothing.
+        starts: for each prompt the beginnings of its responses, each a list of token ids (or none); left out, n
+            responses that begin with nothing. All of a prompt share it, whatever they begin with.
+        hidden: for each prompt (len(prompt),) bool, True at tokens that must not be looked at (model/attention.py).
+        stop: (prompt, response, new tokens so far) -> whether this response needs no more; asked every 8 steps, so
+            it may come back longer than needed.
         max_new_tokens: at most so many are added to each beginning.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of tokens whose probability reaches top_p.
         seeds: one (>= 0) per prompt; needed when temperature > 0.
     Returns: [M][n] lists of new token ids, without EOS. One of max_new_tokens has been cut off.
-    Raises BadInput on missing seeds, a temperature or top_p out of range, a prompt of fewer than two
-    tokens, one whose image tokens are not those of its picture, beginnings or hidden flags that do not fit;
-    NotFinite, which is one, when logits are NaN or infinite.
+    Raises BadInput on a temperature or top_p out of range or a window that is too short; NotFinite, which is one,
+    when logits are NaN or infinite; ValueError on missing seeds, a prompt of fewer than two tokens, one whose image
+    tokens are not those of its image, beginnings or hidden flags that do not fit.
     """
     starts = [[[]] * n for _ in prompts] if starts is None else starts
     _check(model, prompts, starts, max_new_tokens, temperature, top_p, seeds)
     names = [(i, j) for i, group in enumerate(starts) for j in range(len(group))]  # (N,)
-    lengths, begun = [len(p) for p in prompts], [[len(ids) for ids in group] for group in starts]
-    device, decoder, head = model.device, model.language_model.model, model.language_model.lm_head
-    cache = Cache(lengths, begun, max_new_tokens, len(decoder.layers), device, hidden)
-    noise = None
-    if temperature > 0:
-        noise = torch.cat([_uniforms([seed], len(g), max_new_tokens)
-                           for seed, g in zip(seeds, starts)]).to(device)
+    device, decoder = model.device, model.language_model.model
+    noise = _noise(seeds, starts, max_new_tokens).to(device) if temperature > 0 else None  # (N, steps)
+    cache, states, position = _prefill(model, views, prompts, starts, shows or range(len(prompts)),
+                                       questions or [()] * len(prompts), max_new_tokens, hidden)
 
-    states = decoder(*_prefill(model, views, prompts, starts, shows or range(len(prompts))), cache)  # (tails, D)
-    states, cache.filling = states[cache.ends.to(device)], False  # (N, D)
     tokens = torch.full((len(names), max_new_tokens), eos_id, device=device)  # (N, steps)
-    broken = torch.zeros(len(names), dtype=torch.bool, device=device)
-    finished = broken.clone()
-    rows = torch.arange(len(names), device=device)  # answers that are going on, and some that are finished
-    position = torch.tensor([x + y for x, group in zip(lengths, begun) for y in group], device=device)
+    finished = torch.zeros(len(names), dtype=torch.bool, device=device)
+    broken = finished.clone()
+    rows = torch.arange(len(names), device=device)  # (N',) responses in the cache: unfinished, and a few finished
     for step in range(max_new_tokens):
-        u = noise[rows, step] if noise is not None else None
-        logits = head(states).float()  # (N, V)
-        broken[rows] |= ~logits.sum(-1).isfinite()  # asked about below, where the device is waited for anyway
-        if model.config.image_token_index < logits.shape[-1]:  # a row that was never trained, and no word
-            logits[:, model.config.image_token_index] = float("-inf")
-        new = pick(logits, temperature, top_p, u)  # (N,)
-        new = new.masked_fill(finished, eos_id)
+        logits, finite = _predict(model, states)  # (N', V), (N',)
+        broken[rows] |= ~finite  # asked about below, where the device is waited for anyway
+        new = pick(logits, temperature, top_p, noise[rows, step] if noise is not None else None)  # (N',)
+        new = new.masked_fill(finished[rows], eos_id)
         tokens[rows, step] = new
-        finished = finished | (new == eos_id)
+        finished[rows] |= new == eos_id
         if step + 1 == max_new_tokens:
             break
         if step % 8 == 7:  # asking costs a device synchronisation, so not at every step
             _refuse_broken(broken, names)
             if stop is not None:
-                finished = finished | _stopped(stop, names, rows, finished, tokens[:, : step + 1])
-            going = (~finished).nonzero()[:, 0]
+                finished[rows] |= _stopped(stop, names, rows, finished[rows], tokens[:, : step + 1])
+            going = (~finished[rows]).nonzero()[:, 0]
             if not len(going):
                 break
-            if len(going) <= 0.75 * len(finished):
+            if len(going) <= 0.75 * len(rows):
                 cache.keep(going)
-                rows, new, finished, position = rows[going], new[going], finished[going], position[going]
+                rows, new = rows[going], new[going]
         cache.column += 1
-        states = decoder(decoder.embed_tokens(new), position + step, cache)  # (N, D)
+        states = decoder(decoder.embed_tokens(new), position[rows] + step, cache)  # (N', D)
     _refuse_broken(broken, names)
     answers = iter(_cut(row, eos_id) for row in tokens.tolist())
     return [[next(answers) for _ in group] for group in starts]
 
 
-def _refuse_broken(broken: Tensor, names: list[tuple[int, int]]) -> None:
-    """Raise NotFinite for the first answer with such logits; `broken` (N,)."""
-    if True in (flags := broken.tolist()):
-        raise NotFinite(names[flags.index(True)][0])
-
-
-def _check(model: Llava, prompts: list[list[int]], starts: list[list[list[int]]], max_new_tokens: int,
+def _check(model: VLM, prompts: list[list[int]], starts: list[list[list[int]]], max_new_tokens: int,
            temperature: float, top_p: float, seeds: list[int] | None) -> None:
     """Refuse what cannot be generated, as the docstring of `generate` lists it."""
     if temperature < 0 or not 0 < top_p <= 1:
         raise BadInput(f"temperature {temperature} and top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
     if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
         raise ValueError("sampling needs one seed per prompt")
-    if min(len(p) for p in prompts) < 2:
-        raise ValueError("a prompt needs at least two tokens")
     if len(starts) != len(prompts) or not all(starts):
-        raise ValueError("each prompt needs at least one answer beginning, be it an empty one")
+        raise ValueError("each prompt needs at least one beginning of a response, be it empty")
     longest = max(len(p) + max(map(len, g)) for p, g in zip(prompts, starts)) + max_new_tokens
     if longest > model.config.text.max_position_embeddings:
         raise BadInput(f"prompt and answer may reach {longest} tokens, the decoder takes "
                        f"{model.config.text.max_position_embeddings}")
 
 
-def _prefill(model: Llava, views: list[View], prompts: list[list[int]], starts: list[list[list[int]]],
-             shows: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Embedded prompts and answer beginnings (T, D) and their positions (T,), laid out as in SharedPrefix."""
-    image_id, device = model.config.image_token_index, model.device
-    pixels, rows = stack(views, model.config.vision.num_patches)
-    skip = sum(len(prompt) - 1 for prompt in prompts)
-    bodies, tails, body_positions, tail_positions, slots, shown = [], [], [], [], [], []
-    for i, (prompt, group, picture) in enumerate(zip(prompts, starts, shows, strict=True)):
-        if prompt.count(image_id) != len(rows[picture]):
-            raise ValueError(f"prompt {i} has {prompt.count(image_id)} image tokens,"
-                             f" its picture {len(rows[picture])}")
-        places = [*range(len(bodies), len(bodies) + len(prompt) - 1), skip + len(tails)]
-        slots += [place for place, token in zip(places, prompt) if token == image_id]
-        shown.append(rows[picture])
-        bodies += prompt[:-1]
-        body_positions += range(len(prompt) - 1)
-        tails += [prompt[-1], *(token for ids in group for token in ids)]
-        tail_positions += [len(prompt) - 1, *(len(prompt) + t for ids in group for t in range(len(ids)))]
+def _prefill(model: VLM, views: list[View], prompts: list[list[int]], starts: list[list[list[int]]],
+             shows: Sequence[int], questions: list[tuple[int, ...]], steps: int,
+             hidden: list[Tensor] | None) -> tuple[Cache, Tensor, Tensor]:
+    """Compute prompts and beginnings: the filled cache, the states (N, D) that predict the first new tokens, and the
+    positions (N,) of these."""
+    device, decoder = model.device, model.language_model.model
+    pixels, rows = stack(views, model.config.tile_tokens)
+    layout = lay_out(prompts, starts, [rows[image] for image in shows], questions, model.config.image_token_index)
+    lengths, begun = [len(p) for p in prompts], [[len(ids) for ids in group] for group in starts]
+    cache = Cache(lengths, begun, steps, len(decoder.layers), device, hidden)
     features = model.vision_features(pixels.to(device))  # (tiles, P, C)
-    ids, positions, slots = (torch.tensor(x, dtype=torch.long).to(device)
-                             for x in (bodies + tails, body_positions + tail_positions, slots))
-    return model.embed(ids, features, torch.cat(shown).to(device), slots), positions
+    ids, positions, slots, shown = (x.to(device) for x in layout[:4])
+    x = model.embed(ids, features, shown, slots, layout.questions)  # (T, D)
+    states = decoder(x, positions, cache)  # (tail tokens, D)
+    cache.filling = False
+    first = torch.tensor([x + y for x, group in zip(lengths, begun) for y in group], device=device)  # (N,)
+    return cache, states[cache.ends.to(device)], first
+
+
+def _predict(model: VLM, states: Tensor) -> tuple[Tensor, Tensor]:
+    """states (N', D) -> logits of the next tokens (N', V), never of the image token, and which are finite (N',)."""
+    logits = model.language_model.lm_head(states).float()  # (N', V)
+    finite = logits.sum(-1).isfinite()
+    if model.config.image_token_index < logits.shape[-1]:  # a row that was never trained, and no word
+        logits[:, model.config.image_token_index] = float("-inf")
+    return logits, finite
+
+
+def _refuse_broken(broken: Tensor, names: list[tuple[int, int]]) -> None:
+    """Raise NotFinite for the first response with such logits; `broken` (N,)."""
+    if True in (flags := broken.tolist()):
+        raise NotFinite(names[flags.index(True)][0])
 
 
 def _stopped(stop: Stop, names: list[tuple[int, int]], rows: Tensor, finished: Tensor, tokens: Tensor) -> Tensor:
-    """Which of the answers going on (N',) need no more tokens; `tokens` (N, steps so far) of all."""
+    """Which of the responses going on (N',) need no more tokens; `tokens` (N, steps so far) of all."""
     written = zip(rows.tolist(), finished.tolist(), tokens[rows].tolist())
     return torch.tensor([not done and stop(*names[row], ids) for row, done, ids in written], device=rows.device)
 
@@ -302,8 +309,13 @@ def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor | None) -> 
     return order.gather(1, rank.clamp_max(logits.shape[-1] - 1))[:, 0]
 
 
+def _noise(seeds: list[int], starts: list[list[list[int]]], steps: int) -> Tensor:
+    """Uniform numbers (N, steps) for all responses."""
+    return torch.cat([_uniforms([seed], len(group), steps) for seed, group in zip(seeds, starts)])
+
+
 def _uniforms(seeds: list[int], n: int, steps: int) -> Tensor:
-    """(N, steps) uniform numbers in [0, 1); the stream of answer j depends on its prompt's seed and j only."""
+    """(N, steps) uniform numbers in [0, 1); the stream of response j depends on its prompt's seed and j only."""
     streams = [np.random.default_rng([seed, j]) for seed in seeds for j in range(n)]
     return torch.from_numpy(np.stack([stream.random(steps, dtype=np.float32) for stream in streams]))
 
@@ -313,9 +325,9 @@ def _cut(tokens: list[int], eos_id: int) -> list[int]:
 
 
 def answers(
-    model: Llava,
+    model: VLM,
     processor,
-    images: list[str],
+    images: list[str | None],
     prompts: list[str],
     *,
     n: int = 1,
@@ -329,15 +341,15 @@ def answers(
     root=None,
     progress: str = "",
 ) -> list[list[str]]:
-    """Text in, text out: n answers to each (image, prompt).
+    """Text in, text out: n responses to each (image, prompt).
 
     Args:
         processor: data.processor.Processor of the model's folder.
-        images, prompts: M references and M questions.
+        images, prompts: M references, None for a question without an image, and M questions.
         seed: the sampling seed of item i is `seed + i`, in the order given; `seeds` names them one by one.
-        finished: an answer that was cut at `max_new_tokens` becomes "".
+        finished: a response that was cut at `max_new_tokens` becomes "".
         progress: label of a progress bar; empty for none.
-    Returns: [M][n] answers.
+    Returns: [M][n] responses.
     Raises BadInput as `generate` does; for logits that are not finite it names the image.
     """
     result: list[list[str]] = []
@@ -347,7 +359,7 @@ def answers(
     model.eval()
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
-        distinct = list(dict.fromkeys(images[part]))  # a picture asked about twice is encoded once
+        distinct = list(dict.fromkeys(images[part]))  # an image asked about twice is encoded once
         views = {ref: processor.image(ref, root) for ref in distinct}
         try:
             batch = generate(
@@ -356,6 +368,7 @@ def answers(
                 [processor.prompt(text, len(views[ref].rows)) for ref, text in zip(images[part], prompts[part])],
                 eos_id=processor.eos_id,
                 shows=[distinct.index(ref) for ref in images[part]],
+                questions=[processor.question(text) for text in prompts[part]],
                 n=n,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,

@@ -1,7 +1,7 @@
 """A model by name: a folder is used as it is, a hub id ("llava-hf/llava-1.5-7b-hf") is downloaded and cached.
 
-Only what is read is downloaded: configuration, tokenizer and preprocessing files, and the weights as
-safetensors or, where a repository has none, as .bin files.
+Only what is read is downloaded: configuration, tokenizer and preprocessing files, those of a second tokenizer in a
+folder of its own, and the weights as safetensors or, where a repository has none, as .bin files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from common import BadInput
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SMALL = ["*.json", "tokenizer.model", "vocab.txt", "merges.txt"]
 SAFE = ["*.safetensors", "non_lora_trainables.bin"]
+NESTED = ["*/*.safetensors", "*/*.bin"]
 PICKLED = ["pytorch_model*.bin", "mm_projector.bin", "adapter_model.bin", "non_lora_trainables.bin"]
 
 
@@ -34,9 +35,9 @@ def resolve(name: Path | str) -> Path:
 
 
 def _download(name: str, patterns: list[str]) -> Path:
-    """Folder in the cache that holds the files of the repository's top level that match."""
+    """Folder in the cache that holds the files that match; of weights only those of the repository's top level."""
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=NESTED))
     except (OSError, ValueError) as error:  # offline, unknown, gated: the client's errors are of these kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{name}: no such folder, and the download failed ({reason[:200]})") from None

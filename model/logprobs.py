@@ -3,23 +3,23 @@
 Every preference loss needs log-probabilities of a few responses to the same image and prompt, under the
 policy and under the reference. In this order the work is saved:
 
-  1. each distinct image goes through the vision tower once per batch           (`Llava.vision_features`)
-  2. responses with the same image and prompt share one computed prefix         (`pack`, model/attention.py)
+  1. each distinct image goes through the vision tower once per batch           (`VLM.vision_features`)
+  2. responses with the same image and prompt share one computed prefix         (`pack`, model/packing.py)
   3. examples of different length are packed, not padded                        (`Packed`)
   4. the last layer runs only where a response token is predicted               (`SharedPrefix.skip`)
   5. the language-model head runs at those positions only, in chunks; of its
      (tokens, vocabulary) output only one number a token survives               (`SelectedLogProbs`)
 
-The result equals one sequence at a time with full logits (`Llava.logits`), gradients included.
+The result equals one sequence at a time with full logits (`VLM.logits`), gradients included.
 
-Shapes: N sequences, L longest response, tiles of pictures, P patches, C vision width, T packed tokens, I image
+Shapes: N sequences, L longest response, tiles of images, P patches, C vision width, T packed tokens, I image
 tokens among them, D width, V vocabulary, n scored tokens.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -28,36 +28,39 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from common import BadInput
-from data.images import View
 from model.attention import SharedPrefix
-from model.llava import Llava
+from model.packing import lay_out
+from model.views import View
+from model.vlm import VLM
 
 CHUNK_ELEMENTS = 2**22  # logits alive at a time: 16 MiB in fp32
 
 
 class Sequence(NamedTuple):
-    """One thing to score. `image` is the number of the picture in the batch; `prompt` has its image tokens."""
+    """One thing to score. `image` is the number of the image in the batch; `prompt` has its image tokens."""
 
     image: int
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     competitor: bool = False  # score the model's best other token instead of the label (losses/rdpo.py)
+    question: tuple[int, ...] = ()  # of `Processor.question`; the same for the same prompt
 
 
 @dataclass
 class Packed:
     """Sequences laid out for one forward pass. Built on the CPU by `pack`, moved by `to`."""
 
-    ids: Tensor  # (T,) input tokens, all bodies, then all tails
+    ids: Tensor  # (T,) input tokens, all bodies, then all tails (model/packing.py)
     positions: Tensor  # (T,) position of each token in its own sequence
     slots: Tensor  # (I,) where the image tokens are in ids
-    rows: Tensor  # (I,) the patch feature that stands at each of them, see Llava.embed
+    rows: Tensor  # (I,) what each of them stands for, see VLM.embed
     labels: Tensor  # (n,) response tokens, sequence after sequence
     sources: Tensor  # (n,) tail row whose state predicts the label
     competitor: Tensor  # (n,) bool
     lengths: list[int]  # response length of each sequence, in the order they were given
     prefixes: list[int]  # prefix length of each group
     responses: list[list[int]]  # input lengths of the distinct responses of each group
+    questions: list[tuple[int, ...]] = field(default_factory=list)  # of each group with image tokens
 
     def to(self, device: torch.device | str) -> Packed:
         """Move the tensors; from pinned memory the copy does not block."""
@@ -76,65 +79,61 @@ class Packed:
 def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed:
     """Lay sequences out so that those with the same image and prompt share their prefix.
 
+        sequences      image  prompt  response                 group 0: prompt p
+        0 chosen         0      p     a b c </s>                   inputs  a b c, a d
+        1 rejected       0      p     a d </s>                 group 1: prompt p, another image
+        2 other image    1      p     a b c </s>                   inputs  a b c
+
+        tails                           p  a  b  c  a  d     p  a  b  c
+        predicts of sequence 0          a  b  c  </s>
+                    sequence 1          a           d  </s>
+                    sequence 2                               a  b  c  </s>
+
+    A response goes in without its last token, which predicts nothing; the token before its first one is the last of
+    the prompt (p), which all responses of a group share. So `sources` of sequence 1 above are the tail rows 0, 4, 5.
+
     Args:
-        rows: for each picture, which patch features its image tokens stand for (`data.images.stack`).
+        rows: for each image what its image tokens stand for (`model.views.stack`).
         image_id: id of the image token.
-    Raises BadInput on an empty response, a prompt of fewer than two tokens, or image tokens that are not as
-    many as the rows of the picture.
+    Raises ValueError on an empty response, one with image tokens, or as from `lay_out`.
     """
     groups: dict[tuple, list[int]] = {}
     for i, s in enumerate(sequences):
-        if not s.response or len(s.prompt) < 2:
-            raise ValueError(f"sequence {i}: needs a response and a prompt of at least two tokens")
-        if s.prompt.count(image_id) != len(rows[s.image]) or image_id in s.response:
-            raise ValueError(f"sequence {i}: {s.prompt.count(image_id)} image tokens in the prompt and "
-                             f"{s.response.count(image_id)} in the response, picture {s.image} needs "
-                             f"{len(rows[s.image])} in the prompt")
+        if not s.response or image_id in s.response:
+            raise ValueError(f"sequence {i}: the response is empty or holds image tokens")
         groups.setdefault((s.image, s.prompt), []).append(i)
 
-    bodies, tails, body_positions, tail_positions, slots = [], [], [], [], []
-    skip = sum(len(prompt) - 1 for _, prompt in groups)
-    first = {}  # sequence -> (tail row that predicts its first token, tail row of its first input token)
-    responses = []
-    for (_, prompt), members in groups.items():
-        anchor, begins = len(tails), {}  # begins: response -> where it stands; a repeated one is computed once
-        places = [*range(len(bodies), len(bodies) + len(prompt) - 1), skip + anchor]
-        slots += [place for place, token in zip(places, prompt) if token == image_id]
-        bodies += prompt[:-1]
-        body_positions += range(len(prompt) - 1)
-        tails.append(prompt[-1])
-        tail_positions.append(len(prompt) - 1)
-        for i in members:
-            inputs = sequences[i].response[:-1]  # the last token predicts nothing
-            if inputs not in begins:
-                begins[inputs] = len(tails)
-                tails += inputs
-                tail_positions += range(len(prompt), len(prompt) + len(inputs))
-            first[i] = (anchor, begins[inputs])
-        responses.append([len(inputs) for inputs in begins])
+    # What goes in, once for each distinct response: two that differ in the last token only are the same input.
+    inputs = [list(dict.fromkeys(sequences[i].response[:-1] for i in members)) for members in groups.values()]
+    questions = [sequences[members[0]].question for members in groups.values()]
+    shown = [rows[image] for image, _ in groups]
+    layout = lay_out([prompt for _, prompt in groups], inputs, shown, questions, image_id)
+    where = {i: (layout.anchors[g], layout.begins[g][inputs[g].index(sequences[i].response[:-1])])
+             for g, members in enumerate(groups.values()) for i in members}
 
     labels, sources, competitor = [], [], []
-    for i, s in enumerate(sequences):
-        anchor, start = first[i]
+    for i, s in enumerate(sequences):  # in the order they were given, which is not that of the groups
+        anchor, begin = where[i]
         labels += s.response
-        sources += [anchor, *range(start, start + len(s.response) - 1)]
+        sources += [anchor, *range(begin, begin + len(s.response) - 1)]
         competitor += [s.competitor] * len(s.response)
     return Packed(
-        ids=torch.tensor(bodies + tails),
-        positions=torch.tensor(body_positions + tail_positions),
-        slots=torch.tensor(slots, dtype=torch.long),
-        rows=torch.cat([rows[image] for image, _ in groups]),
+        ids=layout.ids,
+        positions=layout.positions,
+        slots=layout.slots,
+        rows=layout.rows,
         labels=torch.tensor(labels),
         sources=torch.tensor(sources),
         competitor=torch.tensor(competitor),
         lengths=[len(s.response) for s in sequences],
         prefixes=[len(prompt) for _, prompt in groups],
-        responses=responses,
+        responses=[[len(ids) for ids in group] for group in inputs],
+        questions=layout.questions,
     )
 
 
 class Scorer(nn.Module):
-    """Llava as a function from a packed batch to log-probs; an nn.Module so that DDP can wrap it.
+    """A VLM as a function from a packed batch to log-probs; an nn.Module so that DDP can wrap it.
 
     Args:
         autocast: dtype of mixed-precision compute, or None. Its cache of cast weights is off, because `Reference`
@@ -142,7 +141,7 @@ class Scorer(nn.Module):
         critic: give a value, too, for the state before each token (losses/ppo.py): a linear layer, 0 at first.
     """
 
-    def __init__(self, model: Llava, autocast: torch.dtype | None = None, critic: bool = False):
+    def __init__(self, model: VLM, autocast: torch.dtype | None = None, critic: bool = False):
         super().__init__()
         self.model, self.autocast = model, autocast
         self.value_head = nn.Linear(model.config.text.hidden_size, 1).to(model.device) if critic else None
@@ -155,7 +154,7 @@ class Scorer(nn.Module):
 
         Args:
             packed: from `pack`, on the model's device.
-            features: (tiles, P, C) from `Llava.vision_features`.
+            features: (tiles, P, C) from `VLM.vision_features`.
         Returns: token log-probs (N, L) in fp32, zero where there is no token, the mask (N, L) bool and, from a
             critic, the values (N, L).
         """
@@ -186,7 +185,7 @@ class Scorer(nn.Module):
         longest = max(p + max(r) for p, r in zip(packed.prefixes, packed.responses))
         if longest > limit:
             raise BadInput(f"a sequence of {longest} tokens, the decoder takes {limit}")
-        x = self.model.embed(packed.ids, features, packed.rows, packed.slots)  # (T, D)
+        x = self.model.embed(packed.ids, features, packed.rows, packed.slots, packed.questions)  # (T, D)
         rule = SharedPrefix(packed.prefixes, packed.responses, x.device)
         return self.model.language_model.model(x, packed.positions, rule)
 
@@ -282,7 +281,7 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, tokens, step)]
 
 
-def naive_logprobs(model: Llava, sequences: list[Sequence], views: list[View]) -> list[Tensor]:
+def naive_logprobs(model: VLM, sequences: list[Sequence], views: list[View]) -> list[Tensor]:
     """The same by definition: one sequence at a time, full logits. For tests and benchmarks.
 
     Returns one tensor of token log-probs per sequence; `Sequence.image` is the number of its view.
@@ -291,7 +290,7 @@ def naive_logprobs(model: Llava, sequences: list[Sequence], views: list[View]) -
     for s in sequences:
         ids = torch.tensor(s.prompt + s.response, device=model.device)
         pixels, rows = (t.to(model.device) for t in views[s.image])
-        logits = model.logits(ids[:-1], pixels, rows)[len(s.prompt) - 1 :].float()  # (R, V)
+        logits = model.logits(ids[:-1], pixels, rows, s.question)[len(s.prompt) - 1 :].float()  # (R, V)
         labels = torch.tensor(s.response, device=model.device)
         if s.competitor:
             labels = _best_competitor(logits, labels, torch.ones_like(labels, dtype=torch.bool))

@@ -1,8 +1,8 @@
 """Four steps of the decoder with hand-written gradients: the same mathematics in fewer passes over memory.
 
 Autograd keeps every intermediate of a formula and differentiates it term by term. For these steps that is
-what the time and the memory outside the matrix products go to, so each of them keeps its inputs (RMSNorm one
-number a row more) and has its gradient written out.
+what the time and the memory outside the matrix products go to, so each of them keeps no more than its inputs
+(RMSNorm one number a row more) and has its gradient written out.
 
     step        formula                                    gradient
     RMSNorm     y = w x / r,  r = sqrt(mean x^2 + eps)     dx = u / r - x mean(u x) / r^3,  u = w dy
@@ -12,7 +12,7 @@ number a row more) and has its gradient written out.
                                                            dq, dk from dS
 
 `Attention` is for bf16 on CPUs only: torch's kernel for the backward is up to four times slower there than
-the same products written out (torch 2.14). It recomputes P, 128 query rows at a time, and keeps none of it.
+the same products written out (torch 2.14). It recomputes P, ROWS query rows at a time, and keeps none of it.
 
 Shapes: T tokens, D width, H heads, d head width; G groups, n queries and m keys of each.
 """

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common import BadInput, written_whole
+from model.families import family_of
 from model.hub import resolve
-from model.layouts import llava_tensors
 
 BLOCK = 2**16  # bytes of a file that are read at a time
 SAMPLES = 256  # blocks of a file that stand for it: one in 20 MB of a shard of 5 GB
@@ -39,7 +39,7 @@ def identity(folder: Path | str, records: list[dict], processor, whole: bool = F
     Pictures enter by their references.
     """
     handling = (processor.prompt("?"), processor.response("."), repr(processor.preprocessing), processor.aspect,
-                processor.pinpoints)
+                repr(processor.config))
     return {"records": _key(records), "model files": _files_key(resolve(folder), whole),
             "template or image handling": _key(handling)}
 
@@ -56,7 +56,7 @@ def _key(value: object) -> str:
 def _files_key(folder: Path, whole: bool) -> str:
     """SHA-256 of names, sizes and blocks of a model's files."""
     digest = hashlib.sha256()
-    for place in dict.fromkeys([folder, *(t.file.parent for t in llava_tensors(folder).values())]):
+    for place in dict.fromkeys([folder, *(t.file.parent for t in family_of(folder).tensors(folder).values())]):
         for path in sorted(p for p in place.iterdir() if p.is_file()):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())

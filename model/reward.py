@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from common import BadInput
 from model.checkpoint import load_llava
-from model.llava import Llava
 from model.logprobs import Packed, Scorer
-from model.tensors import finite, list_file, misfits, read, refuse, save_tensors
+from model.tensors import check_tensors, finite, list_file, read, save_tensors
+from model.vlm import VLM
 
 HEAD = "reward_head.safetensors"
 
@@ -34,7 +34,7 @@ class RewardModel(nn.Module):
     answer's own last token is: `data.batch.collate(..., end=True)` repeats that token.
     """
 
-    def __init__(self, model: Llava, autocast: torch.dtype | None = None):
+    def __init__(self, model: VLM, autocast: torch.dtype | None = None):
         super().__init__()
         self.scorer = Scorer(model, autocast)
         language = model.language_model
@@ -70,7 +70,7 @@ def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32, device="
     reward = RewardModel(load_llava(folder / "model", dtype, device), autocast)
     found = {stored.name: stored for stored in list_file(folder / HEAD)}
     wanted = {name: tuple(tensor.shape) for name, tensor in reward.head.state_dict().items()}
-    refuse(misfits(found, wanted), f"{folder}: ")
+    check_tensors(found, wanted, folder)
     values = {t.name: finite(value, f"{t.file}: tensor {t.name}") for t, value in read(found.values())}
     reward.head.load_state_dict(values)
     return reward.requires_grad_(False).eval()

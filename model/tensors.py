@@ -118,9 +118,13 @@ def list_file(file: Path) -> list[Stored]:
             slices = {name: shard.get_slice(name) for name in shard.keys()}
             return [Stored(file, n, tuple(s.get_shape()), FLOATS.get(s.get_dtype()), s.get_dtype())
                     for n, s in slices.items()]
-    state = _pickled(file)
+    return describe(_pickled(file), file)
+
+
+def describe(tensors: dict[str, Tensor], file: Path) -> list[Stored]:
+    """What is known of tensors in memory that came from a file."""
     return [Stored(file, n, tuple(t.shape), t.dtype if t.dtype in FLOATS.values() else None, str(t.dtype))
-            for n, t in state.items()]
+            for n, t in tensors.items()]
 
 
 def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
@@ -181,22 +185,24 @@ def _plain(value: object) -> bool:
 # --------------------------------------------------------------------------------------------------- checking
 
 
-def misfit(stored: Stored, shape: tuple[int, ...]) -> str:
+def check_tensors(found: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where: Path | str,
+                  may_ignore: Callable[[str], bool] = lambda name: False) -> None:
+    """Raise one BadInput that names every tensor in `found` that is not what `wanted` (name -> shape) asks for:
+    missing, unexpected, of another shape, not floating-point."""
+    problems = [f"missing tensor {n}" for n in wanted if n not in found]
+    problems += [f"unexpected tensor {n}" for n in found if n not in wanted and not may_ignore(n)]
+    wrong = ((found[n].file, _misfit(found[n], wanted[n])) for n in wanted if n in found)
+    problems += [f"{reason} (in {file.name})" for file, reason in wrong if reason]
+    refuse(sorted(problems), f"{where}: ")
+
+
+def _misfit(stored: Stored, shape: tuple[int, ...]) -> str:
     """What is wrong with a tensor that should be floating-point and of this shape; "" for nothing."""
     if stored.shape == (0,) != shape:
         return f"tensor {stored.name} is empty, as ZeRO-3 leaves it (its zero_to_fp32.py writes whole weights)"
     if stored.shape != shape:
         return f"tensor {stored.name} is {stored.shape}, expected {shape}"
     return f"tensor {stored.name} is {stored.written}, not floating-point" if stored.dtype is None else ""
-
-
-def misfits(found: dict[str, Stored], wanted: dict[str, tuple[int, ...]],
-            may_ignore: Callable[[str], bool] = lambda name: False) -> list[str]:
-    """Everything in `found` that is not what `wanted` (name -> shape) asks for, one phrase each."""
-    problems = [f"missing tensor {n}" for n in wanted if n not in found]
-    problems += [f"unexpected tensor {n}" for n in found if n not in wanted and not may_ignore(n)]
-    wrong = ((found[n].file, misfit(found[n], wanted[n])) for n in wanted if n in found)
-    return sorted(problems + [f"{reason} (in {file.name})" for file, reason in wrong if reason])
 
 
 def refuse(problems: list[str], prefix: str = "") -> None:

@@ -58,11 +58,12 @@ from tqdm import tqdm
 
 from common import BadInput
 from data.corrupt import sample_seed
-from data.images import View, open_image
+from data.images import open_image
 from data.processor import Processor
 from data.sentences import sentence_end, split_sentences
 from model.generate import generate
 from model.llava import Llava
+from model.views import View
 
 YES_NO = re.compile(r"\s*(yes|no)\b", re.I)
 OPENING = {"”": "“", ")": "(", "]": "["}
@@ -174,9 +175,10 @@ def completion(model: Llava, processor: Processor, *, noise: Noise | None = None
                   for ids, a, stream in zip(prompts, attempts, streams)]
         longest = [len(ids) + max(len(w.start) for w in group) for ids, group in zip(prompts, writings)]
         fits = [row for row, length in enumerate(longest) if length + max_new_tokens <= processor.window]
+        questions = [processor.question(attempts[row].prompt) for row in fits]
         views, prompts, hidden, seeds, kept = ([x[row] for row in fits]
                                                for x in (views, prompts, hidden, seeds, writings))
-        out = generate(model, views, prompts, eos_id=processor.eos_id, hidden=hidden,
+        out = generate(model, views, prompts, eos_id=processor.eos_id, questions=questions, hidden=hidden,
                        starts=[[writing.start for writing in group] for group in kept],
                        stop=lambda i, j, new: kept[i][j].read(new, whole=False) is not None,
                        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,

@@ -58,6 +58,7 @@ def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[
         model, list(views.values()),
         [processor.prompt(record["prompt"], len(views[record["image"]].rows)) for record in records],
         shows=[list(views).index(record["image"]) for record in records], eos_id=processor.eos_id,
+        questions=[processor.question(record["prompt"]) for record in records],
         n=samples, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds,
     )
     model.train(training)

@@ -41,11 +41,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.images import View
 from data.processor import Processor
 from metrics.chair import TWO_WORDS, load_synonyms, singularize
 from model.generate import generate
 from model.llava import Llava
+from model.views import View
 
 Span = tuple[int, int]
 
@@ -139,8 +139,9 @@ def infill(model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_siz
         ids = [processor.prompt(job.prompt, len(view.rows)) + processor.opening(prefix)
                for view, job, prefix in zip(views, jobs, prefixes)]
         fits = [row for row, row_ids in enumerate(ids) if len(row_ids) + gap_tokens <= processor.window]
+        questions = [processor.question(jobs[row].prompt) for row in fits]
         out = generate(model, [views[row] for row in fits], [ids[row] for row in fits], eos_id=processor.eos_id,
-                       max_new_tokens=gap_tokens) if fits else []
+                       questions=questions, max_new_tokens=gap_tokens) if fits else []
         written = {row: processor.decode(tokens) for row, (tokens,) in zip(fits, out)}
         return [written.get(row, "") for row in range(len(ids))]  # nothing: the hidden words stay
 

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.images import View, single
 from model.clip import CLIP, VisionTransformer
-from model.config import clip_config, llava_config
+from model.config import clip_config
+from model.families.llava import llava_config
 from model.llava import Llava
+from model.views import View, single
 
 SIDE, PATCHES, VOCAB, IMAGE_TOKEN = 17, 9, 67, 64
 VISION = dict(

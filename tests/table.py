@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import train
-from data.images import View
 from judges.scores import Score
 from model.logprobs import Packed
+from model.views import View
 
 WORDS = ["<image>", "<s>", "a", "dog", "two", "cats", "hot", "</s>"]
 A, DOG, TWO, CATS, HOT, EOS = range(2, 8)
@@ -40,6 +40,9 @@ class Words:
 
     def prompt(self, text: str, count: int = 1) -> list[int]:
         return [1, *[self.image_id] * count]
+
+    def question(self, text: str) -> tuple[int, ...]:
+        return ()
 
     def response(self, text: str) -> list[int]:
         return [*map(WORDS.index, text.split()), self.eos_id]

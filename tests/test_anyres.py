@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from test_processor import tokenizer
 
-from data.anyres import anyres, best_resolution, merge
-from data.images import Preprocessing, View, pad_to_square, preprocess, single, stack
 from data.processor import Processor
+from model.anyres import anyres, best_resolution, merge
 from model.checkpoint import load_llava
 from model.generate import generate
 from model.logprobs import Scorer, Sequence, naive_logprobs, pack
+from model.views import Preprocessing, View, pad_to_square, preprocess, single, stack
 
 S, P, IMAGE = small.SIDE, small.PATCHES, small.IMAGE_TOKEN
 PUBLISHED = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))

@@ -10,8 +10,8 @@ import torch
 
 from common import BadInput
 from data.batch import BadRecord, Drawn, MicroBatches, collate, with_seeds, without_bad
-from data.images import View
 from losses.rdpo import SEQUENCES
+from model.views import View
 
 
 class Words:
@@ -31,6 +31,9 @@ class Words:
 
     def prompt(self, text: str, count: int) -> list[int]:
         return [1, *[self.image_id] * (count + self.extra), int(text)]
+
+    def question(self, text: str) -> tuple[int, ...]:
+        return (int(text), 9)
 
     def response(self, text: str) -> list[int]:
         return [int(text), 2]

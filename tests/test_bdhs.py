@@ -168,7 +168,7 @@ def test_hidden_flags_that_do_not_fit(flags):
 
 @pytest.mark.parametrize("starts", [[], [[]], [[[]], [[]]]])
 def test_every_prompt_needs_a_beginning(model, pictures, starts):
-    with pytest.raises(ValueError, match="at least one answer beginning"):
+    with pytest.raises(ValueError, match="at least one beginning of a response"):
         generate(model, pictures[:1], PROMPTS[:1], starts=starts, eos_id=NEVER)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -43,7 +45,7 @@ def test_only_what_the_loss_scores_is_looked_at(processor):
 
 def longest(processor, extra: int) -> dict:
     """A record whose chosen answer fills the decoder's window, and `extra` tokens more."""
-    want = processor.window + 1 + extra - processor.patches - len(processor.prompt(RECORD["prompt"], 0))
+    want = processor.window + 1 + extra - len(processor.prompt(RECORD["prompt"]))
     text = "A" + " dog" * (want - 2)
     assert len(processor.response(text)) == want
     return {**RECORD, "chosen": text}
@@ -87,7 +89,9 @@ def test_image_tokens_follow_from_the_header(tmp_path, size):
     processor = Processor(DEFAULT_MODEL)
     Image.new("RGB", size).save(tmp_path / "a.bmp")
     side = processor.preprocessing.size
-    for processor.aspect, processor.pinpoints in (("crop", ()), ("anyres", ((side, 2 * side), (2 * side, side)))):
+    tiles = replace(processor.config, image_grid_pinpoints=((side, 2 * side), (2 * side, side)))
+    for aspect, config in (("crop", processor.config), ("anyres", tiles)):
+        processor.aspect, processor.config = aspect, config
         expected = len(processor.image("a.bmp", tmp_path).rows)
         whole = (tmp_path / "a.bmp").read_bytes()
         (tmp_path / "cut.bmp").write_bytes(whole[:56])

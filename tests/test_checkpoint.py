@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import model.tensors as tensor_files
 from model.attention import Causal
 from model.checkpoint import load_clip, load_llava, merged_tensors, save_llava
-from model.config import llava_config, read_llava_config
+from model.families.llava import llava_config, read
 from model.generate import generate
 from model.hub import resolve
 from model.lora import add_lora, lora_layers, merge_lora
@@ -209,7 +209,7 @@ def test_original_layout(folder, tmp_path, kind):
         save_llava(model, tmp_path / "out", original)
         saved = load_llava(tmp_path / "out")
         assert torch.equal(saved.logits(ours, small.pictures(1)), expected)
-    assert saved.config == read_llava_config(tmp_path / "out") and saved.config.surplus_rows == 64
+    assert saved.config == read(tmp_path / "out") and saved.config.surplus_rows == 64
     assert (saved.config.aspect, saved.config.template) == ("pad", "vicuna_v1")
     with pytest.raises(ValueError, match="holds an original checkpoint"):
         save_llava(model, original, original)
@@ -756,7 +756,7 @@ BIG = dict(VICUNA, hidden_size=5120, intermediate_size=13824, num_attention_head
 )
 def test_published_families(tmp_path, raw, heads, grid, aspect, template):
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    config = read_llava_config(tmp_path)
+    config = read(tmp_path)
     text = config.text
     assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == heads
     assert (config.image_grid_pinpoints, config.aspect, config.template) == (grid, aspect, template)
@@ -858,7 +858,7 @@ def test_live_original_layout_as_llava_hf(tmp_path, kind):
     """Original layout in, llava-hf out, in shards: transformers finds every tensor and computes the same."""
     transformers = pytest.importorskip("transformers")
     source = small.write_llava(tmp_path / "hf", DECODERS["Mistral"] | {"vocab_size": IMAGE}, image_token_index=IMAGE)
-    settings = dict(architectures=["LlavaMistralForCausalLM"], **DECODERS["Mistral"] | {"vocab_size": IMAGE})
+    settings = dict(architectures=["LlavaMistralForCausalLM"], **DECODERS["Mistral"] | {"vocab_size": IMAGE, "model_type": "llava_mistral"})
     model = load_llava(write_original(tmp_path / "original", kind, source, **settings))
     save_llava(model, tmp_path / "out", tmp_path / "original", shard_bytes=45_000)
     theirs, report = transformers.LlavaForConditionalGeneration.from_pretrained(

@@ -9,7 +9,9 @@ import pytest
 import small
 from test_checkpoint import ANYRES, VICUNA, original
 
-from model.config import clip_config, llava_config, read_config, read_llava_config, tower_folder
+from model.config import clip_config, read_config
+from model.families import family_of
+from model.families.llava import llava_config, read, tower_folder
 from model.hub import resolve
 
 HUGE = 10**30
@@ -113,9 +115,9 @@ def test_another_family_is_named(tmp_path, family):
     """Whatever sections such a file has or lacks."""
     for raw in ({"model_type": family, "hidden_size": 8}, {**small.LLAVA, "model_type": family}):
         (tmp_path / "config.json").write_text(json.dumps(raw))
-        reason = f"config.json: model_type={family!r} is not supported (LLaVA-1.5 and 1.6 are: llava, llava_next"
+        reason = f"config.json: model_type={family!r} is not supported (supported: llava, llava_next"
         with pytest.raises(ValueError, match=re.escape(reason)):
-            read_llava_config(tmp_path)
+            family_of(tmp_path)
 
 
 @pytest.mark.parametrize("name", [None, 3, [], "", "/", "..", ["openai/clip-vit-large-patch14-336"]])
@@ -123,7 +125,7 @@ def test_a_tower_without_a_name(tmp_path, name):
     raw = original(VICUNA, mm_vision_tower=name)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=re.escape(f"config.json: mm_vision_tower={name!r} names no vision tower")):
-        read_llava_config(tmp_path)
+        read(tmp_path)
 
 
 def test_a_tower_elsewhere(tmp_path):
@@ -142,9 +144,9 @@ def test_a_tower_elsewhere(tmp_path):
     ):
         (tower / "config.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=re.escape(f"{tower}/{reason}")):
-            read_llava_config(tmp_path / "model")
+            read(tmp_path / "model")
     (tower / "config.json").write_text(json.dumps({"vision_config": small.VISION}))
-    assert read_llava_config(tmp_path / "model").vision.image_size == small.SIDE
+    assert read(tmp_path / "model").vision.image_size == small.SIDE
 
 
 @pytest.mark.parametrize(
@@ -180,14 +182,14 @@ def test_vocabularies_that_cannot_be(tmp_path, raw, reason):
     (tmp_path / "config.json").write_text(json.dumps(small.LLAVA))
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="tokenizer.json: .*" + re.escape(reason)):
-        read_llava_config(tmp_path)
+        read(tmp_path)
 
 
 def test_a_vocabulary_of_pairs(tmp_path):
     """Unigram models list (token, score) in the order of the ids."""
     (tmp_path / "config.json").write_text(json.dumps(small.LLAVA))
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["a", 0], ["b", 0], ["<pad>", 0]]}}))
-    assert read_llava_config(tmp_path).text.vocab_size == 2
+    assert read(tmp_path).text.vocab_size == 2
 
 
 def test_names_that_are_no_folder(tmp_path):

@@ -11,10 +11,10 @@ import torch
 from goldens import make
 from safetensors.torch import load_file
 
-from data.images import View
 from model.checkpoint import load_llava
 from model.generate import Cache, NotFinite, answers, generate, pick
 from model.lora import add_lora, lora_layers, merge_lora
+from model.views import View
 
 NEVER = 999  # an EOS id that is never drawn
 PROMPTS = [list(small.prompt(*range(7, 7 + n))) for n in (3, 1, 5, 2, 3, 8)]
@@ -196,7 +196,7 @@ def test_compaction_with_several_answers(model, pictures, monkeypatch):
         (dict(top_p=0.0), "top_p 0.0"),
         (dict(top_p=1.5), "top_p 1.5"),
         (dict(prompts=[[1]]), "at least two tokens"),
-        (dict(prompts=[[1, *[small.IMAGE_TOKEN] * 8, 4]]), "prompt 0 has 8 image tokens, its picture 9"),
+        (dict(prompts=[[1, *[small.IMAGE_TOKEN] * 8, 4]]), "prompt 0: 8 image tokens, its image needs 9"),
     ],
 )
 def test_refusals(model, pictures, options, reason):
@@ -300,6 +300,9 @@ class Words:
     def prompt(self, text: str, count: int = small.PATCHES) -> list[int]:
         assert count == small.PATCHES
         return list(small.prompt(*map(int, text.split())))
+
+    def question(self, text: str) -> tuple[int, ...]:
+        return ()
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))

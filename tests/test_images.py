@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from data import images
-from data.images import Preprocessing, View, image_size, open_image, pad_to_square, preprocess, single, stack
-from data.settings import find_aspect
-from model.config import llava_config
+from data.images import image_size, open_image
+from model.families.llava import find_aspect, llava_config
+from model.views import Preprocessing, View, pad_to_square, preprocess, single, stack
 
 GRID = ((17, 34), (34, 17), (34, 34))
 

@@ -26,7 +26,7 @@ import train
 from data import scenes
 from data.batch import collate
 from data.corrupt import add_noise, crop
-from data.images import open_image, stack
+from data.images import open_image
 from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
 from judges.reward import reward_judge
@@ -37,6 +37,7 @@ from model import reference
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
 from model.logprobs import Sequence, naive_logprobs, pack
 from model.reward import load_reward_model, save_reward_head
+from model.views import stack
 from pairs import online
 
 HOME = Path(__file__).resolve().parents[1]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from data import scenes
-from data.images import stack
 from data.processor import Processor
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_llava
 from model.logprobs import Scorer, Sequence, naive_logprobs
+from model.views import stack
 from tools import pretrain
 
 

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from data.images import Preprocessing, open_image
+from data.images import open_image
 from data.processor import ClipProcessor
 from model.checkpoint import DEFAULT_CLIP, load_clip
 from model.clip import CLIP
 from model.config import ClipConfig, ClipTextConfig, VisionConfig
+from model.views import Preprocessing
 from retrieval import cache
 from retrieval.cache import cached_images, fingerprint
 from retrieval.embed import embed_images, embed_texts

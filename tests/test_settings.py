@@ -11,12 +11,12 @@ from PIL import Image
 from test_checkpoint import write_original
 from test_processor import tokenizer
 
-from data.anyres import anyres
-from data.images import CLIP_MEAN, CLIP_STD, Preprocessing, pad_to_square, preprocess
 from data.processor import ClipProcessor, Processor
-from data.settings import find_aspect, read_preprocessing
+from model.anyres import anyres
 from model.checkpoint import load_llava, save_llava
-from model.config import llava_config
+from model.families.llava import find_aspect, llava_config, settings_folder
+from model.settings import read_preprocessing
+from model.views import CLIP_MEAN, CLIP_STD, Preprocessing, pad_to_square, preprocess
 
 S = small.SIDE
 OWN = dict(image_mean=[0.5, 0.25, 0.75], image_std=[0.5, 0.2, 0.1])
@@ -111,7 +111,7 @@ def test_an_original_checkpoint_goes_by_its_tower(llava_folder, tmp_path):
     """And what `save_llava` writes of it reads back the same settings; so do nested ones of llava-hf's layout."""
     original = write_original(tmp_path / "original", "bin", llava_folder)
     write(tmp_path / "tower", **{**FULL, **OWN})
-    expected = read_preprocessing(original, S, "pad")
+    expected = read_preprocessing(settings_folder(original), S, "pad")
     assert expected.mean == (0.5, 0.25, 0.75)
     save_llava(load_llava(original), tmp_path / "out", original)
     assert read_preprocessing(tmp_path / "out", S, "pad") == expected

@@ -10,10 +10,11 @@ import pytest
 import small
 from tokenizers import normalizers
 
-import data.templates
 from data.processor import Processor
 from data.sentencepiece import read_sentencepiece
-from data.templates import SPECIAL, TEMPLATES, cut, find_template
+from data.templates import TEMPLATES, cut, find_template
+from model.families import llava as family
+from model.families.llava import SPECIAL
 
 MODEL = Path(__file__).parent / "goldens" / "tokenizer.model"
 NO_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }; appended, it overrides
@@ -74,7 +75,7 @@ def test_exact_tokens(processors, name):
 
 def test_the_documented_tokens_are_these():
     """The docstring's table: "…" stands for what is left out, "|" is where the answer begins."""
-    table = data.templates.__doc__.split("where the answer begins:")[1]
+    table = family.__doc__.split("where the answer begins:")[1]
     rows = dict(line.split(maxsplit=1) for line in table.strip().splitlines())
     assert list(rows) == list(TEMPLATES) == list(EXACT)
     for name, row in rows.items():
@@ -84,18 +85,18 @@ def test_the_documented_tokens_are_these():
 
 def test_the_documented_letters_are_the_templates():
     """The docstring's first table, ⏎ for a line break and {system, word} for the system sentences."""
-    table = data.templates.__doc__.split("\n\n")[1].replace("\n" + " " * 23, "")
+    table = family.__doc__.split("to the letter:\n\n")[1].split("\n\n")[0].replace("\n" + " " * 23, "")
     rows = dict(line.split(maxsplit=1) for line in table.splitlines())
     for name, word in (("vicuna_v1", "user"), ("llava_v1", "human")):
-        rows[name] = rows[name].replace(f"{{system, {word}}}", data.templates.SYSTEM.format(word))
-    assert rows == {name: (t.before + "<image>" + t.after + t.answer + t.stop).replace("\n", "⏎")
+        rows[name] = rows[name].replace(f"{{system, {word}}}", family.SYSTEM.format(word))
+    assert rows == {name: (t.before + t.image + t.after + t.answer + t.stop).replace("\n", "⏎")
                     for name, t in TEMPLATES.items()}
 
 
 def llava(sp, text: str) -> list[int]:
     """LLaVA's tokenizer_image_token on its slow tokenizer: chunks around <image>, special tokens cut out."""
     read = lambda part: [sp.piece_to_id(part)] if part in SPECIAL else sp.encode(part)
-    chunks = [[i for part in cut(chunk) for i in read(part)] for chunk in text.split("<image>")]
+    chunks = [[i for part in cut(chunk, SPECIAL) for i in read(part)] for chunk in text.split("<image>")]
     return [i for chunk in chunks for i in (IMAGE, *chunk)][1:]
 
 
@@ -111,9 +112,9 @@ def test_equals_llava(processors, name, question):
     processor = processors(name)
     plain = MODEL.read_bytes() + (NO_PREFIX if name == "chatml_direct" else b"")
     sp = sentencepiece.SentencePieceProcessor(model_proto=plain)
-    before, after, answer, stop = TEMPLATES[name]
+    before, image, after, answer, stop = TEMPLATES[name]
     for text in (ANSWER, "a dog\nand 2 cats ", "  blanks", "é犬"):
-        whole = before + "<image>" + after.format(prompt=question) + answer.format(answer=text) + stop
+        whole = before + image + after.format(prompt=question) + answer.format(answer=text) + stop
         prompt = processor.prompt(question, 1)
         assert prompt + processor.response(text) == llava(sp, whole)
         if name in ("vicuna_v1", "llava_v1"):
@@ -129,13 +130,26 @@ def test_equals_transformers(tmp_path):
     processor = Processor(folder(tmp_path, "json"), "vicuna_v1")
     raw = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     oracle = transformers.LlamaTokenizer(vocab=raw["vocab"], merges=[tuple(m) for m in raw["merges"]])
-    before, after, answer, stop = TEMPLATES["vicuna_v1"]
-    parts = [before.removeprefix("<s>"), after.format(prompt=QUESTION) + answer.format(answer=ANSWER)]
+    before, image, after, answer, stop = TEMPLATES["vicuna_v1"]
+    parts = [before.removeprefix("<s>"), image.removeprefix("<image>") + after.format(prompt=QUESTION) + answer.format(answer=ANSWER)]
     first, second = (oracle.encode(part, add_special_tokens=False) for part in parts)
     assert [1, *first, IMAGE, *second, 2] == processor.prompt(QUESTION, 1) + processor.response(ANSWER)
     oracle.save_pretrained(tmp_path)  # its tokenizer.json prefixes in a pre-tokeniser, not a normaliser
     again = Processor(tmp_path, "vicuna_v1")
     assert again.prompt(QUESTION, 1) + again.response(ANSWER) == [1, *first, IMAGE, *second, 2]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_question_without_an_image(processors, name):
+    """Neither image tokens nor the line break after them: the text is one part, with one dummy prefix."""
+    processor, template = processors(name), TEMPLATES[name]
+    bos, _, text = (template.before + template.after.format(prompt=QUESTION)).partition(">")
+    expected = [i for part in cut(bos + ">" + text, SPECIAL)
+                for i in ([processor.tokenizer.id(part)] if part in SPECIAL else processor.tokenizer.encode(part))]
+    assert processor.prompt(QUESTION, 0) == expected
+    assert IMAGE not in expected and "<0x0A> A ▁dog" not in tokens(processor, expected) or name == "chatml_direct"
+    view = processor.image(None)
+    assert len(view.pixels) == len(view.rows) == 0
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -171,7 +185,7 @@ def test_template_comes_from_the_config_unless_named(tmp_path):
 def test_an_original_folder(tmp_path):
     """Decoder fields at the top and tokenizer.model: vicuna_v1; the image token is the first free id."""
     place = folder(tmp_path, "model")
-    raw = {**small.TEXT, "vocab_size": IMAGE, "architectures": ["LlavaLlamaForCausalLM"],
+    raw = {**small.TEXT, "model_type": "llava", "vocab_size": IMAGE, "architectures": ["LlavaLlamaForCausalLM"],
            "mm_vision_select_layer": -2, "mm_vision_tower": "openai/clip-vit-large-patch14-336",
            "mm_projector_type": "mlp2x_gelu"}
     (place / "config.json").write_text(json.dumps(raw))
@@ -196,5 +210,5 @@ def test_an_answer_that_merges_with_the_tag_is_refused(tmp_path):
     (place / "tokenizer.model").write_bytes(MODEL.read_bytes() + pieces)
     raw = {**small.LLAVA, "text_config": {**small.TEXT, "vocab_size": IMAGE + 2}}
     (place / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="merges with the 'assistant.n' in front of it"):
+    with pytest.raises(ValueError, match="merges with the 'assistant.n' before it"):
         Processor(place, "chatml_direct").response("\nYes.")

@@ -23,9 +23,9 @@ from table import CATS, DOG, EOS, HOT, TWO, A, Notes, Words, by_token, judge, ma
 
 import reinforce
 import train
-from data.images import stack
 from judges import words as verifier
 from model.logprobs import Scorer, Sequence, pack
+from model.views import stack
 from pairs import online
 
 Y1, Y2 = [A, DOG, EOS], [TWO, CATS]

@@ -40,15 +40,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import scenes
-from data.images import Preprocessing, preprocess
 from data.processor import ClipProcessor, Processor
 from data.templates import TEMPLATES
 from model.checkpoint import load_clip, load_llava, save_json
 from model.clip import CLIP
-from model.config import clip_config, llava_config
+from model.config import clip_config
+from model.families.llava import llava_config
 from model.llava import Llava
 from model.logprobs import Scorer, Sequence, pack
 from model.tensors import save_tensors
+from model.views import Preprocessing, preprocess
 
 SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
 # "</s>" is not 2: in a CLIP config, eos_token_id = 2 signals an old bug that pools at the largest id
@@ -86,7 +87,8 @@ def train_tokenizer(out: Path) -> None:
 
 
 def _corpus():
-    before, after = TEMPLATES["hf"].before.removeprefix("<s>"), TEMPLATES["hf"].after
+    template = TEMPLATES["hf"]
+    before, after = template.before.removeprefix("<s>"), template.image.removeprefix("<image>") + template.after
     for category in scenes.CATEGORIES:
         for _ in range(20):
             yield phrase(category)

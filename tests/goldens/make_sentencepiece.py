@@ -39,7 +39,7 @@ def train(**changes) -> bytes:
     """The bytes of a tokenizer.model trained on WORDS and the templates: SETTINGS with `changes`."""
     import sentencepiece
 
-    around = (part for template in TEMPLATES.values() for part in (template.before, template.after))
+    around = (part for template in TEMPLATES.values() for part in (template.before, template.image.removeprefix("<image>") + template.after))
     corpus = [line for text in (*around, WORDS) for line in text.split("\n")] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

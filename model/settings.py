@@ -1,23 +1,22 @@
-"""How a folder wants its pictures made: the settings that `transformers` saves, read into `Preprocessing`.
+"""How a folder wants its images made: the settings that `transformers` saves, read into `Preprocessing`.
 
     processor_config.json      as "image_processor": {...}, written by transformers 5; counts where both are there
     preprocessor_config.json   by earlier versions, and for an image processor saved by itself
 
-An original LLaVA checkpoint has neither; then those of the CLIP folder that it names count, as in LLaVA. What is
-left out is CLIP's, with the side that the vision tower takes. What a file may say:
+What is left out is CLIP's, with the side that the vision tower takes. What a file of CLIP or LLaVA may say:
 
     image_processor_type   CLIP, Llava or LlavaNextImageProcessor, and these with Fast or Pil behind
                            (feature_extractor_type CLIPFeatureExtractor in the oldest)
-    size                   n or {"shortest_edge": n}; {"height": h, "width": w} for a picture of any shape
+    size                   n or {"shortest_edge": n}; {"height": h, "width": w} for an image of any shape
     crop_size              S or {"height": S, "width": S}, where S is the side that the tower takes
     do_center_crop         false if `size` is already S x S
     resample               the number of one of Pillow's filters
     do_normalize           with image_mean and image_std of the three channels
     do_pad                 of LlavaImageProcessor: padded to a square with the mean colour ("pad"); of
-                           LlavaNextImageProcessor and CLIP's it concerns batches and changes no picture
+                           LlavaNextImageProcessor and CLIP's it concerns batches and changes no image
     image_grid_pinpoints   those of config.json
 
-Everything else that would change a picture is refused. Further fields of processor_config.json (patch_size,
+Everything else that would change an image is refused. Further fields of processor_config.json (patch_size,
 vision_feature_select_strategy, num_additional_image_tokens) count image tokens, which config.json decides here.
 """
 
@@ -29,48 +28,29 @@ from pathlib import Path
 from PIL.Image import Resampling
 
 from common import BadInput, read_json
-from data.images import CLIP_MEAN, CLIP_STD, MAX_RESIZE, Preprocessing
-from model.config import LlavaConfig, refuse
-from model.layouts import SETTINGS, settings_folder
+from model.config import refuse
+from model.layouts import SETTINGS
+from model.views import CLIP_MEAN, CLIP_STD, Preprocessing
 
+MAX_RESIZE = 2**11  # of the shorter side when resized; the longer one may be MAX_RATIO (data/images.py) times that
 KIND = re.compile(r"(CLIP|Llava|LlavaNext)(ImageProcessor|FeatureExtractor)(Fast|Pil)?")
 
 
-def find_aspect(folder: Path, config: LlavaConfig, asked: str | None) -> str:
-    """How pictures are shown: as asked for, or as the folder's configurations say. BadInput if impossible."""
-    where, raw = _settings(folder)
-    kind, aspect = _kind(where, raw) or "Llava", asked or config.aspect
-    if not asked and aspect == "crop" and kind == "LlavaNext":
-        raise BadInput(f"{where}: LlavaNextImageProcessor makes tiles, the model of {folder / 'config.json'}"
-                       " takes none")
-    if not asked and aspect == "crop" and kind == "Llava" and raw.get("do_pad"):
-        aspect = "pad"
-    if aspect not in ("crop", "pad", "anyres"):
-        raise BadInput(f"aspect {aspect!r} is none of crop, pad, anyres")
-    if aspect == "anyres":
-        odd = [pair for pair in config.image_grid_pinpoints if any(x % config.vision.image_size for x in pair)]
-        if odd or not config.anyres:
-            reason = f"{odd[0]} is no multiple of {config.vision.image_size}" if odd else "there are none"
-            raise BadInput(f"{folder / 'config.json'}: anyres needs image_grid_pinpoints, {reason}")
-        refuse(raw, where, image_grid_pinpoints=([list(pair) for pair in config.image_grid_pinpoints],))
-    return aspect
-
-
 def read_preprocessing(folder: Path, size: int, aspect: str | None = None) -> Preprocessing:
-    """The settings of a folder whose tower takes pictures of `size` pixels a side.
+    """The settings of a folder whose tower takes images of `size` pixels a side.
 
     Args:
-        aspect: how the pictures of a policy are shown (`find_aspect`); None: those of a CLIP.
+        aspect: how the images of a LLaVA are shown (`find_aspect` of its family); None: those of a CLIP.
     Raises BadInput naming the file and the setting that does not fit or is not supported.
     """
-    where, raw = _settings(folder)
-    kind = _kind(where, raw)
+    where, raw = image_settings(folder)
+    kind = kind_of(where, raw)
     if aspect is None and kind not in ("CLIP", None):
         raise BadInput(f"{where}: {kind}ImageProcessor does not belong to a CLIP")
     refuse(raw, where, do_resize=(True,), do_rescale=(True,), rescale_factor=(1 / 255,), do_normalize=(True, False),
            do_center_crop=(True, False), do_pad=(True, False), use_square_size=(False,),
            resample=tuple(sorted(map(int, Resampling))))
-    resize, crop = _size(raw, "size", where) or size, _size(raw, "crop_size", where) or size
+    resize, crop = size_of(raw, "size", where) or size, size_of(raw, "crop_size", where) or size
     cropped = raw.get("do_center_crop", True) or aspect == "anyres"  # whose tiles are of `crop_size`
     if cropped and crop not in (size, (size, size)):
         raise BadInput(f"{where}: crop_size={raw['crop_size']!r} does not fit the vision tower's {size} x {size}")
@@ -79,7 +59,7 @@ def read_preprocessing(folder: Path, size: int, aspect: str | None = None) -> Pr
                        " vision tower takes")
     if aspect == "anyres" and resize not in (size, (size, size)):
         raise BadInput(f"{where}: size={raw['size']!r} is not the side of a tile, {size}")
-    mean, std = _channels(raw, "image_mean", CLIP_MEAN, where), _channels(raw, "image_std", CLIP_STD, where)
+    mean, std = channels_of(raw, "image_mean", CLIP_MEAN, where), channels_of(raw, "image_std", CLIP_STD, where)
     if min(std) == 0:
         raise BadInput(f"{where}: image_std={raw['image_std']!r} divides by 0")
     fill = tuple(int(x * 255) for x in mean)
@@ -88,9 +68,9 @@ def read_preprocessing(folder: Path, size: int, aspect: str | None = None) -> Pr
     return Preprocessing(size, mean, std, None if resize == size else resize, int(raw.get("resample", 3)), fill)
 
 
-def _settings(folder: Path) -> tuple[str, dict]:
+def image_settings(folder: Path) -> tuple[str, dict]:
     """(where they are, for messages; the settings that are not null). BadInput naming an unreadable file."""
-    new, old = (settings_folder(folder) / name for name in SETTINGS)
+    new, old = (folder / name for name in SETTINGS)
     where, raw = f"{new}: image_processor", read_json(new).get("image_processor") if new.is_file() else None
     if raw is None:
         where, raw = str(old), read_json(old) if old.is_file() else {}
@@ -99,7 +79,7 @@ def _settings(folder: Path) -> tuple[str, dict]:
     return where, {key: value for key, value in raw.items() if value is not None}
 
 
-def _kind(where: str, raw: dict) -> str | None:
+def kind_of(where: str, raw: dict) -> str | None:
     """"CLIP", "Llava" or "LlavaNext"; None where the settings do not say. BadInput on any other."""
     key = "image_processor_type" if "image_processor_type" in raw else "feature_extractor_type"
     if key not in raw:
@@ -110,7 +90,7 @@ def _kind(where: str, raw: dict) -> str | None:
     return found[1]
 
 
-def _size(raw: dict, key: str, where: str) -> int | tuple[int, int] | None:
+def size_of(raw: dict, key: str, where: str) -> int | tuple[int, int] | None:
     """n: the shorter side; (height, width); None where the settings do not say."""
     value = raw.get(key, {})
     sides = value if isinstance(value, dict) else {"shortest_edge": value}
@@ -125,7 +105,7 @@ def _size(raw: dict, key: str, where: str) -> int | tuple[int, int] | None:
     return sides.get("shortest_edge") or (sides["height"], sides["width"])
 
 
-def _channels(raw: dict, key: str, default: tuple[float, ...], where: str) -> tuple[float, ...]:
+def channels_of(raw: dict, key: str, default: tuple[float, ...], where: str) -> tuple[float, ...]:
     value = raw.get(key, default)
     fits = isinstance(value, (list, tuple)) and len(value) == 3 and all(type(x) in (int, float) for x in value)
     if not fits or not all(0 <= x <= 1 for x in value):

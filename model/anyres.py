@@ -1,16 +1,16 @@
-"""LLaVA-1.6's pictures: an overview and tiles of a higher resolution ("anyres").
+"""LLaVA-1.6's images: an overview and tiles of a higher resolution ("anyres").
 
 Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge" (blog; merge type "spatial_unpad").
 
-    1. resolution  the pinpoint of the checkpoint that keeps most of the picture's pixels, and of those the
+    1. resolution  the pinpoint of the checkpoint that keeps most of the image's pixels, and of those the
                    smallest canvas                                                    (`best_resolution`)
-    2. tiles       the overview, squashed to S x S; then the picture fitted into the canvas, centred on black,
+    2. tiles       the overview, squashed to S x S; then the image fitted into the canvas, centred on black,
                    cut into S x S tiles row by row                                    (`tiles`)
     3. merge       the overview's patches; then the tiles' patches put together to one map, rows or columns of
                    it that show only black left out, the newline embedding behind each row   (`merge`)
 
 Step 3 moves features and computes nothing, so it is one list of indices, `View.rows`; the model only gathers.
-How many image tokens a picture takes follows from its size and the pinpoints alone: with the five published
+How many image tokens a image takes follows from its size and the pinpoints alone: with the five published
 ones at S = 336, 640 x 480 pixels take 2340 and 1024 x 1024 take 2928.
 
 Follows `transformers` (LlavaNextImageProcessorPil, LlavaNextForConditionalGeneration). The original
@@ -20,8 +20,8 @@ pinpoints the file's first is taken: a small square is shown on the wide canvas 
 tall one by original ones, which list (width, height).
 
 A checkpoint that was trained with tiles may also be shown single views, as Re-Align does (`aspect="pad"`): all
-patches of one padded tile and no newline, which is what the original code computes for one view a picture.
-`transformers` would put one newline behind a picture of a single tile, but its processor never makes one.
+patches of one padded tile and no newline, which is what the original code computes for one view a image.
+`transformers` would put one newline behind a image of a single tile, but its processor never makes one.
 
 Sizes and pinpoints are (height, width).
 
@@ -36,9 +36,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import Preprocessing, View, normalise
-
-Size = tuple[int, int]  # height, width
+from model.views import Preprocessing, Size, View, normalise
 
 
 def anyres(image: Image.Image, pinpoints: tuple[Size, ...], how: Preprocessing, patches: int) -> View:
@@ -49,13 +47,13 @@ def anyres(image: Image.Image, pinpoints: tuple[Size, ...], how: Preprocessing, 
 
 
 def image_rows(size: Size, pinpoints: tuple[Size, ...], side: int, patches: int) -> Tensor:
-    """What `merge` gives for a picture of `size` in tiles of `side` pixels: (image tokens,)."""
+    """What `merge` gives for a image of `size` in tiles of `side` pixels: (image tokens,)."""
     canvas = best_resolution(size, pinpoints)
     return merge(size, (canvas[0] // side, canvas[1] // side), math.isqrt(patches))
 
 
 def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
-    """The pinpoint that keeps most of the picture's pixels and wastes least; the first of equals."""
+    """The pinpoint that keeps most of the image's pixels and wastes least; the first of equals."""
 
     def merit(canvas: Size) -> tuple[int, int]:
         scale = min(canvas[1] / size[1], canvas[0] / size[0])
@@ -77,7 +75,7 @@ def tiles(image: Image.Image, canvas: Size, how: Preprocessing) -> Tensor:
 
 
 def merge(size: Size, grid: Size, p: int) -> Tensor:
-    """Which patch features a picture of `size` shows, in order: (image tokens,) long, -1 for the newline.
+    """Which patch features a image of `size` shows, in order: (image tokens,) long, -1 for the newline.
 
     Args:
         grid: tiles (down, across), each of p x p patches.
@@ -92,7 +90,7 @@ def merge(size: Size, grid: Size, p: int) -> Tensor:
 
 
 def _fit(size: Size, canvas: Size) -> Size:
-    """Size of the picture when it fills the canvas in one direction; the other side is rounded up."""
+    """Size of the image when it fills the canvas in one direction; the other side is rounded up."""
     by_height, by_width = canvas[0] / size[0], canvas[1] / size[1]
     if by_width < by_height:
         return min(math.ceil(size[0] * by_width), canvas[0]), canvas[1]

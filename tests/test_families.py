@@ -1,0 +1,129 @@
+"""A new family is a file and a line of the table: it trains, generates, is saved and loaded like LLaVA."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import small
+import torch
+import toy_family
+from PIL import Image
+from test_processor import tokenizer
+
+from data.batch import collate
+from data.processor import Processor
+from losses import dpo
+from model.adapters import save_adapters
+from model.checkpoint import load_llava, save_llava
+from model.families import FAMILIES, find_family
+from model.generate import answers
+from model.logprobs import Scorer, Sequence, naive_logprobs
+from model.lora import Reference, add_lora, lora_layers
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ["a dog", "Is there a dog in the image?", "a"]
+RECORDS = [dict(id=str(i), image=image, prompt=prompt, chosen="Yes, a dog.", rejected="a dog in")
+           for i, (image, prompt) in enumerate([("a.png", PROMPTS[0]), ("a.png", PROMPTS[1]), ("b.png", PROMPTS[0])])]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A checkpoint of the toy family, with two images next to it."""
+    monkeypatch.setitem(FAMILIES, "toy", toy_family)  # the line of the table
+    raw = {**small.LLAVA, "model_type": "toy", "text_config": {**small.TEXT, "vocab_size": 400}, "image_token_index": 4}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    small.write(tmp_path, raw, small.fill(toy_family.Model(toy_family.read(tmp_path)).state_dict()))
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "reader").mkdir()
+    (tmp_path / "reader" / "vocabulary.txt").write_text("".join(map(chr, range(32, 127))))
+    for name, size in (("a.png", (40, 24)), ("b.png", (23, 57))):
+        Image.fromarray(small.photo(*size)).save(tmp_path / name)
+    return tmp_path
+
+
+def test_the_prompt_is_the_familys(folder):
+    """<unk> and <pad> around four image tokens, then <s>; without an image the text alone."""
+    processor = Processor(folder)
+    text = [1, *processor.tokenizer.encode("Q a dog A")]
+    assert processor.prompt("a dog") == [0, 4, 4, 4, 4, 2, *text]
+    assert processor.prompt("a dog", 0) == text
+    assert processor.image_tokens("a.png", folder) == len(processor.image("a.png", folder).rows) == 4
+
+
+def test_a_dpo_step(folder):
+    """Scores equal one sequence at a time; the tower runs once an image, the connector once a prompt; all learn."""
+    model, processor = load_llava(folder), Processor(folder)
+    model.requires_grad_(False)
+    add_lora(model.language_model, 2, 4.0)
+    for name in ("query_tokens", "words", "multi_modal_projector"):
+        for parameter in ([model.query_tokens] if name == "query_tokens" else getattr(model, name).parameters()):
+            parameter.requires_grad_(True)
+    batch = collate(RECORDS, dpo.SEQUENCES, processor, folder)
+    assert len(batch.pixels) == 2
+    logps, mask = Scorer(model)(batch.packed, model.vision_features(batch.pixels))
+    assert model.calls == [3]
+    views = [processor.image(record["image"], folder) for record in RECORDS]
+    plain = [Sequence(i, tuple(processor.prompt(r["prompt"])), tuple(processor.response(r[field])), False,
+                      processor.question(r["prompt"]))
+             for field in ("chosen", "rejected") for i, r in enumerate(RECORDS)]
+    for row, keep, expected in zip(logps, mask, naive_logprobs(model, plain, views), strict=True):
+        torch.testing.assert_close(row[keep], expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(logps[0], logps[1])  # one image and response, two questions
+    with Reference(model)():
+        reference = Scorer(model)(batch.packed, model.vision_features(batch.pixels))[0]
+    chosen, rejected = (logps * mask).sum(1).chunk(2)
+    ref_chosen, ref_rejected = (reference * mask).sum(1).chunk(2)
+    loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - ref_chosen - rejected + ref_rejected)).mean()
+    torch.testing.assert_close(loss.detach(), torch.tensor(2.0).log())
+    loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in (model.query_tokens, model.words.weight))
+
+
+def test_generation_with_and_without_an_image(folder):
+    """Batched answers are those given one at a time; the image and the question change the image tokens."""
+    model, processor = load_llava(folder), Processor(folder)
+    images, prompts = ["a.png", "a.png", None, "b.png"], [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    together = answers(model, processor, images, prompts, max_new_tokens=6, root=folder)
+    alone = [answers(model, processor, [i], [p], max_new_tokens=6, root=folder)[0] for i, p in zip(images, prompts)]
+    assert together == alone and len({a for a, in together}) == 4
+
+
+def test_save_and_load(folder, tmp_path):
+    """Whole and as adapters: the same logits."""
+    model, processor = load_llava(folder).requires_grad_(False), Processor(folder)
+    add_lora(model.language_model, 2, 4.0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    view, ids = processor.image("a.png", folder), torch.tensor(processor.prompt("a dog"))
+    expected = model.eval().logits(ids, view.pixels, view.rows, (1, 2)).detach()
+    save_llava(model, tmp_path / "whole", folder)
+    save_adapters(model, tmp_path / "adapters", folder)
+    for name in ("whole", "adapters"):
+        again = load_llava(tmp_path / name)
+        assert type(again) is toy_family.Model and Processor(tmp_path / name).template is toy_family.TEMPLATES["toy"]
+        torch.testing.assert_close(again.logits(ids, view.pixels, view.rows, (1, 2)), expected, rtol=0, atol=1e-5)
+
+
+def test_an_unknown_family_is_named(tmp_path):
+    with pytest.raises(ValueError, match="x: model_type='toy' is not supported .supported: llava, "):
+        find_family({"model_type": "toy"}, "x")
+
+
+def test_every_family_has_every_name():
+    """What the table's file lists."""
+    from model import families
+
+    names = {line.split("(")[0].split()[0] for line in families.__doc__.splitlines()
+             if line.startswith("      ") and "->" in line or line.startswith("      ") and "TEMPLATES" in line}
+    assert {"read", "tensors", "view", "image_tokens", "question_reader"} <= {n.strip(",") for n in names}
+    for family in {*FAMILIES.values(), toy_family}:
+        assert all(hasattr(family, n.strip(",")) for n in {*names, "Model", "SPECIAL"}), family
+
+
+def test_model_imports_nothing_above_it():
+    found = subprocess.run(["grep", "-rnE", r"^\s*(from|import) (data|judges|pairs|metrics|retrieval|losses)\b", "model",
+                            "--include=*.py"], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout == ""
