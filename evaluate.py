@@ -44,16 +44,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-
-from common import BadInput
-from data import scenes
-from data.check import check_records
-from data.processor import Processor
-from data.records import write_jsonl
-from data.templates import TEMPLATES
-from metrics import chair as chair_metric
-from metrics import pope as pope_metric
-from metrics.files import read_answers
 from metrics.questions import (
     CHAIR_PROMPT,
     CONTROLS,
@@ -64,6 +54,16 @@ from metrics.questions import (
     pope_scenes,
     read_asked,
 )
+
+from common import BadInput
+from data import scenes
+from data.check import check_records
+from data.processor import Processor
+from data.records import write_jsonl
+from data.templates import TEMPLATES
+from metrics import chair as chair_metric
+from metrics import pope as pope_metric
+from metrics.files import read_answers
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import answers
 from model.llava import Llava

@@ -59,7 +59,7 @@ from data.scene_text import (
 
 __all__ = ["CAPTION_PROMPT", "CATEGORIES", "COUNT_WORDS", "DEV", "Object", "PAIRS", "PLACES",
            "POSITION_WORDS", "SIZE_WORDS", "Scene", "TEST", "TRAIN", "WORDS", "caption",
-           "exist_question", "object_masks", "objects_present", "open_scene", "parse_reference",
+           "exist_question", "held_out", "object_masks", "objects_present", "open_scene", "parse_reference",
            "patch_labels", "plural", "pope_questions", "questions", "reference", "render",
            "sample_scene"]
 
@@ -195,6 +195,14 @@ def patch_labels(scene: Scene, without: Iterable[str] = ()) -> np.ndarray:
             window = labels[item.row:item.row + item.size, item.column:item.column + item.size]  # a view
             window[share >= min(COVERED, share.max())] = CATEGORIES.index(item.category)
     return labels
+
+
+def held_out(split: str, number: int) -> range:
+    """Seeds of the first scenes of the dev or test split. Raises BadInput when there are not that many."""
+    if not 0 < number <= TEST - DEV:
+        raise BadInput(f"--scenes {number}: a split has 1 to {TEST - DEV:,} scenes")
+    first = {"dev": DEV, "test": TEST}[split]
+    return range(first, first + number)
 
 
 def reference(seed: int, without: Iterable[str] = ()) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data import scenes
 from data.names import Names
-from metrics.questions import read_objects
+from metrics.objects import read_objects
 
 
 class KnownObjects:

@@ -1,7 +1,7 @@
-"""CHAIR: which objects does a caption mention that the picture does not show?
+"""CHAIR: which objects does a caption mention that the image does not show?
 
 Paper: Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv:1809.02156.
-For captions c with mentions m(c) (list of COCO classes, repeats kept) and pictures that show g(c) (set):
+For captions c with mentions m(c) (list of COCO classes, repeats kept) and images that show g(c) (set):
 
     CHAIRs = #{c : some mention not in g(c)} / #captions
     CHAIRi = #{mentions not in g(c)} / #{mentions}              pooled over all captions
@@ -23,18 +23,43 @@ Departures from the released code, none of which changes a figure on its data:
   agree with them on every word that can become a COCO class. Known oddities are kept because published
   figures contain them: "bus" becomes "bu" and is never counted ("buses" is), "ties" becomes "ty".
 - With no mention at all CHAIRi is 0.0 (the released code divides by zero); so are the other ratios.
+
+Images are one of
+    scenes         their contents are known exactly
+    annotations    the file of --annotations: {image id: [classes]} or an instances file of COCO, which alone is
+                   stricter than the published figures
+    COCO's files   of --data: instances and reference captions of val2014, as in the paper
+
+Options
+    annotations    what the images show: {image id: [classes]}, or an instances file of COCO
+    scenes         number of scenes, where there is no file
+    num            a random sample of this many images of the file
+    split          of the scenes: test or dev
+    seed           draws the sample
+    prompt         what the model is asked
+    max_sentences  only the first sentences of a caption are scored
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
-from common import BadInput
+from common import BadInput, brief, refuse
+from data.names import Names
+from data.scenes import CAPTION_PROMPT, held_out, objects_present, reference, sample_scene
+from data.sentences import sentences
+from metrics.answers import given, join
+from metrics.benchmark import Benchmark, find
+from metrics.files import read_json
+from metrics.objects import image_files, read_objects, sample
 
 SYNONYMS = Path(__file__).with_name("chair_synonyms.txt")
+INSTANCES, CAPTIONS = "instances_val2014.json", "captions_val2014.json"
+FILES = dict.fromkeys((INSTANCES, CAPTIONS), "cocodataset.org, 2014 train/val annotations")
 RULES = "CHAIR as released (BSD list of 80 classes, singular form of every token, joined two-word names)"
 
 # Two-word names as they look AFTER singularisation. "sports ball" and "tennis racket" of the released list
@@ -123,7 +148,7 @@ def chair(
 ) -> dict:
     """CHAIRs, CHAIRi and Recall of captions, joined with the classes shown by image id.
 
-    captions: image id -> text; objects: image id -> COCO classes the picture shows. Every caption needs its
+    captions: image id -> text; objects: image id -> COCO classes the image shows. Every caption needs its
     entry in `objects`; entries without a caption are ignored. Returns counts, the fractions chair_s, chair_i
     and recall in [0, 1] (unrounded), `words` (mean number per caption) and `percent` (one decimal, as usual).
     Raises BadInput naming the ids without objects, and the classes the synonym list does not know.
@@ -152,6 +177,79 @@ def chair(
     return {"n": len(captions), **count, **figures, "words": words, "percent": percent(figures)}
 
 
+def questions(
+    data: Path | None,
+    images: Path | None,
+    *,
+    annotations: Path | None = None,
+    scenes: int = 300,
+    num: int | None = None,
+    split: Literal["test", "dev"] = "test",
+    seed: int = 0,
+    prompt: str = CAPTION_PROMPT,
+) -> list[dict]:
+    """Rows of `id`, `image`, `prompt` and `objects` (classes shown), and `image_id` of an instances file.
+
+    Raises BadInput naming bad entries, classes that CHAIR does not know and images without a file.
+    """
+    if data is None and annotations is None:
+        return [{"id": name, "image": name, "prompt": prompt, "objects": sorted(objects_present(sample_scene(number)))}
+                for number in held_out(split, num or scenes) for name in [reference(number)]]  # fmt: skip
+    path = annotations or find(data, INSTANCES, FILES)
+    rows = sample(read_objects(path), num, seed, path)
+    if annotations is None:
+        spoken = spoken_objects(find(data, CAPTIONS, FILES))
+        rows = [{**row, "objects": sorted({*row["objects"], *spoken.get(row["image_id"], ())})} for row in rows]
+    known = set(load_synonyms().values())
+    shown = dict.fromkeys(name for row in rows for name in row["objects"])
+    refuse(f"{path}: class {brief(name)} is none of the 80 that CHAIR knows" for name in shown if name not in known)
+    files = image_files(images, [row["id"] for row in rows]) if images else {}
+    return [{**row, "image": files.get(row["id"], row["id"]), "prompt": prompt} for row in rows]
+
+
+def spoken_objects(path: Path) -> dict[str, set[str]]:
+    """Image id -> classes that its reference captions name, of a captions file of COCO."""
+    rows, synonyms, found = read_json(path), load_synonyms(), {}
+    notes = rows.get("annotations") if isinstance(rows, dict) else None
+    if not isinstance(notes, list) or not all(isinstance(n, dict) and isinstance(n.get("caption"), str) for n in notes):
+        raise BadInput(f"{path}: not a captions file of COCO: 'annotations' must be a list with captions")
+    for note in notes:
+        found.setdefault(str(note.get("image_id")), set()).update(
+            name for _, name in mentions(note["caption"], synonyms))
+    return found
+
+
+def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
+    """id -> caption; an id may name its image in any way of data/names.py. Raises BadInput as metrics.answers.join."""
+    ids = [row["id"] for row in rows]
+    names = Names("questions", ids, {row["id"]: row["image_id"] for row in rows if "image_id" in row})
+
+    def key(answer: dict) -> str:
+        name = given(answer, ("image_id", "id", "question_id"))
+        return names.find(name) or name
+
+    return join(path, rows, key, subset=subset)
+
+
+def score(rows: Sequence[dict], said: Mapping[str, str], *, max_sentences: int | None = None) -> dict:
+    """`chair` of the captions (id -> text), each cut to its first `max_sentences` sentences."""
+    texts = {row["id"]: first_sentences(said[row["id"]], max_sentences) for row in rows}
+    return chair(texts, {row["id"]: row["objects"] for row in rows})
+
+
+def first_sentences(text: str, most: int | None) -> str:
+    """The first `most` sentences of a text; None keeps it as it is."""
+    return text if most is None else " ".join(sentences(text)[:most])
+
+
+def table(scores: Mapping) -> list[tuple]:
+    """One line: percentages and counts."""
+    figures = [f"{100 * scores[name]:.1f}" for name in ("chair_s", "chair_i", "recall")]
+    counts = [str(scores[name]) for name in ("n", "mentions", "hallucinated")]
+    return [("CHAIRs", "CHAIRi", "Recall", "words", "captions", "mentions", "hallucinated"),
+            (*figures, f"{scores['words']:.1f}", *counts)]
+
+
 def ratio(part: int, whole: int) -> float:
     """part / whole, and 0.0 where there is nothing to divide by."""
     return part / whole if whole else 0.0
@@ -160,3 +258,9 @@ def ratio(part: int, whole: int) -> float:
 def percent(figures: Mapping[str, float], digits: int = 1) -> dict[str, float]:
     """The same figures times 100, rounded for print."""
     return {name: round(100 * value, digits) for name, value in figures.items()}
+
+
+BENCHMARK = Benchmark(
+    rules=RULES, questions=questions, score=score, table=table, max_new_tokens=96, files=FILES,
+    read_answers=read_answers,
+)  # fmt: skip

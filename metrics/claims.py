@@ -41,11 +41,11 @@ from typing import Literal, NamedTuple
 from data import scenes
 from data.places import REMARKS
 from data.scene_text import SIZE_OF_CELLS, horizontal, plural, relation, vertical
+from data.scenes import held_out, reference
 from data.sentences import sentences
 from metrics.benchmark import Benchmark
 from metrics.chair import ratio
 
-FIRST_SEED = {"test": scenes.TEST, "dev": scenes.DEV}
 GROUPS = {"existence": ("existence",), "attribute": ("count", "size"), "count": ("count",), "size": ("size",),
           "relation": ("position", "pair"), "position": ("position",), "pair": ("pair",), "place": ("place",),
           "all": ("existence", "count", "size", "position", "pair", "place")}  # fmt: skip
@@ -80,9 +80,9 @@ class Record(NamedTuple):
     objects: dict[str, list[scenes.Object]]
 
 
-def read_record(reference: str) -> Record:
+def read_record(image: str) -> Record:
     """The record of a scene, with the removed classes left out."""
-    scene, without = scenes.parse_reference(reference)
+    scene, without = scenes.parse_reference(image)
     shown = sorted(scenes.objects_present(scene, without))
     return Record(scene.place, {name: [item for item in scene.objects if item.category == name] for name in shown})
 
@@ -172,7 +172,7 @@ def questions(
     prompt: str = scenes.CAPTION_PROMPT,
 ) -> list[dict]:
     """One row a scene: `id`, `image`, `prompt`. data and images are None: everything follows from the seeds."""
-    names = [f"scene:{seed}" for seed in range(FIRST_SEED[split], FIRST_SEED[split] + scenes)]
+    names = [reference(seed) for seed in held_out(split, scenes)]
     return [{"id": name, "image": name, "prompt": prompt} for name in names]
 
 

@@ -40,10 +40,11 @@ from typing import Literal
 
 from data.places import CATEGORIES, PLACES, pick
 from data.scene_text import COUNT_WORDS, exist_question, plural
-from data.scenes import parse_reference, reference, sample_scene
+from data.scenes import held_out, parse_reference, reference, sample_scene
 from metrics.benchmark import Benchmark
 from metrics.chair import ratio
-from metrics.claims import FIRST_SEED, Record, read_record, thirds
+from metrics.claims import Record, read_record, thirds
+from metrics.pope import same_place
 
 LABELS = {"existence": ("yes", "no"), "count": COUNT_WORDS, "position": ("left", "middle", "right")}
 WORDS = {**LABELS, "position": (*LABELS["position"], "top", "bottom")}  # what an answer can say
@@ -62,8 +63,8 @@ def questions(
 
     At most `scenes` of a kind. data and images are None: everything follows from the seeds.
     """
-    rng, first = random.Random(seed), FIRST_SEED[split]
-    candidates = [row for number in range(first, first + scenes) for row in _candidates(number, rng)]
+    rng = random.Random(seed)
+    candidates = [row for number in held_out(split, scenes) for row in _candidates(number, rng)]
     asked = [row for kind in LABELS for row in _balanced(candidates, kind, scenes, rng)]
     return asked + [_elsewhere(row) for row in asked] + [_removed(row) for row in asked if row["label"] == "yes"]
 
@@ -103,7 +104,7 @@ def _balanced(rows: Sequence[dict], kind: str, most: int, rng: random.Random) ->
 
 def _elsewhere(row: dict) -> dict:
     """The same question about another image of the same place."""
-    other = reference(_same_place(_seed(row["image"])))
+    other = reference(same_place(_seed(row["image"])))
     return {**row, "id": f"other_picture-{row['id']}", "image": other, "part": "other_picture"}
 
 
@@ -115,13 +116,6 @@ def _removed(row: dict) -> dict:
 
 def _seed(image: str) -> int:
     return parse_reference(image)[0].seed
-
-
-@lru_cache(maxsize=4096)
-def _same_place(seed: int) -> int:
-    """The next seed whose scene is of the same place."""
-    place = sample_scene(seed).place
-    return next(other for other in count(seed + 1) if sample_scene(other).place == place)
 
 
 def read_answer(text: str, kind: str) -> str:

@@ -18,7 +18,8 @@ from statistics import fmean, pstdev
 
 from common import BadInput, brief, refuse
 from data.names import as_id
-from metrics.files import TEXT_KEYS, examples, read_json
+from metrics.answers import TEXT_KEYS
+from metrics.files import examples, read_json
 
 
 def fill(prompt: str, **values: str) -> str:

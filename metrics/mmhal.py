@@ -32,7 +32,8 @@ from statistics import fmean
 from common import BadInput, brief, refuse
 from metrics import judged
 from metrics.benchmark import Benchmark, find
-from metrics.files import TEXT_KEYS, read_json, read_jsonl
+from metrics.answers import TEXT_KEYS
+from metrics.files import read_json, read_jsonl
 
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 FIGURES = ("score", "hallucination_rate", "informativeness")
