@@ -3,7 +3,8 @@
 The released code runs Stanford's PTBTokenizer (CoreNLP 3.4.1, in Java) and drops 17 tokens. `tokenize` follows the
 rules of that program for what captions contain, oddities included: British spellings become American ("grey" is "gray",
 but "Grey" stays); "man's" is two words, and "can't" is "ca", "n't"; "black-and-white", "7:30", "p.m." and "o'clock"
-are one; a slash is \\/; brackets survive as -lrb- and -rrb-, because they are dropped by upper-case names; "!!" survives.
+are one; a slash is \\/; brackets survive as -lrb- and -rrb-, because they are dropped by upper-case names; "!!"
+survives.
 
 Departures: of its abbreviations only those likely in captions are known; emoticons, mixed fractions and telephone
 numbers are taken apart.
@@ -26,7 +27,7 @@ _TOKEN = re.compile(
   | [A-Za-z0-9][A-Za-z0-9.,]*(?:-[A-Za-z0-9]+)+                                 # 3.5-inch
   | [-+]?\d*(?:[.:,]\d+)+ | [-+]\d+                                             # 1,000 and 7:30
   | (?i:can)(?=(?i:not)\b)
-  | [A-Za-z]*[A-MO-Za-mo-z](?=(?i:n't)) | (?i:n't)
+  | [A-Za-z]+(?=(?i:n't)) | (?i:n't)
   | '(?i:s|m|d|re|ve|ll)(?![A-Za-z]) | '(?:n'?|em|tis|cause|[2-9]0s)(?!{_A})
   | {_L}+[aeiouyAEIOUY]'[aeiou]{_L}* | [yY]'(?={_L}) | c'mon                    # ma'am, y'all
   | (?:[dDoOlL]'{_A})?{_A}+(?:[-_](?:[dDoOlL]'{_A})?{_A}+)*                     # words, o'clock, black-and-white

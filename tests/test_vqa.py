@@ -61,6 +61,8 @@ def test_accuracy_is_the_mean_over_annotators_left_out():
         ("12:30pm", "12:30pm", "12:30pm"),
         ("DONT", "don't", "don't"),
         ("well -known - dash-ed", "well known dashed", "well known dashed"),
+        ("x -y z-w", "x y zw", "x y zw"),
+        ("x- y z-w", "x y zw", "x y zw"),
         ("what,who?", "whatwho", "what who"),
         ("none\nof\tThe  Two ", "0 of 2", "0 of 2"),
         ("somebody'd", "somebodyd", "somebodyd"),
@@ -245,6 +247,7 @@ def test_vizwiz_upload_is_llavas(tmp_path):
     said = vizwiz.read_answers(FORMATS / "vizwiz_answers_head.jsonl", rows)
     scores = vizwiz.score(rows, said)
     assert scores == {"n": 40, "upload": expected}
+    assert vizwiz.upload(rows[:1], {rows[0]["id"]: "The Two."}) == [{"image": rows[0]["image"], "answer": "2"}]
     assert vizwiz.read_answers(write(tmp_path / "upload.json", expected), rows)["VizWiz_test_00000003.jpg"] == "laptop"
     assert vizwiz.table(scores)[1][1] == "40"
 
