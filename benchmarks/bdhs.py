@@ -1,6 +1,6 @@
 """BDHS completions over shared prompts against other ways to compute them, in one run: CPU seconds and ratio.
 
-An example is a picture, a prompt, a mask over the image tokens and the beginnings of an answer's sentences
+An example is an image, a prompt, a mask over the image tokens and the beginnings of an answer's sentences
 (pairs/bdhs.py). Three ways to complete all sentences of all examples, greedily:
 
     shared         all examples in one batch; the sentences of an example continue one computed prompt
@@ -76,7 +76,7 @@ def tiny_examples(count: int) -> tuple[Llava, list[Example], int]:
 
 
 def small_examples(count: int) -> tuple[Llava, list[Example], int]:
-    """A random model, prompts of 40 tokens and a picture, 3 to 6 sentences that begin behind 10 to 90 tokens."""
+    """A random model, prompts of 40 tokens and an image, 3 to 6 sentences that begin after 10 to 90 tokens."""
     torch.manual_seed(0)
     model, rng = Llava(llava_config(SMALL)).eval(), np.random.default_rng(0)
 

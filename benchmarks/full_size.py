@@ -6,7 +6,7 @@
 
 The weights are random: speed and memory do not depend on their values. They are bf16 and written shard by
 shard, so writing needs one shard of memory. The step is what `train.py --loss adavip --precision bf16
---checkpointing` does with one pair: two pictures, chosen and rejected response, reference = the model with
+--checkpointing` does with one pair: two images, chosen and rejected response, reference = the model with
 its adapters off, LoRA on all linear layers of the decoder in fp32 (rank 128 as in the papers), AdamW. The
 generation goes on with these adapters.
 
@@ -80,7 +80,7 @@ def random_weight(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def draw_pair(image_id: int) -> tuple[list[View], list[Sequence]]:
-    """The three sequences of AdaViP: chosen and rejected with picture 0, chosen with picture 1."""
+    """The three sequences of AdaViP: chosen and rejected with image 0, chosen with image 1."""
     rng = torch.Generator().manual_seed(0)
     text, chosen, rejected = (tuple(torch.randint(3, 32000, (n,), generator=rng).tolist())
                               for n in (PROMPT, RESPONSE, RESPONSE))

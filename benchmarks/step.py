@@ -3,7 +3,7 @@
     python benchmarks/step.py --size small --dtype bfloat16 --measure seconds
 
 A step is: policy forward, reference forward (every step, adapters off), DPO loss, backward, clipping, AdamW.
-All sides start from pixels on the CPU that are already preprocessed, so reading and resizing pictures is not
+All sides start from pixels on the CPU that are already preprocessed, so reading and resizing images is not
 counted.
 
     Plumbline    model/logprobs.py: vision once, shared prefixes, scored positions only

@@ -1,10 +1,10 @@
-"""Instances files of COCO: which objects a picture shows, and where.
+"""Instances files of COCO: which objects an image shows, and where.
 
     images        id, file_name; for masks also width, height
     categories    id, name
     annotations   image_id, category_id; for masks also segmentation, or at least bbox: left, top, width, height
 
-A file is checked as a whole when it is read, so that no picture fails later. A segmentation is one of
+A file is checked as a whole when it is read, so that no image fails later. A segmentation is one of
 
     polygons      lists x0, y0, x1, y1, ..: the pixels whose middle lies inside (even-odd); several are united
     run lengths   {"size": [height, width], "counts": ..}, in columns from left to right. counts as a list: lengths
@@ -83,7 +83,7 @@ def _named(row: dict) -> str:
 
 
 def check_masks(found: Instances, path: Path | str, box_masks: bool = True) -> None:
-    """Raises BadInput naming the pictures without a size and the annotations that `mask_of` would refuse."""
+    """Raises BadInput naming the images without a size and the annotations that `mask_of` would refuse."""
     refuse(f"{path}: {problem}" for problem in _mask_problems(found, box_masks))
 
 
@@ -153,7 +153,7 @@ def _runs(segmentation: dict, height: int, width: int) -> list[int]:
     if not isinstance(runs, list) or not set(map(type, runs)) <= {int} or min(runs, default=0) < 0:
         raise BadInput(f"counts {brief(counts)}: no run lengths")
     if size != [height, width] or sum(runs) != height * width:
-        raise BadInput(f"run lengths {brief(size)} of {brief(sum(runs))} pixels for a picture of "
+        raise BadInput(f"run lengths {brief(size)} of {brief(sum(runs))} pixels for an image of "
                        f"{height} x {width}")
     return runs
 
@@ -166,7 +166,7 @@ def _uncompress(counts: str) -> list[int]:
     last = np.flatnonzero(bits < 32)  # where numbers end
     first = np.append(0, last[:-1] + 1)
     place = np.arange(len(bits)) - np.repeat(first, last - first + 1)  # within its number
-    if place.max() > 9:  # no picture has as many pixels
+    if place.max() > 9:  # no image has as many pixels
         raise BadInput(f"counts {brief(counts)}: no run lengths")
     runs = np.add.reduceat((bits & 31) << 5 * place, first)
     runs -= (bits[last] & 16) << 5 * place[last] + 1  # negative

@@ -18,16 +18,16 @@
     trl             images or image, prompt, chosen, rejected: texts or conversations    pair
 
 Without the rejected answer, or without any, a row of these is an image record. Files are JSONL, JSON (one list)
-or Parquet, the last through pyarrow where it is installed; a folder stands for the Parquet files in it, in the
-order of their names. A picture is a path, which starts at the file's folder, or its bytes: raw, as {bytes, path}
-or as a data URL. Bytes are written to a folder beside the file (the command: beside its output), each picture
+or Parquet, the last through pyarrow where it is installed; a folder means the Parquet files in it, in the
+order of their names. An image is a path, which starts at the file's folder, or its bytes: raw, as {bytes, path}
+or as a data URL. Bytes are written to a folder next to the file (the command: next to its output), each image
 once, named by its content. Row groups are streamed, so a file may be larger than memory. The format is known from
 the keys of the first row, or named.
 
-A record is one picture, one question and one answer. Of a conversation of several turns the first one is taken, as
-later ones refer to what was said before; where the answers belong to a later one, or a system message stands before
-the question, the row is a bad one, as is a row without a picture. All bad rows are counted, the first are listed as
-`file:row: reason`, rows counted from 1 (in JSONL: lines). Ids that a foreign file repeats get a number behind them.
+A record is one image, one question and one answer. Of a conversation of several turns the first one is taken, as
+later ones refer to what was said before; where the answers belong to a later one, or a system message comes before
+the question, the row is a bad one, as is a row without an image. All bad rows are counted, the first are listed as
+`file:row: reason`, rows counted from 1 (in JSONL: lines). Ids that a foreign file repeats get a number appended.
 
 TRL's columns are those of its vision DPO (`images`, conversational `prompt`, `chosen`, `rejected`). What it
 has no column for (`id`, `rejected_images`) is written as an extra one, and read back; `source` is not
@@ -64,7 +64,7 @@ class Data(NamedTuple):
 
     records: list[dict]
     format: str  # a key of FORMATS
-    root: Path  # folder that relative paths of pictures start from
+    root: Path  # folder that relative paths of images start from
 
 
 def load(path: Path | str, format: str | None = None, root: Path | str | None = None,
@@ -75,11 +75,11 @@ def load(path: Path | str, format: str | None = None, root: Path | str | None = 
     Args:
         path: JSONL, JSON or Parquet file, or a folder of Parquet files.
         format: a key of FORMATS; None goes by the keys of the first row.
-        root: folder that relative paths of pictures start from, before and after; None is that of the file.
+        root: folder that relative paths of images start from, before and after; None is that of the file.
         needs: keys that must be there, e.g. {"rejected", "rejected_image"}.
         hints: key -> what to do where it is missing.
         answers: keep the answers; without them, all records are image records of `id`, `image` and `prompt`.
-        images: folder for pictures that the file carries; None: beside it.
+        images: folder for images that the file carries; None: next to it.
 
     Returns pair records or image records (of rows without a rejected answer) in file order. Raises one BadInput
     that counts all bad rows and lists the first as `file:row: reason`.
@@ -107,9 +107,9 @@ def write(path: Path | str, records: list[dict], format: str = "plumbline",
     """Write records as Plumbline's JSONL or with TRL's columns; the file appears whole or not at all.
 
     Args:
-        path: for "trl" a name ending in .parquet, with the pictures inside, or .jsonl, with absolute paths.
+        path: for "trl" a name ending in .parquet, with the images inside, or .jsonl, with absolute paths.
         records: for "trl" pair records.
-        root: folder that relative paths of pictures start from; None is that of the file. In Plumbline's file they
+        root: folder that relative paths of images start from; None is that of the file. In Plumbline's file they
             start from its own folder.
     Raises BadInput naming what cannot be written.
     """
@@ -163,7 +163,7 @@ def _parquet_rows(path: Path, batch: int = 64) -> Iterator[Row]:
                 yield f"{path}:{number}", row, []
     except Exception as error:  # pyarrow's own, Python's on texts that are no UTF-8, and others on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{path}: not a readable Parquet file, behind row {number} ({reason})") from None
+        raise BadInput(f"{path}: not a readable Parquet file, after row {number} ({reason})") from None
 
 
 def _parquet(path: Path):
@@ -185,7 +185,7 @@ def _convert(rows: Iterable[Row], format: str | None, root: Path, answers: bool,
     for where, row, reasons in rows:
         if row is not None:
             try:
-                row = FORMATS[format].convert(row, Pictures(where, root, images))
+                row = FORMATS[format].convert(row, Images(where, root, images))
                 if format != "plumbline":
                     row = _named({key: value for key, value in row.items() if value is not None}, where, names)
                 if not answers:
@@ -195,8 +195,8 @@ def _convert(rows: Iterable[Row], format: str | None, root: Path, answers: bool,
         yield where, row, reasons
 
 
-class Pictures:
-    """Turns what a row says about its picture into a reference; writes out a picture it carries itself."""
+class Images:
+    """Turns what a row says about its image into a reference; writes out an image it carries itself."""
 
     def __init__(self, where: str, root: Path, images: Path | None = None):
         file = Path(where.rpartition(":")[0])
@@ -205,7 +205,7 @@ class Pictures:
     def __call__(self, value: object) -> str:
         if isinstance(value, list):
             if len(value) > 1:
-                raise BadInput(f"{len(value)} pictures; a record has one")
+                raise BadInput(f"{len(value)} images; a record has one")
             value = value[0] if value else None
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -217,47 +217,47 @@ class Pictures:
         if isinstance(value, bytes):
             return self._save(value)
         if value is not None and not isinstance(value, str):
-            raise BadInput(f"the picture must be a path or bytes, found {type(value).__name__}")
+            raise BadInput(f"the image must be a path or bytes, found {type(value).__name__}")
         if not value or not value.strip():
-            raise BadInput("no picture: 'image' is missing or empty")
+            raise BadInput("no image: 'image' is missing or empty")
         return value
 
     def _save(self, data: bytes) -> str:
-        """Bytes -> file named by their content: each picture is kept once, reading again writes nothing."""
+        """Bytes -> file named by their content: each image is kept once, reading again writes nothing."""
         try:
             with Image.open(io.BytesIO(data)) as image:
                 kind = (image.format or "").lower()
         except UnidentifiedImageError:
-            raise BadInput("its picture is not readable (no format that Pillow knows)") from None
+            raise BadInput("its image is not readable (no format that Pillow knows)") from None
         except Exception as error:  # Pillow's readers raise almost anything on broken files
-            raise BadInput(f"its picture is not readable ({str(error) or type(error).__name__})") from None
+            raise BadInput(f"its image is not readable ({str(error) or type(error).__name__})") from None
         path = self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{'jpg' if kind == 'jpeg' else kind}"
         try:
             if not path.exists():
                 with written_whole(path) as temporary:
                     temporary.write_bytes(data)
         except OSError as error:
-            raise BadInput(f"its picture cannot be stored in {self.folder} ({error.strerror}); python -m"
-                           " data.formats writes records and pictures elsewhere") from None
+            raise BadInput(f"its image cannot be stored in {self.folder} ({error.strerror}); python -m"
+                           " data.formats writes records and images elsewhere") from None
         return os.path.relpath(path, self.root)
 
 
-def _plumbline(row: dict, picture: Pictures) -> dict:
-    return row | {key: picture(row[key]) for key in ("image", "rejected_image")
+def _plumbline(row: dict, image_of: Images) -> dict:
+    return row | {key: image_of(row[key]) for key in ("image", "rejected_image")
                   if isinstance(row.get(key), bytes | dict | str) and row[key]}
 
 
-def _llava(row: dict, picture: Pictures) -> dict:
+def _llava(row: dict, image_of: Images) -> dict:
     question, answer = _turn(row.get("conversations"), "conversations")
-    return {"id": row.get("id"), "image": picture(row.get("image")), "prompt": question, "chosen": answer}
+    return {"id": row.get("id"), "image": image_of(row.get("image")), "prompt": question, "chosen": answer}
 
 
-def _povid(row: dict, picture: Pictures) -> dict:
+def _povid(row: dict, image_of: Images) -> dict:
     rejected = _same_question(row, "conversations", "rejected_conversations")
-    return {**_llava(row, picture), "rejected": rejected, "source": {"format": "povid"}}
+    return {**_llava(row, image_of), "rejected": rejected, "source": {"format": "povid"}}
 
 
-def _llama_factory(row: dict, picture: Pictures) -> dict:
+def _llama_factory(row: dict, image_of: Images) -> dict:
     for key in ("system", "history", "tools"):
         if row.get(key):
             raise BadInput(f"{key!r} is filled: a record is one question and its answers")
@@ -266,63 +266,63 @@ def _llama_factory(row: dict, picture: Pictures) -> dict:
     else:
         key = "conversations" if row.get("conversations") is not None else "messages"
         question = _question(_said(row.get(key), QUESTION, key))
-    return {"id": row.get("id"), "image": picture(row.get("images") or row.get("image")), "prompt": question,
+    return {"id": row.get("id"), "image": image_of(row.get("images") or row.get("image")), "prompt": question,
             "chosen": _answer(row, "chosen", "output"), "rejected": _answer(row, "rejected"),
             "source": {"format": "llama-factory"}}
 
 
-def _ms_swift(row: dict, picture: Pictures) -> dict:
+def _ms_swift(row: dict, image_of: Images) -> dict:
     question, chosen = _turn(row.get("messages"), "messages")
     rejected = _answer(row, "rejected_response")
     if row.get("rejected_messages") is not None:
         rejected = _same_question(row, "messages", "rejected_messages")
     elif rejected is not None and len(row["messages"]) > 2:
         raise BadInput("'rejected_response' answers the last of several questions; a record has one")
-    image, other = picture(row.get("images") or row.get("image")), row.get("rejected_images")
-    other = picture(other) if other else None
+    image, other = image_of(row.get("images") or row.get("image")), row.get("rejected_images")
+    other = image_of(other) if other else None
     return {"id": row.get("id"), "image": image, "prompt": question, "chosen": chosen, "rejected": rejected,
             "rejected_image": other if other != image else None, "source": {"format": "ms-swift"}}
 
 
-def _realign(row: dict, picture: Pictures) -> dict:
+def _realign(row: dict, image_of: Images) -> dict:
     question, chosen = _turn(row.get("chosen"), "chosen")
-    return {"id": row.get("id"), "image": picture(row.get("image")), "prompt": question, "chosen": chosen,
+    return {"id": row.get("id"), "image": image_of(row.get("image")), "prompt": question, "chosen": chosen,
             "rejected": _same_question(row, "chosen", "rejected"),
-            "rejected_image": picture(row.get("retrieved_image")), "source": {"format": "realign"}}
+            "rejected_image": image_of(row.get("retrieved_image")), "source": {"format": "realign"}}
 
 
-def _rlhf_v(row: dict, picture: Pictures) -> dict:
+def _rlhf_v(row: dict, image_of: Images) -> dict:
     try:
         texts = parse_json(row.get("text").encode("utf-8", "surrogatepass"))
     except (AttributeError, ValueError):
         texts = None
     if not isinstance(texts, dict):
         raise BadInput("'text' is not a JSON object of question, chosen and rejected")
-    return {**_rlaif_v({**row, **texts}, picture), "source": {"format": "rlhf-v", **_origin(row)}}
+    return {**_rlaif_v({**row, **texts}, image_of), "source": {"format": "rlhf-v", **_origin(row)}}
 
 
-def _rlaif_v(row: dict, picture: Pictures) -> dict:
-    return {"id": row.get("idx", row.get("id")), "image": picture(row.get("image") or row.get("image_path")),
+def _rlaif_v(row: dict, image_of: Images) -> dict:
+    return {"id": row.get("idx", row.get("id")), "image": image_of(row.get("image") or row.get("image_path")),
             "prompt": _question(row.get("question")), "chosen": row.get("chosen"),
             "rejected": row.get("rejected"), "source": {"format": "rlaif-v", **_origin(row)}}
 
 
-def _trl(row: dict, picture: Pictures) -> dict:
-    if row.get("prompt") is None:  # the prompt stands at the start of both conversations
+def _trl(row: dict, image_of: Images) -> dict:
+    if row.get("prompt") is None:  # the prompt is at the start of both conversations
         question, chosen = _turn(row.get("chosen"), "chosen")
         rejected = _same_question(row, "chosen", "rejected")
     else:
         question = _question(_said(row["prompt"], QUESTION, "prompt"))
         chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
     other = row.get("rejected_images")
-    return {"id": row.get("id", row.get("idx")), "image": picture(row.get("images") or row.get("image")),
+    return {"id": row.get("id", row.get("idx")), "image": image_of(row.get("images") or row.get("image")),
             "prompt": question, "chosen": chosen, "rejected": rejected,
-            "rejected_image": picture(other) if other else None, "source": {"format": "trl"}}
+            "rejected_image": image_of(other) if other else None, "source": {"format": "trl"}}
 
 
 class Format(NamedTuple):
     fits: Callable[[dict], bool]  # do the (filled) keys of a row belong to this format?
-    convert: Callable[[dict, Pictures], dict]
+    convert: Callable[[dict, Images], dict]
 
 
 FORMATS = {  # the first that fits is taken
@@ -369,7 +369,7 @@ def _answer(row: dict, *keys: str) -> str | None:
 
 
 def _said(value: object, roles: tuple[str, str], key: str) -> str:
-    """A text, or that of a message or a conversation of one; parts of it that are pictures say nothing."""
+    """A text, or that of a message or a conversation of one; parts of it that are images say nothing."""
     if isinstance(value, list):
         if len(value) != 1:
             raise BadInput(f"{key!r} has {len(value)} messages, one is wanted")
@@ -416,28 +416,28 @@ def _named(record: dict, where: str, names: dict[str, int]) -> dict:
 # Records to TRL's rows
 
 
-def _trl_row(record: dict, picture: Callable[[str], object]) -> dict:
+def _trl_row(record: dict, image_of: Callable[[str], object]) -> dict:
     def said(role: str, *parts: dict) -> list[dict]:
         return [{"role": role, "content": list(parts)}]
 
     def text(key: str) -> dict:
         return {"type": "text", "text": record[key]}
 
-    row = {"id": record["id"], "images": [picture(record["image"])],
+    row = {"id": record["id"], "images": [image_of(record["image"])],
            "prompt": said("user", {"type": "image"}, text("prompt")),
            "chosen": said("assistant", text("chosen")), "rejected": said("assistant", text("rejected"))}
     other = record.get("rejected_image")
-    return {**row, "rejected_images": [picture(other)]} if other else row
+    return {**row, "rejected_images": [image_of(other)]} if other else row
 
 
 def _absolute(reference: str, root: Path) -> str:
     if reference.startswith("scene:"):
-        raise BadInput(f"{reference}: a drawn picture has no file to point to; write a .parquet file")
+        raise BadInput(f"{reference}: a drawn image has no file to point to; write a .parquet file")
     return str((root / reference).resolve())
 
 
 def _embedded(reference: str, root: Path) -> dict:
-    """The picture itself: a file's own bytes, a drawn scene as PNG."""
+    """The image itself: a file's own bytes, a drawn scene as PNG."""
     if not reference.startswith("scene:"):
         return {"bytes": (root / reference).read_bytes(), "path": Path(reference).name}
     buffer = io.BytesIO()
@@ -446,7 +446,7 @@ def _embedded(reference: str, root: Path) -> dict:
 
 
 def _write_parquet(path: Path, records: list[dict], root: Path, group: int = 64) -> None:
-    """`group` records at a time, so that not all pictures are in memory; `datasets` decodes the pictures."""
+    """`group` records at a time, so that not all images are in memory; `datasets` decodes the images."""
     parquet = _parquet(path)
     import pyarrow as pa
 
@@ -458,8 +458,8 @@ def _write_parquet(path: Path, records: list[dict], root: Path, group: int = 64)
         types["rejected_images"] = image
     text = {"dtype": "string", "_type": "Value"}
     talk = [{"role": text, "content": [{"type": text, "text": text}]}]
-    pictures = {"feature": {"_type": "Image"}, "_type": "Sequence"}
-    features = {key: pictures if kind is image else text if key == "id" else talk
+    images = {"feature": {"_type": "Image"}, "_type": "Sequence"}
+    features = {key: images if kind is image else text if key == "id" else talk
                 for key, kind in types.items()}
     note = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(list(types.items()), metadata=note)

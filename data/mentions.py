@@ -1,7 +1,7 @@
 """Finds the objects that a response mentions, and the tokens that each mention is made of.
 
 The words to look for are those of data/entities.txt (how it is made: tools/entities.py). A mention is the
-longest run of words that stands in the list, from left to right, without overlaps: "hot dog" is one mention
+longest run of words that is in the list, from left to right, without overlaps: "hot dog" is one mention
 and no dog. Case does not matter; words may be joined by one space or one hyphen, and end where letters and
 digits end, so "dog's" mentions a dog and "hotdogs," a hot dog, but "dogma" nothing.
 

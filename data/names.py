@@ -1,9 +1,9 @@
-"""Which picture is meant: files about the same picture name it in different ways.
+"""Which image is meant: files about the same image name it in different ways.
 
     139    "139"    000000000139    COCO_val2014_000000000139    val2014/COCO_val2014_000000000139.jpg
 
-A name stands for a known picture if both are the same apart from folders, or if one of them is the other's stem
-or number. The number of a picture is its id where an instances file of COCO gives one, else the digits at the end
+A name means a known image if both are the same apart from folders, or if one of them is the other's stem
+or number. The number of an image is its id where an instances file of COCO gives one, else the digits at the end
 of its stem, without leading zeros. What only shares a stem or a number (a.jpg and a.png) is not the same.
 """
 
@@ -26,7 +26,7 @@ def as_id(value: object) -> str | None:
 
 
 class Names:
-    """Known pictures, found by any of their names.
+    """Known images, found by any of their names.
 
     Args:
         where: file or folder that knows them, for errors.
@@ -46,9 +46,9 @@ class Names:
                 self.short.setdefault(key, []).append(name)
 
     def find(self, wanted: str) -> str | None:
-        """The known name of a picture, None if there is none; BadInput if it may be several.
+        """The known name of an image, None if there is none; BadInput if it may be several.
 
-        Where only the folder tells pictures apart, the one whose name ends `wanted` is meant.
+        Where only the folder tells images apart, the one whose name ends `wanted` is meant.
         """
         base, stem, number = _parts(wanted)
         places = ((self.full, wanted), (self.full, base), (self.short, base), (self.full, stem), (self.full, number))

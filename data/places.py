@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-SIDE = 96                                                   # pixels of a picture side
+SIDE = 96                                                   # pixels of an image side
 CELL = 12                                                   # pixels of a grid cell = ViT patch
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ BULKY = frozenset(("car", "airplane", "train", "truck", "boat", "horse", "cow", 
 IN_THE_SKY = frozenset(("airplane", "kite"))                            # these keep to the upper half
 CATEGORIES: tuple[str, ...] = tuple(WORDS)
 
-REMARKS = {                                                 # true in every picture of the place
+REMARKS = {                                                 # true in every image of the place
     "kitchen": ("The wall has white tiles.", "The counter is made of wood."),
     "living room": ("The floor is brown.", "A picture hangs on the wall."),
     "office": ("The floor is gray.", "The window is wide."),
@@ -116,90 +116,90 @@ def pick(rng: random.Random, items: Sequence[Item], weights: Sequence[float] | N
     return items[-1]
 
 
-def _box(picture: np.ndarray, left: int, top: int, right: int, bottom: int, colour: Colour) -> None:
-    picture[max(top, 0):max(bottom, 0), max(left, 0):max(right, 0)] = colour
+def _box(canvas: np.ndarray, left: int, top: int, right: int, bottom: int, colour: Colour) -> None:
+    canvas[max(top, 0):max(bottom, 0), max(left, 0):max(right, 0)] = colour
 
 
-def _disc(picture: np.ndarray, column: int, row: int, radius: int, colour: Colour) -> None:
+def _disc(canvas: np.ndarray, column: int, row: int, radius: int, colour: Colour) -> None:
     rows, columns = np.ogrid[:SIDE, :SIDE]
-    picture[(rows - row) ** 2 + (columns - column) ** 2 <= radius ** 2] = colour
+    canvas[(rows - row) ** 2 + (columns - column) ** 2 <= radius ** 2] = colour
 
 
-def _fade(picture: np.ndarray, top: int, bottom: int, upper: Colour, lower: Colour) -> None:
+def _fade(canvas: np.ndarray, top: int, bottom: int, upper: Colour, lower: Colour) -> None:
     """Vertical gradient over rows [top, bottom), in integers so that it is exact everywhere."""
     steps = np.arange(bottom - top)[:, None]                                                   # (rows, 1)
     shades = (np.array(upper) * (bottom - top - steps) + np.array(lower) * steps) // (bottom - top)
-    picture[top:bottom] = shades[:, None]                                                      # (rows, 1, 3)
+    canvas[top:bottom] = shades[:, None]                                                      # (rows, 1, 3)
 
 
-def _kitchen(picture: np.ndarray, line: int, shift: int) -> None:
-    _fade(picture, 0, line, (250, 244, 222), (240, 230, 200))
-    picture[6:line:10] = (216, 206, 178)
-    picture[:line, 4 + shift::14] = (216, 206, 178)
-    _fade(picture, line, SIDE, (190, 140, 92), (160, 112, 70))
-    _box(picture, 0, line, SIDE, line + 3, (120, 80, 48))
+def _kitchen(canvas: np.ndarray, line: int, shift: int) -> None:
+    _fade(canvas, 0, line, (250, 244, 222), (240, 230, 200))
+    canvas[6:line:10] = (216, 206, 178)
+    canvas[:line, 4 + shift::14] = (216, 206, 178)
+    _fade(canvas, line, SIDE, (190, 140, 92), (160, 112, 70))
+    _box(canvas, 0, line, SIDE, line + 3, (120, 80, 48))
 
 
-def _living_room(picture: np.ndarray, line: int, shift: int) -> None:
-    _fade(picture, 0, line, (206, 160, 150), (222, 184, 170))
-    _box(picture, 30 + shift, 8, 58 + shift, 28, (112, 72, 60))
-    _box(picture, 33 + shift, 11, 55 + shift, 25, (170, 200, 190))
-    _fade(picture, line, SIDE, (140, 96, 70), (116, 76, 54))
-    _box(picture, 0, line - 2, SIDE, line + 1, (244, 234, 224))
+def _living_room(canvas: np.ndarray, line: int, shift: int) -> None:
+    _fade(canvas, 0, line, (206, 160, 150), (222, 184, 170))
+    _box(canvas, 30 + shift, 8, 58 + shift, 28, (112, 72, 60))
+    _box(canvas, 33 + shift, 11, 55 + shift, 25, (170, 200, 190))
+    _fade(canvas, line, SIDE, (140, 96, 70), (116, 76, 54))
+    _box(canvas, 0, line - 2, SIDE, line + 1, (244, 234, 224))
 
 
-def _office(picture: np.ndarray, line: int, shift: int) -> None:
-    _fade(picture, 0, line, (186, 200, 216), (204, 214, 226))
-    _box(picture, 12 + shift, 6, 84 + shift, 34, (236, 246, 252))
+def _office(canvas: np.ndarray, line: int, shift: int) -> None:
+    _fade(canvas, 0, line, (186, 200, 216), (204, 214, 226))
+    _box(canvas, 12 + shift, 6, 84 + shift, 34, (236, 246, 252))
     for row in range(10, 34, 5):
-        _box(picture, 12 + shift, row, 84 + shift, row + 1, (168, 184, 200))
-    _fade(picture, line, SIDE, (128, 134, 146), (104, 110, 122))
+        _box(canvas, 12 + shift, row, 84 + shift, row + 1, (168, 184, 200))
+    _fade(canvas, line, SIDE, (128, 134, 146), (104, 110, 122))
 
 
-def _street(picture: np.ndarray, line: int, shift: int) -> None:
-    _fade(picture, 0, line, (196, 212, 226), (222, 228, 232))
+def _street(canvas: np.ndarray, line: int, shift: int) -> None:
+    _fade(canvas, 0, line, (196, 212, 226), (222, 228, 232))
     for number, (left, top) in enumerate(((0, 12), (20, 22), (42, 6), (62, 18), (80, 10))):
         shade = 138 + 14 * (number % 3)
-        _box(picture, left + shift, top, left + 17 + shift, line, (shade, shade - 10, shade - 4))
-    _fade(picture, line, SIDE, (98, 98, 102), (78, 78, 82))
+        _box(canvas, left + shift, top, left + 17 + shift, line, (shade, shade - 10, shade - 4))
+    _fade(canvas, line, SIDE, (98, 98, 102), (78, 78, 82))
     for left in range(shift, SIDE, 24):
-        _box(picture, left, line + 18, left + 12, line + 21, (230, 226, 200))
+        _box(canvas, left, line + 18, left + 12, line + 21, (230, 226, 200))
 
 
-def _beach(picture: np.ndarray, line: int, shift: int) -> None:
-    _fade(picture, 0, line - 16, (120, 190, 240), (190, 226, 246))
-    _fade(picture, line - 16, line, (30, 120, 180), (70, 170, 206))
-    _fade(picture, line, SIDE, (244, 222, 164), (228, 198, 132))
-    _box(picture, 0, line, SIDE, line + 2, (246, 246, 240))
+def _beach(canvas: np.ndarray, line: int, shift: int) -> None:
+    _fade(canvas, 0, line - 16, (120, 190, 240), (190, 226, 246))
+    _fade(canvas, line - 16, line, (30, 120, 180), (70, 170, 206))
+    _fade(canvas, line, SIDE, (244, 222, 164), (228, 198, 132))
+    _box(canvas, 0, line, SIDE, line + 2, (246, 246, 240))
 
 
-def _park(picture: np.ndarray, line: int, shift: int) -> None:
-    _fade(picture, 0, line, (150, 206, 244), (206, 232, 246))
+def _park(canvas: np.ndarray, line: int, shift: int) -> None:
+    _fade(canvas, 0, line, (150, 206, 244), (206, 232, 246))
     for left in (10, 44, 78):
-        _box(picture, left + shift, line - 14, left + 4 + shift, line, (112, 80, 50))
-        _disc(picture, left + 2 + shift, line - 18, 10, (62, 132, 66))
-    _fade(picture, line, SIDE, (116, 184, 84), (84, 154, 64))
-    _box(picture, 0, line + 22, SIDE, line + 30, (214, 200, 164))
+        _box(canvas, left + shift, line - 14, left + 4 + shift, line, (112, 80, 50))
+        _disc(canvas, left + 2 + shift, line - 18, 10, (62, 132, 66))
+    _fade(canvas, line, SIDE, (116, 184, 84), (84, 154, 64))
+    _box(canvas, 0, line + 22, SIDE, line + 30, (214, 200, 164))
 
 
-def _farm(picture: np.ndarray, line: int, shift: int) -> None:
-    _fade(picture, 0, line, (176, 214, 236), (232, 236, 214))
-    _box(picture, 34 + shift, line - 20, 62 + shift, line, (170, 52, 44))
+def _farm(canvas: np.ndarray, line: int, shift: int) -> None:
+    _fade(canvas, 0, line, (176, 214, 236), (232, 236, 214))
+    _box(canvas, 34 + shift, line - 20, 62 + shift, line, (170, 52, 44))
     for step in range(10):
         top, inset = line - 20 - step, 2 * step
-        _box(picture, 32 + inset + shift, top, 64 - inset + shift, top + 1, (110, 40, 36))
-    _fade(picture, line, SIDE, (150, 176, 84), (128, 150, 66))
+        _box(canvas, 32 + inset + shift, top, 64 - inset + shift, top + 1, (110, 40, 36))
+    _fade(canvas, line, SIDE, (150, 176, 84), (128, 150, 66))
     for row in range(line + 4, SIDE, 12):
-        picture[row:row + 5] = (146, 112, 66)
+        canvas[row:row + 5] = (146, 112, 66)
 
 
-def _savanna(picture: np.ndarray, line: int, shift: int) -> None:
-    _fade(picture, 0, line, (250, 176, 92), (252, 222, 150))
-    _disc(picture, 48 + 2 * shift, line - 8, 9, (255, 244, 190))
-    _fade(picture, line, SIDE, (208, 176, 84), (176, 138, 58))
+def _savanna(canvas: np.ndarray, line: int, shift: int) -> None:
+    _fade(canvas, 0, line, (250, 176, 92), (252, 222, 150))
+    _disc(canvas, 48 + 2 * shift, line - 8, 9, (255, 244, 190))
+    _fade(canvas, line, SIDE, (208, 176, 84), (176, 138, 58))
     for left in range(2 + shift, SIDE, 12):
-        _box(picture, left, line + 6, left + 1, line + 11, (140, 112, 44))
-        _box(picture, left + 5, line + 24, left + 6, line + 30, (140, 112, 44))
+        _box(canvas, left, line + 6, left + 1, line + 11, (140, 112, 44))
+        _box(canvas, left + 5, line + 24, left + 6, line + 30, (140, 112, 44))
 
 
 _PAINTERS = {"kitchen": _kitchen, "living room": _living_room, "office": _office, "street": _street,
@@ -212,6 +212,6 @@ def background(place: str, seed: int) -> np.ndarray:
     line = 40 + int(rng.random() * 9)
     shift = int(rng.random() * 9) - 4
     tint = [int(rng.random() * 25) - 12 for _ in range(3)]
-    picture = np.zeros((SIDE, SIDE, 3), np.int16)
-    _PAINTERS[place](picture, line, shift)
-    return np.clip(picture + np.array(tint, np.int16), 0, 255).astype(np.uint8)
+    canvas = np.zeros((SIDE, SIDE, 3), np.int16)
+    _PAINTERS[place](canvas, line, shift)
+    return np.clip(canvas + np.array(tint, np.int16), 0, 255).astype(np.uint8)

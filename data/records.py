@@ -2,15 +2,15 @@
 
     key              type     meaning
     id               string   unique in its file
-    image            string   picture reference the answers are about
+    image            string   image reference the answers are about
     prompt           string   question; one `<image>` at either end of it is taken away
     chosen           string   preferred answer, y_w
     rejected         string   dispreferred answer, y_l (differs from `chosen`)
-    rejected_image   string   optional (or null): picture reference v_l on which `chosen` is no longer right
+    rejected_image   string   optional (or null): image reference v_l on which `chosen` is no longer right
     source           object   optional, free-form: where each part came from (method, seed, model, scores)
 
 Any other key is refused, so a misspelt `rejected_image` cannot turn a vision loss into a text loss unnoticed.
-A picture reference is a file path (absolute, or relative to the folder of the JSONL file) or `scene:SEED` /
+An image reference is a file path (absolute, or relative to the folder of the JSONL file) or `scene:SEED` /
 `scene:SEED?without=dog,cat` (see data/scenes.py). An image record, where no answers are compared, has `id`,
 `image`, `prompt` and, optionally, `chosen` and `source`.
 
@@ -43,9 +43,9 @@ TAGS = ("ASSISTANT:", "[/INST]")  # a question that ends so has a template (data
 INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode categories: spaces, controls, zero-width characters
 SHOWN = 20  # bad records that an error names
 DEEPEST = 50  # levels of `source`
-LONGEST = 1024  # characters of a path; a picture in base64 has more
+LONGEST = 1024  # characters of a path; an image in base64 has more
 
-Row = tuple[str, dict | None, list[str]]  # where it stands, what it holds, what is wrong with it
+Row = tuple[str, dict | None, list[str]]  # where it is, what it holds, what is wrong with it
 
 
 def read_pairs(path: str | Path, needs: Collection[str] = ()) -> list[dict]:
@@ -156,8 +156,8 @@ def collect(path: Path, rows: Iterable[Row], root: Path, needs: Collection[str] 
     """Check the rows of a file, which are records or cannot be.
 
     Args:
-        root: folder that relative paths of pictures start from.
-        needs: keys that must be there beside those that every record has, e.g. {"rejected"}.
+        root: folder that relative paths of images start from.
+        needs: keys that must be there in addition to those of every record, e.g. {"rejected"}.
         hints: key -> what to do where it is missing.
 
     Returns the records in file order: pairs if the first one has a `rejected`, or `needs` says so, otherwise
@@ -210,7 +210,7 @@ class Faults:
 
 
 def without_mark(prompt: str) -> str:
-    """A prompt without the `<image>` at its beginning or end: the template places the picture."""
+    """A prompt without the `<image>` at its beginning or end: the template places the image."""
     bare = prompt.strip()
     if bare.startswith(IMAGE):
         return bare.removeprefix(IMAGE).lstrip()
@@ -261,7 +261,7 @@ def _text_flaw(text: str, key: str = "") -> str:
     if key and all(unicodedata.category(character) in INVISIBLE for character in text):
         return "is empty"
     if key == "prompt" and (mark := MARK.search(text)):
-        return f"contains {mark.group()}: one {IMAGE} may stand at either end, the template places the picture"
+        return f"contains {mark.group()}: only one {IMAGE} at either end is accepted; the template places the image"
     if key == "prompt" and text.rstrip().endswith(TAGS):
         return f"ends as a template does ({' or '.join(TAGS)}): the question alone is wanted"
     if key in ("chosen", "rejected") and IMAGE in text:
@@ -289,7 +289,7 @@ def _source_flaw(value: object, depth: int = 0) -> str:
 
 
 def _check_images(row: dict, root: Path, checked: dict[str, str]) -> list[str]:
-    """`checked` remembers the verdict ("" = good) of each reference, as pictures repeat."""
+    """`checked` remembers the verdict ("" = good) of each reference, as images repeat."""
     reasons = []
     for key in REFERENCES:
         reference = row.get(key)
@@ -301,7 +301,7 @@ def _check_images(row: dict, root: Path, checked: dict[str, str]) -> list[str]:
 
 
 def _no_path(reference: str) -> str:
-    """Why a picture reference cannot be a path, or ""."""
+    """Why an image reference cannot be a path, or ""."""
     if re.match(r"[a-z]+://", reference):
         return f"{brief(reference)} is a URL: a path to a file is wanted"
     if len(reference) > LONGEST:
@@ -310,7 +310,7 @@ def _no_path(reference: str) -> str:
 
 
 def reference_problem(reference: str, root: Path) -> str:
-    """Why a picture reference cannot be opened, or "". Of a file only the header is read."""
+    """Why an image reference cannot be opened, or "". Of a file only the header is read."""
     try:
         image_size(reference, root)
     except BadInput as error:

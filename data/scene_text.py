@@ -52,7 +52,7 @@ def _article(phrase: str) -> str:
 
 
 def _horizontal(item: Object) -> str:
-    """Third of the picture in which the centre lies."""
+    """Third of the image in which the centre lies."""
     centre = item.column + item.size / 2
     return ("on the left", "in the middle", "on the right")[int(3 * centre / GRID)]
 
@@ -92,7 +92,7 @@ def _groups(scene: Scene) -> list[_Group]:
 
 
 def _absent(scene: Scene) -> tuple[list[str], list[float]]:
-    """Classes that belong to the place but are not in the picture, and how typical they are."""
+    """Classes that belong to the place but are not in the image, and how typical they are."""
     present = {item.category for item in scene.objects}
     table = {category: p for category, p in PLACES[scene.place].items() if category not in present}
     return list(table), list(table.values())

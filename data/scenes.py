@@ -1,17 +1,17 @@
-"""The scene world: seeded 96 x 96 pictures with exact ground truth, so that nothing has to be downloaded.
+"""The scene world: seeded 96 x 96 images with exact ground truth, so that nothing has to be downloaded.
 
 A scene is one of eight places with two to seven objects (emoji art, data/sprites) on an 8 x 8 grid of
 12-pixel cells, the patches of the small ViT. Everything follows from the seed, and objects never overlap,
-so a picture with one class removed (`render(scene, without=("dog",))`) is exactly the scene in which that
+so an image with one class removed (`render(scene, without=("dog",))`) is exactly the scene in which that
 class never existed: the counterfactual image which AdaViP (arXiv:2504.15619) makes with a detector, a
 segmenter and an inpainter.
 
-| reference                 | picture                                   |
-| scene:7                   | the picture of sample_scene(7)            |
-| scene:7?without=cat,dog   | the same picture without any cat or dog   |
+| reference                 | image                                     |
+| scene:7                   | the image of sample_scene(7)              |
+| scene:7?without=cat,dog   | the same image without any cat or dog     |
 
 | function     | result                                | shape                |
-| render       | the picture                           | PIL RGB, 96 x 96     |
+| render       | the image                             | PIL RGB, 96 x 96     |
 | object_masks | pixels which a class changes          | (96, 96) bool each   |
 | patch_labels | class index of each patch             | (8, 8) int           |
 
@@ -156,21 +156,21 @@ def _check_categories(names: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def render(scene: Scene, without: Iterable[str] = ()) -> Image.Image:
-    """The picture (RGB, 96 x 96), leaving out all objects of the classes in `without`; about 1 ms."""
+    """The image (RGB, 96 x 96), leaving out all objects of the classes in `without`; about 1 ms."""
     without = _check_categories(without, f"scene {scene.seed}, without")
-    picture = background(scene.place, scene.seed).astype(np.int32)                               # (96, 96, 3)
+    pixels = background(scene.place, scene.seed).astype(np.int32)                               # (96, 96, 3)
     for item in scene.objects:
         if item.category not in without:
             tile = _tiles()[item.category, item.sprite, item.size]
             top, left, side = item.row * CELL, item.column * CELL, item.size * CELL
-            window = picture[top:top + side, left:left + side]                                   # a view
+            window = pixels[top:top + side, left:left + side]                                   # a view
             alpha = tile[..., 3:]
             window[:] = (window * (255 - alpha) + tile[..., :3] * alpha + 127) // 255
-    return Image.fromarray(picture.astype(np.uint8))
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def objects_present(scene: Scene, without: Iterable[str] = ()) -> set[str]:
-    """Classes of the objects in the picture."""
+    """Classes of the objects in the image."""
     return {item.category for item in scene.objects} - set(without)
 
 
@@ -219,5 +219,5 @@ def parse_reference(ref: str) -> tuple[Scene, tuple[str, ...]]:
 
 
 def open_scene(ref: str) -> Image.Image:
-    """The picture of a reference."""
+    """The image of a reference."""
     return render(*parse_reference(ref))

@@ -21,7 +21,7 @@ How a text becomes ids
 4. A character left over that is no piece becomes its UTF-8 bytes (<0x00> ... <0xFF>), or <unk> in a
    vocabulary without bytes; neighbouring unknown characters are one <unk>.
 
-`tokenizers` wants merges of pairs instead of scores of pieces, so every cut of a piece in two pieces is a
+`tokenizers` needs merges of pairs instead of scores of pieces, so every cut of a piece in two pieces is a
 merge, ordered by the score of the whole. One difference remains: two cuts of one piece that overlap in the
 text ("aa", "a", "aa" where "aaa" is a piece) are joined in the merges' order, not leftmost first.
 
@@ -63,7 +63,7 @@ def read_sentencepiece(path: Path) -> tuple[Tokenizer, Callable[[str], str]]:
     """tokenizer.model -> (tokenizer, escape).
 
     `tokenizer.encode(escape(text)).ids` equals sentencepiece's `encode(text)`: the escape stays outside
-    because a normaliser of `tokenizers` would put the dummy prefix behind every user-defined piece, too.
+    because a normaliser of `tokenizers` would put the dummy prefix after every user-defined piece, too.
     Raises BadInput naming the file and the reason.
     """
     model = read_model(Path(path))
@@ -170,7 +170,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """Seven bits a byte, lowest first, the top bit says that more follow -> (value, position behind it)."""
+    """Seven bits a byte, lowest first, the top bit says that more follow -> (value, position after it)."""
     value = 0
     for i in range(10):  # enough for 64 bits
         byte = message[at + i]

@@ -28,7 +28,7 @@ def sentence_end(text: str, start: int, whole: bool) -> int | None:
 
 
 def split_sentences(text: str) -> list[tuple[str, str]]:
-    """Text -> (sentence, white space behind it); together they are the text again."""
+    """Text -> (sentence, white space after it); together they are the text again."""
     result, start = [], 0
     while start < len(text):
         first = start + len(text[start:]) - len(text[start:].lstrip())

@@ -2,7 +2,7 @@
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv
 2103.00020. LLaVA takes patch features from the vision tower. In the shared space retrieval (Re-Align)
-compares pictures with pictures, object removal (AdaViP) and the verifier (FiSAO) pictures with texts.
+compares images with images, object removal (AdaViP) and the verifier (FiSAO) images with texts.
 
 Module names are the tensor names of the published checkpoints (`pre_layrnorm` is spelled so there), so a
 state dict loads without a translation table.
@@ -96,7 +96,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The vision tower up to `layers` encoder layers; layers whose output nobody reads are not built.
+    """The vision tower up to `layers` encoder layers; layers whose output is never read are not built.
 
     Args:
         layers: encoder layers to build; None builds all of them and the final LayerNorm (for the pooled state).
@@ -130,7 +130,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Causal text tower; the state at the first EOS stands for the text."""
+    """Causal text tower; the state at the first EOS represents the text."""
 
     def __init__(self, config: ClipTextConfig):
         super().__init__()

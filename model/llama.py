@@ -92,7 +92,7 @@ class MLP(nn.Module):
 
 def recomputed_in_parts(function: Callable, x: Tensor) -> Tensor:
     """`function` of x (T, D), whose rows do not depend on one another, keeping nothing of it for the backward: it
-    is computed anew for one part of the tokens at a time."""
+    is recomputed for one part of the tokens at a time."""
     parts = x.tensor_split(math.ceil(len(x) / PART))
     return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts])
 

@@ -1,4 +1,4 @@
-"""LoRA: train a low-rank update beside frozen weights; switched off, the model is its own reference policy.
+"""LoRA: train a low-rank update of frozen weights; switched off, the model is its own reference policy.
 
 Hu et al. 2021, arXiv 2106.09685.
 

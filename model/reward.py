@@ -3,7 +3,7 @@
 Ouyang et al. 2022, arXiv 2203.02155; for LLaVA: Sun et al. 2023, arXiv 2309.14525. Training:
 losses/reward_model.py.
 
-    r(v, x, y) = w . h_EOS + b        h_EOS: final decoder state at the end of prompt, picture and answer
+    r(v, x, y) = w . h_EOS + b        h_EOS: final decoder state at the end of prompt, image and answer
 
 The head starts from N(0, 1 / (D + 1)) with bias 0. On disk a reward model is a folder with `model/` (llava-hf
 layout) and `reward_head.safetensors`.
@@ -55,7 +55,7 @@ class RewardModel(nn.Module):
 
 
 def save_reward_head(reward: RewardModel, folder: Path) -> None:
-    """Write the head beside `model/`."""
+    """Write the head next to `model/`."""
     save_tensors({"weight": reward.head.weight, "bias": reward.head.bias}, folder / HEAD)
 
 

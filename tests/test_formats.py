@@ -103,7 +103,7 @@ def problems(path, **options) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "change", "reason"), [
-    ("llava", {"image": None}, "no picture"),
+    ("llava", {"image": None}, "no image"),
     ("llava", {"conversations": []}, "not a conversation"),
     ("llava", {"conversations": talk(A, Q, roles=("gpt", "human"))}, "a message of the user is wanted"),
     ("llava", {"conversations": talk("<image><image>" + Q, A)}, "'prompt' contains <image>"),
@@ -114,7 +114,7 @@ def problems(path, **options) -> list[str]:
     ("rlhf-v", {"text": "no JSON"}, "'text' is not a JSON object"),
     ("rlaif-v", {"chosen": ""}, "'chosen' is empty"),
     ("rlaif-v", {"question": 3}, "the question must be a string, found int"),
-    ("trl", {"images": ["one.png", "two.png"]}, "2 pictures"),
+    ("trl", {"images": ["one.png", "two.png"]}, "2 images"),
     ("trl", {"prompt": chat(Q, A)}, "'prompt' has 2 messages"),
     ("plumbline", {"colour": "red"}, "unknown key 'colour'"),
     ("plumbline", {"id": ["b"]}, "'id' must be a string, found list"),
@@ -155,7 +155,7 @@ def png(colour: str) -> bytes:
 
 
 def test_parquet_with_pictures_inside(folder):
-    """150 rows in row groups of 40, two distinct pictures: two files; a second reading writes nothing."""
+    """150 rows in row groups of 40, two distinct images: two files; a second reading writes nothing."""
     pa = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")  # makes pa.parquet
 
@@ -173,10 +173,10 @@ def test_parquet_with_pictures_inside(folder):
     assert read(folder) == records and read(path, root=folder.parent)[0]["image"].startswith(folder.name)
     assert [file.stat().st_mtime_ns for file in saved] == times
 
-    rows[3]["image"] = {"bytes": b"no picture", "path": None}
+    rows[3]["image"] = {"bytes": b"no image", "path": None}
     pa.parquet.write_table(pa.Table.from_pylist(rows), path)
     (found,) = problems(path)
-    assert found.startswith(f"{path}:4: its picture is not readable")
+    assert found.startswith(f"{path}:4: its image is not readable")
     path.write_bytes(b"PAR1 no")
     assert "not a readable Parquet file" in problems(path)[0]
 
@@ -207,7 +207,7 @@ def test_trl_columns_come_back(folder):
     write(folder / "t.jsonl", PAIRS[:1], "trl")
     (record,) = read(folder / "t.jsonl")
     assert record["image"] == str(folder / "one.png") and record["rejected_image"] == str(folder / "two.png")
-    with pytest.raises(ValueError, match="scene:3: a drawn picture has no file"):
+    with pytest.raises(ValueError, match="scene:3: a drawn image has no file"):
         write(folder / "t.jsonl", PAIRS, "trl")
     with pytest.raises(ValueError, match="cannot write format 'povid'"):
         write(folder / "t.jsonl", PAIRS, "povid")
@@ -258,8 +258,8 @@ def test_every_form_becomes_the_same_pair(folder, name, row):
     ({**ROWS["ms-swift"], "rejected_response": None, "rejected_images": ["two.png"]}, "'rejected' is missing"),
     ({**ROWS["trl"], "chosen": [{"role": "assistant", "content": [{"text": 3}]}]}, "must be a text"),
     ({**ROWS["rlaif-v"], "idx": [1]}, "the id must be a string or a whole number, found list"),
-    ({**ROWS["rlaif-v"], "image_path": 7}, "the picture must be a path or bytes, found int"),
-    ({**ROWS["rlaif-v"], "image_path": "data:image/png;base64,AA"}, "its picture is not readable"),
+    ({**ROWS["rlaif-v"], "image_path": 7}, "the image must be a path or bytes, found int"),
+    ({**ROWS["rlaif-v"], "image_path": "data:image/png;base64,AA"}, "its image is not readable"),
     ({**ROWS["rlaif-v"], "question": f"USER: <image>\n{Q} ASSISTANT:"}, "'prompt' contains <image>"),
     ({**ROWS["rlaif-v"], "chosen": "\ud83d"}, "'chosen' holds half a character"),
     ({**ROWS["rlaif-v"], "ds_name": "\ud83d"}, "'source' holds half a character"),
@@ -277,12 +277,12 @@ def test_hints_say_what_to_do(folder):
     with pytest.raises(ValueError) as caught:
         load(path, needs={"rejected"}, hints={"rejected": "say --images"})
     assert str(caught.value).split("\n") == [f"{path}:1: 'rejected' is missing (say --images)",
-                                             f"{path}:2: no picture: 'image' is missing or empty"]
+                                             f"{path}:2: no image: 'image' is missing or empty"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_pairs_serve_as_prompts(folder, name):
-    """Where nothing reads the answers, pairs of any format are pictures and questions, and so are rows without."""
+    """Where nothing reads the answers, pairs of any format are images and questions, and so are rows without."""
     path = save(folder / "d.json", ROWS[name], lines=False)
     (record,) = load(path, answers=False).records
     assert record == {"id": record["id"], "image": "one.png", "prompt": Q}
@@ -295,7 +295,7 @@ def test_pairs_serve_as_prompts(folder, name):
 
 
 def test_pictures_as_bytes(folder):
-    """A binary column, structs and data URLs are the same picture, stored once."""
+    """A binary column, structs and data URLs are the same image, stored once."""
     pa = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")  # makes pa.parquet
 
@@ -303,9 +303,9 @@ def test_pictures_as_bytes(folder):
     for picture in [png("red"), {"bytes": png("red"), "path": "x.png"}, url]:
         row = {"id": "a", "image": picture, "prompt": Q, "chosen": A, "rejected": B}
         pa.parquet.write_table(pa.Table.from_pylist([row, {**row, "id": "b"}]), folder / "d.parquet")
-        records = load(folder / "d.parquet", images=folder / "pictures").records
-        (stored,) = (folder / "pictures").iterdir()
-        assert [record["image"] for record in records] == [f"pictures/{stored.name}"] * 2
+        records = load(folder / "d.parquet", images=folder / "images").records
+        (stored,) = (folder / "images").iterdir()
+        assert [record["image"] for record in records] == [f"images/{stored.name}"] * 2
 
 
 def test_parquet_holds_what_json_does_not(folder):
@@ -324,7 +324,7 @@ def test_parquet_holds_what_json_does_not(folder):
     table = pa.table({"question": pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())})
     pa.parquet.write_table(table, folder / "d.parquet")
     (line,) = problems(folder / "d.parquet")
-    assert line.startswith(f"{folder}/d.parquet: not a readable Parquet file, behind row 0")
+    assert line.startswith(f"{folder}/d.parquet: not a readable Parquet file, after row 0")
 
 
 # The command

@@ -70,7 +70,7 @@ def test_what_is_written_is_read_back(tmp_path):
     ({f"key{i}": 1 for i in range(99)}, "'key6', 'key7', ..."),
 ])
 def test_one_bad_field(tmp_path, change, reason):
-    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
     Image.new("RGB", (499, 1)).save(tmp_path / "thin.png")
     Image.new("F", (9, 9)).save(tmp_path / "float.tif")
     path = lines(tmp_path / "p.jsonl", GOOD, {**GOOD, "id": "b", **change})

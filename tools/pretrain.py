@@ -8,14 +8,14 @@
 Each stage writes into --out (default runs/tiny) and reads what the stage before left there.
 
 CLIP learns three things at once: to name the class of each patch (a linear head on the layer that LLaVA
-reads, thrown away afterwards; without it a transformer this small needs far more pictures), to tell which "a
-photo of a dog" is true of a picture (a sigmoid loss, Zhai et al. 2023, arXiv 2303.15343), and to match
-pictures with captions (InfoNCE, Radford et al. 2021, arXiv 2103.00020).
+reads, thrown away afterwards; without it a transformer this small needs far more images), to tell which "a
+photo of a dog" is true of an image (a sigmoid loss, Zhai et al. 2023, arXiv 2303.15343), and to match
+images with captions (InfoNCE, Radford et al. 2021, arXiv 2103.00020).
 
-LLaVA then learns to describe and to answer, with the vision tower frozen. One row is one picture with a
-caption and several questions, which share the picture and do not see each other: the scoring core's shared
+LLaVA then learns to describe and to answer, with the vision tower frozen. One row is one image with a
+caption and several questions, which share the image and do not see each other: the scoring core's shared
 prefix, used for supervised training. Yes / no questions are learnt long before captions, so the last stage
-goes on with three captions and one question a picture. Captions mention an absent object with probability
+goes on with three captions and one question an image. Captions mention an absent object with probability
 --caption-noise: the habit of real caption data that preference alignment is there to cure.
 """
 
@@ -51,7 +51,7 @@ from model.logprobs import Scorer, Sequence, pack
 from model.tensors import save_tensors
 
 SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
-# "</s>" is not 2: in a CLIP config, eos_token_id = 2 stands for an old bug that pools at the largest id
+# "</s>" is not 2: in a CLIP config, eos_token_id = 2 signals an old bug that pools at the largest id
 # instead.
 SPECIAL = ("<unk>", "<s>", "<pad>", "</s>", "<image>")
 
@@ -102,7 +102,7 @@ def _corpus():
 
 
 def phrase(category: str) -> str:
-    """The text that stands for a class in the sigmoid loss."""
+    """The text that represents a class in the sigmoid loss."""
     return f"a photo of {'an' if category[0] in 'aeiou' else 'a'} {category}"
 
 
@@ -208,13 +208,13 @@ def _init_clip(clip: CLIP) -> None:
 
 
 class Stage(NamedTuple):
-    """Settings of a stage of LLaVA training; captions and questions are those of one picture."""
+    """Settings of a stage of LLaVA training; captions and questions are those of one image."""
 
     steps: int
     lr: float
     captions: int
     questions: int
-    room: int  # tokens of one row behind the picture
+    room: int  # tokens of one row after the image
     noise: float
     first: int  # scene seed
 
@@ -267,7 +267,7 @@ def train_llava(out: Path, stage: Stage, batch: int, seed: int, cached: int, res
     if rank == 0:
         tower = {f"vision_tower.vision_model.{k}": v for k, v in vision.items()}
         save_tensors({**model.state_dict(), **tower}, out / "model.safetensors", torch.float16)
-        print(f"trained {stage.steps} steps of {batch} pictures in {time.time() - started:.0f} s")
+        print(f"trained {stage.steps} steps of {batch} images in {time.time() - started:.0f} s")
     if world > 1:
         dist.destroy_process_group()
 
@@ -276,7 +276,7 @@ def segments(scene, processor: Processor, rng: random.Random, stage: Stage) -> l
     """Captions and questions in exactly `stage.room` tokens: (ids, kind of each token) of each segment.
 
     kinds: 0 not trained (questions, filling), 1 caption, 2 the Yes or No, 3 other answer tokens. The longest
-    segment is filled or cut, because matrix libraries prepare anew for every shape and equal steps spare them
+    segment is filled or cut, because matrix libraries prepare for every new shape, and equal steps spare that
     that.
     """
     prompt, count = scenes.CAPTION_PROMPT, stage.captions + stage.questions
@@ -301,7 +301,7 @@ def segments(scene, processor: Processor, rng: random.Random, stage: Stage) -> l
 
 
 def shared_prefix(processor: Processor) -> tuple[int, ...]:
-    """What all prompts begin with: the picture and the line break behind it."""
+    """What all prompts begin with: the image and the line break after it."""
     return tuple(processor.prompt("")[: len(processor.prefix) + 1])
 
 
@@ -310,7 +310,7 @@ def _llava_loss(scorer, processor, rows, features) -> tuple[Tensor, dict[str, st
     would drown in a plain mean."""
     prefix = shared_prefix(processor)
     sequences = [Sequence(i, prefix, tuple(ids)) for i, row in enumerate(rows) for ids, _ in row]
-    shown = torch.arange(features.shape[:2].numel()).chunk(len(rows))  # all patches of picture i
+    shown = torch.arange(features.shape[:2].numel()).chunk(len(rows))  # all patches of image i
     logps, mask = scorer(pack(sequences, shown, processor.image_id), features)  # (N, L)
     kinds = torch.zeros_like(mask, dtype=torch.long)
     for n, (_, kind) in enumerate(s for row in rows for s in row):
@@ -372,9 +372,9 @@ def main() -> None:
     parser.add_argument("stage", choices=("tokenizer", "clip", *STAGES))
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder that all stages share")
     parser.add_argument("--steps", type=int, help="optimiser steps (clip 1200, llava 3150, captions 1600)")
-    parser.add_argument("--batch-size", type=int, help="pictures a step over all processes (clip 32, others 16)")
+    parser.add_argument("--batch-size", type=int, help="images a step over all processes (clip 32, others 16)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=14_000, help="pictures whose features are kept (230 MB)")
+    parser.add_argument("--scenes", type=int, default=14_000, help="images whose features are kept (230 MB)")
     parser.add_argument("--caption-noise", type=float,
                         help="share of captions with an absent object (.5, then .6)")
     args = parser.parse_args()

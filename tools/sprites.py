@@ -45,11 +45,11 @@ ART = {
     "keyboard": "2328-fe0f", "cell phone": "1f4f1", "book": "1f4d5 1f4d8 1f4d6", "clock": "23f0 1f550",
     "vase": "1f3fa", "teddy bear": "1f9f8",
 }
-LEFT_HALF = ("fork",)                                       # the picture shows a fork and a knife
+LEFT_HALF = ("fork",)                                       # the image shows a fork and a knife
 
 
 def source(folder: Path, package: str, code: str) -> Path:
-    """The picture of one code point; Fluent drops the variation selector of some names."""
+    """The image of one code point; Fluent drops the variation selector of some names."""
     if package == "noto":
         return folder / "emoji-datasource-google" / "img" / "google" / "64" / f"{code}.png"
     assets = folder / "@lobehub" / "fluent-emoji-3d" / "assets"
@@ -57,35 +57,35 @@ def source(folder: Path, package: str, code: str) -> Path:
     return exact if exact.exists() else assets / f"{code.replace('-fe0f', '')}.webp"
 
 
-def tile(picture: Image.Image, size: int) -> Image.Image:
+def tile(image: Image.Image, size: int) -> Image.Image:
     """Crop to the drawn pixels, centre in a square, scale to size x size."""
-    picture = picture.crop(picture.getchannel("A").point(lambda a: 255 if a > FAINT else 0).getbbox())
-    side = max(picture.size)
+    image = image.crop(image.getchannel("A").point(lambda a: 255 if a > FAINT else 0).getbbox())
+    side = max(image.size)
     square = Image.new("RGBA", (side, side))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     pixels = np.array(square.resize((size, size), Image.Resampling.LANCZOS))
     pixels[pixels[..., 3] <= FAINT] = 0
     return Image.fromarray(pixels)
 
 
-def open_picture(folder: Path, category: str, package: str, code: str) -> Image.Image:
+def open_sprite(folder: Path, category: str, package: str, code: str) -> Image.Image:
     path = source(folder, package, code)
     if not path.exists():
-        raise ValueError(f"{category}: no picture {path}")
-    picture = Image.open(path).convert("RGBA")
-    return picture.crop((0, 0, picture.width // 2, picture.height)) if category in LEFT_HALF else picture
+        raise ValueError(f"{category}: no image {path}")
+    image = Image.open(path).convert("RGBA")
+    return image.crop((0, 0, image.width // 2, image.height)) if category in LEFT_HALF else image
 
 
 def build(folder: Path, out: Path) -> None:
-    """Write the three atlases and the index into `out`; ValueError if a picture is missing."""
+    """Write the three atlases and the index into `out`; ValueError if an image is missing."""
     index = [(category, package, code) for category, codes in ART.items()
              for code in codes.split() for package in ("noto", "fluent")]
-    pictures = [open_picture(folder, *row) for row in index]
+    images = [open_sprite(folder, *row) for row in index]
     rows = -(-len(index) // COLUMNS)
     for size in SIZES:
         atlas = Image.new("RGBA", (COLUMNS * size, rows * size))
-        for number, picture in enumerate(pictures):
-            atlas.paste(tile(picture, size), (number % COLUMNS * size, number // COLUMNS * size))
+        for number, image in enumerate(images):
+            atlas.paste(tile(image, size), (number % COLUMNS * size, number // COLUMNS * size))
         with written_whole(out / f"atlas_{size}.png") as temporary:
             atlas.save(temporary, format="PNG", optimize=True)
     lines = ",\n  ".join(json.dumps(row) for row in index)
