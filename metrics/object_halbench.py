@@ -133,8 +133,7 @@ def _instances(path: Path, wanted: Mapping) -> list[tuple[str, set[str]]]:
 
 def _captions(path: Path, wanted: Mapping) -> list[tuple[str, set[str]]]:
     """The classes that each reference caption names."""
-    rows = judged.field(judged.table(path), "annotations", list)
-    rows = [(n, row) for n, row in enumerate(rows, start=1)
+    rows = [(n, row) for n, row in judged.numbered(path, "annotations")
             if not isinstance(row, dict) or as_id(row.get("image_id")) in wanted]  # fmt: skip
     return judged.each(path, rows, lambda row: (judged.key_of(row, ("image_id",)), {
         name for _, name in caption_mentions(judged.field(row, "caption"))}))  # fmt: skip
@@ -252,9 +251,8 @@ def _number(row: dict) -> str:
 
 
 def _items(path: Path) -> list[tuple]:
-    if path.suffix == ".json" and isinstance(table := read_json(path), dict):
-        return list(enumerate(judged.field(table, "sentences", list), start=1))
-    return read_jsonl(path)
+    sentences = path.suffix == ".json" and isinstance(read_json(path), dict)
+    return judged.numbered(path, "sentences") if sentences else read_jsonl(path)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], replies: Sequence[Mapping[str, str]]) -> dict:
