@@ -61,6 +61,11 @@ def test_name_mentions(names, words):
     assert [word for word, _ in name_mentions(names)] == words
 
 
+def test_words_that_are_no_nouns_are_an_option():
+    assert name_mentions(["old truck"], other=()) == [] != name_mentions(["old truck"])
+    assert name_mentions(["fire truck"], other={"fire"}) == [("truck", "truck")]
+
+
 @pytest.mark.parametrize(("reply", "names"), [
     ('["cat", "dog"]', ["cat", "dog"]), ("[]", []), ('The objects:\n["cat"]', ["cat"]),
     ('```json\n["cat",\n "dog"]\n```\nDone.', ["cat", "dog"]), ('[\n"cat",\n"dog"\n]', ["cat", "dog"]),
