@@ -58,6 +58,15 @@ def table(path: Path) -> dict:
     return found
 
 
+def numbered(path: Path, key: str | None = None) -> list[tuple]:
+    """(number, item) of a JSON list, or of the list `key` of a JSON object."""
+    found = read_json(path)
+    items = found.get(key) if key and isinstance(found, dict) else found
+    if not isinstance(items, list) or not items:
+        raise BadInput(f"{path}: want a filled JSON list{f' {key!r}' if key else ''}")
+    return list(enumerate(items, start=1))
+
+
 def texts(row: object, key: str) -> list[str]:
     """row[key], a list of texts."""
     if wrong := [item for item in field(row, key, list) if not isinstance(item, str)]:

@@ -33,7 +33,7 @@ from common import BadInput, brief, refuse
 from metrics import judged
 from metrics.benchmark import Benchmark, find
 from metrics.answers import TEXT_KEYS
-from metrics.files import read_json, read_jsonl
+from metrics.files import read_jsonl
 
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 FIGURES = ("score", "hallucination_rate", "informativeness")
@@ -97,16 +97,9 @@ def questions(data: Path, images: Path | None = None) -> list[dict]:
                 "contents": ", ".join(judged.texts(entry, "image_content")),
                 "reference": judged.field(entry, "gt_answer")}
 
-    rows = judged.unique(path, judged.each(path, _items(path), row))
+    rows = judged.unique(path, judged.each(path, judged.numbered(path), row))
     judged.check_images(rows, images)
     return rows
-
-
-def _items(path: Path) -> list[tuple]:
-    """(number, item) of a JSON list."""
-    if not isinstance(items := read_json(path), list) or not items:
-        raise BadInput(f"{path}: want a filled JSON list")
-    return list(enumerate(items, start=1))
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
@@ -118,7 +111,7 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
 
 def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
     """A file of reviews, in the order of the questions -> one run."""
-    found = judged.each(path, _items(path), _content)
+    found = judged.each(path, judged.numbered(path), _content)
     refuse([f"{path}: {len(found)} reviews of {len(rows)} answers"] if len(found) != len(rows) else [])
     return [dict(zip([row["id"] for row in rows], found))]
 

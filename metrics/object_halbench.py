@@ -30,8 +30,8 @@ the latter, objects.json ({image id: [classes]}) holds what they say. The images
 Reviews: the script's hall_*.json, or JSONL of image_id and extract_objs.
 
 Departures, all reconstructed
-- Nouns: spaCy's en_core_web_trf is replaced by lists. Words of OTHER, which are no nouns, end a run.
-- Lemmas: WordNet's (spaCy's for the judge's names) are replaced by `lemma`, exact for the words of the list alone.
+- Nouns: spaCy's en_core_web_trf is replaced by a list, OTHER, of words that are no nouns and end a run.
+- Lemmas: WordNet's (spaCy's for the judge's names) are replaced by `lemma`, which is about the words of the list alone.
 - The released script asks up to 100 times until a reply can be read, and fails. Here the judge is asked once; a reply
   that cannot be read counts as an empty list and as `unparsed`.
 """
@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -133,8 +133,7 @@ def _instances(path: Path, wanted: Mapping) -> list[tuple[str, set[str]]]:
 
 def _captions(path: Path, wanted: Mapping) -> list[tuple[str, set[str]]]:
     """The classes that each reference caption names."""
-    rows = judged.field(judged.table(path), "annotations", list)
-    rows = [(n, row) for n, row in enumerate(rows, start=1)
+    rows = [(n, row) for n, row in judged.numbered(path, "annotations")
             if not isinstance(row, dict) or as_id(row.get("image_id")) in wanted]  # fmt: skip
     return judged.each(path, rows, lambda row: (judged.key_of(row, ("image_id",)), {
         name for _, name in caption_mentions(judged.field(row, "caption"))}))  # fmt: skip
@@ -175,12 +174,12 @@ def caption_mentions(text: str) -> list[tuple[str, str]]:
     return _classes(_joined(words, keep=True))
 
 
-def name_mentions(names: Iterable[str]) -> list[tuple[str, str]]:
-    """(word, class) of each different name that a judge lists."""
+def name_mentions(names: Iterable[str], *, other: Collection[str] = OTHER) -> list[tuple[str, str]]:
+    """(word, class) of each different name that a judge lists. other: words that are no nouns (reconstructed)."""
     found: list[str] = []
     for name in names:
         words = [lemma(word) for word in tokenize(name)]
-        found += _joined(words, keep=False) or _noun_runs(words)
+        found += _joined(words, keep=False) or _noun_runs(words, other)
     return _classes(list(dict.fromkeys(found)))
 
 
@@ -194,9 +193,9 @@ def _joined(words: Sequence[str], keep: bool) -> list[str]:
     return found
 
 
-def _noun_runs(words: Sequence[str]) -> list[str]:
+def _noun_runs(words: Sequence[str], other: Collection[str]) -> list[str]:
     """What stands between words that are no nouns."""
-    runs = " ".join("|" if word in OTHER else word for word in words).split("|")
+    runs = " ".join("|" if word in other else word for word in words).split("|")
     return [run.strip() for run in runs if run.strip()]
 
 
@@ -252,9 +251,8 @@ def _number(row: dict) -> str:
 
 
 def _items(path: Path) -> list[tuple]:
-    if path.suffix == ".json" and isinstance(table := read_json(path), dict):
-        return list(enumerate(judged.field(table, "sentences", list), start=1))
-    return read_jsonl(path)
+    sentences = path.suffix == ".json" and isinstance(read_json(path), dict)
+    return judged.numbered(path, "sentences") if sentences else read_jsonl(path)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], replies: Sequence[Mapping[str, str]]) -> dict:

@@ -124,6 +124,8 @@ def test_mmvet_answers(vet, tmp_path):
     assert mmvet.read_answers(write(path, {"v1_1": ""}), vet, subset=True) == {"v1_1": ""}
     with pytest.raises(BadInput, match="2 of 3 ids are missing"):
         mmvet.read_answers(path, vet)
+    with pytest.raises(BadInput, match="2 of 2 ids are missing"):
+        judged.join(path, [], ["a", "b"], tuple, subset=True)
     with pytest.raises(BadInput) as error:
         mmvet.read_answers(write(path, {"v1_0": 1, "v9": "a", "v1_1": "b", "v1_2": "c"}), vet)
     assert str(error.value).count("\n") == 1 and "want one text" in str(error.value) and "unknown id" in str(error.value)

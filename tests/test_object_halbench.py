@@ -61,6 +61,11 @@ def test_name_mentions(names, words):
     assert [word for word, _ in name_mentions(names)] == words
 
 
+def test_words_that_are_no_nouns_are_an_option():
+    assert name_mentions(["old truck"], other=()) == [] != name_mentions(["old truck"])
+    assert name_mentions(["fire truck"], other={"fire"}) == [("truck", "truck")]
+
+
 @pytest.mark.parametrize(("reply", "names"), [
     ('["cat", "dog"]', ["cat", "dog"]), ("[]", []), ('The objects:\n["cat"]', ["cat"]),
     ('```json\n["cat",\n "dog"]\n```\nDone.', ["cat", "dog"]), ('[\n"cat",\n"dog"\n]', ["cat", "dog"]),
@@ -76,8 +81,8 @@ ROWS = [{"id": str(n), "image": f"{n}.jpg", "prompt": "Describe.", "objects": sh
 
 def test_score_by_hand():
     """0: dog and cat, one wrong. 1: car, right. 2: nothing that COCO knows. 3: short, not judged. So 1 of 2 responses with
-    objects, 1 of 3 mentions, 2 of 5 objects; words (4 + 4 + 5 + 2) / 4."""
-    said = {"0": LONG, "1": LONG, "2": "An image  of sky", "3": " A dog. "}
+    objects, 1 of 3 mentions, 2 of 5 objects; words (4 + 4 + 5 + 3) / 4."""
+    said = {"0": LONG, "1": LONG, "2": "An image  of sky", "3": " A brown dog. "}
     assert set(bench.requests(ROWS, said)) == {"0", "1", "2"}
     assert bench.requests(ROWS, said)["0"][0] is None and LONG in bench.requests(ROWS, said)["0"][1]
     replies = [{"0": '["dog", "cat", "Cat"]', "1": '["cars"]', "2": '["sky"]', "3": '["dog"]'}]
@@ -86,13 +91,13 @@ def test_score_by_hand():
                                  "hallucinated": 1, "found": 2, "shown": 5}]
     assert scores["mean"] == pytest.approx({
         "response_hallucination": 1 / 2, "mention_hallucination": 1 / 3, "non_rsp": 1 / 2, "non_men": 2 / 3,
-        "chair_s": 1 / 4, "recall": 2 / 5, "words": 15 / 4})
+        "chair_s": 1 / 4, "recall": 2 / 5, "words": 4})
     assert scores["unparsed"] == [0] and scores["rounded"]["mean"]["non_men"] == 66.67
     assert bench.table(scores)[1][:2] == ("50.00", "33.33")
     assert bench.score(ROWS[::-1], said, replies)["counts"] == scores["counts"]
     both = bench.score(ROWS, said, [*replies, {"0": "none", "1": "[]", "2": "[]"}])
     assert both["unparsed"] == [0, 1] and both["mean"]["mention_hallucination"] == pytest.approx(1 / 6)
-    assert both["rounded"]["mean"]["words"] == 3.75
+    assert both["rounded"]["mean"]["words"] == 4
     with pytest.raises(BadInput, match="no reply for 1 ids: '2'"):
         bench.score(ROWS, said, [{"0": "[]", "1": "[]"}])
 
