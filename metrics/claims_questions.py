@@ -33,14 +33,12 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
 from data.places import CATEGORIES, PLACES, pick
 from data.scene_text import COUNT_WORDS, exist_question, plural
-from data.scenes import held_out, parse_reference, reference, sample_scene
+from data.scenes import held_out, parse_reference, reference
 from metrics.benchmark import Benchmark
 from metrics.chair import ratio
 from metrics.claims import Record, read_record, thirds

@@ -31,8 +31,8 @@ from statistics import fmean
 
 from common import BadInput, brief, refuse
 from metrics import judged
-from metrics.benchmark import Benchmark, find
 from metrics.answers import TEXT_KEYS
+from metrics.benchmark import Benchmark, find
 from metrics.files import read_jsonl
 
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import small
+from metrics.questions import chair_photographs, chair_scenes, pope_photographs, pope_scenes, read_asked, read_objects
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -20,7 +21,6 @@ import evaluate
 from data import scenes
 from judges.known import KnownObjects
 from metrics.files import read_answers, read_jsonl
-from metrics.questions import chair_photographs, chair_scenes, pope_photographs, pope_scenes, read_asked, read_objects
 from model.checkpoint import DEFAULT_MODEL
 
 HOME = Path(__file__).resolve().parents[1]
