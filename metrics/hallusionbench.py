@@ -39,7 +39,7 @@ from typing import Literal
 
 from common import BadInput, brief, refuse
 from data.names import as_id
-from metrics.answers import given, join, with_files
+from metrics.answers import given, join, numbered, with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
 from metrics.files import examples, read_json, refuse_repeats
@@ -47,6 +47,8 @@ from metrics.files import examples, read_json, refuse_repeats
 FILES = {"HallusionBench.json": "https://github.com/tianyi-lab/HallusionBench"}
 PLACE = ("category", "subcategory", "set_id", "figure_id", "question_id")  # together the id
 TEXTS = (*PLACE, "visual_input", "question", "gt_answer", "gt_answer_details")
+CHECK = "gpt4v_output_gpt_check"  # where the released script keeps a verdict
+VERDICTS = {"0": "incorrect", "1": "correct", "2": "unclear"}
 FIGURES = ("aAcc", "qAcc", "fAcc", "easy", "hard")
 PROMPT_VERSION = 1
 PROMPT = """You grade answers to questions about images. Compare the answer with the reference.
@@ -92,15 +94,21 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
     Answers to questions without an image do not count where those are not asked. Raises BadInput as
     `metrics.answers.join` does.
     """
-    blind = any(row["image"] is None for row in rows)
+    return join(path, rows, _key(rows), subset=subset)
 
-    def key(answer: dict) -> str | None:
-        if as_id(answer.get("visual_input")) == "0" and not blind:
-            return None
-        places = [as_id(answer.get(part)) for part in PLACE]
-        return given(answer) if None in places else "/".join(places)
 
-    return join(path, rows, key, subset=subset)
+def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
+    """One run of a judge: the verdicts in the released script's output, one list or a folder with its two files.
+
+    Raises BadInput as `metrics.answers.join` does, and for a verdict that is none.
+    """
+    files = sorted(path.glob("hallusion_output_v?_model.json")) if path.is_dir() else [path]
+    lines = [line for file in files for line in numbered(file)]
+    refuse(f"{where}: {CHECK} {brief(line.get(CHECK))}: want '0', '1' or '2'"
+           for where, line in lines if as_id(line.get(CHECK)) not in VERDICTS)  # fmt: skip
+    answers = [(where, {**{key: line.get(key) for key in (*PLACE, "visual_input")},
+                        "text": VERDICTS[as_id(line[CHECK])]}) for where, line in lines]  # fmt: skip
+    return [join(path, rows, _key(rows), answers=answers)]
 
 
 def requests(rows: Sequence[dict], said: Mapping[str, str]) -> dict[str, tuple[None, str]]:
@@ -172,6 +180,19 @@ def _score_run(rows: Sequence[dict], said: Mapping[str, str], replies: Mapping[s
             **{name: ratio(*count) for name, count in counts.items()}}  # fmt: skip
 
 
+def _key(rows: Sequence[dict]) -> Callable[[dict], str | None]:
+    """An answer -> its id, None where it has no image and such questions are not asked."""
+    blind = any(row["image"] is None for row in rows)
+
+    def key(answer: dict) -> str | None:
+        if as_id(answer.get("visual_input")) == "0" and not blind:
+            return None
+        places = [as_id(answer.get(part)) for part in PLACE]
+        return given(answer) if None in places else "/".join(places)
+
+    return key
+
+
 def _blind(row: dict) -> bool:
     """Whether it is a question of category VS without an image."""
     return row["category"] == "VS" and row["figure_id"] == "0"
@@ -196,5 +217,5 @@ def _row(entry: object, by: str) -> dict:
 BENCHMARK = Benchmark(
     rules=f"HallusionBench as released; judge's prompt reconstructed, version {PROMPT_VERSION}",
     questions=questions, score=score, table=table, max_new_tokens=512, files=FILES, read_answers=read_answers,
-    requests=requests,
+    requests=requests, read_replies=read_replies,
 )  # fmt: skip

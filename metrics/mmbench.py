@@ -35,6 +35,7 @@ import base64
 import csv
 import io
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ from metrics.files import refuse_repeats
 
 Edition = Literal["mmbench_dev_20230712", "mmbench_dev_en_20231003", "MMBench_DEV_EN"]
 FILES = {f"{name}.tsv": "https://github.com/open-compass/MMBench" for name in get_args(Edition)}
+ROUNDS = ("0", "1", "2", "3")
 COPY = 10**6  # copies of a question have its index plus a multiple of this
 NOTHING = {"", "nan", "none", "null", "na", "n/a"}  # empty cells, as written by pandas, in lower case
 AROUND = (("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
@@ -92,7 +94,7 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
 
     def key(answer: dict) -> str:
         name, turn, order = given(answer), as_id(answer.get("round_id", 0)), answer.get("option_char")
-        if turn is None or not turn.isdecimal():
+        if turn not in ROUNDS:
             raise BadInput(f"{brief(answer['round_id'])} is no round_id")
         letters = list(LETTERS[: len(order)]) if isinstance(order, list) else None
         if letters is not None and order != letters[int(turn) :] + letters[: int(turn)]:
@@ -181,7 +183,7 @@ def _read(path: Path) -> list[tuple[str, dict]]:
 def _rounds(line: dict, image: str | None, rotate: bool) -> list[dict]:
     """The row of a line and, to `rotate`, one for each further rotation of its choices."""
     index = line["index"].strip().removesuffix(".0")
-    if not index.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", index):
         raise BadInput(f"index {brief(line['index'])} is no number")
     choices = []
     for letter in LETTERS[:4]:

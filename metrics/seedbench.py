@@ -129,13 +129,16 @@ def _row(entry: object, dimensions: Mapping[str | None, str]) -> dict:
     keys = ("question_id", "question", "data_type", "question_type_id", "data_id", "answer", *CHOICES)
     if missing := [key for key in keys if not isinstance(entry.get(key), str | int | float)]:
         raise BadInput(f"has no {', '.join(missing)}")
-    name, number, kind = (as_id(entry[key]) for key in ("question_id", "question_type_id", "data_type"))
-    if name is None or number not in dimensions or kind not in ("image", "video"):
-        raise BadInput(f"has no id, a data_type other than image and video, or the unknown question_type_id {number}")
+    name, number, file = (as_id(entry[key]) for key in ("question_id", "question_type_id", "data_id"))
+    if name is None or file is None:
+        raise BadInput("question_id and data_id must be strings or whole numbers")
+    kind = entry["data_type"]
+    if kind not in ("image", "video") or number not in dimensions:
+        raise BadInput(f"unknown data_type {brief(kind)} or question_type_id {brief(number)}")
     if entry["answer"] not in ("A", "B", "C", "D"):
         raise BadInput(f"answer {brief(entry['answer'])}: want A, B, C or D")
     image = (f"SEED-Bench-video-image/{number}_{name}.png" if kind == "video"
-             else f"SEED-Bench-image/{as_id(entry['data_id'])}")  # fmt: skip
+             else f"SEED-Bench-image/{file}")  # fmt: skip
     text = multiple_choice(str(entry["question"]), (str(entry[key]) for key in CHOICES))
     return {"id": name, "image": image, "prompt": f"{text}\n{LETTER_SUFFIX}", "kind": kind,
             "dimension": dimensions[number], "label": entry["answer"]}  # fmt: skip

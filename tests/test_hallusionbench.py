@@ -116,6 +116,27 @@ def test_answers(tmp_path):
         read([*told[1:], told[1], *odd])
 
 
+def test_verdicts_of_the_released_script(tmp_path):
+    """Two files in a folder, or one list; a verdict is 0, 1 or 2."""
+    rows = hallusionbench.questions(write(tmp_path), None)
+    told = [{**row, "model_prediction": "x", "gpt4v_output_gpt_check": check} for row, check in zip(ENTRIES, "210121")]
+    for kind in ("VD", "VS"):
+        lines = [line for line in told if line["category"] == kind]
+        (tmp_path / f"hallusion_output_{kind.lower()}_model.json").write_text(json.dumps(lines))
+    run = dict(zip(IDS, ["unclear", "correct", "incorrect", "correct", "unclear", "correct"]))
+    assert hallusionbench.read_replies(tmp_path, rows) == [run]
+    file = tmp_path / "all.json"
+    file.write_text(json.dumps(told))
+    assert hallusionbench.read_replies(file, hallusionbench.questions(tmp_path, None, items="image")) == [
+        {key: run[key] for key in IDS[2:]}]
+    file.write_text(json.dumps([told[0], {**told[1], "gpt4v_output_gpt_check": "correct"}, ENTRIES[2]]))
+    with pytest.raises(BadInput, match=r"(?s)json:2: gpt4v_output_gpt_check 'correct': want.*json:3: .*None: want"):
+        hallusionbench.read_replies(file, rows)
+    file.write_text(json.dumps(told[:4]))
+    with pytest.raises(BadInput, match="no answer to 2 of 6 ids"):
+        hallusionbench.read_replies(file, rows)
+
+
 @pytest.mark.parametrize("bad", [
     3, {"gt_answer": 1}, {"gt_answer": "2"}, {"visual_input": "3"}, {"filename": None}, {"filename": 3}, {"set_id": None},
 ])  # fmt: skip

@@ -115,12 +115,12 @@ def test_answers_of_llava(tmp_path):
     file.write_text(json.dumps([{"id": "7", "text": ""}, {"id": "7-1", "text": "x"}]))
     assert mmbench.read_answers(file, rows) == {"7": "", "7-1": "x"}
     told[0]["option_char"] = ["A", "B"]
-    file.write_text("\n".join(map(json.dumps, [*told, {**told[1], "round_id": 2}, {**told[1], "round_id": "x"}, told[1]])))
+    file.write_text("\n".join(map(json.dumps, [*told, {**told[1], "round_id": 2}, {**told[1], "round_id": "9" * 5000}, told[1]])))
     with pytest.raises(BadInput) as error:
         mmbench.read_answers(file, rows)
     assert [text.split(": ", 1)[1] for text in str(error.value).splitlines()] == [
         "option_char ['A', 'B'] is not the order of round 1", "unknown id '7-2' (known: '7', '7-1')",
-        "'x' is no round_id", f"id '7' was already answered at {file}:2"]
+        f"'{'9' * 37}...{'9' * 38}' is no round_id", f"id '7' was already answered at {file}:2"]
     file.write_text(json.dumps(told[1]))
     with pytest.raises(BadInput, match="no answer to 1 of 2 ids: '7-1'"):
         mmbench.read_answers(file, rows)
@@ -149,7 +149,7 @@ def test_refused(tmp_path):
         mmbench.questions(write(tmp_path, LINES, [key for key in HEAD if key != "answer"]), None)
     with pytest.raises(BadInput, match="has no rows"):
         mmbench.questions(write(tmp_path, []), None)
-    bad = [{**LINES[0], "index": "x"}, {**LINES[2], "answer": "D"}, {**LINES[4], "answer": "AB"}, {**LINES[4], "answer": ""}]
+    bad = [{**LINES[0], "index": "9" * 5000}, {**LINES[2], "answer": "D"}, {**LINES[4], "answer": "AB"}, {**LINES[4], "answer": ""}]
     with pytest.raises(BadInput, match=r"(?s):2: index.*:3: answer 'D' is none of the 3.*:5: answer 'AB'.*:6: answer ''"):
         mmbench.questions(write(tmp_path, bad), None)
     with pytest.raises(BadInput, match="index '7' is given 2 times"):
