@@ -1,308 +1,201 @@
-"""Measure object hallucination: CHAIR (captions) and POPE (yes/no questions).
+"""Measure a model, or a file of answers, on the field's benchmarks, by the rules of their released code.
 
-    python evaluate.py --benchmark chair                        model/tiny on 300 held-out scenes
-    python evaluate.py --benchmark pope --model runs/dpo/model --out pope.json
-    python evaluate.py --benchmark chair --answers captions.jsonl --annotations objects.json
-    python evaluate.py --benchmark chair --model FOLDER --images val2014 --annotations objects.json --num 500
-    python evaluate.py --benchmark pope --answers answers.jsonl --annotations coco_pope_random.json
+    python evaluate.py --benchmark chair                                   model/tiny on 300 held-out scenes
+    python evaluate.py --benchmark chair pope claims --model runs/dpo/model --out dpo.jsonl
+    python evaluate.py --benchmark amber pope mme --model DIR --data DIR --out results.jsonl
+    torchrun --nproc-per-node 8 evaluate.py --benchmark amber --model DIR --data DIR --out amber.jsonl
+    python evaluate.py --benchmark pope --data DIR --answers answers.jsonl               scores only
+    python evaluate.py --benchmark mmvet --data DIR --answers FILE --judge URL --judge-model NAME --out mmvet.jsonl
+    python evaluate.py --benchmark mmvet --data DIR --answers FILE --replies grades.json      judged elsewhere
+    python evaluate.py --benchmark preference --data pairs.jsonl --model DIR --reference DIR
+    python evaluate.py --benchmark amber --help                            the options of one benchmark
 
-What is measured stands in metrics/chair.py and metrics/pope.py: the rules of the released code, exactly.
+    questions -> answers of a model, or of a file -> replies of a judge, if there is one -> scores -> table
 
-Pictures (one of two)
-    scenes        without --annotations: --num scenes of --split, whose contents are known. POPE then has two
-                  more rows, other_picture and removed, that tell looking from guessing: metrics/questions.py
-    photographs   --annotations FILE, and --images FOLDER where a model shall answer. chair: one JSON object
-                  {image id: [COCO classes]}, or an instances file of COCO; an id stands for the picture of this
-                  name, of this stem or of this COCO number (40468 is COCO_val2014_000000040468.jpg):
-                  data/names.py. pope: the label files of POPE (JSONL with question_id, image, text, label), one
-                  for each split
-Answers (one of two)
-    a model       --model FOLDER: greedy, one question a prompt
-    a file        --answers FILE: JSONL, or a JSON list, with an id (id, question_id, image_id) and a text (text,
-                  answer, response, caption, model_prediction). Joined by id, for chair in any way that names the
-                  picture: one that is missing, unknown or given twice is refused. --subset scores the questions
-                  that are answered, and says so in the result. With several POPE label files the ids are SPLIT-ID
-                  (random-17). Understood as well: POPE's own answers, in label order and each with its `question`,
-                  which is compared; and LLaVA's, with --questions llava_pope_test.jsonl, whose other splits than
-                  those of --annotations do not count
+A benchmark is one file of metrics/: what it measures, the official files it reads and its options are in that file's
+header. --data is a folder with the official downloads as they come; what is missing is named, and where it is
+published. chair, pope and claims need none: without it they ask about scenes, whose contents are known exactly.
 
-Output: a table, and with --out a JSON file {benchmark, protocol, scores}. `protocol` holds what decides
-whether two figures may be compared: rules, pictures and their sample, prompt, length limit, decoding, model.
-Fractions are not rounded; `percent` is. Nothing is written unless all went well. Exit status 2 on bad input, and
-one line for each of the first problems.
+A model answers greedily, one question a prompt. With --out, answers are kept as they come, and the same command goes
+on after an interruption; neither interruptions nor the number of processes change the answers. --answers FILE joins
+answers by id: what is missing, unknown or given twice is refused; --subset scores what is answered. A judge's replies
+are kept in --cache by request, so scoring again asks nothing.
+
+--out FILE receives one JSON object a line and benchmark: {benchmark, protocol, scores, versions}. `protocol` holds what
+decides whether two results may be compared: rules, options, questions, prompt, length limit, decoding, model, judge.
+Figures are not rounded; `rounded` or `percent` is, as the official script does. Nothing is written unless all went
+well. Exit status 2 on bad input, with one line for each of the first problems.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from metrics.questions import (
-    CHAIR_PROMPT,
-    CONTROLS,
-    POPE_PROMPT,
-    chair_photographs,
-    chair_scenes,
-    pope_photographs,
-    pope_scenes,
-    read_asked,
-)
+import torch.distributed as dist
 
-from common import BadInput
-from data import scenes
+from common import BadInput, add_options, options_of, read_json, refuse, versions
 from data.check import check_records
 from data.processor import Processor
 from data.records import write_jsonl
-from data.templates import TEMPLATES
-from metrics import chair as chair_metric
-from metrics import pope as pope_metric
-from metrics.files import read_answers
+from judges.ask import Model, Request, Server, kept_model, local_model, server_model
+from metrics import (
+    amber,
+    chair,
+    claims,
+    claims_questions,
+    coco_captions,
+    gqa,
+    hallusionbench,
+    llavabench,
+    mmbench,
+    mme,
+    mmhal,
+    mmvet,
+    object_halbench,
+    pope,
+    preference,
+    scienceqa,
+    seedbench,
+    textvqa,
+    vizwiz,
+)
+from metrics.answers import given, join
+from metrics.benchmark import Benchmark
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import answers
-from model.llava import Llava
+from model.training import ranks, start_processes
+from pairs.progress import forget, in_chunks
 
+BENCHMARKS = {
+    "chair": chair.BENCHMARK,
+    "pope": pope.BENCHMARK,
+    "claims": claims.BENCHMARK,
+    "claims_questions": claims_questions.BENCHMARK,
+    "amber": amber.BENCHMARK,
+    "mme": mme.BENCHMARK,
+    "scienceqa": scienceqa.BENCHMARK,
+    "mmbench": mmbench.BENCHMARK,
+    "seedbench": seedbench.BENCHMARK,
+    "textvqa": textvqa.BENCHMARK,
+    "vizwiz": vizwiz.BENCHMARK,
+    "gqa": gqa.BENCHMARK,
+    "coco_captions": coco_captions.BENCHMARK,
+    "hallusionbench": hallusionbench.BENCHMARK,
+    "mmhal": mmhal.BENCHMARK,
+    "mmhal_v": mmhal.BENCHMARK_V,
+    "object_halbench": object_halbench.BENCHMARK,
+    "object_halbench_rules": object_halbench.BENCHMARK_RULES,
+    "mmvet": mmvet.BENCHMARK,
+    "llavabench": llavabench.BENCHMARK,
+    "preference": preference.BENCHMARK,
+}
 HOME = Path(__file__).resolve().parent
-FIRST_SEED = {"dev": scenes.DEV, "test": scenes.TEST}
-PART = scenes.TEST - scenes.DEV  # scenes of a split
-SCENES = 300
-PROMPTS = {"chair": CHAIR_PROMPT, "pope": POPE_PROMPT}
-LENGTHS = {"chair": 96, "pope": 4}  # tokens
 
 
-def evaluate_chair(
-    model: Llava,
-    processor: Processor,
-    questions: Iterable[int | dict],
-    *,
-    prompt: str = CHAIR_PROMPT,
-    max_new_tokens: int = LENGTHS["chair"],
-    batch_size: int = 64,
-    root: Path | None = None,
-    progress: str = "",
-) -> dict:
-    """CHAIR of a model's greedy captions, as metrics.chair.chair returns it.
+class Task(NamedTuple):
+    """A benchmark that was asked for: its questions, and its answers if they are in a file."""
 
-    questions: seeds of scenes (asked `prompt`), or questions of metrics/questions.py.
-    """
-    questions = list(questions)
-    rows = chair_scenes(questions, prompt) if isinstance(questions[0], int) else questions
-    return score_chair(rows, ask(model, processor, rows, max_new_tokens, batch_size, root, progress))
+    name: str
+    benchmark: Benchmark
+    rows: list[dict]
+    said: Mapping | None
+    length: int  # limit of an answer in tokens
 
 
-def evaluate_pope(
-    model: Llava,
-    processor: Processor,
-    questions: Iterable[int | dict],
-    *,
-    prompt: str = POPE_PROMPT,
-    max_new_tokens: int = LENGTHS["pope"],
-    batch_size: int = 64,
-    root: Path | None = None,
-    progress: str = "",
-) -> dict:
-    """POPE of a model's greedy answers: {splits: {name: scores}, mean, controls: {name: scores}}.
-
-    questions: seeds of scenes (asked `prompt`), or questions of metrics/questions.py.
-    """
-    questions = list(questions)
-    rows = pope_scenes(questions, prompt) if isinstance(questions[0], int) else questions
-    return score_pope(rows, ask(model, processor, rows, max_new_tokens, batch_size, root, progress))
+# ---------------------------------------------------------------------------------------------- command line
 
 
-def ask(
-    model: Llava,
-    processor: Processor,
-    rows: Sequence[dict],
-    max_new_tokens: int,
-    batch_size: int = 64,
-    root: Path | None = None,
-    progress: str = "",
-) -> dict[str, str]:
-    """Greedy answers: question id -> text. What is asked twice about a picture is computed once."""
-    asked = sorted({(row["image"], row["prompt"]) for row in rows})  # a picture's questions stand together
-    images, prompts = zip(*asked)
-    texts = answers(model, processor, list(images), list(prompts), batch_size=batch_size,
-                    max_new_tokens=max_new_tokens, root=root, progress=progress)  # fmt: skip
-    said = {pair: text for pair, (text,) in zip(asked, texts)}
-    return {row["id"]: said[row["image"], row["prompt"]] for row in rows}
-
-
-def score_chair(rows: Sequence[dict], said: Mapping[str, str], max_sentences: int | None = None) -> dict:
-    """CHAIR of answers (question id -> text), each cut to its first `max_sentences` sentences."""
-    texts = {key: first_sentences(text, max_sentences) for key, text in said.items()}
-    return chair_metric.chair(texts, {row["id"]: row["objects"] for row in rows})
-
-
-def score_pope(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
-    """POPE of answers (question id -> text) by split; the mean leaves the control rows out."""
-    scores = {}
-    for name in dict.fromkeys(row["split"] for row in rows):
-        labels = {row["id"]: row["label"] for row in rows if row["split"] == name}
-        scores[name] = pope_metric.pope({key: said[key] for key in labels}, labels)
-    controls = {name: scores.pop(name) for name in CONTROLS if name in scores}
-    return {"splits": scores, "mean": pope_metric.mean_of(scores.values()), "controls": controls}
-
-
-def first_sentences(text: str, most: int | None) -> str:
-    """The first `most` sentences; a sentence ends at . ! or ? before a blank. None keeps the text."""
-    return text if most is None else " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:most])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exit status 2 on bad input."""
-    args = parse(argv)
-    try:
-        result, said, rows = run(args)
-        if args.save_answers:
-            write_jsonl(args.save_answers, ({**row, "text": said[row["id"]]} for row in rows))
-        if args.out:
-            write_jsonl(args.out, [result])
-        print(table(result))
-    except (BadInput, OSError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def run(args: argparse.Namespace) -> tuple[dict, dict[str, str], list[dict]]:
-    """Questions -> answers -> scores: (what --out holds, answers by id, questions)."""
-    asked = read_asked(args.questions) if args.questions else None
-    rows = make_questions(args, asked)
-    if args.answers:
-        also = asked.values() if asked else ()
-        said = read_answers(args.answers, rows, args.benchmark, subset=args.subset, also=also)
-        rows = [row for row in rows if row["id"] in said]
-    else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        processor = Processor(args.model, template=args.template, aspect=args.aspect)
-        source = ", ".join(map(str, args.annotations or ["scenes"]))
-        check_records(rows, processor, args.images, source, new_tokens=args.max_new_tokens)
-        model = load_llava(args.model, dtype, device)
-        said = ask(model, processor, rows, args.max_new_tokens, args.batch_size, args.images, args.benchmark)
-    if args.benchmark == "chair":
-        scores = score_chair(rows, said, args.max_sentences)
-    else:
-        scores = score_pope(rows, said)
-    return {"benchmark": args.benchmark, "protocol": protocol(args, rows), "scores": scores}, said, rows
-
-
-def make_questions(args: argparse.Namespace, asked: Mapping | None = None) -> list[dict]:
-    """The questions that the arguments describe; `asked` is what --questions holds."""
-    chair = args.benchmark == "chair"
-    if args.annotations is None:
-        seeds = range(FIRST_SEED[args.split], FIRST_SEED[args.split] + args.num)
-        return chair_scenes(seeds, args.prompt) if chair else pope_scenes(seeds, args.prompt, args.seed)
-    common = args.images, args.num, args.seed, args.prompt
-    if chair:
-        return chair_photographs(args.annotations[0], *common)
-    return pope_photographs(args.annotations, *common, asked)
-
-
-def protocol(args: argparse.Namespace, rows: Sequence[dict]) -> dict:
-    """What two results must share to be compared, and where the answers came from."""
-    listed = "\n".join(f"{row['id']}\t{row['image']}" for row in rows)
-    entries = {
-        "rules": {"chair": chair_metric.RULES, "pope": pope_metric.RULES}[args.benchmark],
-        "pictures": [str(path) for path in args.annotations] if args.annotations else f"scenes, {args.split}",
-        "num": args.num,
-        "seed": args.seed,
-        "subset": args.subset,
-        "questions": len(rows),
-        "questions_sha256": hashlib.sha256(listed.encode()).hexdigest(),
-        "max_sentences": args.max_sentences,
-    }
-    if args.answers:
-        return {**entries, "answers": str(args.answers)}
-    decoding = {"decoding": "greedy", "max_new_tokens": args.max_new_tokens}
-    model = args.model.resolve()
-    name = model.relative_to(HOME) if model.is_relative_to(HOME) else model
-    return {**entries, "model": str(name), "prompt": args.prompt, "template": args.template,
-            "aspect": args.aspect, **decoding}
-
-
-def table(result: dict) -> str:
-    """The result for people: percentages and counts."""
-    scores = result["scores"]
-    if result["benchmark"] == "chair":
-        lines = [("CHAIRs", "CHAIRi", "Recall", "words", "captions", "mentions", "hallucinated")]
-        figures = [f"{100 * scores[name]:.1f}" for name in ("chair_s", "chair_i", "recall")]
-        counts = (scores[name] for name in ("n", "mentions", "hallucinated"))
-        lines += [(*figures, f"{scores['words']:.1f}", *counts)]
-    else:
-        counts = ("n", "TP", "FP", "TN", "FN", "other")
-        lines = [("", *pope_metric.FIGURES, *counts)]
-        for name, row in {**scores["splits"], "mean": scores["mean"], **scores["controls"]}.items():
-            blank = ("precision", "recall", "f1") if name == "removed" else ()  # it has no "yes" to find
-            figures = ["" if key in blank else f"{100 * row[key]:.2f}" for key in pope_metric.FIGURES]
-            lines.append((name, *figures, *(row.get(count, "") for count in counts)))
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
-    return "\n".join("  ".join(f"{cell!s:>{width}}" for cell, width in zip(line, widths)) for line in lines)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments, with the defaults that depend on the benchmark filled in."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--benchmark", choices=("chair", "pope"), required=True)
-    add("--model", type=Path, default=DEFAULT_MODEL, help="llava-hf folder (default: model/tiny)")
-    add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
-    add("--aspect", choices=("crop", "pad", "anyres"),
-        help="how pictures are shown (default: the checkpoint's way)")
-    add("--answers", type=Path, help="score this file instead of running a model")
-    add("--subset", action="store_true", help="score the questions that --answers answers, not all or nothing")
-    add("--annotations", type=Path, nargs="+", help="ground truth of photographs; without it: scenes")
-    add("--questions", type=Path, help="pope: LLaVA's question file, if --answers has LLaVA's ids")
-    add("--images", type=Path, help="folder of the photographs")
-    add("--split", choices=tuple(FIRST_SEED), default="test", help="scenes: which part (default: test)")
-    add("--num", type=positive, help="scenes: how many (default: 300); photographs: sample (default: all)")
-    add("--seed", type=int, default=0, help="of the sample and of POPE's random questions (default: 0)")
-    add("--prompt", help='default: "Describe the image in detail." or "{question}"')
-    add("--max-new-tokens", type=positive, help="default: 96 for chair, 4 for pope")
-    add("--max-sentences", type=positive, help="chair: score only the first sentences of each answer")
-    add("--batch-size", type=positive, default=64, help="prompts at a time; changes no figure (default: 64)")
-    add("--out", type=Path, help="write the result here (JSON)")
-    add("--save-answers", type=Path, help="write the answers here (JSONL), for --answers")
+def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line -> settings. The options of the chosen benchmarks are those of their functions."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--benchmark", nargs="+", choices=BENCHMARKS, required=True, metavar="NAME",
+                       help=", ".join(BENCHMARKS))
+    known, _ = first.parse_known_args([word for word in argv or sys.argv[1:] if word not in ("-h", "--help")])
+    parser = argparse.ArgumentParser(description=__doc__, parents=[first], allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_general_options(parser)
+    group = parser.add_argument_group(f"options of {', '.join(known.benchmark)}")
+    functions = dict.fromkeys(f for name in known.benchmark for f in functions_of(BENCHMARKS[name]))
+    add_options(group, *functions)
     args = parser.parse_args(argv)
     check(args, parser)
-    args.prompt = PROMPTS[args.benchmark] if args.prompt is None else args.prompt
-    args.num = args.num or (None if args.annotations else SCENES)
-    args.max_new_tokens = args.max_new_tokens or LENGTHS[args.benchmark]
     return args
 
 
+def add_general_options(parser: argparse.ArgumentParser) -> None:
+    """Options that every benchmark has."""
+    add = parser.add_argument
+    add("--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="folder or hub id (default: model/tiny)")
+    add("--template", help="prompt template (default: the checkpoint's own)")
+    add("--aspect", choices=("crop", "pad", "anyres"), help="how images are shown (default: the checkpoint's way)")
+    add("--precision", choices=("fp32", "bf16"), help="(default: bf16 on CUDA, else fp32)")
+    add("--data", type=Path, metavar="DIR", help="folder with the official files")
+    add("--images", type=Path, metavar="DIR", help="folder of the image files (default: --data)")
+    add("--answers", type=Path, metavar="FILE", help="score these answers instead of asking a model")
+    add("--subset", action="store_true", help="score the questions that --answers answers, not all or nothing")
+    add("--max-new-tokens", type=positive, help="limit of an answer (default: the benchmark's own)")
+    add("--batch-size", type=positive, default=64, help="prompts at a time (default: %(default)s)")
+    add("--judge", metavar="WHO", help="of judged benchmarks: the URL of an OpenAI-compatible server, or a LLaVA folder")
+    add("--judge-model", metavar="NAME", help="name of the model at that server")
+    add("--judge-runs", type=positive, default=1, help="how often each answer is judged (default: %(default)s)")
+    add("--judge-prompts", type=Path, metavar="FILE", help="JSON {benchmark: prompt} in place of our own prompts")
+    add("--replies", type=Path, nargs="+", metavar="FILE", help="a judge's replies, in the benchmark's official format")
+    add("--cache", type=Path, default=Path("runs/cache"), metavar="DIR", help="judges' replies (default: %(default)s)")
+    add("--reference", type=Path, metavar="DIR", help="of preference: the reference policy")
+    add("--out", type=Path, metavar="FILE", help="write the results here (JSON, one line a benchmark)")
+    add("--save-answers", type=Path, metavar="FILE", help="write questions and answers here (JSONL), for --answers")
+
+
+def functions_of(benchmark: Benchmark) -> list[Callable]:
+    """Those whose keyword arguments are options."""
+    return [function for function in (benchmark.questions, benchmark.score) if function]
+
+
+def kwargs_of(function: Callable, args: argparse.Namespace) -> dict:
+    """The settings that are keyword arguments of a function."""
+    return {name: getattr(args, name) for name in options_of(function)}
+
+
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse arguments that do not go together, before any work is done."""
-    pope, photographs = args.benchmark == "pope", args.annotations is not None
+    """Refuse arguments that do not go together, and places that cannot be written, before any work is done."""
+    several = len(args.benchmark) > 1
     for wrong, reason in (
-        (pope and args.prompt is not None and "{question}" not in args.prompt, "--prompt lacks {question}"),
-        (pope and args.max_sentences, "--max-sentences is for chair"),
-        (not pope and args.questions, "--questions is for pope"),
-        (not pope and photographs and len(args.annotations) > 1, "chair takes one --annotations file"),
-        (photographs and not (args.answers or args.images), "--annotations needs --images or --answers"),
-        (not photographs and (args.questions or args.images), "--questions, --images need --annotations"),
+        (len(set(args.benchmark)) < len(args.benchmark), "--benchmark names one twice"),
+        (several and (args.answers or args.save_answers or args.replies),
+         "--answers, --save-answers and --replies are for one benchmark at a time"),
         (args.subset and not args.answers, "--subset is for --answers"),
-        (not photographs and (args.num or 0) > PART, f"--num: a split has {PART:,} scenes"),
-    ):
+        (args.judge and args.replies, "--judge asks, --replies has been answered: which of them?"),
+        (args.judge and is_url(args.judge) != bool(args.judge_model),
+         "--judge-model names the model of a server: --judge URL --judge-model NAME"),
+        (ranks()[1] > 1 and not args.out, "several processes need --out, next to which their answers are kept"),
+    ):  # fmt: skip
         if wrong:
             parser.error(reason)
-    taken = {os.path.realpath(path) for path in (args.answers, args.questions, *(args.annotations or ())) if path}
+    taken = {os.path.realpath(path) for path in vars(args).values() if isinstance(path, Path) and path.is_file()}
     for path in filter(None, (args.out, args.save_answers)):
-        if reason := "another argument names it" if os.path.realpath(path) in taken else _unwritable(path):
+        taken -= {os.path.realpath(args.out)} if path == args.out and not _names(args, path) else set()
+        if reason := "another argument names it" if _names(args, path) > 1 else _unwritable(path):
             parser.error(f"cannot write {path}: {reason}")
-        taken.add(os.path.realpath(path))
+
+
+def _names(args: argparse.Namespace, path: Path) -> int:
+    """How many arguments name this file."""
+    given = [item for value in vars(args).values() for item in (value if isinstance(value, list | tuple) else [value])]
+    return sum(isinstance(item, Path) and os.path.realpath(item) == os.path.realpath(path) for item in given)
 
 
 def _unwritable(path: Path) -> str:
-    """Why `write_jsonl` could not put a file there, or ""."""
+    """Why a file cannot be put there, or ""."""
     if os.path.exists(path) and not os.path.isfile(path):
         return "it is no regular file"
     try:
@@ -316,6 +209,207 @@ def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value
+
+
+def is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+# -------------------------------------------------------------------------------- questions, answers, replies
+
+
+def prepare(name: str, args: argparse.Namespace) -> Task:
+    """Questions, and answers if they are in a file. Raises BadInput."""
+    benchmark = BENCHMARKS[name]
+    asks = args.answers is None
+    images = args.images or (args.data if args.data and args.data.is_dir() else None)
+    try:
+        rows = benchmark.questions(args.data, images if asks else None, **kwargs_of(benchmark.questions, args))
+    except TypeError:
+        if args.data is None and "Path | None" not in str(inspect.signature(benchmark.questions).parameters["data"]):
+            raise BadInput(f"{name} needs --data with {', '.join(benchmark.files) or 'its file'}") from None
+        raise
+    said = None
+    if args.answers:
+        read = benchmark.read_answers or join_by_id
+        said = read(args.answers, rows, subset=args.subset)
+        rows = [row for row in rows if row["id"] in said]
+    return Task(name, benchmark, rows, said, args.max_new_tokens or benchmark.max_new_tokens)
+
+
+def join_by_id(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
+    """id -> text, of JSONL or a JSON list; see metrics/answers.py."""
+    return join(path, rows, lambda answer: given(answer, ("id", "question_id", "image_id")), subset=subset)
+
+
+def ask(model, processor: Processor, rows: Sequence[dict], max_new_tokens: int, batch_size: int = 64,
+        root: Path | None = None, progress: str = "", out: Path | None = None,
+        settings: Mapping | None = None) -> dict[str, str] | None:
+    """Greedy answers: question id -> text. What is asked twice about an image is computed once.
+
+    out: the answers are kept next to this file as they come, and processes share the questions (pairs/progress.py);
+    None in processes other than the first.
+    """
+    asked = sorted({(row["image"], row["prompt"]) for row in rows}, key=str)  # an image's questions together
+    keys = [hashlib.sha256(repr(pair).encode()).hexdigest()[:16] for pair in asked]
+
+    def work(places: list[int]) -> tuple[list[dict], Counter]:
+        images, prompts = zip(*(asked[place] for place in places))
+        texts = answers(model, processor, list(images), list(prompts), batch_size=batch_size,
+                        max_new_tokens=max_new_tokens, root=root, progress="" if out else progress)
+        return [{"id": keys[place], "text": text} for place, (text,) in zip(places, texts)], Counter()
+
+    if out is None:
+        made, _ = work(list(range(len(asked))))
+    else:
+        rank, world = ranks()
+        found = in_chunks(keys, work, out, dict(settings or {}), chunk=batch_size, rank=rank, world=world,
+                          barrier=dist.barrier if world > 1 else lambda: None, progress=progress)
+        if found is None:
+            return None
+        made, _ = found
+    texts = {pair: row["text"] for pair, row in zip(asked, made, strict=True)}
+    return {row["id"]: texts[row["image"], row["prompt"]] for row in rows}
+
+
+def ask_judge(task: Task, said: Mapping[str, str], judge: Model, runs: int, prompt: str | None) -> list[dict[str, str]]:
+    """The judge's replies, {key: text} for each run; a request without a reply gets "", which counts as unparsed."""
+    asked = task.benchmark.requests(task.rows, said, **({"prompt": prompt} if prompt else {}))
+    requests = [Request(image, text) for image, text in asked.values()]
+    return [dict(zip(asked, (reply.text for reply in judge.ask(requests, run)))) for run in range(runs)]
+
+
+def make_judge(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, root: Path | None) -> Model:
+    """The judge of --judge; its replies are kept in --cache."""
+    if is_url(args.judge):
+        return server_model(Server(args.judge, args.judge_model), cache=args.cache / "replies", root=root,
+                            progress="judging")
+    model = local_model(load_llava(args.judge, dtype, device), Processor(args.judge), args.judge,
+                        batch_size=args.batch_size, root=root, progress="judging")
+    return kept_model(model, args.cache / "replies")
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+
+def protocol(task: Task, args: argparse.Namespace) -> dict:
+    """What two results must share to be compared, and where the answers came from."""
+    listed = "\n".join(f"{row['id']}\t{row['image']}" for row in task.rows)
+    options = {name: [str(p) for p in value] if isinstance(value, tuple | list) else
+               str(value) if isinstance(value, Path) else value
+               for f in functions_of(task.benchmark) for name, value in kwargs_of(f, args).items()}
+    entries = {"rules": task.benchmark.rules, "data": str(args.data) if args.data else None, **options,
+               "subset": args.subset, "questions": len(task.rows),
+               "questions_sha256": hashlib.sha256(listed.encode()).hexdigest()}
+    if task.benchmark.requests:
+        entries |= {"judge": args.judge_model or args.judge or [str(path) for path in args.replies or ()],
+                    "judge_runs": args.judge_runs,
+                    "judge_prompts": str(args.judge_prompts) if args.judge_prompts else None}
+    if args.answers:
+        return {**entries, "answers": str(args.answers)}
+    model = args.model.resolve()
+    name = model.relative_to(HOME) if model.is_relative_to(HOME) else args.model
+    return {**entries, "model": str(name), "template": args.template, "aspect": args.aspect,
+            "decoding": "greedy", "max_new_tokens": task.length,
+            **({"reference": str(args.reference)} if args.reference else {})}
+
+
+def table(cells: Sequence[Sequence]) -> str:
+    """Rows of cells, right-aligned."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*cells)]
+    return "\n".join("  ".join(f"{cell!s:>{width}}" for cell, width in zip(line, widths)) for line in cells)
+
+
+def run(args: argparse.Namespace) -> list[tuple[Task, Mapping, dict]] | None:
+    """(task, answers, result) of each benchmark; None in processes other than the first."""
+    tasks = [prepare(name, args) for name in args.benchmark]
+    prompts = read_json(args.judge_prompts) if args.judge_prompts else {}
+    check_judges(tasks, args, prompts)
+    rank, world = ranks()
+    device = start_processes(world)
+    half = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    root = args.images or (args.data if args.data and args.data.is_dir() else None)
+    model = processor = None
+    if any(task.said is None for task in tasks):
+        processor = Processor(args.model, template=args.template, aspect=args.aspect)
+        for task in tasks:
+            check_records([row for row in task.rows if row["image"]], processor, root, task.name,
+                          new_tokens=task.length)
+        model = load_llava(args.model, dtype, device).eval()
+    results = []
+    for task in tasks:
+        said = task.said if task.said is not None else answer(task, model, processor, args, root, dtype)
+        if rank == 0:
+            results.append((task, said))
+    model = None  # frees the device for a judge
+    if rank:
+        return None
+    judge = make_judge(args, device, dtype, root) if args.judge else None
+    return [(task, said, result_of(task, said, args, judge, prompts)) for task, said in results]
+
+
+def answer(task: Task, model, processor: Processor, args: argparse.Namespace, root: Path | None,
+           dtype: torch.dtype) -> Mapping | None:
+    """What the model says, or what is measured of it. None in processes other than the first."""
+    if task.benchmark.measure:
+        reference = load_llava(args.reference, dtype, model.device).eval() if args.reference else None
+        said = task.benchmark.measure(model, processor, task.rows, root=root or args.data.parent, reference=reference,
+                                      progress=task.name)
+        return said if ranks()[0] == 0 else None
+    out = args.out and args.out.with_name(f"{args.out.name}.{task.name}")
+    return ask(model, processor, task.rows, task.length, args.batch_size, root, task.name, out,
+               {**protocol(task, args), "precision": str(dtype)})
+
+
+def check_judges(tasks: Sequence[Task], args: argparse.Namespace, prompts: Mapping) -> None:
+    """Every judged benchmark needs a judge, or its replies. Raises BadInput."""
+    refuse(f"{task.name} is judged: --judge URL --judge-model NAME, --judge DIR, or --replies FILE" for task in tasks
+           if task.benchmark.requests and not (args.judge or args.replies)
+           and not (task.said is not None and not task.benchmark.requests(task.rows, task.said)))  # fmt: skip
+    refuse(f"{args.judge_prompts}: {name} is no judged benchmark that was asked for, or its prompt is no text"
+           for name, prompt in prompts.items()
+           if not isinstance(prompt, str) or name not in {t.name for t in tasks if t.benchmark.requests})  # fmt: skip
+
+
+def result_of(task: Task, said: Mapping, args: argparse.Namespace, judge: Model | None, prompts: Mapping) -> dict:
+    """{benchmark, protocol, scores, versions}."""
+    options, benchmark = kwargs_of(task.benchmark.score, args), task.benchmark
+    if not benchmark.requests:
+        scores = benchmark.score(task.rows, said, **options)
+    else:
+        replies = [run for path in args.replies or () for run in benchmark.read_replies(path, task.rows)]
+        replies += ask_judge(task, said, judge, args.judge_runs, prompts.get(task.name)) if judge else []
+        scores = benchmark.score(task.rows, said, replies, **options)
+    return {"benchmark": task.name, "protocol": protocol(task, args), "scores": scores, "versions": versions()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; exit status 2 on bad input."""
+    args = read_arguments(argv)
+    try:
+        found = run(args)
+        if found is not None:
+            write(args, found)
+    except (BadInput, ConnectionError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def write(args: argparse.Namespace, found: Sequence[tuple[Task, Mapping, dict]]) -> None:
+    """Files first, then the tables; the answers that were kept on the way are no longer needed."""
+    for task, said, _ in found:
+        if args.save_answers:
+            write_jsonl(args.save_answers, ({**row, "text": said[row["id"]]} for row in task.rows))
+    if args.out:
+        write_jsonl(args.out, [result for _, _, result in found])
+    for task, _, result in found:
+        if args.out:
+            forget(args.out.with_name(f"{args.out.name}.{task.name}"))
+        print(f"{task.name}\n" * (len(found) > 1) + table(task.benchmark.table(result["scores"])))
 
 
 if __name__ == "__main__":
