@@ -177,13 +177,12 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         (args.judge and args.replies, "--judge asks, --replies has been answered: which of them?"),
         (args.judge and is_url(args.judge) != bool(args.judge_model),
          "--judge-model names the model of a server: --judge URL --judge-model NAME"),
+        (args.judge_runs > 1 and args.judge and not is_url(args.judge), "a local judge is greedy: one run is all"),
         (ranks()[1] > 1 and not args.out, "several processes need --out, next to which their answers are kept"),
     ):  # fmt: skip
         if wrong:
             parser.error(reason)
-    taken = {os.path.realpath(path) for path in vars(args).values() if isinstance(path, Path) and path.is_file()}
     for path in filter(None, (args.out, args.save_answers)):
-        taken -= {os.path.realpath(args.out)} if path == args.out and not _names(args, path) else set()
         if reason := "another argument names it" if _names(args, path) > 1 else _unwritable(path):
             parser.error(f"cannot write {path}: {reason}")
 
@@ -221,20 +220,23 @@ def is_url(text: str) -> bool:
 def prepare(name: str, args: argparse.Namespace) -> Task:
     """Questions, and answers if they are in a file. Raises BadInput."""
     benchmark = BENCHMARKS[name]
-    asks = args.answers is None
-    images = args.images or (args.data if args.data and args.data.is_dir() else None)
-    try:
-        rows = benchmark.questions(args.data, images if asks else None, **kwargs_of(benchmark.questions, args))
-    except TypeError:
-        if args.data is None and "Path | None" not in str(inspect.signature(benchmark.questions).parameters["data"]):
-            raise BadInput(f"{name} needs --data with {', '.join(benchmark.files) or 'its file'}") from None
-        raise
+    if args.data is None and "None" not in str(inspect.signature(benchmark.questions).parameters["data"].annotation):
+        raise BadInput(f"{name} needs --data, a folder with {', '.join(benchmark.files) or 'its file'}")
+    images = None if args.answers else image_folder(args)
+    rows = benchmark.questions(args.data, images, **kwargs_of(benchmark.questions, args))
+    if not (args.answers or images) and any(row["image"] and ":" not in row["image"] for row in rows):
+        raise BadInput(f"{name}: --images DIR with the image files, or --answers FILE")
     said = None
     if args.answers:
         read = benchmark.read_answers or join_by_id
         said = read(args.answers, rows, subset=args.subset)
         rows = [row for row in rows if row["id"] in said]
     return Task(name, benchmark, rows, said, args.max_new_tokens or benchmark.max_new_tokens)
+
+
+def image_folder(args: argparse.Namespace) -> Path | None:
+    """Where the image files are."""
+    return args.images or (args.data if args.data and args.data.is_dir() else None)
 
 
 def join_by_id(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
@@ -250,7 +252,7 @@ def ask(model, processor: Processor, rows: Sequence[dict], max_new_tokens: int, 
     out: the answers are kept next to this file as they come, and processes share the questions (pairs/progress.py);
     None in processes other than the first.
     """
-    asked = sorted({(row["image"], row["prompt"]) for row in rows}, key=str)  # an image's questions together
+    asked = sorted({(row["image"], row["prompt"]) for row in rows}, key=lambda pair: (pair[0] or "", pair[1]))  # by image
     keys = [hashlib.sha256(repr(pair).encode()).hexdigest()[:16] for pair in asked]
 
     def work(places: list[int]) -> tuple[list[dict], Counter]:
@@ -272,21 +274,24 @@ def ask(model, processor: Processor, rows: Sequence[dict], max_new_tokens: int, 
     return {row["id"]: texts[row["image"], row["prompt"]] for row in rows}
 
 
-def ask_judge(task: Task, said: Mapping[str, str], judge: Model, runs: int, prompt: str | None) -> list[dict[str, str]]:
-    """The judge's replies, {key: text} for each run; a request without a reply gets "", which counts as unparsed."""
+def ask_judges(task: Task, said: Mapping[str, str], judges: list[Model], prompt: str | None) -> list[dict[str, str]]:
+    """The replies, {key: text} for each run; a request without a reply gets "", which counts as unparsed."""
     asked = task.benchmark.requests(task.rows, said, **({"prompt": prompt} if prompt else {}))
     requests = [Request(image, text) for image, text in asked.values()]
-    return [dict(zip(asked, (reply.text for reply in judge.ask(requests, run)))) for run in range(runs)]
+    return [dict(zip(asked, (reply.text for reply in judge.ask(requests)))) for judge in judges]
 
 
-def make_judge(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, root: Path | None) -> Model:
-    """The judge of --judge; its replies are kept in --cache."""
+def make_judges(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, root: Path | None) -> list[Model]:
+    """The judge of --judge, once a run; replies are kept in --cache. A server gets the run as its seed."""
+    if args.judge is None:
+        return []
+    folder = args.cache / "replies"
     if is_url(args.judge):
-        return server_model(Server(args.judge, args.judge_model), cache=args.cache / "replies", root=root,
-                            progress="judging")
+        return [server_model(Server(args.judge, args.judge_model, seed=run), cache=folder, root=root)
+                for run in range(args.judge_runs)]
     model = local_model(load_llava(args.judge, dtype, device), Processor(args.judge), args.judge,
-                        batch_size=args.batch_size, root=root, progress="judging")
-    return kept_model(model, args.cache / "replies")
+                        batch_size=args.batch_size, root=root)
+    return [kept_model(model, folder)]
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -329,7 +334,7 @@ def run(args: argparse.Namespace) -> list[tuple[Task, Mapping, dict]] | None:
     device = start_processes(world)
     half = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
-    root = args.images or (args.data if args.data and args.data.is_dir() else None)
+    root = image_folder(args)
     model = processor = None
     if any(task.said is None for task in tasks):
         processor = Processor(args.model, template=args.template, aspect=args.aspect)
@@ -345,8 +350,8 @@ def run(args: argparse.Namespace) -> list[tuple[Task, Mapping, dict]] | None:
     model = None  # frees the device for a judge
     if rank:
         return None
-    judge = make_judge(args, device, dtype, root) if args.judge else None
-    return [(task, said, result_of(task, said, args, judge, prompts)) for task, said in results]
+    judges = make_judges(args, device, dtype, root)
+    return [(task, said, result_of(task, said, args, judges, prompts)) for task, said in results]
 
 
 def answer(task: Task, model, processor: Processor, args: argparse.Namespace, root: Path | None,
@@ -366,20 +371,20 @@ def check_judges(tasks: Sequence[Task], args: argparse.Namespace, prompts: Mappi
     """Every judged benchmark needs a judge, or its replies. Raises BadInput."""
     refuse(f"{task.name} is judged: --judge URL --judge-model NAME, --judge DIR, or --replies FILE" for task in tasks
            if task.benchmark.requests and not (args.judge or args.replies)
-           and not (task.said is not None and not task.benchmark.requests(task.rows, task.said)))  # fmt: skip
+           and task.benchmark.requests(task.rows, {row["id"]: "any answer of a few words" for row in task.rows}))
     refuse(f"{args.judge_prompts}: {name} is no judged benchmark that was asked for, or its prompt is no text"
            for name, prompt in prompts.items()
            if not isinstance(prompt, str) or name not in {t.name for t in tasks if t.benchmark.requests})  # fmt: skip
 
 
-def result_of(task: Task, said: Mapping, args: argparse.Namespace, judge: Model | None, prompts: Mapping) -> dict:
+def result_of(task: Task, said: Mapping, args: argparse.Namespace, judges: list[Model], prompts: Mapping) -> dict:
     """{benchmark, protocol, scores, versions}."""
     options, benchmark = kwargs_of(task.benchmark.score, args), task.benchmark
     if not benchmark.requests:
         scores = benchmark.score(task.rows, said, **options)
     else:
         replies = [run for path in args.replies or () for run in benchmark.read_replies(path, task.rows)]
-        replies += ask_judge(task, said, judge, args.judge_runs, prompts.get(task.name)) if judge else []
+        replies += ask_judges(task, said, judges, prompts.get(task.name))
         scores = benchmark.score(task.rows, said, replies, **options)
     return {"benchmark": task.name, "protocol": protocol(task, args), "scores": scores, "versions": versions()}
 

@@ -60,7 +60,7 @@ THINKS = re.compile(r"(?:<(?:seed:)?think(?:ing)?>|\[think\]|◁think▷)", re.I
 class Request(NamedTuple):
     """One question."""
 
-    image: str  # picture reference
+    image: str | None  # image reference, None for a question about texts alone
     text: str
 
 
@@ -184,10 +184,30 @@ def _cached(server: Server, request: Request, cache: Path, root: Path | None) ->
     if path.exists():
         return _kept(path)
     reply = _answered(_post(server, body))
-    row = {"model": server.model, "image": request.image, "text": request.text, "reply": reply._asdict()}
+    _keep(path, server.model, request, reply)
+    return reply
+
+
+def kept_model(model: Model, cache: Path) -> Model:
+    """A local model whose replies are kept on disk like a server's."""
+
+    def path_of(request: Request) -> Path:
+        key = hashlib.sha256(json.dumps([model.name, *request]).encode()).hexdigest()
+        return cache / key[:2] / f"{key}.json"
+
+    def ask(requests: list[Request]) -> list[Reply]:
+        new = [request for request in dict.fromkeys(requests) if not path_of(request).exists()]
+        for request, reply in zip(new, model.ask(new), strict=True):
+            _keep(path_of(request), model.name, request, reply)
+        return [_kept(path_of(request)) for request in requests]
+
+    return Model(model.name, ask)
+
+
+def _keep(path: Path, name: str, request: Request, reply: Reply) -> None:
+    row = {"model": name, "image": request.image, "text": request.text, "reply": reply._asdict()}
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    return reply
 
 
 def _kept(path: Path) -> Reply:
@@ -200,7 +220,7 @@ def _kept(path: Path) -> Reply:
 
 def _body(server: Server, request: Request, root: Path | None) -> dict:
     parts: list[dict] = [{"type": "text", "text": request.text}]
-    if server.pictures:
+    if server.pictures and request.image is not None:
         url = data_url(request.image, root, server.side)
         parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
     return {"model": server.model, "messages": [{"role": "user", "content": parts}],

@@ -9,7 +9,7 @@ the nouns that are words of relation.json, 418 in all. The vocabulary is closed,
     is_noun     a form is a noun, unless it can be something else and the words around it say so
 
 The lemmas agree with WordNet 3.0 on every noun and plural. The tagger's weights could not be had: `is_noun` is
-reconstructed, from the Penn tags' guidelines and from captions of LLaVA-1.5.
+reconstructed. On 2,000 captions of LLaVA-1.5 it leaves out 97 of 19,701 forms, besides can and hot.
 """
 
 from __future__ import annotations
@@ -41,16 +41,14 @@ _SUBJECT_VERBS = frozenset("board drink leave line lounge paddle skate ski suppo
 _THIRD_PERSON = frozenset(("drinks", "lights", "lines", "paddles", "skis", "supports", "watches"))
 _OBJECTS = frozenset("a an the his her its their him them nearby up".split())  # after a verb
 _PARTICIPLES = frozenset(("building", "drawing", "painting", "sailing"))
-
-_DETERMINERS = frozenset(
-    """a an the this that these those his her its their my your our some any no another each every one two three
-    several many few various""".split())
 _BEFORE_VERB = frozenset(
     """to can could may might must shall should will would 'll do does did n't not i you we they who let""".split())
 _TO_IS_PREPOSITION = frozenset("access adjacent attached belonging close connected due leading next similar".split())
-_PLURAL_SUBJECTS = frozenset("people men women children others both".split())
+_PLURAL_SUBJECTS = frozenset(
+    """people men women children others both adults boys cows dogs fans friends girls horses individuals kids
+    pedestrians persons spectators students tourists visitors""".split())
 _SINGULAR_SUBJECTS = frozenset("he she it who which that".split())
-_BE = frozenset("is are was were be been being 's 're by".split())
+_BE = frozenset("is are was were be been being 're by".split())
 _COLOURS = frozenset("black blue brown gold gray green grey pink purple red white yellow".split())
 _AFTER_NOUN = frozenset(
     """and or but , . ; : ! ? ) is are was were can may might has have with on in at of to from for near next that which
@@ -90,7 +88,7 @@ def is_noun(tokens: Sequence[str], i: int) -> bool:
     if word in _NEVER:
         return False
     if word in _PARTICIPLES:
-        return not (last in _BE if word == "building" else last in _AFTER_NOUN | _BE - {"of", "for"} or last == ".")
+        return last not in (_BE if word == "building" else _BE | _AFTER_NOUN)
     if word in _VERBS:
         return not (_is_base_verb(word, before, after) or _is_adjective(word, last, after))
     if word in _THIRD_PERSON:
@@ -104,8 +102,8 @@ def _is_base_verb(word: str, before: Sequence[str], after: str) -> bool:
         return _TO_IS_PREPOSITION.isdisjoint(before[-2:-1])
     if last in ("and", "or"):  # "sit and watch the game"
         return word in _SUBJECT_VERBS and after in _OBJECTS
-    plural = last in _PLURAL_SUBJECTS or (last.endswith("s") and not last.endswith(("ss", "us", "'s", "is")))
-    return last in _BEFORE_VERB or (word in _SUBJECT_VERBS and plural and last not in _DETERMINERS)
+    plural = last in _PLURAL_SUBJECTS or last.endswith("ers")  # passengers, players, skiers
+    return last in _BEFORE_VERB or (word in _SUBJECT_VERBS and plural)
 
 
 def _is_adjective(word: str, last: str, after: str) -> bool:

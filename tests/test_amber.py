@@ -20,7 +20,7 @@ needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="official file
 RELATION = {"forest": ["tree", "bush"], "tree": ["forest"], "dog": [], "person": ["man", "woman", "people"], "cat": [],
             "sky": [], "watch": [], "orange": [], "can": [], "vase": [], "board": []}  # fmt: skip
 NOTES = [
-    {"id": 1, "type": "generative", "truth": ["forest", "tree", "dog"], "hallu": ["cat", "person"]},
+    {"id": 1, "type": "generative", "truth": ["tree", "forest", "dog"], "hallu": ["cat", "person"]},
     {"id": 2, "type": "generative", "truth": ["sky", "sky"], "hallu": ["dog"]},
     {"id": 3, "type": "discriminative-hallucination", "truth": "no"},
     {"id": 4, "type": "discriminative-attribute-state", "truth": "yes"},
@@ -52,7 +52,7 @@ SAID = {"1": "A tree, a bush and a cat. A man, an orange and a vase.", "2": "The
 
 
 def test_descriptions_by_hand(data):
-    """The tree counts for the forest, whose association it is, so the tree itself stays uncovered; so does the second
+    """The tree counts for the forest, whose association it is, so the tree itself is not covered; nor is the second
     of two skies. An orange is safe, but a mention. Cat and man are the likely hallucinations, the vase is another."""
     scores = score(questions(data, None), SAID)["generative"]
     assert (scores["mentions"], scores["hallucinated"]) == (7, 3)
@@ -76,6 +76,16 @@ def test_answers_by_hand(data):
     assert scores["relation"]["n"] == 2 and scores["relation"]["right"] == 1
     assert scores["amber"]["rounded"] == {"amber": 57.1}  # (100 - 42.9 + 57.1) / 2
     assert scores["amber"]["amber"] == pytest.approx((1 - 3 / 7 + 4 / 7) / 2)
+
+
+def test_the_denominators_of_the_released_code():
+    """Every count starts at 0.001; F1 of existence has 0.001 more below, not 0.0001 as the others."""
+    for kind, f1 in (("existence", 66.6), ("state", 66.7)):
+        rows = [{"id": str(i), "kind": kind, "label": "no"} for i in range(1000)]
+        scores = score(rows, {row["id"]: "No" if int(row["id"]) % 2 else "Yes" for row in rows})
+        assert scores[kind]["rounded"] == {"accuracy": 50.0, "precision": 100.0, "recall": 50.0, "f1": f1}
+    row = {"id": "1", "kind": "generative", "truth": [["dog"]], "hallu": [], "words": ["cat"], "safe": [], "similar": None}
+    assert score([row], {"1": "a cat"})["generative"]["rounded"] == {"chair": 99.9, "cover": 0.0, "hal": 100.0, "cog": 0.0}
 
 
 def test_amber_score_is_rounded_half_up(data):
@@ -209,10 +219,12 @@ VOCABULARY = """board can chair child chopsticks drawing dog drink glass goose i
     ("The dog is next to water; they drink water.", "dog water water"),
     ("Spectators watch the man, who wears a watch.", "man watch"),
     ("relax and watch the dog", "dog"),
+    ("People expectantly watch for the dog.", "dog"),
     ("A woman watches him; two watches.", "woman watch"),
     ("people ski down, on a ski slope, with skis", "people ski ski"),
+    ("A man wears ski boots; skiers ski.", "man ski"),
     ("in the chair, drawing attention; a drawing.", "chair drawing"),
-    ("a tall building; they are building it", "building"),
+    ("a tall building; they are building it; the city's building", "building building"),
     ("an orange cat, an orange, orange juice, and two oranges", "orange orange orange"),
     ("a light blue wall under a light.", "light"),
     ("their individual styles, an individual is", "individual"),
