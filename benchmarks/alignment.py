@@ -90,7 +90,7 @@ def kl_to_start(model, processor: Processor, rows: list[dict]) -> float:
         said = sample(model, processor, records, list(range(len(part))), None, samples=1, temperature=1.0,
                       max_new_tokens=96)
         records = [{**record, "answer": ids[0]} for record, ids in zip(records, said)]
-        batch = collate(records, {"answer": ("image", "answer")}, processor)
+        batch = collate(records, {"answer": dict(image="image", response="answer")}, processor)
         logps = [Scorer(m)(batch.packed, m.vision_features(batch.pixels))[0].sum() for m in (model, start)]
         total += (logps[0] - logps[1]).item()
     return total / len(rows)
