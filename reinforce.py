@@ -22,7 +22,6 @@ Shapes: B responses, k of each prompt next to each other; L longest response; ti
 from __future__ import annotations
 
 import inspect
-import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -211,7 +210,7 @@ def fisao_advantages(rollouts: list[Rollout], parts: SimpleNamespace, memory: Me
         k = len(r.ids) // len(r.records)
         references = [record["image"] for record in r.records for _ in range(k)]
         found = verifier(references, r.ids)
-        reward = parts.mention_rewards(found.scores, memory.baselines)
+        reward = word_rewards(found.scores, memory.baselines, parts)  # (N,)
         placed = parts.place(reward, found.rows, found.starts, found.stops, r.mask.shape)
         token_scores.append({"token_scores": placed.to(r.old.device)})
         rewards.append(reward)
@@ -225,6 +224,14 @@ def fisao_advantages(rollouts: list[Rollout], parts: SimpleNamespace, memory: Me
                                   ("reward/hallucinated", reward, right == 0)):
         metrics[name] = over_all(values[members].sum()) / over_all(members.sum()).clamp(min=1)
     return targets, metrics
+
+
+def word_rewards(scores: Tensor, baselines: dict, parts: SimpleNamespace) -> Tensor:
+    """`losses.fisao.mention_rewards`, (N,); BadInput where what was measured does not fit the options."""
+    try:
+        return parts.mention_rewards(scores, baselines)
+    except ValueError as error:
+        raise BadInput(f"fisao's baselines do not suit its options: {error}") from None
 
 
 def rloo_advantages(rollouts: list[Rollout], parts: SimpleNamespace, memory: Memory, judge: Judge,
@@ -318,8 +325,9 @@ def calibrate(run: Reinforcement, records: list[dict], baselines: Path | None = 
     """
     if verifier := run.judges.get("verifier"):
         known = [record for record in records if verifier.known(record["image"])]
-        measured = read_baselines(baselines, verifier.unit) if baselines else measure_baselines(run, known)
-        run.memory.baselines = usable(measured, run.parts.mention_rewards)
+        run.memory.baselines = (read_baselines(baselines, verifier.unit) if baselines else
+                                measure_baselines(run, known))
+        word_rewards(torch.empty(0), run.memory.baselines, run.parts)  # do --margin and the baselines fit?
         run.memory.scores = look_at_scores(run, known) if known else {}
         return
     picked = readable(run, records)
@@ -380,16 +388,6 @@ def read_baselines(path: Path, unit: str) -> dict:
         raise BadInput(f"{path}: no baselines of fisao, which have {', '.join(numbers)} and unit")
     if baselines.get("unit") != unit:
         raise BadInput(f"{path}: measured in {baselines.get('unit')!r}, this verifier scores in {unit!r}")
-    return baselines
-
-
-def usable(baselines: dict, mention_rewards: Callable) -> dict:
-    """The baselines, if every score has a reward by them; BadInput if not, for the reason that
-    `losses.fisao.mention_rewards` gives for the highest and lowest."""
-    try:
-        mention_rewards(torch.tensor([math.inf, -math.inf]), baselines)
-    except ValueError as error:
-        raise BadInput(f"fisao: with these baselines and this --margin {error}") from None
     return baselines
 
 

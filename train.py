@@ -59,46 +59,13 @@ import reinforce
 from common import BadInput, remove_unfinished, versions
 from data.batch import BadRecord, Batch, MicroBatches, collate, scored, with_seeds, without_bad
 from data.processor import Processor
-from losses import (
-    adavip,
-    bdhs,
-    dpo,
-    dpo_weighted,
-    fisao,
-    ipo,
-    mdpo,
-    povid,
-    ppo,
-    rdpo,
-    reward_model,
-    rloo,
-    sft,
-    slic,
-)
-from model import reference
+from losses import adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic
+from model import reference, training
 from model.adapters import save_adapters
 from model.checkpoint import save_json, save_llava
 from model.logprobs import Packed
 from model.reward import save_reward_head
-from model.training import (
-    CHECKPOINT,
-    PREVIOUS,
-    Log,
-    Policy,
-    StopRequest,
-    emulates_bf16,
-    gather_all,
-    learning_rate,
-    named,
-    pick,
-    ranks,
-    read_checkpoint,
-    refuse_other,
-    restore,
-    save_checkpoint,
-    set_learning_rate,
-    start_processes,
-)
+from model.training import CHECKPOINT, PREVIOUS, Log, Policy, StopRequest, learning_rate, named, pick, set_learning_rate
 from options import check, check_places, kwargs_of, read_arguments
 from pairs import online
 from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records
@@ -191,7 +158,7 @@ class Run:
     config: dict = field(default_factory=dict)  # the settings, plain
     identity: dict[str, str] = field(default_factory=dict)  # of records and model: a resumed run must have the same
     cache: dict[str, Tensor] | None = None  # the reference's log-probs by record, if they are kept on disk
-    memory: reinforce.Memory = field(default_factory=reinforce.Memory)
+    learner: reinforce.Reinforcement | None = None  # of a loss with advantages
     bad_records: dict[str, str] = field(default_factory=dict)  # name -> reason, of those that others replace
 
 
@@ -203,9 +170,9 @@ def train(run: Run, saved: dict | None = None) -> bool:
     are done."""
     args, recipe, policy, model = run.args, run.recipe, run.policy, run.policy.model
     loss = partial(recipe.loss, **kwargs_of(recipe.loss, args))
-    learner = begin(run, loss, saved)
+    done, norm = begin(run, saved), None
     log = Log(args.out / "metrics.jsonl", args.steps, run.device, run.rank, run.world, saved)
-    stop, done, norm = StopRequest(run.world), saved["step"] if saved else 0, None
+    stop = StopRequest(run.world)
     # After StopRequest, whose signal handlers the loader's processes inherit: Ctrl-C must not end them.
     micro_batches = load_micro_batches(run, done)
     model.train(not recipe.advantages)  # pi_old and pi must be the same function: no dropout
@@ -220,13 +187,13 @@ def train(run: Run, saved: dict | None = None) -> bool:
             stop.close()
             give_up(run, bad, done)
 
-        if learner:
-            norm = reinforce.reinforce_step(learner, drawn, step, log)
+        if run.learner:
+            norm = reinforce.reinforce_step(run.learner, drawn, step, log)
         else:
             for i, batch in enumerate(drawn):
                 batch = (write_batch(run, batch) if recipe.online else batch).to(run.device)
                 features = model.vision_features(batch.pixels)  # (tiles, P, C)
-                packed = batch.packed if batch.noisy is None else pick_in_noise(policy, batch, features, batch.picked)
+                packed = batch.packed if batch.noisy is None else pick_in_noise(policy, batch, batch.packed, features)
                 inputs = batch.changed() if recipe.asks_for("chosen_changed") else {}  # (B, L) each
                 if policy.reference:  # reference_chosen_logps (B,), reference_chosen_token_logps (B, L), ...
                     inputs |= named("reference", batch.names, (reference_logps(run, batch, packed, features),))
@@ -248,29 +215,32 @@ def train(run: Run, saved: dict | None = None) -> bool:
             break
     stop.close()
     model.eval()
-    if learner and run.rank == 0 and done == args.steps:
-        reinforce.draw_scores(learner, run.records, args.out / "scores.svg")
     return done == args.steps
 
 
-def begin(run: Run, loss: Callable, saved: dict | None) -> reinforce.Reinforcement | None:
-    """Take over what a checkpoint holds; else measure what reinforcement needs before it starts. Returns the latter's
-    set-up, if it is such a loss."""
+def make_learner(run: Run) -> reinforce.Reinforcement:
+    """Reinforcement by the recipe around the run's policy."""
     args, recipe = run.args, run.recipe
+    return reinforce.Reinforcement(
+        run.policy, run.processor, run.root, loss=partial(recipe.loss, **kwargs_of(recipe.loss, args)),
+        advantages=recipe.advantages, parts=reinforce.bind(recipe.parts, vars(args)), judges=run.judges,
+        settings=reinforce.Settings(**{name: getattr(args, name) for name in reinforce.Settings.__annotations__}))
+
+
+def begin(run: Run, saved: dict | None) -> int:
+    """Take over what a checkpoint holds, else measure what reinforcement needs. Returns the number of steps done."""
     if saved:
-        restore(saved, run.policy)
-        run.bad_records, run.memory = saved["bad_records"], reinforce.Memory(**saved["reinforcement"])
-    if not recipe.advantages:
-        return None
-    settings = reinforce.Settings(**{name: getattr(args, name) for name in reinforce.Settings.__annotations__})
-    learner = reinforce.Reinforcement(run.policy, run.processor, run.root, loss, recipe.advantages,
-                                      reinforce.bind(recipe.parts, vars(args)), run.judges, settings, run.memory)
-    if not saved:
-        baselines = args.baselines if recipe.asks_for("verifier") else None
-        reinforce.calibrate(learner, run.records, baselines)
-        if run.memory.baselines and run.rank == 0:
-            save_json(run.memory.baselines, args.out / "baselines.json")
-    return learner
+        training.restore(saved, run.policy)
+        run.bad_records = saved["bad_records"]
+        if run.learner:
+            run.learner.memory = reinforce.Memory(**saved["reinforcement"])
+        return saved["step"]
+    if run.learner:
+        baselines = run.args.baselines if "verifier" in run.judges else None
+        reinforce.calibrate(run.learner, run.records, baselines)
+        if run.learner.memory.baselines and run.rank == 0:
+            save_json(run.learner.memory.baselines, run.args.out / "baselines.json")
+    return 0
 
 
 def load_micro_batches(run: Run, done: int) -> Iterator:
@@ -299,15 +269,16 @@ def write_batch(run: Run, drawn: list[tuple[dict, int]]) -> Batch:
     return collate_for(run.recipe, run.processor, run.root, records, seeds)
 
 
-def pick_in_noise(policy: Policy, batch: Batch, features: Tensor, where: Tensor, packed: Packed | None = None) -> Packed:
-    """The batch's sequences, or `packed`, with the tokens that the model as it is now finds likeliest under noise for
-    the labels `where`, (n,) bool."""
-    packed, training = packed or batch.packed, policy.model.training
+def pick_in_noise(policy: Policy, batch: Batch, packed: Packed, features: Tensor, where: Tensor | None = None,
+                  ) -> Packed:
+    """`packed` with the tokens that the model as it is now finds likeliest under noise, for the labels `where`, (n,)
+    bool, or wherever tokens are picked."""
+    mode = policy.model.training
     policy.model.eval()  # the choice is the model's, not its dropout's
     likeliest = policy.plain.likeliest(batch.noisy, features)
-    policy.model.train(training)
+    policy.model.train(mode)
     labels = packed.labels.masked_scatter(batch.picked, likeliest)  # (n,)
-    return replace(packed, labels=torch.where(where, labels, packed.labels))
+    return replace(packed, labels=labels if where is None else torch.where(where, labels, packed.labels))
 
 
 def reference_logps(run: Run, batch: Batch, packed: Packed, features: Tensor) -> Tensor:
@@ -317,7 +288,7 @@ def reference_logps(run: Run, batch: Batch, packed: Packed, features: Tensor) ->
         return pad_sequence(rows, batch_first=True).to(run.device)
     with run.policy.reference():
         if batch.own is not None:
-            packed = pick_in_noise(run.policy, batch, features, batch.own, packed)
+            packed = pick_in_noise(run.policy, batch, packed, features, batch.own)
         return run.policy.plain(packed, features)[0]
 
 
@@ -341,7 +312,7 @@ def reference_cache(run: Run) -> dict[str, Tensor]:
     key = reference.fingerprint(args.model, run.records, run.recipe.sequences, run.processor, args.precision)
     rows = reference.cached(args.reference_cache, key, run.records, run.recipe.sequences, score,
                             args.micro_batch_size, run.rank, run.world)
-    stop_at(gather_all(bad, run.world), args.bad_records)
+    stop_at(training.gather_all(bad, run.world), args.bad_records)
     return rows
 
 
@@ -353,8 +324,9 @@ def save(run: Run, done: int, norm: Tensor | None, log: Log) -> None:
                        " state")
     unfinished = log.unfinished()
     if run.rank == 0:
-        save_checkpoint(run.args.out, run.policy, step=done, config=run.config, identity=run.identity,
-                        bad_records=run.bad_records, reinforcement=asdict(run.memory), log=unfinished)
+        training.save_checkpoint(run.args.out, run.policy, step=done, config=run.config, identity=run.identity,
+                        bad_records=run.bad_records, log=unfinished,
+                        reinforcement=asdict(run.learner.memory) if run.learner else {})
 
 
 # ------------------------------------------------------------------------------------------------- bad records
@@ -363,7 +335,8 @@ def save(run: Run, done: int, norm: Tensor | None, log: Log) -> None:
 def draw(run: Run, micro_batches: Iterator) -> tuple[list, list[BadRecord]]:
     """The micro-batches of a step, and the bad records that any process met. A collective call."""
     drawn = [next(micro_batches) for _ in range(run.args.batch_size // (run.world * run.args.micro_batch_size))]
-    return [part.batch for part in drawn], gather_all([record for part in drawn for record in part.bad], run.world)
+    bad = [record for part in drawn for record in part.bad]
+    return [part.batch for part in drawn], training.gather_all(bad, run.world)
 
 
 def replaced(run: Run, bad: list[BadRecord]) -> bool:
@@ -403,7 +376,7 @@ def announce(run: Run, saved: dict | None) -> None:
     print(json.dumps({**run.config, **facts}, indent=1), flush=True)
     if saved and saved["config"]["steps"] != args.steps:
         print(f"steps {saved['config']['steps']} -> {args.steps}: the cosine now ends at {args.steps}", flush=True)
-    if args.precision == "bf16" and emulates_bf16(run.device):
+    if args.precision == "bf16" and training.emulates_bf16(run.device):
         print("warning: this CPU has no bf16 instructions, --precision fp32 is many times faster", file=sys.stderr)
     remove_unfinished(args.out)
     if saved and saved["path"].name == PREVIOUS:  # a damaged one must not become the former of the next
@@ -465,19 +438,21 @@ def write_model(run: Run) -> None:
         save_adapters(model, args.out / "adapters", args.model)
     if run.recipe.rewards:
         save_reward_head(run.policy.plain, args.out)
+    if run.learner:
+        reinforce.draw_scores(run.learner, run.records, args.out / "scores.svg")
 
 
 def main(argv: list[str] | None = None) -> int:
     """From the command line to --out; 0 when finished, 1 when interrupted. Raises BadInput on bad input."""
-    started, (rank, world) = time.perf_counter(), ranks()
+    started, (rank, world) = time.perf_counter(), training.ranks()
     args = read_arguments(LOSSES, argv, __doc__)
     recipe = LOSSES[args.loss]
     check(args, recipe, world)  # before processes wait for each other
     check_places(args)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite")}
-    saved = read_checkpoint(args.out, config, rank) if args.resume else None
-    device = start_processes(world)
+    saved = training.read_checkpoint(args.out, config, rank) if args.resume else None
+    device = training.start_processes(world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
     if args.data:  # bad records are named before a large model is loaded
         check_texts(args, recipe, processor, read_records(args.data, recipe), args.data, rank)
@@ -486,9 +461,10 @@ def main(argv: list[str] | None = None) -> int:
     held = records[: max(1, len(records) // 10)] if recipe.rewards else []
     run = Run(args, recipe, make_policy(args, recipe, model, world), processor, records[len(held) :], root, device,
               rank, world, make_judges(args, recipe, model, processor, root), config)
+    run.learner = make_learner(run) if recipe.advantages else None
     run.identity = reference.identity(args.model, run.records, processor)
     if saved:
-        refuse_other(saved, run.policy, run.identity)
+        training.refuse_other(saved, run.policy, run.identity)
     if args.reference_cache:
         run.cache = reference_cache(run)
     if rank == 0:

@@ -149,7 +149,8 @@ def collate(
     if noisy:
         batch.noisy = pack(noisy, rows, processor.image_id)
         batch.picked = _labels([how.in_noise for how in asked.values()], batch)
-        batch.own = _labels([how.tokens == "own_picked_in_noise" for how in asked.values()], batch)
+        own = [how.tokens == "own_picked_in_noise" for how in asked.values()]
+        batch.own = _labels(own, batch) if any(own) else None
     return batch
 
 
