@@ -101,6 +101,7 @@ def one_step(monkeypatch, folder: Path, run: train.Run, *batches: Batch) -> tupl
     log line."""
     seen: dict[str, Tensor] = {}
     monkeypatch.setattr(train, "load_micro_batches", lambda run, done: iter([Drawn(batch, []) for batch in batches]))
+    monkeypatch.setattr(train, "write_batch", lambda run, batch: batch)
     monkeypatch.setattr(train, "pick", lambda loss, inputs: seen.update(inputs) or pick(loss, inputs))
     for name, value in dict(steps=1, batch_size=len(batches), micro_batch_size=1, out=folder).items():
         setattr(run.args, name, value)
