@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 import prepare
 import train
-from common import meaning
+from common import BadInput, meaning
 from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
-from options import options_of, read_arguments
+from options import check, options_of, read_arguments
 from pairs.methods import make_pairs
 
 HOME = Path(__file__).resolve().parents[1]
@@ -137,6 +137,26 @@ def test_nonsense_is_refused_in_one_line(tmp_path, options, complaint):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert complaint in done.stderr and "Traceback" not in done.stderr
+
+
+def test_impossible_settings_are_refused_all_at_once(tmp_path):
+    """Each in a line of its own, before the number of processes or a model matters."""
+    options = ["--loss", "ppo", "--batch-size", "6", "--micro-batch-size", "4", "--pairs", "rank", "--reference-cache", "x",
+               "--resume", "--overwrite", "--out", str(tmp_path)]
+    with pytest.raises(BadInput) as error:
+        train.main(options)
+    lines = str(error.value).split("\n")
+    starts = ["--batch-size 6 is not a multiple", "--pairs is for losses that learn from pairs", "--resume goes on with",
+              "--resume: there is no", "--reference-cache: what ppo scores is drawn again", "--judge reward needs --reward"]
+    assert len(lines) == len(starts) and all(line.startswith(start) for line, start in zip(lines, starts))
+
+
+def test_minibatches_divide_the_micro_batches():
+    args = read_arguments(train.LOSSES, ["--loss", "ppo", "--batch-size", "12", "--micro-batch-size", "2", "--minibatches", "2",
+                                         "--judge", "clip"])
+    check(args, train.LOSSES["ppo"], 1)  # 6 micro-batches
+    with pytest.raises(BadInput, match="--minibatches 2 does not divide the 3 micro-batches of a process"):
+        check(args, train.LOSSES["ppo"], 2)
 
 
 def test_bad_pairs_are_all_listed_before_training(pairs, tmp_path):

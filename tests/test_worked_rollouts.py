@@ -23,6 +23,7 @@ from table import CATS, DOG, EOS, HOT, TWO, A, Notes, Words, by_token, judge, ma
 
 import reinforce
 import train
+from common import BadInput
 from data.images import stack
 from judges import words as verifier
 from model.logprobs import Scorer, Sequence, pack
@@ -368,6 +369,33 @@ def test_calibration_of_fisao(monkeypatch, tmp_path, eyes, readable):
         (0.7, ["r0", "r1"], [0, 1]), (0.0, ["r0", "r1"], [0, 1])]
     scores = run.learner.memory.scores
     assert scores["sentences, correct"] == [250] and scores["sentences, hallucinated"] == [0]
+
+
+@pytest.mark.parametrize("said, options, reason", [
+    ([A, DOG, EOS], [], "finds no hallucinated object word in 1 responses"),
+    ([CATS, EOS], [], "finds no correct object word in 1 responses"),
+    ([DOG, CATS, EOS], ["--margin-mode", "inward", "--margin", "90"], "do not suit its options: the boundaries cross"),
+])
+def test_baselines_that_cannot_be_measured_are_the_users_to_mend(monkeypatch, eyes, readable, said, options, reason):
+    """On the first image a dog, 200, is right and cats, 150, are not. An error in the code is none of the user's."""
+    saying(monkeypatch, {"r0": [said]})
+    monkeypatch.setitem(VECTORS, Words().decode(said), (1, 0))
+    run = make_run("fisao", "--micro-batch-size", "8", *options, judges={"verifier": eyes})
+    with pytest.raises(BadInput, match=reason):
+        reinforce.calibrate(run.learner, records("r0"))
+
+
+def test_scores_outside_what_was_measured(monkeypatch, eyes):
+    """Baselines of one hallucinated mention leave no range below it; the step says so, other errors stay errors."""
+    run = make_run("fisao", judges={"verifier": eyes}, memory=reinforce.Memory(baselines=BASELINES | {"low": 170.0}))
+    rollouts = [rolled(run, ["r0"], [[Y2, Y2]])]
+    with pytest.raises(BadInput, match="cannot normalise from 170"):
+        learn(run, rollouts)
+    run.learner.parts.place = lambda *_: exec("raise ValueError('a fault')")
+    run.learner.memory.baselines = BASELINES
+    with pytest.raises(ValueError, match="a fault") as error:
+        learn(run, rollouts)
+    assert not isinstance(error.value, BadInput)
 
 
 # ---- pairs made while training -----------------------------------------------------------------------------
