@@ -63,6 +63,7 @@ from losses import adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo
 from model import reference, training
 from model.adapters import save_adapters
 from model.checkpoint import save_json, save_llava
+from model.llava import Llava
 from model.logprobs import Packed
 from model.reward import save_reward_head
 from model.training import CHECKPOINT, PREVIOUS, Log, Policy, StopRequest, learning_rate, named, pick, set_learning_rate
@@ -324,9 +325,9 @@ def save(run: Run, done: int, norm: Tensor | None, log: Log) -> None:
                        " state")
     unfinished = log.unfinished()
     if run.rank == 0:
-        training.save_checkpoint(run.args.out, run.policy, step=done, config=run.config, identity=run.identity,
-                        bad_records=run.bad_records, log=unfinished,
-                        reinforcement=asdict(run.learner.memory) if run.learner else {})
+        training.save_checkpoint(
+            run.args.out, run.policy, step=done, config=run.config, identity=run.identity, log=unfinished,
+            bad_records=run.bad_records, reinforcement=asdict(run.learner.memory) if run.learner else {})
 
 
 # ------------------------------------------------------------------------------------------------- bad records
@@ -386,7 +387,7 @@ def announce(run: Run, saved: dict | None) -> None:
         (args.out / name).unlink(missing_ok=True)
 
 
-def measure(args, model, processor) -> dict[str, float]:
+def measure(args: argparse.Namespace, model: Llava, processor: Processor) -> dict[str, float]:
     """Hallucination on held-out scenes; every value in percent, `words` the mean length of a caption."""
     first = evaluate.FIRST_SEED[args.eval_split]
     seeds = range(first, first + args.eval_scenes)
@@ -394,7 +395,7 @@ def measure(args, model, processor) -> dict[str, float]:
     asked = [row for row in evaluate.pope_scenes(seeds) if row["split"] not in evaluate.CONTROLS]
     yes_no = evaluate.evaluate_pope(model, processor, asked, progress="POPE")
     values = {"CHAIR_s": 100 * captions["chair_s"], "CHAIR_i": 100 * captions["chair_i"],
-               "recall": 100 * captions["recall"], "words": captions["words"]}
+              "recall": 100 * captions["recall"], "words": captions["words"]}
     return values | {f"POPE {name}": 100 * split["accuracy"] for name, split in yes_no["splits"].items()}
 
 

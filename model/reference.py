@@ -26,6 +26,7 @@ from tqdm import tqdm
 from common import BadInput, written_whole
 from model.hub import resolve
 from model.layouts import llava_tensors
+from model.training import gather_all
 
 BLOCK = 2**16  # bytes of a file that are read at a time
 SAMPLES = 256  # blocks of a file that stand for it: one in 20 MB of a shard of 5 GB
@@ -94,10 +95,7 @@ def _files_key(folder: Path, whole: bool) -> str:
 
 def write(path: Path, rows: dict[str, Tensor], key: str, rank: int = 0, world: int = 1) -> None:
     """Gather the rows of all processes into one file, which appears whole or not at all."""
-    if world > 1:
-        parts: list[dict] = [{}] * world
-        dist.all_gather_object(parts, rows)
-        rows = {name: row for part in parts for name, row in part.items()}
+    rows = dict(gather_all(list(rows.items()), world))
     if rank == 0:
         with written_whole(path) as temporary:
             save_file(rows, temporary, metadata={"fingerprint": key})
