@@ -40,6 +40,13 @@ def written_whole(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete what `written_whole` leaves in a folder when the process is killed in the middle of a write."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.\d+-[0-9a-f]{8}", path.name):
+            path.unlink()
+
+
 def parse_json(data: bytes, pairs: Callable[[list[tuple]], object] | None = None) -> object:
     """JSON text -> value.
 

@@ -40,6 +40,7 @@ sys.path.insert(0, str(HOME))
 import torch  # noqa: E402
 
 import evaluate  # noqa: E402
+import prepare  # noqa: E402
 import train  # noqa: E402
 from benchmarks.tradeoff import Point, write_tradeoff  # noqa: E402
 from data.batch import collate  # noqa: E402
@@ -47,6 +48,7 @@ from data.processor import Processor  # noqa: E402
 from data.records import write_jsonl  # noqa: E402
 from model.checkpoint import DEFAULT_MODEL, load_llava, save_json  # noqa: E402
 from model.logprobs import Scorer  # noqa: E402
+from options import read_arguments  # noqa: E402
 from pairs.online import sample  # noqa: E402
 
 OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo_released", "mdpo", "adavip",
@@ -90,7 +92,7 @@ def kl_to_start(model, processor: Processor, rows: list[dict]) -> float:
         said = sample(model, processor, records, list(range(len(part))), None, samples=1, temperature=1.0,
                       max_new_tokens=96)
         records = [{**record, "answer": ids[0]} for record, ids in zip(records, said)]
-        batch = collate(records, {"answer": ("image", "answer")}, processor)
+        batch = collate(records, {"answer": dict(image="image", response="answer")}, processor)
         logps = [Scorer(m)(batch.packed, m.vision_features(batch.pixels))[0].sum() for m in (model, start)]
         total += (logps[0] - logps[1]).item()
     return total / len(rows)
@@ -117,9 +119,9 @@ def make_pairs(method: str, seed: int, args: argparse.Namespace) -> None:
         return
     started = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = train.read_arguments(["--loss", "dpo", "--pairs", method, "--seed", str(seed),
+    own = read_arguments(train.LOSSES, ["--loss", "dpo", "--pairs", method, "--seed", str(seed),
                                 "--out", str(path.parent), *args.options])
-    records = train.make_records(own, train.LOSSES["dpo"], load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL))
+    records = prepare.make_records(own, train.LOSSES["dpo"], load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL))
     save_json({"minutes": (time.perf_counter() - started) / 60}, path.with_name("minutes.json"))
     write_jsonl(path, records)
 

@@ -1,22 +1,17 @@
-"""Records -> batch: the sequences that a loss asks for, tokenised and packed, each distinct picture once.
+"""Records -> batch: the sequences that a loss asks for, tokenised and packed, each distinct image once.
 
-A loss file declares its sequences as {name: (image field, response field)}.
-
-    ("image:crop", ...)             a random crop of that picture (losses/mdpo.py); one for each record and step,
-                                    so policy and reference see the same
-    (..., ..., "competitor")        scores the model's best other tokens (losses/rdpo.py)
-    ("image:noise", ..., "noisy")   scores, under the clean picture, the tokens that the policy prefers under a
-                                    noisy one (losses/povid.py); "noisy_own": the reference prefers its own
+A loss file declares its sequences as {name: keyword arguments of `Scored`}. A name may be anything; the loss gets the
+log-probs as `policy_NAME_logps` and so on (`model.training.named`).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -42,112 +37,172 @@ class BadRecord(BadInput):
         return f"record {self.name!r}: {self.reason}"
 
 
+Shown = Literal["clean", "crop", "noise"]
+Tokens = Literal["given", "best_other", "picked_in_noise", "own_picked_in_noise"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One response under one image, as a loss asks for it. Raises ValueError on an unknown view or kind of tokens."""
+
+    image: str  # field of the record that names the image
+    response: str  # field of the record that holds the response
+    view: Shown = "clean"  # a crop or noise drawn for each record and step
+    # Which tokens are scored along the response, under that image: its own; in the place of each the model's best other
+    # one; those that the policy finds likeliest under the noisy image, or policy and reference each their own of these.
+    tokens: Tokens = "given"
+
+    def __post_init__(self):
+        for value, kinds in ((self.view, get_args(Shown)), (self.tokens, get_args(Tokens))):
+            if value not in kinds:
+                raise ValueError(f"{value!r} is none of {', '.join(kinds)}, which a sequence of a loss may ask for")
+
+    @property
+    def in_noise(self) -> bool:
+        """Whether tokens are picked under the noisy image."""
+        return self.tokens.endswith("picked_in_noise")
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it is another one at every step."""
+        return self.view != "clean" or self.in_noise
+
+
+def scored(sequences: Mapping[str, Mapping]) -> dict[str, Scored]:
+    """What a loss file declares -> name -> what is scored under it."""
+    return {name: Scored(**kwargs) for name, kwargs in sequences.items()}
+
+
 @dataclass
 class Batch:
     """`packed` holds len(names) * B sequences: all records of the first name, then all of the second, ..."""
 
-    pixels: Tensor  # (tiles, 3, S, S), each distinct picture once
+    pixels: Tensor  # (tiles, 3, S, S), each distinct image once
     packed: Packed
     names: list[str]
     ids: list[str]  # of the records, (B,)
+    responses: dict[str, list[tuple[int, ...]]]  # token ids of each name's responses, [name][B]
     weights: Tensor | None = None  # (B,) 0 for an example that teaches nothing (pairs/online.py)
-    answers: dict[str, list[tuple]] = field(default_factory=dict)  # token ids of each name's responses
-    noisy: Packed | None = None  # the noisy sequences as they are read under their noisy pictures
-    noisy_labels: slice | None = None  # where their labels are in `packed`
-    noisy_own: bool = False
+    noisy: Packed | None = None  # the sequences whose tokens are picked in noise, under their noisy images
+    picked: Tensor | None = None  # (n,) bool: labels of `packed` whose places the picked tokens take
+    own: Tensor | None = None  # (n,) bool: those of them that the reference picks for itself
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move the tensors; from pinned memory the copy does not block."""
+        return self._moved(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
 
     def pin_memory(self) -> Batch:
         """Called by the data loader when it pins batches for CUDA."""
+        return self._moved(lambda x: x.pin_memory())
+
+    def _moved(self, move: Callable) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        pinned = {k: v.pin_memory() if isinstance(v, (Tensor, Packed)) else v for k, v in values.items()}
-        return Batch(**pinned)
+        return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor | Packed)})
 
     def changed(self) -> dict[str, Tensor]:
-        """Which tokens of either answer the other one lacks, (B, L) each (losses/dpo_weighted.py)."""
-        pairs = zip(self.answers["chosen"], self.answers["rejected"], strict=True)
-        marks = list(zip(*(changed_tokens(list(a), list(b)) for a, b in pairs)))
+        """Which tokens of either response the other one lacks, (B, L) each (losses/dpo_weighted.py)."""
+        pairs = zip(self.responses["chosen"], self.responses["rejected"], strict=True)
+        changed = list(zip(*(changed_tokens(list(a), list(b)) for a, b in pairs)))
         width = max(self.packed.lengths)  # L of the log-probs
-        return {f"{name}_changed": torch.tensor([row + [False] * (width - len(row)) for row in rows])
-                for name, rows in zip(("chosen", "rejected"), marks)}
+        padded = ([row + [False] * (width - len(row)) for row in rows] for rows in changed)
+        return {f"{name}_changed": torch.tensor(rows, device=self.pixels.device)
+                for name, rows in zip(("chosen", "rejected"), padded)}
 
 
-def fields_of(sequences: Mapping[str, tuple]) -> set[str]:
+def fields_of(sequences: Mapping[str, Mapping]) -> set[str]:
     """The fields of a pair record that these sequences read."""
-    named = {name.partition(":")[0] for sequence in sequences.values() for name in sequence[:2]}
-    return named | {"prompt"}
+    return {"prompt"} | {field for how in scored(sequences).values() for field in (how.image, how.response)}
 
 
 def collate(
-    records: list[dict], sequences: Mapping[str, tuple], processor: Processor, root: Path | str | None = None,
+    records: list[dict], sequences: Mapping[str, Mapping], processor: Processor, root: Path | str | None = None,
     seeds: list[int] | None = None, end: bool = False,
 ) -> Batch:
-    """Tokenise, load pictures and pack.
+    """Tokenise, load images and pack.
 
     Args:
         records: their response fields hold text, or token ids with the end token.
+        sequences: {name: keyword arguments of `Scored`}.
         seeds: one for each record, for crops and noise.
         end: repeat the last token of each response, for a reward that is read at it (model/reward.py).
     Raises BadRecord of the first record that cannot be used.
     """
-    views: dict[tuple, View] = {}
-    scored, noisy, answers = [], [], {}
-    for name, (picture, response_field, *how) in sequences.items():
-        reads_noise = bool({"noisy", "noisy_own"} & set(how))
-        for i, record in enumerate(records):
-            key = _look(views, record, picture, processor, root, seeds[i] if seeds else 0)
-            shown = _look(views, record, "image", processor, root, 0) if reads_noise else key
-            response = _response(record, response_field, processor)
-            answers.setdefault(name, []).append(response)
-            response += response[-1:] * end
-            for sequence, where in ((scored, shown), (noisy, key)):
-                if sequence is scored or reads_noise:
-                    prompt = _prompt(record, views[where], processor)
-                    sequence.append(Sequence(list(views).index(where), prompt, response, "competitor" in how,
-                                             processor.question(record["prompt"])))
-    pixels, rows = stack(list(views.values()), processor.patches)
-    batch = Batch(pixels, pack(scored, rows, processor.image_id), list(sequences), [r["id"] for r in records],
-                  answers=answers)
+    seeds = seeds or [0] * len(records)
+    images, asked = _Images(processor, root), scored(sequences)
+    responses: dict[str, list[tuple[int, ...]]] = {name: [] for name in asked}
+    # Name after name, not record after record: the log-probs of a name are then one block of rows.
+    plain = []
+    for name, how in asked.items():
+        for record, seed in zip(records, seeds):
+            image = images.number(record, how.image, how.view, seed)
+            responses[name].append(_response(record, how.response, processor))
+            plain.append(_sequence(record, responses[name][-1], image, images, how, end))
+    # A model that is shown the noisy image picks the tokens of these sequences, and the forward pass above scores them.
+    # So they come once more, in the same order: the tokens that are picked here fill the labels there one by one.
+    noisy = []
+    for name, how in asked.items():
+        for record, seed, response in zip(records, seeds, responses[name]) if how.in_noise else ():
+            noisy.append(_sequence(record, response, images.number(record, how.image, "noise", seed), images, how, end))
+    pixels, rows = stack(images.views, processor.patches)
+    batch = Batch(pixels, pack(plain, rows, processor.image_id), list(asked), [r["id"] for r in records], responses)
     if any("weight" in record for record in records):
         batch.weights = torch.tensor([record["weight"] for record in records])
     if noisy:
         batch.noisy = pack(noisy, rows, processor.image_id)
-        place = next(i for i, (_, _, *how) in enumerate(sequences.values()) if {"noisy", "noisy_own"} & set(how))
-        first = sum(batch.packed.lengths[: place * len(records)])
-        batch.noisy_labels = slice(first, first + len(batch.noisy.labels))
-        batch.noisy_own = any("noisy_own" in sequence for sequence in sequences.values())
+        batch.picked = _labels([how.in_noise for how in asked.values()], batch)
+        own = [how.tokens == "own_picked_in_noise" for how in asked.values()]
+        batch.own = _labels(own, batch) if any(own) else None
     return batch
 
 
-def _look(views: dict, record: dict, picture: str, processor: Processor, root, seed: int) -> tuple:
-    """Open a picture when it is met for the first time; returns its key in `views`."""
-    name, _, change = picture.partition(":")
-    reference = record[name]
-    key = (reference, change, seed if change else 0)
-    if key not in views:
-        try:
-            views[key] = _open(reference, change, processor, root, seed)
-        except BadInput as error:
-            raise BadRecord(record["id"], str(error)) from None
-    return key
+class _Images:
+    """The distinct images of a batch, each opened when it is met for the first time."""
+
+    def __init__(self, processor: Processor, root: Path | str | None):
+        self.processor, self.root = processor, root
+        self.views: list[View] = []
+        self.numbers: dict[tuple, int] = {}
+
+    def number(self, record: dict, field: str, view: str, seed: int) -> int:
+        """Which of `views` shows this image. Raises BadRecord when it cannot be opened."""
+        key = (record[field], view, 0 if view == "clean" else seed)
+        if key not in self.numbers:
+            try:
+                self.views.append(self._open(record[field], view, seed))
+            except BadInput as error:
+                raise BadRecord(record["id"], str(error)) from None
+            self.numbers[key] = len(self.views) - 1
+        return self.numbers[key]
+
+    def _open(self, reference: str, view: str, seed: int) -> View:
+        if view == "noise":
+            return self.processor.view(add_noise(open_image(reference, self.root), seed=seed))
+        clean = self.processor.image(reference, self.root)
+        return clean._replace(pixels=crop(clean.pixels, seed)) if view == "crop" else clean
 
 
-def _open(reference: str, change: str, processor: Processor, root, seed: int) -> View:
-    if change == "noise":
-        return processor.view(add_noise(open_image(reference, root), seed=seed))
-    view = processor.image(reference, root)
-    return view._replace(pixels=crop(view.pixels, seed)) if change == "crop" else view
+def _sequence(record: dict, response: tuple[int, ...], image: int, images: _Images, how: Scored, end: bool) -> Sequence:
+    """A response after the prompt of its record, which has one image token for each row of the image."""
+    prompt = _prompt(record, images.views[image], images.processor)
+    question = images.processor.question(record["prompt"])
+    return Sequence(image, prompt, response + response[-1:] if end else response, how.tokens == "best_other", question)
+
+
+def _labels(chosen: list[bool], batch: Batch) -> Tensor:
+    """(n,) bool: the labels of the sequences whose names are chosen."""
+    of_sequences = torch.tensor(chosen).repeat_interleave(len(batch.ids))
+    return of_sequences.repeat_interleave(torch.tensor(batch.packed.lengths))
 
 
 def _response(record: dict, response_field: str, processor: Processor) -> tuple[int, ...]:
-    answer = record[response_field]
+    response = record[response_field]
     try:
-        return tuple(processor.response(answer) if isinstance(answer, str) else answer)
+        return tuple(processor.response(response) if isinstance(response, str) else response)
     except BadInput as error:
         raise BadRecord(record["id"], str(error)) from None
 
 
 def _prompt(record: dict, view: View, processor: Processor) -> tuple[int, ...]:
-    """The prompt's ids, with one image token for each row of the picture."""
     try:
         ids = processor.prompt(record["prompt"], len(view.rows))
     except BadInput as error:
@@ -158,8 +213,8 @@ def _prompt(record: dict, view: View, processor: Processor) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def look(record: dict, root: Path | str | None = None) -> None:
-    """Decode the picture that the record is about. Raises BadRecord when that fails."""
+def check_image(record: dict, root: Path | str | None = None) -> None:
+    """Decode the image that the record is about. Raises BadRecord when that fails."""
     try:
         open_image(record["image"], root)
     except BadInput as error:
@@ -167,9 +222,9 @@ def look(record: dict, root: Path | str | None = None) -> None:
 
 
 def with_seeds(records: list[dict], seeds: list[int], root: Path | str | None = None) -> list[tuple[dict, int]]:
-    """What a loss that samples starts a step from, once all its pictures have been decoded. Raises BadRecord."""
+    """What a loss that samples starts a step from, once all its images have been decoded. Raises BadRecord."""
     for record in records:
-        look(record, root)
+        check_image(record, root)
     return list(zip(records, seeds))
 
 

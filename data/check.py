@@ -17,12 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import BadInput, refuse
+from data.batch import scored
 from data.processor import Processor
 
 
 def check_records(
     records: Iterable[dict], processor: Processor, root: Path | str | None, source: Path | str, *,
-    sequences: Mapping[str, tuple] | None = None, end: bool = False, new_tokens: int = 0, progress: str = "",
+    sequences: Mapping[str, Mapping] | None = None, end: bool = False, new_tokens: int = 0, progress: str = "",
 ) -> None:
     """Raise one BadInput that lists records as `source: record ID: reason`, if there are any to list.
 
@@ -40,7 +41,7 @@ def check_records(
 
 
 def problems_of(
-    record: dict, processor: Processor, root: Path | str | None, sequences: Mapping[str, tuple] | None = None, *,
+    record: dict, processor: Processor, root: Path | str | None, sequences: Mapping[str, Mapping] | None = None, *,
     end: bool = False, new_tokens: int = 0,
 ) -> list[str]:
     """What is wrong with the texts of a record, [] for nothing.
@@ -51,10 +52,9 @@ def problems_of(
         end: as for `collate`.
         new_tokens: what the option --max-new-tokens lets a model add to the prompt; 0: nothing.
     """
-    scored = [(picture.partition(":")[0], field) for picture, field, *_ in (sequences or {}).values()
-              if field in record]
+    asked = [(how.image, how.response) for how in scored(sequences or {}).values() if how.response in record]
     lengths, found = {}, {}  # a dict: what holds for two pictures is said once
-    for field in dict.fromkeys(["prompt", *(field for _, field in scored)]):
+    for field in dict.fromkeys(["prompt", *(field for _, field in asked)]):
         try:
             if field == "prompt":
                 lengths[field] = len(processor.prompt(record[field])) - processor.patches  # without image tokens
@@ -64,8 +64,8 @@ def problems_of(
             found[f"{field!r}: {error}"] = True
     if found:
         return list(found)
-    counts = {name: processor.image_tokens(record[name], root) for name in {"image", *(name for name, _ in scored)}}
-    for name, field in scored:
+    counts = {name: processor.image_tokens(record[name], root) for name in {"image", *(name for name, _ in asked)}}
+    for name, field in asked:
         total = counts[name] + lengths["prompt"] + lengths[field] + end - 1
         if total > processor.window:
             found[f"{field!r}: {total} tokens with prompt and picture, the decoder takes {processor.window}"] = True

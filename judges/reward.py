@@ -23,7 +23,7 @@ def reward_judge(reward: RewardModel, processor: Processor, root: Path | None = 
     def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score]]:
         rows = [{**record, "answer": processor.refused.sub("", text)}  # special tokens that the policy spelt out
                 for record, texts in zip(records, answers, strict=True) for text in texts]
-        batch = collate(rows, {"answer": ("image", "answer")}, processor, root, end=True)
+        batch = collate(rows, {"answer": dict(image="image", response="answer")}, processor, root, end=True)
         device = reward.head.weight.device
         features = reward.scorer.model.vision_features(batch.pixels.to(device))
         rewards = iter(reward(batch.packed.to(device), features).tolist())

@@ -43,11 +43,11 @@ import math
 import torch
 from torch.nn import functional as F
 
-# sequence name -> (image field, response field) of a pair record
+# sequence name -> what is scored under that name (losses/README.md)
 SEQUENCES = {
-    "chosen": ("image", "chosen"),
-    "rejected": ("image", "rejected"),
-    "removed": ("rejected_image", "chosen"),
+    "chosen": dict(image="image", response="chosen"),
+    "rejected": dict(image="image", response="rejected"),
+    "removed": dict(image="rejected_image", response="chosen"),
 }
 
 

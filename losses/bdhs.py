@@ -35,11 +35,11 @@ import math
 import torch
 from torch.nn import functional as F
 
-# sequence name -> (image field, response field) of a pair record; `generated` is made during training
+# sequence name -> what is scored under that name (losses/README.md); `generated` is made during training
 SEQUENCES = {
-    "chosen": ("image", "chosen"),
-    "rejected": ("image", "rejected"),
-    "generated": ("image", "generated"),
+    "chosen": dict(image="image", response="chosen"),
+    "rejected": dict(image="image", response="rejected"),
+    "generated": dict(image="image", response="generated"),
 }
 
 

@@ -38,10 +38,10 @@ from typing import Literal
 
 import torch
 
-# sequence name -> (image field, response field) of a pair record
+# sequence name -> what is scored under that name (losses/README.md)
 SEQUENCES = {
-    "chosen": ("image", "chosen"),
-    "rejected": ("image", "rejected"),
+    "chosen": dict(image="image", response="chosen"),
+    "rejected": dict(image="image", response="rejected"),
 }
 
 

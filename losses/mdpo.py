@@ -28,7 +28,7 @@ If policy and reference agree, L_mDPO = 3 ln 2 (at delta = 0).
 Departures
 - From the paper: none.
 - From the released code: it draws the crop inside the forward pass, so policy and reference score y_w under
-  two different crops and the second reward compares two pictures. Here "image:crop" is one crop a sample,
+  two different crops and the second reward compares two pictures. Here view="crop" is one crop a sample,
   drawn from the sample's own seed, and both models see it.
 """
 
@@ -39,11 +39,11 @@ import math
 import torch
 from torch.nn import functional as F
 
-# sequence name -> (image field, response field) of a pair record; ":crop" is a random crop of that image
+# sequence name -> what is scored under that name (losses/README.md)
 SEQUENCES = {
-    "chosen": ("image", "chosen"),
-    "rejected": ("image", "rejected"),
-    "cropped": ("image:crop", "chosen"),
+    "chosen": dict(image="image", response="chosen"),
+    "rejected": dict(image="image", response="rejected"),
+    "cropped": dict(image="image", response="chosen", view="crop"),
 }
 
 

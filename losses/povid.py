@@ -43,20 +43,19 @@ import math
 import torch
 from torch.nn import functional as F
 
-# sequence name -> (image field, response field) of a pair record. A third entry "noisy" marks a sequence
-# whose tokens are the policy's k_t: picked under that image (":noise" is the image under diffusion noise)
-# along that response, scored under the clean image.
+# sequence name -> what is scored under that name (losses/README.md). The tokens
+# of "noisy" are the policy's k_t: picked along that response under the noisy image, scored under the clean one.
 SEQUENCES = {
-    "chosen": ("image", "chosen"),
-    "rejected": ("image", "rejected"),
-    "noisy": ("image:noise", "chosen", "noisy"),
+    "chosen": dict(image="image", response="chosen"),
+    "rejected": dict(image="image", response="rejected"),
+    "noisy": dict(image="image", response="chosen", tokens="picked_in_noise"),
 }
 
-# the same with "noisy_own": policy and reference each pick their own k_t, see Departures
+# the same, but policy and reference each pick their own k_t, see Departures
 SEQUENCES_RELEASED = {
-    "chosen": ("image", "chosen"),
-    "rejected": ("image", "rejected"),
-    "noisy": ("image:noise", "chosen", "noisy_own"),
+    "chosen": dict(image="image", response="chosen"),
+    "rejected": dict(image="image", response="rejected"),
+    "noisy": dict(image="image", response="chosen", tokens="own_picked_in_noise"),
 }
 
 

@@ -28,7 +28,7 @@ Departures
       sum_t max_{k != y_t} log p(k | x, v, y_l,<t)      instead of log p(y_l | x, v)       rejected
       sum_t max_{k != y_t} log p(k | x, v_l, y_w,<t)    instead of log p(y_w | x, v_l)     retrieved
   Policy and reference each pick their own competitors, so a reward may compare different tokens.
-  `SEQUENCES_RELEASED` asks for these log-probs; a third entry "competitor" marks the sequences scored so.
+  `SEQUENCES_RELEASED` asks for these log-probs by tokens="best_other".
   Only the inputs differ, the function below is the same. Which of the two the paper's numbers come from is
   not known.
 """
@@ -40,18 +40,18 @@ import math
 import torch
 from torch.nn import functional as F
 
-# sequence name -> (image field, response field) of a pair record
+# sequence name -> what is scored under that name (losses/README.md)
 SEQUENCES = {
-    "chosen": ("image", "chosen"),
-    "rejected": ("image", "rejected"),
-    "retrieved": ("rejected_image", "chosen"),
+    "chosen": dict(image="image", response="chosen"),
+    "rejected": dict(image="image", response="rejected"),
+    "retrieved": dict(image="rejected_image", response="chosen"),
 }
 
 # the same sequences scored as the released code does it, see Departures
 SEQUENCES_RELEASED = {
-    "chosen": ("image", "chosen"),
-    "rejected": ("image", "rejected", "competitor"),
-    "retrieved": ("rejected_image", "chosen", "competitor"),
+    "chosen": dict(image="image", response="chosen"),
+    "rejected": dict(image="image", response="rejected", tokens="best_other"),
+    "retrieved": dict(image="rejected_image", response="chosen", tokens="best_other"),
 }
 
 

@@ -27,9 +27,9 @@ import math
 
 import torch
 
-# sequence name -> (image field, response field) of a pair record
+# sequence name -> what is scored under that name (losses/README.md)
 SEQUENCES = {
-    "chosen": ("image", "chosen"),
+    "chosen": dict(image="image", response="chosen"),
 }
 
 

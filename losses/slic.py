@@ -38,10 +38,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-# sequence name -> (image field, response field) of a pair record, for both losses
+# sequence name -> what is scored under that name (losses/README.md), for both losses
 SEQUENCES = {
-    "chosen": ("image", "chosen"),
-    "rejected": ("image", "rejected"),
+    "chosen": dict(image="image", response="chosen"),
+    "rejected": dict(image="image", response="rejected"),
 }
 
 

@@ -14,29 +14,54 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from common import BadInput, written_whole
 from model.families import family_of
 from model.hub import resolve
+from model.training import gather_all
 
 BLOCK = 2**16  # bytes of a file that are read at a time
 SAMPLES = 256  # blocks of a file that stand for it: one in 20 MB of a shard of 5 GB
+
+
+def cached(path: Path, key: str, records: list[dict], names: Iterable[str],
+           score: Callable[[list[dict]], dict[str, Tensor]], size: int, rank: int = 0, world: int = 1,
+           ) -> dict[str, Tensor]:
+    """The log-probs of all records: those of the file, if there is one, and what it lacks, which is added to it.
+
+    Args:
+        key: `fingerprint` of this run.
+        names: of the sequences that the loss asks for.
+        score: records, `size` at a time -> "NAME/ID" -> (tokens,), of those records that can be used.
+    Raises BadInput as `read` does. A collective call.
+    """
+    found = read(path, key) if path.exists() else {}
+    missing = [record for record in records if any(f"{name}/{record['id']}" not in found for name in names)]
+    if not missing:
+        return found
+    share, rows = missing[rank::world], {} if rank else found
+    for start in tqdm(range(0, len(share), size), desc="reference", disable=True if rank else None):
+        rows |= score(share[start : start + size])
+    write(path, rows, key, rank, world)
+    return read(path, key)
 
 
 def identity(folder: Path | str, records: list[dict], processor, whole: bool = False) -> dict[str, str]:
     """What a run starts from: part -> SHA-256.
 
     Args:
-        folder: of the model; one of adapters brings its base along, and either the vision tower beside it.
+        folder: of the model; one of adapters brings its base along, and either its vision tower.
         whole: read the model's files from end to end, as two fine-tunings of one model may differ in a few bytes in
             the middle of a weight file. Else of each only SAMPLES blocks, so that it costs little at any size.
-    Pictures enter by their references.
+    Images enter by their references.
     """
     handling = (processor.prompt("?"), processor.response("."), repr(processor.preprocessing), processor.aspect,
                 repr(processor.config))
@@ -70,10 +95,7 @@ def _files_key(folder: Path, whole: bool) -> str:
 
 def write(path: Path, rows: dict[str, Tensor], key: str, rank: int = 0, world: int = 1) -> None:
     """Gather the rows of all processes into one file, which appears whole or not at all."""
-    if world > 1:
-        parts: list[dict] = [{}] * world
-        dist.all_gather_object(parts, rows)
-        rows = {name: row for part in parts for name, row in part.items()}
+    rows = dict(gather_all(list(rows.items()), world))
     if rank == 0:
         with written_whole(path) as temporary:
             save_file(rows, temporary, metadata={"fingerprint": key})

@@ -1,5 +1,7 @@
-"""What keeps a training run whole: its log, its checkpoint, and how it is stopped.
+"""What every training run needs: its processes, the policy and its update, its log, its checkpoint, its orderly end.
 
+    Policy           the model that trains, what scores with it, what it is compared with, its optimiser
+    named, pick      log-probs by the names of a loss's arguments, and those that it asks for
     Log              metrics are summed on the device; one JSON line and one console line an interval
     save_checkpoint  everything that a resumed run needs, written atomically, the one before it kept
     read_checkpoint  the newest one that is undamaged, refused if it belongs to another run
@@ -7,16 +9,19 @@
 
 A run stopped or killed anywhere and resumed gives the same weights and the same log (but for its times) as an
 uninterrupted one, bit for bit: the order of the data, samples and dropout follow from seed and step, so none of
-them is part of the checkpoint; the sums since the last log line are. `run` is train.py's Run.
+them is part of the checkpoint; the sums since the last log line are.
 
 torch.save writes a zip archive with a checksum of each member, which torch.load does not look at; here it is
 verified before anything is read, with weights_only=True.
+
+Shapes: B examples, L longest response, N = names x B sequences, n labels (model/logprobs.py).
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import resource
 import signal
@@ -24,15 +29,19 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import BadInput, written_whole
+from model.lora import Reference
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 CONTENT = {  # of a checkpoint
@@ -41,7 +50,8 @@ CONTENT = {  # of a checkpoint
     "identity": dict,  # of records, model files and image handling (model/reference.py)
     "trained": dict,  # parameter name -> tensor
     "optimizer": dict,
-    "state": dict,  # of the run: plain numbers
+    "bad_records": dict,  # name -> reason, of records that others have taken the place of
+    "reinforcement": dict,  # what reinforcement remembers: plain numbers
     "log": dict,  # the interval that no line has been written for (`Log.unfinished`)
 }
 # Settings that may change when a run is resumed: they touch nothing that is computed, but for the number of
@@ -50,13 +60,129 @@ CHANGEABLE = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_
               "steps"}
 
 
-def save_checkpoint(out: Path, run, step: int, config: dict, log: dict) -> None:
-    """Write checkpoint.pt; the former one becomes checkpoint-previous.pt."""
-    trained = {name: p.detach() for name, p in trained_by_name(run).items()}
-    state = {"step": step, "config": config, "identity": run.identity, "trained": trained,
-             "optimizer": run.optimizer.state_dict(), "state": run.state, "log": log}
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def ranks() -> tuple[int, int]:
+    """(this process's number, how many there are), as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(world: int) -> torch.device:
+    """The device; joins the process group when torchrun started several of us."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:  # rank 0 may spend a while making pairs or evaluating
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    return device
+
+
+def gather_all(items: list, world: int) -> list:
+    """The items of all processes, the same list in each. A collective call."""
+    if world == 1:
+        return items
+    count = torch.tensor([len(items)])
+    dist.all_reduce(count)
+    if not count:  # as nearly always
+        return items
+    found: list = [None] * world
+    dist.all_gather_object(found, items)
+    return sum(found, [])
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether it is an x86 CPU without instructions for bf16, where fp32 is many times faster."""
+    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return device.type == "cpu" and x86 and not (torch.cpu._is_avx512_bf16_supported()
+                                                 or torch.cpu._is_amx_tile_supported())
+
+
+# ------------------------------------------------------------------------------------ the policy, one step
+
+
+@dataclass
+class Policy:
+    """The model that trains, and how it is scored, compared and updated."""
+
+    model: nn.Module  # model.llava.Llava
+    scorer: nn.Module  # model.logprobs.Scorer or model.reward.RewardModel, in DDP where there are several processes
+    reference: Reference | None  # `with reference():` the model is as it was; None where nothing is compared
+    optimizer: torch.optim.Optimizer
+    clip_norm: float
+
+    @property
+    def plain(self) -> nn.Module:
+        """The scorer itself."""
+        return self.scorer.module if isinstance(self.scorer, DistributedDataParallel) else self.scorer
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by name, in the optimiser's order."""
+        return {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
+
+    def no_sync(self, more: bool) -> AbstractContextManager:
+        """With several processes, exchange gradients only in the last backward of an update, that without `more`."""
+        return self.scorer.no_sync() if more and isinstance(self.scorer, DistributedDataParallel) else nullcontext()
+
+    def update(self) -> Tensor:
+        """Clip, step, zero the gradients. Returns the norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+
+def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up over `warmup` steps, then a cosine to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def named(who: str, names: list[str], scored: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a scorer returns, by the names of a loss's arguments.
+
+    Args:
+        who: "policy" or "reference".
+        names: of the sequences; each is a block of rows.
+        scored: token log-probs (N, L), and perhaps their mask and a critic's values, (N, L) each; or rewards (N,).
+    Returns: `who_NAME_token_logps` (B, L), `who_NAME_logps` (B,), `NAME_mask` (B, L), `values` (N, L); or
+        `NAME_rewards` (B,).
+    """
+    if isinstance(scored, Tensor):
+        return {f"{name}_rewards": rewards for name, rewards in zip(names, scored.chunk(len(names)))}
+    logps, *rest = scored
+    inputs = {}
+    for name, rows in zip(names, logps.chunk(len(names))):
+        inputs[f"{who}_{name}_token_logps"] = rows
+        inputs[f"{who}_{name}_logps"] = rows.sum(-1)
+    if rest:
+        inputs |= {f"{name}_mask": rows for name, rows in zip(names, rest[0].chunk(len(names)))}
+    return inputs | ({"values": rest[1]} if len(rest) > 1 else {})
+
+
+def pick(function: Callable, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the signature of a loss asks for; an argument with a default may be absent."""
+    wanted = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    return {p.name: inputs[p.name] for p in wanted if p.name in inputs or p.default is p.empty}
+
+
+# -------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(out: Path, policy: Policy, **content) -> None:
+    """Write checkpoint.pt; the former one becomes checkpoint-previous.pt. `content`: the rest of CONTENT."""
+    trained = {name: p.detach() for name, p in policy.trained.items()}
     with written_whole(out / CHECKPOINT) as temporary:
-        torch.save(state, temporary)
+        torch.save({**content, "trained": trained, "optimizer": policy.optimizer.state_dict()}, temporary)
         if (out / CHECKPOINT).exists():  # killed after this line: the former one is then the newest
             os.replace(out / CHECKPOINT, out / PREVIOUS)
 
@@ -104,13 +230,13 @@ def load_whole(path: Path) -> dict:
     return saved
 
 
-def refuse_other(saved: dict, run) -> None:
+def refuse_other(saved: dict, policy: Policy, identity: dict[str, str]) -> None:
     """Raises BadInput if a checkpoint is of other records, model files or image handling, or its tensors of other
     names or shapes than those that train here."""
-    other = [name for name, key in run.identity.items() if saved["identity"].get(name) != key]
+    other = [name for name, key in identity.items() if saved["identity"].get(name) != key]
     if other:
         raise BadInput(f"{saved['path']} belongs to another run: other {' and other '.join(other)}")
-    trained = trained_by_name(run)
+    trained = policy.trained
     moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(trained.values())}
     wanted, found = shapes(trained, moments), shapes(saved["trained"], saved["optimizer"].get("state", {}))
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -126,40 +252,40 @@ def shapes(trained: dict, moments: dict) -> dict[str, tuple]:
     return {name: tuple(tensor.shape) for name, tensor in (trained | named).items()}
 
 
-def restore(saved: dict, run) -> None:
-    """Move a checkpoint's weights, optimiser state and numbers into the run."""
+def restore(saved: dict, policy: Policy) -> None:
+    """Move a checkpoint's weights and optimiser state into the policy."""
     trained = saved.pop("trained")  # popped, as they may be large
     with torch.no_grad():
-        for name, parameter in trained_by_name(run).items():
+        for name, parameter in policy.trained.items():
             parameter.copy_(trained[name])
-    run.optimizer.load_state_dict(saved.pop("optimizer"))
-    run.state |= saved["state"]
+    policy.optimizer.load_state_dict(saved.pop("optimizer"))
 
 
-def trained_by_name(run) -> dict[str, torch.nn.Parameter]:
-    """What trains, in the optimiser's order."""
-    return {name: p for name, p in run.plain.named_parameters() if p.requires_grad}
+# ---------------------------------------------------------------------------------------------------- log
 
 
 class Log:
     """Sums metrics on the device, and once an interval writes one JSON line and one console line (rank 0).
 
     Args:
-        saved: the checkpoint that the run goes on from. Lines behind it are dropped, and its interval continues;
+        path: of metrics.jsonl.
+        steps: of the whole run, for the time that is left.
+        saved: the checkpoint that the run goes on from. Lines after it are dropped, and its interval continues;
             with another number of processes the first line covers only the steps since the checkpoint.
     """
 
-    def __init__(self, run, saved: dict | None = None):
-        self.run, self.path = run, run.args.out / "metrics.jsonl"
+    def __init__(self, path: Path, steps: int, device: torch.device, rank: int = 0, world: int = 1,
+                 saved: dict | None = None):
+        self.path, self.steps, self.device, self.rank, self.world = path, steps, device, rank, world
         self.first = saved["step"] if saved else 0
         self.started = time.perf_counter()
         self.begin()
-        if saved and saved["log"]["processes"] == run.world:
+        if saved and saved["log"]["processes"] == world:
             log = saved["log"]
-            self.sums = {name: rows[run.rank].to(run.device) for name, rows in log["sums"].items()}
+            self.sums = {name: rows[rank].to(device) for name, rows in log["sums"].items()}
             self.counts, self.tokens = dict(log["counts"]), log["tokens"]
             self.since -= log["seconds"]
-        if run.rank == 0:
+        if rank == 0:
             kept = lines_until(self.path, self.first)
             with written_whole(self.path) as temporary:
                 temporary.write_bytes(b"".join(kept))
@@ -174,16 +300,16 @@ class Log:
         """The interval so far, for the checkpoint; each sum is (processes,). A collective call."""
         mine = torch.stack([*self.sums.values()]) if self.sums else torch.zeros(0)
         rows = [mine]
-        if self.run.world > 1 and self.sums:
-            rows = [torch.empty_like(mine) for _ in range(self.run.world)]
+        if self.world > 1 and self.sums:
+            rows = [torch.empty_like(mine) for _ in range(self.world)]
             dist.all_gather(rows, mine)
-        return {"processes": self.run.world, "sums": dict(zip(self.sums, torch.stack(rows, 1).cpu())),
+        return {"processes": self.world, "sums": dict(zip(self.sums, torch.stack(rows, 1).cpu())),
                 "counts": self.counts, "tokens": self.tokens, "seconds": time.perf_counter() - self.since}
 
     def add(self, metrics: dict[str, Tensor], tokens: int = 0, weights: Tensor | None = None) -> None:
         """Count metrics (B,) or scalars, by their mean, or where examples have weights (B,) by the weighted one."""
         for name, value in metrics.items():
-            value = value.detach().float().to(self.run.device)  # figures of rollouts may be on the CPU
+            value = value.detach().float().to(self.device)  # metrics of rollouts may be on the CPU
             if weights is not None:
                 value = (value * weights).sum() / weights.sum().clamp(min=1)
             self.sums[name] = self.sums.get(name, 0) + value.mean()
@@ -194,25 +320,24 @@ class Log:
 
     def write(self, step: int, extra: dict[str, float]) -> None:
         """Average over steps and processes since the last call."""
-        run = self.run
         values = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-        if run.world > 1:
+        if self.world > 1:
             dist.all_reduce(values)
-        line = dict(zip(self.sums, (values / run.world).tolist()))
+        line = dict(zip(self.sums, (values / self.world).tolist()))
         now = time.perf_counter()
         line |= extra | {
-            "tokens/s": self.tokens * run.world / (now - self.since),
-            "eta_s": (now - self.started) / (step - self.first) * (run.args.steps - step),
-            "peak_gib": peak_memory(run.device),
+            "tokens/s": self.tokens * self.world / (now - self.since),
+            "eta_s": (now - self.started) / (step - self.first) * (self.steps - step),
+            "peak_gib": peak_memory(self.device),
         }
         self.begin()
-        if run.rank == 0:
+        if self.rank == 0:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint that has forgotten this interval
             text = "  ".join(f"{k} {v:.4g}" for k, v in line.items())
-            tqdm.write(f"step {step}/{run.args.steps}  {text}")
+            tqdm.write(f"step {step}/{self.steps}  {text}")
 
 
 def lines_until(path: Path, step: int) -> list[bytes]:
@@ -241,6 +366,9 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+# --------------------------------------------------------------------------------------------------- end
+
+
 class StopRequest:
     """Ctrl-C or SIGTERM ends the run after the current step, in all processes at the same one."""
 
@@ -259,32 +387,3 @@ class StopRequest:
         """Put the former signal handlers back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def by_name(who: str, names: list[str], logps: Tensor) -> dict[str, Tensor]:
-    """Rows (names x B, L) -> `who_NAME_token_logps` (B, L) and `who_NAME_logps` (B,)."""
-    offer = {}
-    for name, rows in zip(names, logps.chunk(len(names))):
-        offer[f"{who}_{name}_token_logps"] = rows
-        offer[f"{who}_{name}_logps"] = rows.sum(-1)
-    return offer
-
-
-def asked(function: Callable, offer: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the signature of a loss asks for; an argument with a default may be absent."""
-    wanted = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    return {p.name: offer[p.name] for p in wanted if p.name in offer or p.default is p.empty}
-
-
-def hold_back(run, more: bool) -> None:
-    """With several processes, exchange gradients only in the last backward of an update."""
-    if isinstance(run.scorer, DistributedDataParallel):
-        run.scorer.require_backward_grad_sync = not more
-
-
-def update(run) -> Tensor:
-    """Clip, step, forget the gradients. Returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(run.trained, run.args.clip_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return norm

@@ -23,7 +23,7 @@ import torch
 
 from common import BadInput
 from data import inpaint, scenes
-from data.batch import BadRecord, look
+from data.batch import BadRecord, check_image
 from data.corrupt import add_noise
 from data.detect import coco_instances, mask_rcnn
 from data.lama import lama_fill, load_lama
@@ -200,7 +200,7 @@ def _damaged(records: list[dict], options: Options) -> list[BadRecord]:
     for record in records:
         if record["image"] not in verdicts:
             try:
-                look(record, options.root)
+                check_image(record, options.root)
                 verdicts[record["image"]] = ""
             except BadRecord as error:
                 verdicts[record["image"]] = error.reason

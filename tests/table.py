@@ -8,17 +8,23 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+import reinforce
 import train
+from data.batch import Batch, Drawn
 from judges.scores import Score
 from model.logprobs import Packed
+from model.training import Policy, pick
 from model.views import View
+from options import read_arguments
 
 WORDS = ["<image>", "<s>", "a", "dog", "two", "cats", "hot", "</s>"]
 A, DOG, TWO, CATS, HOT, EOS = range(2, 8)
@@ -58,7 +64,8 @@ class Table(nn.Module):
         super().__init__()
         self.logps = nn.Parameter(torch.tensor(LOGPS))
         self.values = nn.Parameter(torch.tensor(VALUES)) if critic else None
-        self.model = SimpleNamespace(device=torch.device("cpu"), vision_features=lambda pixels: pixels)
+        self.model = SimpleNamespace(device=torch.device("cpu"), vision_features=lambda pixels: pixels,
+                                     train=lambda mode=True: None, eval=lambda: None)
         self.calls: list[list[int]] = []  # the lengths that were scored
 
     def forward(self, packed: Packed, features: Tensor) -> tuple[Tensor, ...]:
@@ -78,16 +85,31 @@ class Table(nn.Module):
         self.logps.data = policy
 
 
-def make_run(loss: str, *options: str, helper=None, state: dict | None = None, rate: float = 1.0) -> train.Run:
+def make_run(loss: str, *options: str, judges: dict | None = None, memory: reinforce.Memory | None = None,
+             rate: float = 1.0) -> train.Run:
     """train.py's Run around a table, with plain gradient descent for an optimiser."""
-    args = train.read_arguments(["--loss", loss, "--clip-norm", "1000", *options])
+    args = read_arguments(train.LOSSES, ["--loss", loss, "--clip-norm", "1000", "--lr", str(rate), *options])
     recipe = train.LOSSES[loss]
     table = Table(critic=loss in ("ppo", "fisao"))
-    return train.Run(
-        args=args, recipe=recipe, model=table.model, processor=Words(), records=[], root=None, rank=0, world=1,
-        device=table.model.device, scorer=table, reference=table.reference, helper=helper, state=state or {},
-        optimizer=torch.optim.SGD(table.parameters(), lr=rate),
-    )
+    policy = Policy(table.model, table, table.reference, torch.optim.SGD(table.parameters(), lr=rate), args.clip_norm)
+    run = train.Run(args, recipe, policy, Words(), [], None, table.model.device, judges=judges or {})
+    run.learner = train.make_learner(run) if recipe.advantages else None
+    if memory:
+        run.learner.memory = memory
+    return run
+
+
+def one_step(monkeypatch, folder: Path, run: train.Run, *batches: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Let `train` do one step on these micro-batches. Returns what the loss could ask for in the last of them, and the
+    log line."""
+    seen: dict[str, Tensor] = {}
+    monkeypatch.setattr(train, "load_micro_batches", lambda run, done: iter([Drawn(batch, []) for batch in batches]))
+    monkeypatch.setattr(train, "write_batch", lambda run, batch: batch)
+    monkeypatch.setattr(train, "pick", lambda loss, inputs: seen.update(inputs) or pick(loss, inputs))
+    for name, value in dict(steps=1, batch_size=len(batches), micro_batch_size=1, out=folder).items():
+        setattr(run.args, name, value)
+    assert train.train(run)
+    return seen, json.loads((folder / "metrics.jsonl").read_text())
 
 
 class Notes:
@@ -100,9 +122,9 @@ class Notes:
         self.added.append(metrics)
 
 
-def judge(marks: dict[tuple[str, str], float]):
-    """A judge that gives each (record's id, text) its mark."""
-    return lambda records, answers: [[Score(marks[record["id"], text]) for text in texts]
+def judge(scores: dict[tuple[str, str], float]):
+    """A judge that gives each (record's id, text) its score."""
+    return lambda records, answers: [[Score(scores[record["id"], text]) for text in texts]
                                      for record, texts in zip(records, answers, strict=True)]
 
 

@@ -8,8 +8,9 @@ import pytest
 import small
 import torch
 
+import data.batch
 from common import BadInput
-from data.batch import BadRecord, Drawn, MicroBatches, collate, with_seeds, without_bad
+from data.batch import BadRecord, Drawn, MicroBatches, Scored, collate, fields_of, with_seeds, without_bad
 from losses.rdpo import SEQUENCES
 from model.views import View
 
@@ -60,6 +61,38 @@ def test_each_picture_is_opened_once_and_gives_its_own_image_tokens():
     assert (batch.packed.ids[batch.packed.slots] == small.IMAGE_TOKEN).all() and len(batch.packed.slots) == 28
 
 
+def test_labels_picked_in_noise_are_those_of_their_sequences(monkeypatch):
+    """Two of four names are picked, not next to each other: responses of 2 and 3 tokens each, so marks in the middle
+    and at the end. The noisy ones come in the same order, each under its own noisy image."""
+    monkeypatch.setattr(data.batch, "open_image", lambda reference, root: reference)
+    monkeypatch.setattr(data.batch, "add_noise", lambda image, seed: (image, seed))
+    noise = []
+    words = Words()
+    words.view = lambda image: noise.append(image) or View(torch.full((1, 3, 2, 2), 9.0), torch.tensor([0, 1]))
+    rows = [{**row, "chosen": f"2{i}", "rejected": [30, 31 + i, 2]} for i, row in enumerate(RECORDS)]
+    pick, own = dict(tokens="picked_in_noise"), dict(tokens="own_picked_in_noise")
+    batch = collate(rows, {"a": dict(image="image", response="chosen"), "b": dict(image="image", response="rejected", **pick),
+                           "c": dict(image="image", response="chosen"), "d": dict(image="rejected_image", response="chosen", **own)},
+                    words, seeds=[5, 6])
+    assert batch.packed.lengths == [2, 2, 3, 3, 2, 2, 2, 2] and batch.noisy.lengths == [3, 3, 2, 2]
+    assert batch.picked.tolist() == [False] * 4 + [True] * 6 + [False] * 4 + [True] * 4
+    assert batch.own.tolist() == [False] * 14 + [True] * 4
+    assert batch.packed.labels[batch.picked].tolist() == batch.noisy.labels.tolist()
+    assert noise == [("3", 5), ("1", 6), ("1", 5), ("2", 6)]
+    assert batch.noisy.prefixes == [4] * 4 and batch.packed.prefixes == [14, 6, 6, 10]
+
+
+def test_what_a_loss_may_ask_for():
+    """Fields that are read; what differs from step to step; a word that means nothing is refused."""
+    assert fields_of({"x": dict(image="rejected_image", response="chosen")}) == {"prompt", "rejected_image", "chosen"}
+    kinds = [{}, {"tokens": "best_other"}, {"view": "crop"}, {"view": "noise"}, {"tokens": "picked_in_noise"},
+             {"tokens": "own_picked_in_noise"}]
+    assert [Scored("image", "chosen", **kind).drawn for kind in kinds] == [False, False, True, True, True, True]
+    for kind in ({"view": "crops"}, {"tokens": "noisy"}):
+        with pytest.raises(ValueError, match="is none of"):
+            Scored("image", "chosen", **kind)
+
+
 def test_errors_name_the_pair():
     with pytest.raises(ValueError, match="record 'b': /x/bad: not a readable image"):
         collate([RECORDS[0], {**RECORDS[1], "image": "bad"}], SEQUENCES, Words())
@@ -85,14 +118,14 @@ def micro_batches(rank: int = 0, world: int = 1, parts: int = 1, **more) -> Micr
 
 def test_a_bad_record_is_replaced_in_its_place():
     """Only the places of c and f change, and each of them gets what can be used."""
-    data = micro_batches()
-    made = "".join(data[i].batch for i in range(len(data)))
+    batches = micro_batches()
+    made = "".join(batches[i].batch for i in range(len(batches)))
     plain = micro_batches(make=lambda records, seeds: "".join(record["id"] for record in records))
     order = "".join(plain[i].batch for i in range(len(plain)))
     assert sorted(order[:8]) == list("abcdefgh") and not set("cf") & set(made)
     assert [a for a, b in zip(order, made) if a != b] == [a for a in order if a in "cf"]
     assert len({b for a, b in zip(order, made) if a in "cf"}) > 2  # not always the same one
-    bad = [record for i in range(2) for record in data[i].bad]
+    bad = [record for i in range(2) for record in batches[i].bad]
     assert sorted(record.name for record in bad) == ["c", "f"] and str(bad[0]).endswith(": damaged")
 
 

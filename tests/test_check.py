@@ -39,7 +39,7 @@ def test_special_tokens(processor, field, token):
 
 def test_only_what_the_loss_scores_is_looked_at(processor):
     odd = {**RECORD, "rejected": "<s>"}
-    assert problems_of(odd, processor, None, {"chosen": ("image", "chosen")}) == []
+    assert problems_of(odd, processor, None, {"chosen": dict(image="image", response="chosen")}) == []
     assert problems_of(odd, processor, None) == []
 
 

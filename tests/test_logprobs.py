@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.logprobs as logprobs
+from data.batch import scored
 from losses.adavip import SEQUENCES as ADAVIP
 from losses.dpo import SEQUENCES as DPO
 from losses.dpo import dpo_loss
@@ -33,11 +34,11 @@ RECORDS = (  # ragged lengths, a single token, two records with the same picture
 )
 
 
-def sequences_of(loss: dict[str, tuple]) -> list[Sequence]:
+def sequences_of(loss: dict[str, dict]) -> list[Sequence]:
     """The sequences a loss asks for, name after name, as data/batch.py lays them out."""
     return [
-        Sequence(r[image], PROMPTS[r["prompt"]], r[response], "competitor" in how)
-        for image, response, *how in loss.values()
+        Sequence(r[how.image], PROMPTS[r["prompt"]], r[how.response], how.tokens == "best_other")
+        for how in scored(loss).values()
         for r in RECORDS
     ]
 

@@ -19,6 +19,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 
+from data.batch import Scored
 from losses.adavip import adavip_loss
 from losses.bdhs import bdhs_loss
 from losses.dpo import dpo_loss
@@ -426,17 +427,16 @@ def test_preference_signature(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_sequences_name_fields_of_a_pair(name):
     sequences = importlib.import_module(f"losses.{name}").SEQUENCES
-    assert sequences["chosen"] == ("image", "chosen")
-    assert all(image in IMAGES and response in ("chosen", "rejected", "generated")
-               for image, response, *_ in sequences.values())
-    assert len(set(sequences.values())) == len(sequences)
+    assert sequences["chosen"] == dict(image="image", response="chosen")
+    asked = [Scored(**kwargs) for kwargs in sequences.values()]
+    assert all(how.image in IMAGES and how.response in ("chosen", "rejected", "generated") for how in asked)
+    assert len(set(asked)) == len(asked)
 
 
 def test_rdpo_released_sequences():
     """The same three sequences; only how the two negatives are scored differs."""
     from losses import rdpo
 
-    assert {name: fields[:2] for name, fields in rdpo.SEQUENCES_RELEASED.items()} == rdpo.SEQUENCES
-    assert {name: fields[2:] for name, fields in rdpo.SEQUENCES_RELEASED.items()} == {
-        "chosen": (), "rejected": ("competitor",), "retrieved": ("competitor",),
-    }
+    best = dict(tokens="best_other")
+    assert rdpo.SEQUENCES_RELEASED == {name: kwargs | ({} if name == "chosen" else best)
+                                       for name, kwargs in rdpo.SEQUENCES.items()}

@@ -17,10 +17,12 @@ from types import SimpleNamespace
 
 import pytest
 import small
+import table
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import prepare
 import reinforce
 import train
 from data import scenes
@@ -37,7 +39,9 @@ from model import reference
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
 from model.logprobs import Sequence, naive_logprobs, pack
 from model.reward import load_reward_model, save_reward_head
+from model.training import named, pick
 from model.views import stack
+from options import check, kwargs_of, read_arguments
 from pairs import online
 
 HOME = Path(__file__).resolve().parents[1]
@@ -53,11 +57,15 @@ def records() -> list[dict]:
 
 
 def make_run(loss: str, *options: str, moved: bool = True, rows: list[dict] | None = None) -> train.Run:
-    args = train.read_arguments(["--loss", loss, "--lora-rank", "4", "--batch-size", "2", *options])
-    train.check(args, 1)
+    args, recipe = read_arguments(train.LOSSES, ["--loss", loss, "--lora-rank", "4", "--batch-size", "2", *options]), train.LOSSES[loss]
+    check(args, recipe, 1)
     device = torch.device("cpu")
-    model, processor = train.load_policy(args, device), Processor(DEFAULT_MODEL)
-    run = train.prepare(args, train.LOSSES[loss], model, processor, rows or records(), None, 0, 1, device)
+    model, processor = prepare.load_model(args, device), Processor(DEFAULT_MODEL)
+    run = train.Run(args, recipe, prepare.make_policy(args, recipe, model, 1), processor, rows or records(), None, device,
+                    judges=prepare.make_judges(args, recipe, model, processor, None))
+    run.learner = train.make_learner(run) if recipe.advantages else None
+    if args.reference_cache:
+        run.cache = train.reference_cache(run)
     if moved:
         move(run)
     return run
@@ -67,13 +75,19 @@ def move(run: train.Run, size: float = 0.05) -> None:
     """Policy away from reference, value head away from 0."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in run.plain.named_parameters():
+        for name, parameter in run.policy.plain.named_parameters():
             if name.endswith("lora_B") or "value_head" in name:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.fixture
+def score(monkeypatch, tmp_path):
+    """(run, batch) -> all that the loss could ask for, of a step that moves nothing."""
+    return lambda run, batch: table.one_step(monkeypatch, tmp_path, setattr(run.args, "lr", 0.0) or run, batch)[0]
+
+
 def batch_of(run: train.Run, rows: list[dict] | None = None, seeds: list[int] = SEEDS):
-    return train.collate_with(run.recipe, run.processor, run.root, rows or run.records, seeds)
+    return train.collate_for(run.recipe, run.processor, run.root, rows or run.records, seeds)
 
 
 # ---- what is scored ----------------------------------------------------------------------------------------
@@ -89,12 +103,12 @@ def test_equal_responses_are_computed_once_and_each_keeps_its_gradient():
     pixels, rows = stack([view], processor.patches)
     packed = pack(asked, rows, processor.image_id)
     assert len(packed.ids) == len(pack([asked[0], asked[2]], rows, processor.image_id).ids)
-    logps, mask = run.plain(packed, run.model.vision_features(pixels))
-    naive = naive_logprobs(run.model, asked, [view])
+    logps, mask = run.policy.plain(packed, run.policy.model.vision_features(pixels))
+    naive = naive_logprobs(run.policy.model, asked, [view])
     gradients = []
     for values in ([row[m] for row, m in zip(logps, mask)], naive):
         total = sum((i + 1) * row.sum() for i, row in enumerate(values))
-        gradients.append(torch.autograd.grad(total, run.trained))
+        gradients.append(torch.autograd.grad(total, [*run.policy.trained.values()]))
     for row, m, expected in zip(logps, mask, naive):
         torch.testing.assert_close(row[m], expected, rtol=0, atol=2e-5)
     for mine, expected in zip(*gradients):
@@ -107,12 +121,12 @@ STARTS = {"dpo": math.log(2), "ipo": 25.0, "slic": 1.0, "dpo_weighted": math.log
 
 
 @pytest.mark.parametrize("loss, start", STARTS.items())
-def test_losses_start_where_their_files_say(loss, start):
+def test_losses_start_where_their_files_say(loss, start, score):
     """Policy = reference: IPO (0 - 1 / (2 beta))^2 = 25 at beta 0.1, hinge 1, the others as their files say."""
     run = make_run(loss, moved=False)
     rows = [{**record, "generated": "A tree."} for record in run.records]
-    value, _ = run.recipe.loss(**train.asked(run.recipe.loss, train.score(run, batch_of(run, rows))),
-                               **run.options(run.recipe.loss))
+    inputs = score(run, batch_of(run, rows))
+    value, _ = run.recipe.loss(**pick(run.recipe.loss, inputs), **kwargs_of(run.recipe.loss, run.args))
     torch.testing.assert_close(value, torch.full((3,), start), rtol=1e-6, atol=1e-6)
 
 
@@ -124,74 +138,114 @@ def noisy_by_definition(run: train.Run, record: dict, seed: int) -> tuple[list[i
     prompt, response = processor.prompt(record["prompt"], len(clean.rows)), processor.response(record["chosen"])
     ids = torch.tensor([*prompt, *response[:-1]])
     with torch.no_grad():
-        under_noise, under_clean = (run.model.logits(ids, *view)[len(prompt) - 1 :] for view in (noisy, clean))
+        under_noise, under_clean = (run.policy.model.logits(ids, *view)[len(prompt) - 1 :] for view in (noisy, clean))
     return under_noise.argmax(-1), F.log_softmax(under_clean, -1)
 
 
 @pytest.mark.parametrize("loss", ["povid", "povid_released"])
-def test_povid_scores_under_the_clean_picture_what_the_noisy_one_suggests(loss):
+def test_povid_scores_under_the_clean_picture_what_the_noisy_one_suggests(loss, score):
     """povid: the policy's tokens in both; povid_released: each model its own."""
     run = make_run(loss)
-    offer = train.score(run, batch_of(run))
+    inputs = score(run, batch_of(run))
     differ = 0
     for i, (record, seed) in enumerate(zip(run.records, SEEDS)):
         mine, logps = noisy_by_definition(run, record, seed)
-        with run.reference():
+        with run.policy.reference():
             its, expected = noisy_by_definition(run, record, seed)
         differ += int((mine != its).sum())
         chosen = mine if loss == "povid" else its
         for name, rows, tokens in (("policy", logps, mine), ("reference", expected, chosen)):
-            found = offer[f"{name}_noisy_token_logps"][i, : len(tokens)]
+            found = inputs[f"{name}_noisy_token_logps"][i, : len(tokens)]
             torch.testing.assert_close(found, rows.gather(1, tokens[:, None])[:, 0], rtol=0, atol=1e-4)
         assert (mine != torch.tensor(run.processor.response(record["chosen"]))).any()
     assert differ  # or the two kinds would be one
 
 
-def test_povid_chooses_without_dropout():
-    """With half of the adapters' inputs dropped the choice under noise is still the model's, and training goes on."""
+def test_povid_chooses_without_dropout(score):
+    """With half of the adapters' inputs dropped the choice under noise is still the model's, training goes on with
+    dropout, and the batch keeps its own labels."""
     run = make_run("povid", "--lora-dropout", "0.5", moved=False)
     move(run, 0.3)
-    choices = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        batch = batch_of(run)
-        run.model.train()
-        train.score(run, batch)
-        assert run.model.training
-        choices.append(batch.packed.labels[batch.noisy_labels].tolist())
-    run.model.eval()
-    expected = [noisy_by_definition(run, record, seed)[0]
-                for record, seed in zip(run.records, SEEDS)]
-    assert choices == [torch.cat(expected).tolist()] * 3
+    run.policy.model.eval()
+    expected = torch.cat([noisy_by_definition(run, record, seed)[0] for record, seed in zip(run.records, SEEDS)])
+    scored = []
+    run.policy.scorer.register_forward_pre_hook(lambda scorer, inputs: scored.append((run.policy.model.training, inputs[0])))
+    for seed in range(2):
+        run.args.seed, batch = seed, batch_of(run)
+        given = batch.packed.labels.clone()
+        score(run, batch)
+        (_, of_reference), (training, of_policy) = scored
+        scored.clear()
+        for packed in (of_reference, of_policy):
+            assert torch.equal(packed.labels[batch.picked], expected)
+            assert torch.equal(packed.labels[~batch.picked], given[~batch.picked])
+        assert training and torch.equal(batch.packed.labels, given)
 
 
-def test_mdpo_crops_once_a_sample_and_step():
+def test_a_sequence_may_have_any_name(score, monkeypatch):
+    """POVID's under other names and in another order: the same log-probs."""
+    run = make_run("povid")
+    named_as_ours = score(run, batch_of(run))
+    noisy, chosen, rejected = (run.recipe.sequences[name] for name in ("noisy", "chosen", "rejected"))
+
+    def loss(policy_drunk_logps, policy_a_logps, reference_drunk_logps, policy_b_logps):
+        return policy_drunk_logps, {}
+
+    run.recipe = run.recipe._replace(loss=loss, sequences={"drunk": noisy, "a": chosen, "b": rejected})
+    renamed = score(run, batch_of(run))
+    for mine, theirs in (("drunk", "noisy"), ("a", "chosen"), ("b", "rejected")):
+        for who in ("policy", "reference"):
+            torch.testing.assert_close(renamed[f"{who}_{mine}_logps"], named_as_ours[f"{who}_{theirs}_logps"], rtol=0, atol=1e-4)
+    assert not torch.equal(renamed["policy_drunk_logps"], renamed["policy_a_logps"])
+
+
+def test_both_kinds_of_picks_in_one_loss(score):
+    """The reference picks its own tokens for one sequence and takes the policy's for another."""
+    run = make_run("povid_released")
+    sequences = {"own": train.LOSSES["povid_released"].sequences["noisy"], "same": train.LOSSES["povid"].sequences["noisy"]}
+
+    def loss(policy_own_logps, reference_own_logps, policy_same_logps, reference_same_logps):
+        return policy_own_logps, {}
+
+    run.recipe = run.recipe._replace(loss=loss, sequences=sequences)
+    inputs = score(run, batch_of(run))
+    assert torch.equal(inputs["policy_own_logps"], inputs["policy_same_logps"])
+    for i, (record, seed) in enumerate(zip(run.records, SEEDS)):
+        tokens, _ = noisy_by_definition(run, record, seed)
+        with run.policy.reference():
+            its, expected = noisy_by_definition(run, record, seed)
+        for name, picked in (("own", its), ("same", tokens)):
+            torch.testing.assert_close(inputs[f"reference_{name}_token_logps"][i, : len(picked)],
+                                       expected.gather(1, picked[:, None])[:, 0], rtol=0, atol=1e-4)
+
+
+def test_mdpo_crops_once_a_sample_and_step(score):
     """The crop is data.corrupt.crop of the record's seed: the same for the same seed, another for another one."""
     run = make_run("mdpo")
     batch, again, other = batch_of(run), batch_of(run), batch_of(run, seeds=[1, 2, 3])
     assert torch.equal(batch.pixels, again.pixels) and not torch.equal(batch.pixels, other.pixels)
     cropped = [crop(run.processor.image(r["image"]).pixels, seed) for r, seed in zip(run.records, SEEDS)]
     torch.testing.assert_close(batch.pixels[3:], torch.cat(cropped))
-    offer = train.score(run, batch)
+    inputs = score(run, batch)
     views = [run.processor.image(r["image"])._replace(pixels=c) for r, c in zip(run.records, cropped)]
     asked = [Sequence(i, tuple(run.processor.prompt(r["prompt"])), tuple(run.processor.response(r["chosen"])))
              for i, r in enumerate(run.records)]
     with torch.no_grad():
-        naive = {"policy": naive_logprobs(run.model, asked, views)}
-        with run.reference():
-            naive["reference"] = naive_logprobs(run.model, asked, views)
+        naive = {"policy": naive_logprobs(run.policy.model, asked, views)}
+        with run.policy.reference():
+            naive["reference"] = naive_logprobs(run.policy.model, asked, views)
     for name, rows in naive.items():
-        torch.testing.assert_close(offer[f"{name}_cropped_logps"], torch.stack([r.sum() for r in rows]),
+        torch.testing.assert_close(inputs[f"{name}_cropped_logps"], torch.stack([r.sum() for r in rows]),
                                    rtol=0, atol=1e-4)
 
 
 # ---- reward model ------------------------------------------------------------------------------------------
 
 
-def test_reward_is_read_at_the_end_token_and_survives_the_disk(tmp_path):
+def test_reward_is_read_at_the_end_token_and_survives_the_disk(tmp_path, score):
     """w . h + b of the end token's state by definition; the saved model gives the same, as a judge, too."""
     run = make_run("reward_model")
-    offer, expected = train.score(run, batch_of(run)), []
+    inputs, expected = score(run, batch_of(run)), []
     for field in ("chosen", "rejected"):
         for record in run.records:
             view = run.processor.image(record["image"])
@@ -199,14 +253,14 @@ def test_reward_is_read_at_the_end_token_and_survives_the_disk(tmp_path):
             ids = torch.tensor([*prompt, *run.processor.response(record[field])])
             assert ids[-1] == run.processor.eos_id
             with torch.no_grad():
-                decoder = run.model.language_model
+                decoder = run.policy.model.language_model
                 decoder.lm_head, head = torch.nn.Identity(), decoder.lm_head  # logits() now gives states
-                expected.append(run.plain.head(run.model.logits(ids, *view)[-1])[0])
+                expected.append(run.policy.plain.head(run.policy.model.logits(ids, *view)[-1])[0])
                 decoder.lm_head = head
-    found = torch.cat([offer["chosen_rewards"], offer["rejected_rewards"]])
+    found = torch.cat([inputs["chosen_rewards"], inputs["rejected_rewards"]])
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-4)
-    save_reward_head(run.plain, tmp_path)
-    save_llava(run.model, tmp_path / "model", DEFAULT_MODEL)
+    save_reward_head(run.policy.plain, tmp_path)
+    save_llava(run.policy.model, tmp_path / "model", DEFAULT_MODEL)
     judge = reward_judge(load_reward_model(tmp_path), Processor(tmp_path / "model"))
     scores = judge(run.records, [[r["chosen"], r["rejected"]] for r in run.records])
     judged = torch.tensor([[s.score for s in group] for group in scores])
@@ -248,14 +302,16 @@ def test_a_reward_run_without_its_configuration(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     args = SimpleNamespace(judge="reward", reward=tmp_path, precision="fp32")
     with pytest.raises(ValueError, match=f"{tmp_path}/config.json: "):
-        train.make_judge(args, load_llava(DEFAULT_MODEL), None, tmp_path)
+        prepare.make_judge(args, torch.device("cpu"), tmp_path)
 
 
 def test_the_unused_head_of_a_reward_model_does_not_train():
     run = make_run("reward_model", "--lora-rank", "0", moved=False)
-    value, _ = run.recipe.loss(**train.score(run, batch_of(run)))
+    batch = batch_of(run)
+    rewards = run.policy.scorer(batch.packed, run.policy.model.vision_features(batch.pixels))
+    value, _ = run.recipe.loss(**named("policy", batch.names, rewards))
     value.mean().backward()
-    assert run.trained and all(p.grad is not None for p in run.trained)
+    assert [*run.policy.trained.values()] and all(p.grad is not None for p in [*run.policy.trained.values()])
 
 
 # ---- rollouts ----------------------------------------------------------------------------------------------
@@ -266,9 +322,9 @@ def by_length(rows: list[dict], answers: list[list[str]]) -> list[list[Score]]:
 
 
 def draw(run: train.Run, rows: list[dict], seeds: list[int], tokens: int = 12) -> reinforce.Rollout:
-    run.model.eval()
-    said = online.sample(run.model, run.processor, rows, seeds, None, samples=2, temperature=1.0, max_new_tokens=tokens)
-    return reinforce.roll_out(run.plain, run.reference, rows, said, run.processor)
+    run.policy.model.eval()
+    said = online.sample(run.policy.model, run.processor, rows, seeds, None, samples=2, temperature=1.0, max_new_tokens=tokens)
+    return reinforce.roll_out(run.policy.plain, run.policy.reference, rows, said, run.processor)
 
 
 def parts(loss: str, **options):
@@ -284,12 +340,12 @@ def ppo_run():
 def test_the_first_ratio_is_one_to_the_last_bit(ppo_run):
     """pi_old comes from the very forward that trains, and so do the values."""
     r = draw(ppo_run, ppo_run.records, SEEDS)
-    logps, mask, values = ppo_run.scorer(r.packed, r.features)
+    logps, mask, values = ppo_run.policy.scorer(r.packed, r.features)
     assert logps.requires_grad and torch.equal(logps.detach(), r.old) and torch.equal(values.detach(), r.values)
     assert not torch.equal(r.old, r.reference) and values[mask].abs().min() > 0
-    lessons, _ = reinforce.ppo_advantages([r], by_length, {"mean": -40.0, "std": 10.0}, parts("ppo"))
-    offer = train.by_name("policy", ["sampled"], logps) | lessons[0] | {"sampled_mask": mask, "values": values}
-    _, metrics = ppo.ppo_loss(**train.asked(ppo.ppo_loss, offer))
+    targets, _ = reinforce.ppo_advantages([r], parts("ppo"), reinforce.Memory(mean=-40.0, std=10.0), by_length)
+    inputs = named("policy", ["sampled"], (logps, mask, values)) | targets[0]
+    _, metrics = ppo.ppo_loss(**pick(ppo.ppo_loss, inputs))
     torch.testing.assert_close(metrics["ratio"].mean(), torch.tensor(1.0), rtol=0, atol=1e-6)
     assert metrics["clip_fraction"].eq(0).all() and metrics["approx_kl"].eq(0).all()
 
@@ -302,11 +358,11 @@ def test_two_micro_batches_are_one(ppo_run):
     assert whole.ids == halves[0].ids + halves[1].ids and len({len(ids) for ids in whole.ids}) > 1
     means = []
     for group in ([whole], halves):
-        lessons, _ = reinforce.ppo_advantages(group, judge, {}, parts("ppo"))
+        targets, _ = reinforce.ppo_advantages(group, parts("ppo"), reinforce.Memory(), judge)
         losses = []
-        for r, lesson in zip(group, lessons):
-            offer = lesson | {"policy_sampled_token_logps": r.old - 0.1, "sampled_mask": r.mask, "values": r.values + 1}
-            losses.append(ppo.ppo_loss(**offer)[0].mean())
+        for r, target in zip(group, targets):
+            inputs = target | {"policy_sampled_token_logps": r.old - 0.1, "sampled_mask": r.mask, "values": r.values + 1}
+            losses.append(ppo.ppo_loss(**inputs)[0].mean())
         means.append(torch.stack(losses).mean())
     torch.testing.assert_close(means[0], means[1], rtol=1e-4, atol=1e-5)
     masks = [r.mask for r in halves]
@@ -321,16 +377,16 @@ def test_rloo_compares_the_answers_of_one_prompt(ppo_run):
     r = draw(ppo_run, ppo_run.records, SEEDS)
     of_prompt = lambda rows, answers: [[Score(row["id"].count("1") * 5.0)] * len(g) for row, g in zip(rows, answers)]
     of_place = lambda rows, answers: [[Score(float(i)) for i in range(len(g))] for g in answers]
-    nothing, _ = reinforce.rloo_advantages([r], of_prompt, {}, parts("rloo", kl_coef=0.0))
+    nothing, _ = reinforce.rloo_advantages([r], parts("rloo", kl_coef=0.0), reinforce.Memory(), of_prompt)
     assert nothing[0]["advantages"].eq(0).all()
-    ends, _ = reinforce.rloo_advantages([r], of_place, {}, parts("rloo", kl_coef=0.0))
+    ends, _ = reinforce.rloo_advantages([r], parts("rloo", kl_coef=0.0), reinforce.Memory(), of_place)
     assert ends[0]["advantages"].tolist() == [-1, 1] * 3
 
 
 def test_a_judge_without_a_verdict_is_named(ppo_run):
     r = draw(ppo_run, ppo_run.records[:1], SEEDS[:1], tokens=2)
     with pytest.raises(ValueError, match="record 'r0': the judge came to no verdict"):
-        reinforce.ppo_advantages([r], lambda rows, answers: [None], {}, parts("ppo"))
+        reinforce.ppo_advantages([r], parts("ppo"), reinforce.Memory(), lambda rows, answers: [None])
 
 
 # ---- FiSAO -------------------------------------------------------------------------------------------------
@@ -369,30 +425,29 @@ def test_fisao_rewards_stand_on_the_last_token_of_their_word(monkeypatch, ppo_ru
     present = sorted(shown)[0]
     absent = next(word for word in ("dog", "cat", "cup") if word not in shown)
     answers = [[run.processor.response(f"A {absent}."), run.processor.response(f"I see a big {present} here.")]]
-    r = reinforce.roll_out(run.plain, run.reference, [record], answers, run.processor)
+    r = reinforce.roll_out(run.policy.plain, run.policy.reference, [record], answers, run.processor)
     r.values.zero_()
     real = verifier([record["image"]] * 2, r.ids)
     fixed = lambda references, ids: real._replace(scores=torch.tensor([20.0, 150.0]))
-    state = {"baselines": {"correct": 100.0, "hallucinated": 100.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}}
+    memory = reinforce.Memory(baselines={"correct": 100.0, "hallucinated": 100.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"})
     placed = []
     monkeypatch.setattr(reinforce, "whiten", lambda advantages, masks: placed.extend(advantages) or advantages)
-    _, figures = reinforce.fisao_advantages([r], fixed, state,
-                                          parts("fisao", kl_coef=0.0, margin=0.0, lam=0.0, gamma=0.0))
+    _, metrics = reinforce.fisao_advantages([r], parts("fisao", kl_coef=0.0, margin=0.0, lam=0.0, gamma=0.0), memory, fixed)
     expected = torch.zeros(r.mask.shape)
     expected[0, real.stops[0] - 1], expected[1, real.stops[1] - 1] = -0.8, 0.5
     torch.testing.assert_close(placed[0], expected)
-    assert figures["reward/correct"].item() == pytest.approx(0.5)
-    assert figures["reward/hallucinated"].item() == pytest.approx(-0.8)
-    assert figures["rewarded"].item() == 1
+    assert metrics["reward/correct"].item() == pytest.approx(0.5)
+    assert metrics["reward/hallucinated"].item() == pytest.approx(-0.8)
+    assert metrics["rewarded"].item() == 1
 
 
-def test_fisao_figures_of_answers_without_objects(ppo_run, verifier):
-    """No mention: figures are 0, never nan."""
+def test_fisao_metrics_of_answers_without_objects(ppo_run, verifier):
+    """No mention: metrics are 0, never nan."""
     run = ppo_run
-    r = reinforce.roll_out(run.plain, run.reference, run.records[:1], [[run.processor.response("I see it.")] * 2], run.processor)
-    _, figures = reinforce.fisao_advantages([r], verifier, {"baselines": {
-        "correct": 100.0, "hallucinated": 90.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}}, parts("fisao"))
-    assert figures["rewarded"] == 0 and figures["reward"] == 0 and figures["reward/correct"] == 0
+    r = reinforce.roll_out(run.policy.plain, run.policy.reference, run.records[:1], [[run.processor.response("I see it.")] * 2], run.processor)
+    _, metrics = reinforce.fisao_advantages([r], parts("fisao"), reinforce.Memory(baselines={
+        "correct": 100.0, "hallucinated": 90.0, "low": 0.0, "high": 200.0, "std": 1.0, "unit": "x"}), verifier)
+    assert metrics["rewarded"] == 0 and metrics["reward"] == 0 and metrics["reward/correct"] == 0
 
 
 def photographs(folder: Path) -> Path:
@@ -418,14 +473,14 @@ def test_fisao_on_photographs(tmp_path, monkeypatch, verifier):
     photographs(tmp_path)
     command = ["--loss", "fisao", "--data", str(tmp_path / "images.jsonl"), "--steps", "1", "--lora-rank", "4",
                "--batch-size", "2", "--samples", "2", "--inner-epochs", "1"]
-    with pytest.raises(ValueError, match="of none of these they are: give --objects"):
+    with pytest.raises(ValueError, match="none of these has any: give --objects"):
         train.main([*command, "--out", str(tmp_path / "none")])
     assert train.main([*command, "--out", str(tmp_path / "one"), "--objects", str(tmp_path / "instances.json")]) == 0
     measured = json.loads((tmp_path / "one" / "baselines.json").read_text())
     assert measured["correct"] > measured["hallucinated"] and measured["correct_mentions"] > 20
     assert "reward/correct" in lines(tmp_path / "one")[0] and (tmp_path / "one" / "scores.svg").is_file()
     assert train.main([*command, "--out", str(tmp_path / "two"), "--baselines", str(tmp_path / "one/baselines.json")]) == 0
-    assert saved(tmp_path / "two")["state"]["baselines"] == measured
+    assert saved(tmp_path / "two")["reinforcement"]["baselines"] == measured
     assert lines(tmp_path / "one")[0]["reward"] == lines(tmp_path / "two")[0]["reward"]
     assert not (tmp_path / "two" / "scores.svg").exists()
 
@@ -433,16 +488,20 @@ def test_fisao_on_photographs(tmp_path, monkeypatch, verifier):
 @pytest.mark.parametrize("option", ["--objects", "--baselines"])
 def test_a_missing_file_is_named_before_anything_is_loaded(option):
     with pytest.raises(ValueError, match=f"{option} nowhere.json: no such file"):
-        train.check(train.read_arguments(["--loss", "fisao", option, "nowhere.json"]), 1)
+        check(read_arguments(train.LOSSES, ["--loss", "fisao", option, "nowhere.json"]), train.LOSSES["fisao"], 1)
 
 
 def test_the_embedded_clip_is_no_default_for_other_models():
+    def checked(*options: str) -> None:
+        args = read_arguments(train.LOSSES, [*options, "--model", "elsewhere"])
+        check(args, train.LOSSES[args.loss], 1)
+
     for options in (["--loss", "fisao"], ["--loss", "online_dpo", "--judge", "clip"], ["--loss", "bdhs_online"]):
         with pytest.raises(ValueError, match="needs --clip-model DIR"):
-            train.check(train.read_arguments([*options, "--model", "elsewhere"]), 1)
-        train.check(train.read_arguments([*options, "--model", "elsewhere", "--clip-model", "clip"]), 1)
-    train.check(train.read_arguments(["--loss", "online_dpo", "--model", "elsewhere"]), 1)
-    assert train.read_arguments(["--loss", "fisao"]).clip_model == DEFAULT_CLIP
+            checked(*options)
+        checked(*options, "--clip-model", "clip")
+    checked("--loss", "online_dpo")
+    assert read_arguments(train.LOSSES, ["--loss", "fisao"]).clip_model == DEFAULT_CLIP
 
 
 def test_unusable_baselines_are_refused(tmp_path):
@@ -465,24 +524,23 @@ def stub_sample(monkeypatch, processor: Processor, said: list[list[tuple[str, bo
     monkeypatch.setattr(online, "sample", lambda model, processor, rows, *_, **__: [ids[r["id"]] for r in rows])
 
 
-def test_ties_duplicates_and_cut_answers_teach_nothing(monkeypatch):
+def test_ties_duplicates_and_cut_answers_teach_nothing(monkeypatch, tmp_path):
     """Three pairs without weight: the parameters stay where they are, whatever their losses."""
     run = make_run("online_dpo")
     stub_sample(monkeypatch, run.processor, [[("A dog.", True), ("A cup.", True)], [("A cat.", True)] * 2,
                                              [("A dog.", True), ("A tree", False)]])
     of_place = lambda rows, answers: [[Score(0.0)] * 2 if row["id"] == "r0" else [Score(1.0), Score(0.0)] for row in rows]
-    made = online.ranked_pairs(run.records, SEEDS, run.model, run.processor, None, of_place)
+    made = online.ranked_pairs(run.records, SEEDS, run.policy.model, run.processor, None, of_place)
     assert [row["weight"] for row in made] == [0, 0, 0]
-    before = [p.detach().clone() for p in run.trained]
-    run.args.out = Path(os.devnull)
-    log = SimpleNamespace(add=lambda *_: None)
-    norm = train.pairs_step(run, [collate(made, run.recipe.sequences, run.processor)], log)
-    assert norm == 0 and all(torch.equal(a, b) for a, b in zip(before, run.trained))
+    before = [p.detach().clone() for p in [*run.policy.trained.values()]]
+    _, line = table.one_step(monkeypatch, tmp_path, run, collate(made, run.recipe.sequences, run.processor))
+    assert line["grad_norm"] == 0 and all(torch.equal(a, b) for a, b in zip(before, [*run.policy.trained.values()]))
     better = lambda rows, answers: [[Score(0.0), Score(1.0)] for _ in rows]
-    useful = online.ranked_pairs(run.records, SEEDS, run.model, run.processor, None, better)
+    useful = online.ranked_pairs(run.records, SEEDS, run.policy.model, run.processor, None, better)
     assert [row["weight"] for row in useful] == [1, 0, 0]
     assert run.processor.decode(useful[0]["chosen"]) == "A cup."
-    assert train.pairs_step(run, [collate(useful, run.recipe.sequences, run.processor)], log) > 0
+    _, line = table.one_step(monkeypatch, tmp_path, run, collate(useful, run.recipe.sequences, run.processor))
+    assert line["grad_norm"] > 0
 
 
 def test_mixture_draws_only_what_it_needs(monkeypatch):
@@ -491,7 +549,7 @@ def test_mixture_draws_only_what_it_needs(monkeypatch):
     stub_sample(monkeypatch, run.processor, [[("A dog.", True), ("A cup.", True)]] * 3)
     judged = []
     judge = lambda rows, answers: judged.append(len(rows)) or [[Score(1.0), Score(0.0)] for _ in rows]
-    mix = lambda rows, seeds, p: online.mixed_pairs(rows, seeds, run.model, run.processor, None, judge, offline=p)
+    mix = lambda rows, seeds, p: online.mixed_pairs(rows, seeds, run.policy.model, run.processor, None, judge, offline=p)
     assert [row["chosen"] for row in mix(run.records, SEEDS, 1.0)] == [a for a, _ in ANSWERS] and not judged
     assert all(run.processor.decode(row["chosen"]) == "A dog." for row in mix(run.records, SEEDS, 0.0))
     seeds = list(range(40))
@@ -505,7 +563,7 @@ def test_mixture_draws_only_what_it_needs(monkeypatch):
 
 def test_samples_depend_on_their_seed_alone():
     run = make_run("online_dpo", moved=False)
-    say = lambda rows, seeds: online.sample(run.model, run.processor, rows, seeds, None, samples=2, temperature=1.0,
+    say = lambda rows, seeds: online.sample(run.policy.model, run.processor, rows, seeds, None, samples=2, temperature=1.0,
                                             max_new_tokens=10)
     together = say(run.records, SEEDS)
     assert say(run.records[2:], SEEDS[2:]) == together[2:] and say(run.records[::-1], SEEDS[::-1]) == together[::-1]
@@ -519,7 +577,7 @@ def test_bdhs_draws_by_seed_and_falls_back_without_weight(monkeypatch):
     monkeypatch.setattr(online, "completion", lambda *_, **__: lambda attempts, progress: drawn.extend(
         a.seed for a in attempts) or [None if a.image == run.records[1]["image"] else "A tree." for a in attempts])
     alike = lambda left, right: [0.5] * len(left)
-    make = lambda rows, seeds: online.bdhs_triples(rows, seeds, run.model, run.processor, None, alike)
+    make = lambda rows, seeds: online.bdhs_triples(rows, seeds, run.policy.model, run.processor, None, alike)
     made = make(run.records, SEEDS)
     assert [(row["weight"], row["generated"]) for row in made] == [
         (1, "A tree."), (0, run.records[1]["rejected"]), (1, "A tree.")]
@@ -533,13 +591,13 @@ def test_bdhs_draws_by_seed_and_falls_back_without_weight(monkeypatch):
 # ---- reference cache ---------------------------------------------------------------------------------------
 
 
-def test_cached_reference_equals_a_fresh_one_and_is_refused_when_stale(tmp_path):
+def test_cached_reference_equals_a_fresh_one_and_is_refused_when_stale(tmp_path, score):
     path = tmp_path / "reference.safetensors"
     run = make_run("rdpo_released", "--reference-cache", str(path), moved=False)
     move(run)
-    cached = train.score(run, batch_of(run))
+    cached = score(run, batch_of(run))
     run.cache = None
-    fresh = train.score(run, batch_of(run))
+    fresh = score(run, batch_of(run))
     for name in fresh:
         torch.testing.assert_close(cached[name], fresh[name], rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="of another model, data, template"):
@@ -577,7 +635,7 @@ def test_fingerprint_sees_a_vision_tower_of_its_own(tmp_path, llava_folder):
     assert key() != before
 
 
-@pytest.mark.parametrize("loss, reason", [("mdpo", "drawn anew"), ("online_dpo", "drawn anew"), ("ppo", "drawn anew"),
+@pytest.mark.parametrize("loss, reason", [("mdpo", "drawn again"), ("online_dpo", "drawn again"), ("ppo", "drawn again"),
                                           ("sft", "has no reference"), ("reward_model", "has no reference")])
 def test_reference_cache_is_refused_where_it_cannot_be(tmp_path, loss, reason):
     with pytest.raises(ValueError, match=reason):
@@ -637,25 +695,25 @@ def test_resumed_equals_uninterrupted_bit_for_bit(pictures, tmp_path, monkeypatc
         made.pictures = {}
         return made
 
-    monkeypatch.setattr(train, "Verifier", fresh)
+    monkeypatch.setattr(prepare, "Verifier", fresh)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(arguments(pictures, whole, loss)) == 0
     with monkeypatch.context() as patch:
         calls = iter([False, True])
         patch.setattr(train.StopRequest, "asked", lambda self: next(calls))
         assert train.main(arguments(pictures, parts, loss)) == 1
-    first = saved(parts)["state"]
+    first = saved(parts)["reinforcement"]
     monkeypatch.setattr("reinforce.calibrate", None)  # not again
     assert train.main([*arguments(pictures, parts, loss), "--resume"]) == 0
     one, two = saved(whole), saved(parts)
-    assert one["state"] == two["state"] and one["trained"].keys() == two["trained"].keys()
+    assert one["reinforcement"] == two["reinforcement"] and one["trained"].keys() == two["trained"].keys()
     assert all(torch.equal(one["trained"][name], two["trained"][name]) for name in one["trained"])
     assert [x["loss"] for x in lines(whole)] == [x["loss"] for x in lines(parts)] and len(lines(parts)) == 4
     if loss == "ppo":
         assert one["trained"]["value_head.weight"].abs().max() > 0
-        assert one["state"]["kl_coef"] != first["kl_coef"] and one["state"]["mean"] == first["mean"]
+        assert one["reinforcement"]["kl_coef"] != first["kl_coef"] and one["reinforcement"]["mean"] == first["mean"]
     if loss == "fisao":
-        assert one["state"]["baselines"] == first["baselines"]
+        assert one["reinforcement"]["baselines"] == first["baselines"]
         assert "reward/correct" in lines(whole)[0]
 
 
@@ -674,7 +732,7 @@ def test_two_processes_reinforce_like_one(pictures, tmp_path):
 
 def test_ppo_raises_a_toy_reward(tmp_path, pictures, monkeypatch):
     """Rewarded for few letters, the answers get shorter."""
-    monkeypatch.setattr(train, "make_judge", lambda *_: by_length)
+    monkeypatch.setattr(prepare, "make_judge", lambda *_: by_length)
     command = arguments(pictures, tmp_path, "ppo", steps=8)
     assert train.main([*command, "--batch-size", "4", "--micro-batch-size", "4", "--samples", "4", "--lr", "0.01",
                        "--inner-epochs", "2", "--kl-target", "0", "--kl-coef", "0.02"]) == 0

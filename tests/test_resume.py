@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from common import versions
+from common import check_ranges, versions
 from data import scenes
 from data.processor import Processor
 from data.records import write_jsonl
 from model import reference, training
 from model.checkpoint import DEFAULT_MODEL
+from options import RANGES, check, read_arguments
 
 HOME = Path(__file__).resolve().parents[1]
 STEPS = 7
@@ -103,7 +104,7 @@ class Killed(Exception):
 
 def kill(monkeypatch, moment: str, step: int) -> None:
     """Die in `step`: before its log line, before its checkpoint, or behind it."""
-    asked, save, done = train.StopRequest.asked, train.save_checkpoint, iter(range(1, STEPS + 1))
+    asked, save, done = train.StopRequest.asked, train.save, iter(range(1, STEPS + 1))
 
     def dying_asked(self):
         if next(done) == step and moment in ("line", "stop"):
@@ -113,15 +114,15 @@ def kill(monkeypatch, moment: str, step: int) -> None:
             raise Killed
         return asked(self)
 
-    def dying_save(out, run, at, *rest):
+    def dying_save(run, at, *rest):
         if at == step and moment == "checkpoint":
             raise Killed
-        save(out, run, at, *rest)
+        save(run, at, *rest)
         if at == step and moment == "behind":
             raise Killed
 
     monkeypatch.setattr(train.StopRequest, "asked", dying_asked)
-    monkeypatch.setattr(train, "save_checkpoint", dying_save)
+    monkeypatch.setattr(train, "save", dying_save)
 
 
 @pytest.mark.parametrize("moment, step", [("line", 4), ("checkpoint", 6), ("behind", 3), ("stop", 5)])
@@ -173,8 +174,9 @@ def die(self):
         raise KeyError("killed")
     return asked(self)
 
-device, end = train.start_processes(2), dist.destroy_process_group
-train.start_processes, dist.destroy_process_group = lambda world: device, lambda: None  # one group for all three
+from model import training
+device, end = training.start_processes(2), dist.destroy_process_group
+training.start_processes, dist.destroy_process_group = lambda world: device, lambda: None  # one group for all three
 assert train.main([*sys.argv[1:], "--out", {whole!r}]) == 0
 asked, done, train.StopRequest.asked = train.StopRequest.asked, iter(range(1, 100)), die
 try:
@@ -243,6 +245,14 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(folder, copied, capsys):
     with pytest.raises(ValueError) as error:
         train.main(command(copied, "run", "--resume"))
     assert str(current) in str(error.value) and str(previous) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_a_kill_left_half_written_is_removed(copied):
+    """Only that: a file of the user's stays."""
+    left, mine = copied / "run" / ".checkpoint.pt.4321-0123abcd", copied / "run" / ".notes"
+    left.write_bytes(b"half"), mine.write_text("keep")
+    assert train.main(command(copied, "run", "--resume")) == 0
+    assert not left.exists() and mine.read_text() == "keep"
 
 
 def test_killed_between_two_names(folder, copied):
@@ -332,9 +342,9 @@ def test_a_finished_run_is_lengthened(copied, capsys):
     assert train.main(command(copied, "run", "--resume", "--steps", "9")) == 0
     assert "steps 7 -> 9: the cosine now ends at 9" in capsys.readouterr().out
     found = lines(copied / "run")
-    longer = train.read_arguments(command(copied, "run", "--steps", "9"))
+    lr = read_arguments(train.LOSSES, command(copied, "run")).lr
     assert [row["step"] for row in found] == [2, 4, 6, 7, 8, 9]
-    assert [row["lr"] for row in found[-2:]] == [train.learning_rate(longer, step) for step in (7, 8)]
+    assert [row["lr"] for row in found[-2:]] == [training.learning_rate(lr, step, 9, 1) for step in (7, 8)]
     with pytest.raises(ValueError, match="--steps 7: 9 are done already"):
         train.main(command(copied, "run", "--resume"))
 
@@ -366,7 +376,7 @@ def test_an_earlier_run_is_not_replaced_unasked(copied, monkeypatch):
 
 
 def test_places_that_cannot_be_written_are_named_first(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_policy", None)
+    monkeypatch.setattr(train, "load_model", None)
     (tmp_path / "file").write_text("")
     for more in (["--out", str(tmp_path / "file")], ["--out", str(tmp_path / "file" / "below")],
                  ["--out", str(tmp_path / "out"), "--reference-cache", str(tmp_path / "file" / "cache")]):
@@ -379,10 +389,11 @@ def test_places_that_cannot_be_written_are_named_first(folder, tmp_path, monkeyp
 
 @pytest.mark.parametrize("loss", train.LOSSES)
 def test_every_number_has_a_range_that_holds_its_default(loss):
-    args = train.read_arguments(["--loss", loss])
-    train.check_ranges(args)
-    train.check_ranges(train.read_arguments(["--loss", loss, "--model", "elsewhere"]))
-    named = {option.rpartition(".")[2] for options in train.RANGES.values() for option in options.split()}
+    args = read_arguments(train.LOSSES, ["--loss", loss])
+    for model in (DEFAULT_MODEL, "elsewhere"):
+        checked = read_arguments(train.LOSSES, ["--loss", loss, "--model", str(model)])
+        check_ranges(vars(checked), RANGES, *train.LOSSES[loss].functions)
+    named = {option.rpartition(".")[2] for options in RANGES.values() for option in options.split()}
     assert {name for name, value in vars(args).items() if type(value) in (int, float)} <= named
 
 
@@ -392,9 +403,10 @@ def test_a_new_loss_needs_no_range(monkeypatch):
         return policy_chosen_logps, {}
 
     monkeypatch.setitem(train.LOSSES, "own", train.Recipe(own_loss, {}, "rank"))
-    train.check_ranges(train.read_arguments(["--loss", "own", "--tau", "-7"]))
+    own = train.LOSSES["own"]
+    check(read_arguments(train.LOSSES, ["--loss", "own", "--tau", "-7"]), own, 1)
     with pytest.raises(ValueError, match="--tau must be in"):
-        train.check_ranges(train.read_arguments(["--loss", "own", "--tau", "nan"]))
+        check(read_arguments(train.LOSSES, ["--loss", "own", "--tau", "nan"]), own, 1)
 
 
 IMPOSSIBLE = [
@@ -418,7 +430,7 @@ def test_impossible_numbers_are_refused(options):
     loss, option, value = options.split()
     judge = ["--judge", "clip"] if loss in ("ppo", "rloo") else []
     with pytest.raises(ValueError, match=f"^{option} must be in "):
-        train.check(train.read_arguments(["--loss", loss, option, value, *judge]), 1)
+        check(read_arguments(train.LOSSES, ["--loss", loss, option, value, *judge]), train.LOSSES[loss], 1)
 
 
 @pytest.mark.parametrize("options", [
@@ -428,7 +440,7 @@ def test_impossible_numbers_are_refused(options):
 def test_what_has_a_meaning_is_allowed(options):
     loss, option, value = options.split()
     judge = ["--judge", "clip"] if loss in ("ppo", "rloo") else []
-    train.check(train.read_arguments(["--loss", loss, option, value, *judge]), 1)
+    check(read_arguments(train.LOSSES, ["--loss", loss, option, value, *judge]), train.LOSSES[loss], 1)
 
 
 @pytest.mark.parametrize("bf16, amx, slow", [(False, False, True), (True, False, False), (False, True, False)])
@@ -436,11 +448,11 @@ def test_slow_bf16_is_known(monkeypatch, bf16, amx, slow):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert train.emulates_bf16(torch.device("cpu")) == slow and not train.emulates_bf16(torch.device("cuda"))
+    assert training.emulates_bf16(torch.device("cpu")) == slow and not training.emulates_bf16(torch.device("cuda"))
 
 
 def test_slow_bf16_is_said_in_one_line(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "emulates_bf16", lambda device: True)
+    monkeypatch.setattr(training, "emulates_bf16", lambda device: True)
     short = command(folder, str(tmp_path / "run"), "--steps", "1")
     assert train.main([*short, "--precision", "fp32"]) == 0
     assert "bf16" not in capsys.readouterr().err

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import table
 import torch
-from table import CATS, DOG, EOS, TWO, A, Notes, Words, by_token, make_run, records
+from table import CATS, DOG, EOS, TWO, A, Words, by_token, make_run, one_step, records
 
 import train
 from data.batch import collate
 from model.logprobs import SelectedLogProbs
+from model.training import learning_rate
 
 
 def pairs(run: train.Run, *answers: tuple[list[int], list[int]], weights: list[float] | None = None):
@@ -24,15 +24,27 @@ def pairs(run: train.Run, *answers: tuple[list[int], list[int]], weights: list[f
 
 
 def test_the_rate_rises_in_warm_up_and_falls_as_a_cosine():
-    """10 steps, 40 % of them warm-up: quarters up to 1, then (1 + cos(pi t / 6)) / 2 for t = 0 .. 5."""
-    args = SimpleNamespace(lr=8.0, steps=10, warmup=0.4)
+    """10 steps, 4 of them warm-up: quarters up to 1, then (1 + cos(pi t / 6)) / 2 for t = 0 .. 5."""
     falling = [1, (1 + math.sqrt(3) / 2) / 2, 0.75, 0.5, 0.25, (1 - math.sqrt(3) / 2) / 2]
-    assert [train.learning_rate(args, step) for step in range(10)] == pytest.approx(
+    assert [learning_rate(8.0, step, 10, 4) for step in range(10)] == pytest.approx(
         [2, 4, 6, 8, *(8 * share for share in falling)])
-    assert train.learning_rate(SimpleNamespace(lr=8.0, steps=10, warmup=0.0), 0) == 8  # no step at rate 0
+    assert learning_rate(8.0, 0, 10, 1) == 8
 
 
-def test_the_gradient_is_clipped_once_over_all_micro_batches():
+@pytest.mark.parametrize("steps, warmup, first", [(10, 0.4, 2), (10, 0.0, 8), (4, 0.5, 4)])
+def test_warm_up_is_a_share_of_the_steps_and_never_none(monkeypatch, tmp_path, steps, warmup, first):
+    """4 of 10 steps begin with a quarter of 8, 2 of 4 with half; no step has rate 0."""
+    run, rates = make_run("dpo", "--lr", "8", "--warmup", str(warmup)), []
+    run.policy.reference = None
+    monkeypatch.setattr(train, "set_learning_rate", lambda optimizer, rate: rates.append(rate) or exec("raise KeyError"))
+    run.args.steps, run.args.out = steps, tmp_path
+    monkeypatch.setattr(train, "load_micro_batches", lambda *_: iter([]))
+    with pytest.raises(KeyError):
+        train.train(run)
+    assert rates == [first]
+
+
+def test_the_gradient_is_clipped_once_over_all_micro_batches(monkeypatch, tmp_path):
     """beta 2 at policy = reference: d loss / d log pi is -1 for chosen and +1 for rejected, halved by two
     micro-batches.
 
@@ -40,42 +52,42 @@ def test_the_gradient_is_clipped_once_over_all_micro_batches():
     size: nothing is left over from the first.
     """
     run = make_run("dpo", "--beta", "2", "--clip-norm", "0.5")
-    run.plain.logps.data = torch.tensor(table.REFERENCE)
-    batches = [pairs(run, ([A], [DOG])), pairs(run, ([TWO], [CATS]))]
-    assert train.pairs_step(run, batches, Notes()).item() == pytest.approx(1)
-    by_token(run.plain.logps - torch.tensor(table.REFERENCE), a=0.25, dog=-0.25, two=0.25, cats=-0.25)
-    assert all(p.grad is None or not p.grad.any() for p in run.trained)
+    run.policy.plain.logps.data = torch.tensor(table.REFERENCE)
+    _, line = one_step(monkeypatch, tmp_path, run, pairs(run, ([A], [DOG])), pairs(run, ([TWO], [CATS])))
+    assert line["grad_norm"] == pytest.approx(1) and line["lr"] == 1
+    by_token(run.policy.plain.logps - torch.tensor(table.REFERENCE), a=0.25, dog=-0.25, two=0.25, cats=-0.25)
+    assert all(p.grad is None or not p.grad.any() for p in run.policy.trained.values())
 
 
-def test_a_useless_pair_leaves_the_others_their_share():
+def test_a_useless_pair_leaves_the_others_their_share(monkeypatch, tmp_path):
     """Weights 1 and 0 of two pairs: half the gradient of a pair alone, not all of it."""
     run = make_run("dpo", "--beta", "2")
-    run.plain.logps.data = torch.tensor(table.REFERENCE)
-    train.pairs_step(run, [pairs(run, ([A], [DOG]), ([TWO], [CATS]), weights=[1.0, 0.0])], Notes())
-    by_token(run.plain.logps - torch.tensor(table.REFERENCE), a=0.5, dog=-0.5)
+    run.policy.plain.logps.data = torch.tensor(table.REFERENCE)
+    _, line = one_step(monkeypatch, tmp_path, run, pairs(run, ([A], [DOG]), ([TWO], [CATS]), weights=[1.0, 0.0]))
+    by_token(run.policy.plain.logps - torch.tensor(table.REFERENCE), a=0.5, dog=-0.5)
+    assert line["used"] == 0.5
 
 
-def test_policy_and_reference_are_not_swapped():
+def test_policy_and_reference_are_not_swapped(monkeypatch, tmp_path):
     """a against dog: log-ratios .5 and -.5, at beta 1 the margin is 1."""
     run = make_run("dpo", "--beta", "1")
-    offer = train.score(run, pairs(run, ([A], [DOG])))
-    assert (offer["policy_chosen_logps"].item(), offer["reference_chosen_logps"].item()) == (-1, -1.5)
-    loss, _ = run.recipe.loss(**train.asked(run.recipe.loss, offer), **run.options(run.recipe.loss))
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)))
+    inputs, line = one_step(monkeypatch, tmp_path, run, pairs(run, ([A], [DOG])))
+    assert (inputs["policy_chosen_logps"].item(), inputs["reference_chosen_logps"].item()) == (-1, -1.5)
+    assert inputs["chosen_mask"].tolist() == [[True]]
+    assert line["loss"] == pytest.approx(math.log(1 + math.exp(-1)))
 
 
-def test_changed_tokens_are_those_of_their_own_answer():
+def test_changed_tokens_are_those_of_their_own_answer(monkeypatch, tmp_path):
     """"a dog </s>" against "two cats dog </s>": changed is "a", and "two cats". With gamma 3 and beta 1
 
         s = [3 (.5) - .5 + 1] / (3 + 2) = .4 for chosen, [3 (0 + 2) - .5 + 1] / (6 + 2) = .8125 for rejected
     """
     run = make_run("dpo_weighted", "--beta", "1", "--gamma", "3")
-    offer = train.score(run, pairs(run, ([A, DOG, EOS], [TWO, CATS, DOG, EOS])))
-    assert offer["chosen_changed"].tolist() == [[True, False, False, False]]
-    assert offer["rejected_changed"].tolist() == [[True, True, False, False]]
-    loss, metrics = run.recipe.loss(**train.asked(run.recipe.loss, offer), **run.options(run.recipe.loss))
-    assert metrics["margin"].item() == pytest.approx(0.4 - 0.8125)
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(0.4125)))
+    inputs, line = one_step(monkeypatch, tmp_path, run, pairs(run, ([A, DOG, EOS], [TWO, CATS, DOG, EOS])))
+    assert inputs["chosen_changed"].tolist() == [[True, False, False, False]]
+    assert inputs["rejected_changed"].tolist() == [[True, True, False, False]]
+    assert line["margin"] == pytest.approx(0.4 - 0.8125)
+    assert line["loss"] == pytest.approx(math.log(1 + math.exp(0.4125)))
 
 
 def test_a_competitor_is_the_best_token_other_than_the_label():
@@ -98,7 +110,7 @@ def test_accuracy_of_a_reward_model_counts_chosen_answers_with_more():
         firsts.append(len(rows))
         return torch.stack([worth[row[0]] for row in rows])
 
-    run.scorer = reward
+    run.policy.scorer = reward
     held = [row | {"chosen": chosen, "rejected": rejected} for row, (chosen, rejected) in zip(
         records("r0", "r1", "r2", "r3", "r4"),
         [("a", "two"), ("dog", "two"), ("cats", "two"), ("a", "dog"), ("two", "a")])]

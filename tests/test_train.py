@@ -17,11 +17,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import prepare
 import train
+from common import BadInput, meaning
 from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
+from options import check, options_of, read_arguments
 from pairs.methods import make_pairs
 
 HOME = Path(__file__).resolve().parents[1]
@@ -136,6 +139,26 @@ def test_nonsense_is_refused_in_one_line(tmp_path, options, complaint):
     assert complaint in done.stderr and "Traceback" not in done.stderr
 
 
+def test_impossible_settings_are_refused_all_at_once(tmp_path):
+    """Each in a line of its own, before the number of processes or a model matters."""
+    options = ["--loss", "ppo", "--batch-size", "6", "--micro-batch-size", "4", "--pairs", "rank", "--reference-cache", "x",
+               "--resume", "--overwrite", "--out", str(tmp_path)]
+    with pytest.raises(BadInput) as error:
+        train.main(options)
+    lines = str(error.value).split("\n")
+    starts = ["--batch-size 6 is not a multiple", "--pairs is for losses that learn from pairs", "--resume goes on with",
+              "--resume: there is no", "--reference-cache: what ppo scores is drawn again", "--judge reward needs --reward"]
+    assert len(lines) == len(starts) and all(line.startswith(start) for line, start in zip(lines, starts))
+
+
+def test_minibatches_divide_the_micro_batches():
+    args = read_arguments(train.LOSSES, ["--loss", "ppo", "--batch-size", "12", "--micro-batch-size", "2", "--minibatches", "2",
+                                         "--judge", "clip"])
+    check(args, train.LOSSES["ppo"], 1)  # 6 micro-batches
+    with pytest.raises(BadInput, match="--minibatches 2 does not divide the 3 micro-batches of a process"):
+        check(args, train.LOSSES["ppo"], 2)
+
+
 def test_bad_pairs_are_all_listed_before_training(pairs, tmp_path):
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     rows[1]["chosen"], rows[3]["rejected_image"] = "", None
@@ -248,7 +271,7 @@ def test_the_reward_model_is_measured_on_held_out_pairs_that_can_be_used(damaged
 )
 def test_texts_are_refused_before_the_model_is_loaded(damaged, tmp_path, monkeypatch, loss, change, reason):
     """Each by the file and the record, all at once."""
-    monkeypatch.setattr(train, "load_policy", None)
+    monkeypatch.setattr(train, "load_model", None)
     rows = [json.loads(line) for line in damaged.read_text().splitlines()]
     path = tmp_path / "pairs.jsonl"
     write_jsonl(path, [{**row, **change} if row["id"] in ("r2", "r7") else row for row in rows if row["id"] != "r4"])
@@ -291,38 +314,38 @@ def test_data_serves_a_loss_as_far_as_it_goes(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for loss in ("online_dpo", "ppo", "rloo", "fisao"):
-        records = train.read_records(path, train.LOSSES[loss]).records
+        records = prepare.read_records(path, train.LOSSES[loss]).records
         assert records[0] == {"id": "0", "image": "0.png", "prompt": "What is it?"} and len(records) == 4
     for loss, method in (("rdpo", "realign"), ("adavip", "adavip")):
         with pytest.raises(ValueError) as error:
-            train.read_records(path, train.LOSSES[loss])
+            prepare.read_records(path, train.LOSSES[loss])
         assert str(error.value) == (f"{path}: all 4 records: 'rejected_image' is missing (python generate_pairs.py"
                                     f" --method {method} --pairs {path} adds one)")
     path.write_text(json.dumps([{key: value for key, value in row.items() if key != "rejected"} for row in rows]))
-    assert train.read_records(path, train.LOSSES["sft"]).records[3]["chosen"] == "A dog."
+    assert prepare.read_records(path, train.LOSSES["sft"]).records[3]["chosen"] == "A dog."
     with pytest.raises(ValueError, match=f"python generate_pairs.py --method rank --images {path} makes pairs"):
-        train.read_records(path, train.LOSSES["dpo"])
+        prepare.read_records(path, train.LOSSES["dpo"])
 
 
 def test_settings_that_suit_a_model_travel_with_it(tmp_path):
     """A second stage from a run's model keeps them; a model without them has the papers'; what is no number is named."""
-    first = train.read_arguments(["--loss", "ppo"])
+    first = read_arguments(train.LOSSES, ["--loss", "ppo"])
     assert (first.lr, first.kl_coef, first.steps) == (3e-4, 0.4, 30)
-    save_llava(load_llava(train.DEFAULT_MODEL), tmp_path / "model", train.DEFAULT_MODEL)
-    second = train.read_arguments(["--loss", "dpo", "--model", str(tmp_path / "model")])
+    save_llava(load_llava(DEFAULT_MODEL), tmp_path / "model", DEFAULT_MODEL)
+    second = read_arguments(train.LOSSES, ["--loss", "dpo", "--model", str(tmp_path / "model")])
     assert (second.lr, second.beta) == (1e-3, 1.0)
-    assert train.read_arguments(["--loss", "ipo", "--model", str(tmp_path / "model")]).beta == 0.1
+    assert read_arguments(train.LOSSES, ["--loss", "ipo", "--model", str(tmp_path / "model")]).beta == 0.1
     (tmp_path / "model" / "train.json").write_text('{"lr": [1]}')
-    with pytest.raises(ValueError, match="train.json: lr is to be a number"):
-        train.read_arguments(["--loss", "dpo", "--model", str(tmp_path / "model")])
+    with pytest.raises(ValueError, match="train.json: lr must be a number"):
+        read_arguments(train.LOSSES, ["--loss", "dpo", "--model", str(tmp_path / "model")])
     (tmp_path / "model" / "train.json").unlink()
-    other = train.read_arguments(["--loss", "dpo", "--model", str(tmp_path / "model")])
+    other = read_arguments(train.LOSSES, ["--loss", "dpo", "--model", str(tmp_path / "model")])
     assert (other.lr, other.beta) == (1e-6, 0.1)
 
 
 @pytest.mark.parametrize("loss", train.LOSSES)
 def test_every_option_of_a_loss_says_what_it_does(loss):
     recipe = train.LOSSES[loss]
-    silent = [name for name in train.loss_options(*recipe.functions) if len(train.meaning(recipe, name)) < 10]
+    silent = [name for name in options_of(*recipe.functions) if len(meaning(name, *recipe.functions)) < 10]
     assert silent == []
-    assert loss != "povid" or train.meaning(recipe, "gamma") == "weight of the rejected response, in [0, 1]"
+    assert loss != "povid" or meaning("gamma", *recipe.functions) == "weight of the rejected response, in [0, 1]"

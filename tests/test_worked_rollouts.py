@@ -23,6 +23,7 @@ from table import CATS, DOG, EOS, HOT, TWO, A, Notes, Words, by_token, judge, ma
 
 import reinforce
 import train
+from common import BadInput
 from judges import words as verifier
 from model.logprobs import Scorer, Sequence, pack
 from model.views import stack
@@ -38,24 +39,24 @@ def close(found: torch.Tensor, *expected) -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), rtol=0, atol=2e-6)
 
 
-def state() -> dict:
-    """Marks of the untrained model: 8 is worth (8 - 4) / 2 = 2, 2 is worth -1. The coefficient was adapted."""
-    return {"mean": 4.0, "std": 2.0, "kl_coef": 0.5}
+def memory() -> reinforce.Memory:
+    """Scores of the untrained model: 8 is worth (8 - 4) / 2 = 2, 2 is worth -1. The coefficient was adapted."""
+    return reinforce.Memory(mean=4.0, std=2.0, kl_coef=0.5)
 
 
 def rolled(run: train.Run, names: list[str], answers: list) -> reinforce.Rollout:
-    return reinforce.roll_out(run.plain, run.reference, records(*names), answers, run.processor)
+    return reinforce.roll_out(run.policy.plain, run.policy.reference, records(*names), answers, run.processor)
 
 
 def learn(run: train.Run, rollouts: list[reinforce.Rollout]):
-    """What the chosen loss makes of them, with the run's own options: lessons and figures."""
-    return run.recipe.advantages(rollouts, run.helper, run.state, reinforce.bind(run.recipe.parts, vars(run.args)))
+    """What the chosen loss makes of them, with the run's own options: targets and metrics."""
+    return run.recipe.advantages(rollouts, run.learner.parts, run.learner.memory, **run.judges)
 
 
 @pytest.fixture
 def readable(monkeypatch):
     """All pictures can be opened."""
-    monkeypatch.setattr(reinforce, "look", lambda record, root: None)
+    monkeypatch.setattr(reinforce, "check_image", lambda record, root: None)
 
 
 def saying(monkeypatch, answers: dict[str, list[list[int]]]) -> list[dict]:
@@ -129,20 +130,20 @@ def test_ppo_advantages_and_returns(names, answers):
 
     A: mean 1, deviations 2, 0, 2, -2, -2, variance 16 / 4 = 4: whitened 1, 0, 1, -1, -1. 5 / 2 tokens an answer.
     """
-    run = make_run("ppo", *PPO, helper=MARKS, state=state())
+    run = make_run("ppo", *PPO, judges={"judge": MARKS}, memory=memory())
     parts = [rolled(run, [name], [group]) for name, group in zip(names, answers)]
-    lessons, figures = learn(run, parts)
-    rows = {name: [row[mask] for lesson, r in zip(lessons, parts) for row, mask in zip(lesson[name], r.mask)]
+    targets, metrics = learn(run, parts)
+    rows = {name: [row[mask] for target, r in zip(targets, parts) for row, mask in zip(target[name], r.mask)]
             for name in ("advantages", "returns", "old_values", "old_sampled_token_logps")}
     for name, first, second in (("advantages", (1, 0, 1), (-1, -1)), ("returns", (0, 0.7, 1.5), (-2.4, -5)),
                                 ("old_values", (-3, -0.3, -1.5), (-1.4, -4)),
                                 ("old_sampled_token_logps", (-1, -1, -1), (-2, -1))):
         close(rows[name][0], *first), close(rows[name][1], *second)
-    assert all(lesson["mean_tokens"] == 2.5 for lesson in lessons)
-    assert all(lesson[name][~r.mask].eq(0).all() for lesson, r in zip(lessons, parts) for name in rows)
-    assert {name: value.tolist() for name, value in figures.items()} == {
+    assert all(target["mean_tokens"] == 2.5 for target in targets)
+    assert all(target[name][~r.mask].eq(0).all() for target, r in zip(targets, parts) for name in rows)
+    assert {name: value.tolist() for name, value in metrics.items()} == {
         "score": [2, -1], "kl": [1, 2], "tokens": [3, 2], "ended": [1, 0], "kl_coef": 0.5}
-    assert run.state == state() | {"kl": 1.5}
+    assert run.learner.memory == memory()
 
 
 @pytest.mark.parametrize("names, answers, minibatches, target, coefficient", [
@@ -160,14 +161,14 @@ def test_a_step_of_ppo_moves_the_tokens_by_their_advantages(monkeypatch, names, 
     asked = saying(monkeypatch, dict(zip(names, answers)))
     run = make_run("ppo", *PPO, "--batch-size", str(len(names)), "--samples", str(2 // len(names)),
                    "--inner-epochs", "1", "--minibatches", str(minibatches), "--kl-target", str(target),
-                   "--temperature", "0.7", helper=MARKS, state=state())
+                   "--temperature", "0.7", judges={"judge": MARKS}, memory=memory())
     picked = [[(record, 10 + i)] for i, record in enumerate(records(*names))]
-    norm, before = reinforce.reinforce_step(run, picked, 0, notes := Notes()), table.Table(critic=True)
+    norm, before = reinforce.reinforce_step(run.learner, picked, 0, notes := Notes()), table.Table(critic=True)
     n = minibatches
-    by_token((run.plain.logps - before.logps) / n, a=0.2, end=0.2, two=-0.2, cats=-0.2)
-    by_token((run.plain.values - before.values) / n, a=0.06, dog=0.02, end=0.06, two=-0.02, cats=-0.02)
+    by_token((run.policy.plain.logps - before.logps) / n, a=0.2, end=0.2, two=-0.2, cats=-0.2)
+    by_token((run.policy.plain.values - before.values) / n, a=0.06, dog=0.02, end=0.06, two=-0.02, cats=-0.02)
     assert n > 1 or norm.item() == pytest.approx(math.sqrt(0.1684))
-    assert run.state["kl_coef"] == pytest.approx(coefficient, rel=1e-7)
+    assert run.learner.memory.kl_coef == pytest.approx(coefficient, rel=1e-7)
     assert asked == [{"ids": [name], "seeds": [10 + i], "samples": 2 // len(names), "temperature": 0.7,
                       "max_new_tokens": 96} for i, name in enumerate(names)]
     assert notes.added[0]["score"].tolist() == [2, -1]
@@ -181,11 +182,11 @@ def test_the_second_time_through_the_ratio_is_clipped(monkeypatch):
     -.98).
     """
     saying(monkeypatch, {"r0": [Y1, Y2]})
-    run = make_run("ppo", *PPO, "--inner-epochs", "2", helper=MARKS, state=state())
-    reinforce.reinforce_step(run, [[(records("r0")[0], 1)]], 0, Notes())
+    run = make_run("ppo", *PPO, "--inner-epochs", "2", judges={"judge": MARKS}, memory=memory())
+    reinforce.reinforce_step(run.learner, [[(records("r0")[0], 1)]], 0, Notes())
     start, down = table.Table(critic=True), -0.2 - math.exp(-0.2) / 5
-    by_token(run.plain.logps - start.logps, a=0.2, end=0.2, two=down, cats=down)
-    by_token(run.plain.values - start.values, a=0.1188, dog=0.0396, end=0.1188, two=-0.0396, cats=-0.0396)
+    by_token(run.policy.plain.logps - start.logps, a=0.2, end=0.2, two=down, cats=down)
+    by_token(run.policy.plain.values - start.values, a=0.1188, dog=0.0396, end=0.1188, two=-0.0396, cats=-0.0396)
 
 
 def test_every_epoch_goes_through_all_rollouts_in_an_order_of_its_own(monkeypatch):
@@ -194,9 +195,9 @@ def test_every_epoch_goes_through_all_rollouts_in_an_order_of_its_own(monkeypatc
     zero = lambda rows, answers: [[table.Score(0.0)] for _ in rows]
 
     def orders(step: int, *options: str) -> list[tuple]:
-        run = make_run("ppo", *PPO, "--samples", "1", "--inner-epochs", "6", *options, helper=zero)
-        reinforce.reinforce_step(run, [[(record, 0)] for record in records("r0", "r1", "r2")], step, Notes())
-        trained = [length for length, in run.plain.calls[6:]]  # behind policy and reference of three rollouts
+        run = make_run("ppo", *PPO, "--samples", "1", "--inner-epochs", "6", *options, judges={"judge": zero})
+        reinforce.reinforce_step(run.learner, [[(record, 0)] for record in records("r0", "r1", "r2")], step, Notes())
+        trained = [length for length, in run.policy.plain.calls[6:]]  # behind policy and reference of three rollouts
         return [tuple(trained[i : i + 3]) for i in range(0, len(trained), 3)]
 
     found = orders(0)
@@ -220,18 +221,18 @@ def test_a_step_of_rloo_moves_answers_by_what_the_others_got(monkeypatch, parts)
     said = {"r0": [Y1, Y2], "r1": [[CATS, EOS], [DOG, EOS]]}
     saying(monkeypatch, said)
     marks = judge({("r0", "a dog"): 8, ("r0", "two cats"): 2, ("r1", "cats"): 8, ("r1", "dog"): 4})
-    run = make_run("rloo", "--judge", "clip", "--samples", "2", "--kl-coef", "9", helper=marks, state=state(),
+    run = make_run("rloo", "--judge", "clip", "--samples", "2", "--kl-coef", "9", judges={"judge": marks}, memory=memory(),
                    rate=4.0)
     one = [rolled(run, ["r0", "r1"], list(said.values()))]
-    lessons, figures = learn(run, one)
-    close(lessons[0]["advantages"], 3.5, -3.5, 0.75, -0.75)
-    close(lessons[0]["old_sampled_logps"], -3, -3, -2, -2)
-    assert {name: value.tolist() for name, value in figures.items()} == {
+    targets, metrics = learn(run, one)
+    close(targets[0]["advantages"], 3.5, -3.5, 0.75, -0.75)
+    close(targets[0]["old_sampled_logps"], -3, -3, -2, -2)
+    assert {name: value.tolist() for name, value in metrics.items()} == {
         "score": [2, -1, 2, 0], "kl": [1, 2, 3, 0.5], "tokens": [3, 2, 2, 2], "ended": [1, 0, 1, 1], "kl_coef": 0.5}
 
     pairs = [(record, 0) for record in records("r0", "r1")]
-    reinforce.reinforce_step(run, [pairs] if parts == 1 else [pairs[:1], pairs[1:]], 0, Notes())
-    by_token(run.plain.logps - table.Table().logps, a=3.5, dog=3.5 - 0.75, end=3.5 + 0.75 - 0.75, two=-3.5,
+    reinforce.reinforce_step(run.learner, [pairs] if parts == 1 else [pairs[:1], pairs[1:]], 0, Notes())
+    by_token(run.policy.plain.logps - table.Table().logps, a=3.5, dog=3.5 - 0.75, end=3.5 + 0.75 - 0.75, two=-3.5,
              cats=0.75 - 3.5)
 
 
@@ -294,18 +295,18 @@ def test_a_step_of_fisao_rewards_the_words_that_the_picture_bears_out(monkeypatc
     said = {"r0": [Y1, Y2], "r1": [Y1, Y2]}
     saying(monkeypatch, said)
     run = make_run("fisao", "--samples", "2", "--lam", "0.5", "--missing-eos-penalty", "0.8", "--inner-epochs", "1",
-                   helper=eyes, state={"kl_coef": 0.5, "baselines": BASELINES}, rate=100.0)
-    run.plain.values.data = torch.tensor([2.0 * (i == CATS) for i in range(len(table.WORDS))])
+                   judges={"verifier": eyes}, memory=reinforce.Memory(kl_coef=0.5, baselines=BASELINES), rate=100.0)
+    run.policy.plain.values.data = torch.tensor([2.0 * (i == CATS) for i in range(len(table.WORDS))])
     one = [rolled(run, ["r0", "r1"], list(said.values()))]
-    lessons, figures = learn(run, one)
-    close(lessons[0]["returns"], [-0.05, 0.4, -0.5], [0, -2, 0], [-0.35, -0.2, -0.5], [0.3, -1.4, 0])
-    assert lessons[0]["advantages"].sum().item() == pytest.approx(0, abs=1e-5)
+    targets, metrics = learn(run, one)
+    close(targets[0]["returns"], [-0.05, 0.4, -0.5], [0, -2, 0], [-0.35, -0.2, -0.5], [0.3, -1.4, 0])
+    assert targets[0]["advantages"].sum().item() == pytest.approx(0, abs=1e-5)
     rewards = {"rewarded": 1, "reward": 0.1, "reward/correct": 0.2, "reward/hallucinated": -0.2}
     # all but the cats of the first picture are there: (.4 - .2 + .4) / 3
-    assert {name: figures[name].item() for name in rewards} == pytest.approx(rewards)
+    assert {name: metrics[name].item() for name in rewards} == pytest.approx(rewards)
 
-    reinforce.reinforce_step(run, [[(record, 0) for record in records("r0", "r1")]], 0, Notes())
-    by_token(run.plain.values, a=-0.4, dog=0.2, end=-1.0, two=0.3, cats=2 - 7.4)
+    reinforce.reinforce_step(run.learner, [[(record, 0) for record in records("r0", "r1")]], 0, Notes())
+    by_token(run.policy.plain.values, a=-0.4, dog=0.2, end=-1.0, two=0.3, cats=2 - 7.4)
 
 
 @pytest.mark.parametrize("options, first, second", [
@@ -318,12 +319,13 @@ def test_a_step_of_fisao_rewards_the_words_that_the_picture_bears_out(monkeypatc
 def test_options_of_fisao_reach_its_rewards(eyes, options, first, second):
     """"hot dog" scores 200 on the first picture; KL off, gamma 0: the returns are the rewards. Nobody knows whether
     it is there."""
-    run = make_run("fisao", "--kl-coef", "0", "--gamma", "0", *options, helper=eyes, state={"baselines": BASELINES})
-    run.plain.values.data.zero_()
+    run = make_run("fisao", "--kl-coef", "0", "--gamma", "0", *options, judges={"verifier": eyes},
+                   memory=reinforce.Memory(baselines=BASELINES))
+    run.policy.plain.values.data.zero_()
     one = [rolled(run, ["r0"], [[[HOT, DOG, EOS], [EOS]]])]
-    lessons, figures = learn(run, one)
-    close(lessons[0]["returns"], [first, second, 0], [0, 0, 0])
-    assert figures["reward/correct"] == figures["reward/hallucinated"] == 0
+    targets, metrics = learn(run, one)
+    close(targets[0]["returns"], [first, second, 0], [0, 0, 0])
+    assert metrics["reward/correct"] == metrics["reward/hallucinated"] == 0
 
 
 # ---- calibration -------------------------------------------------------------------------------------------
@@ -335,15 +337,15 @@ def test_calibration_of_scores(monkeypatch, readable):
     asked = saying(monkeypatch, {"r0": [Y1], "r1": [Y2], "r2": [[DOG, EOS]]})
     marks = judge({("r0", "a dog"): 1, ("r1", "two cats"): 5, ("r2", "dog"): 9})
     run = make_run("ppo", "--judge", "clip", "--temperature", "0.7", "--max-new-tokens", "5",
-                   "--micro-batch-size", "2", helper=marks)
+                   "--micro-batch-size", "2", judges={"judge": marks})
     run.records = records("r0", "r1", "r2")
-    reinforce.calibrate(run)
-    assert run.state == {"mean": 5, "std": 4}
+    reinforce.calibrate(run.learner, run.records)
+    assert run.learner.memory == reinforce.Memory(mean=5, std=4)
     same = {"samples": 1, "temperature": 0.7, "max_new_tokens": 5}
     assert asked == [{"ids": ["r0", "r1"], "seeds": [0, 1], **same}, {"ids": ["r2"], "seeds": [2], **same}]
     monkeypatch.setattr(reinforce, "CALIBRATION", 2)
-    reinforce.calibrate(run)
-    assert run.state == {"mean": 3, "std": pytest.approx(math.sqrt(8))}
+    reinforce.calibrate(run.learner, run.records)
+    assert run.learner.memory == reinforce.Memory(mean=3, std=pytest.approx(math.sqrt(8)))
 
 
 def test_calibration_of_fisao(monkeypatch, tmp_path, eyes, readable):
@@ -354,19 +356,46 @@ def test_calibration_of_fisao(monkeypatch, tmp_path, eyes, readable):
     ones: the first as a sentence is false, -250 cut to 0, the second true, 250.
     """
     asked = saying(monkeypatch, {"r0": [Y1 + Y2], "r1": [[DOG, TWO, CATS, HOT, DOG, EOS]]})
-    run = make_run("fisao", "--temperature", "0.7", "--micro-batch-size", "8", "--out", str(tmp_path), helper=eyes)
+    run = make_run("fisao", "--temperature", "0.7", "--micro-batch-size", "8", "--out", str(tmp_path), judges={"verifier": eyes})
     run.records = records("r9", "r0", "r8", "r1")
     monkeypatch.setitem(VECTORS, "a dog two cats", (-1, 0))
     monkeypatch.setitem(VECTORS, "dog two cats hot dog", (0, 1))
-    reinforce.calibrate(run)
-    found = run.state["baselines"]
+    assert train.begin(run, None) == 0
+    found = run.learner.memory.baselines
     assert found["correct"] == pytest.approx(550 / 3) and found["hallucinated"] == pytest.approx(150)
     assert (found["correct_mentions"], found["hallucinated_mentions"], found["unit"]) == (3, 1, "250 * max(cos, 0)")
     assert json.loads((tmp_path / "baselines.json").read_text()) == found
     assert [(call["temperature"], call["ids"], call["seeds"]) for call in asked] == [
         (0.7, ["r0", "r1"], [0, 1]), (0.0, ["r0", "r1"], [0, 1])]
-    scores = run.state["scores"]
+    scores = run.learner.memory.scores
     assert scores["sentences, correct"] == [250] and scores["sentences, hallucinated"] == [0]
+
+
+@pytest.mark.parametrize("said, options, reason", [
+    ([A, DOG, EOS], [], "finds no hallucinated object word in 1 responses"),
+    ([CATS, EOS], [], "finds no correct object word in 1 responses"),
+    ([DOG, CATS, EOS], ["--margin-mode", "inward", "--margin", "90"], "do not suit its options: the boundaries cross"),
+])
+def test_baselines_that_cannot_be_measured_are_the_users_to_mend(monkeypatch, eyes, readable, said, options, reason):
+    """On the first image a dog, 200, is right and cats, 150, are not. An error in the code is none of the user's."""
+    saying(monkeypatch, {"r0": [said]})
+    monkeypatch.setitem(VECTORS, Words().decode(said), (1, 0))
+    run = make_run("fisao", "--micro-batch-size", "8", *options, judges={"verifier": eyes})
+    with pytest.raises(BadInput, match=reason):
+        reinforce.calibrate(run.learner, records("r0"))
+
+
+def test_scores_outside_what_was_measured(monkeypatch, eyes):
+    """Baselines of one hallucinated mention leave no range below it; the step says so, other errors stay errors."""
+    run = make_run("fisao", judges={"verifier": eyes}, memory=reinforce.Memory(baselines=BASELINES | {"low": 170.0}))
+    rollouts = [rolled(run, ["r0"], [[Y2, Y2]])]
+    with pytest.raises(BadInput, match="cannot normalise from 170"):
+        learn(run, rollouts)
+    run.learner.parts.place = lambda *_: exec("raise ValueError('a fault')")
+    run.learner.memory.baselines = BASELINES
+    with pytest.raises(ValueError, match="a fault") as error:
+        learn(run, rollouts)
+    assert not isinstance(error.value, BadInput)
 
 
 # ---- pairs made while training -----------------------------------------------------------------------------

@@ -17,14 +17,14 @@ caption and several questions, which share the image and do not see each other: 
 prefix, used for supervised training. Yes / no questions are learnt long before captions, so the last stage
 goes on with three captions and one question an image. Captions mention an absent object with probability
 --caption-noise: the habit of real caption data that preference alignment is there to cure.
+
+The weights in model/tiny were trained with a cosine that began at step 0; here it begins after the warm-up.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import random
 import time
 from itertools import count
@@ -49,6 +49,7 @@ from model.families.llava import llava_config
 from model.llava import Llava
 from model.logprobs import Scorer, Sequence, pack
 from model.tensors import save_tensors
+from model.training import learning_rate, ranks, set_learning_rate, start_processes
 from model.views import Preprocessing, preprocess
 
 SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
@@ -158,7 +159,7 @@ def train_clip(out: Path, steps: int, batch: int, seed: int, lr: float = 1e-3) -
     stream = (scenes.sample_scene(scenes.TRAIN + i) for i in count())
     bar = tqdm(range(steps), desc="clip")
     for step in bar:
-        _set_lr(optimizer, lr, step, steps, warmup=100)
+        set_learning_rate(optimizer, learning_rate(lr, step, steps, warmup=100))
         group = [next(stream) for _ in range(batch)]
         with torch.autocast("cpu", torch.bfloat16):
             loss, metrics = _clip_loss(clip, patch_head, bias, processor, phrases, group, step)
@@ -234,9 +235,8 @@ def train_llava(out: Path, stage: Stage, batch: int, seed: int, cached: int, res
         cached: scenes whose patch features are kept in memory.
         resume: go on from out/model.safetensors instead of random weights.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo")
+    rank, world = ranks()
+    start_processes(world)
     torch.manual_seed(seed)
     processor, vision = Processor(out), load_clip(out / "clip").vision_model.state_dict()
     if resume:
@@ -259,7 +259,7 @@ def train_llava(out: Path, stage: Stage, batch: int, seed: int, cached: int, res
     started = time.time()
     bar = tqdm(range(stage.steps), desc="steps", disable=rank > 0)
     for step in bar:
-        _set_lr(optimizer, stage.lr, step, stage.steps, warmup=60)
+        set_learning_rate(optimizer, learning_rate(stage.lr, step, stage.steps, warmup=60))
         chosen = [next(order) for _ in range(batch // world)]
         rows = [segments(pool[i], processor, rng, stage) for i in chosen]
         loss, parts = _llava_loss(wrapped, processor, rows, features[chosen].float())
@@ -344,13 +344,6 @@ def _init_llava(model: Llava) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- shared
-
-
-def _set_lr(optimizer, peak: float, step: int, steps: int, warmup: int) -> None:
-    """Linear warm-up, then cosine to zero."""
-    scale = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    for group in optimizer.param_groups:
-        group["lr"] = peak * scale
 
 
 def _update(optimizer, loss: Tensor) -> None:

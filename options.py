@@ -1,0 +1,268 @@
+"""The command line of train.py: options from the signatures of a loss's functions, and what of them is refused.
+
+    read_arguments    command line -> settings; defaults from a function's signature, help from its file's header
+    check             refuses settings that cannot be, all at once, before anything is loaded
+    check_places      refuses an --out that holds another run
+
+A model folder may hold train.json, settings that suit the model; they become defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import common
+from common import BadInput, check_ranges, meaning, read_json, refuse
+from data.templates import TEMPLATES
+from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
+from model.training import CHECKPOINT, PREVIOUS
+from pairs.methods import METHODS
+
+if typing.TYPE_CHECKING:
+    from train import Recipe
+
+TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
+MEASURED = ("mean", "std")  # keyword arguments of losses/ that hold what was measured before training, no options
+
+SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
+
+# What numbers may be: interval -> options, of one function alone where FUNCTION.option. A clip of inf is none.
+RANGES = {
+    "[1, 1e9]": "steps batch_size micro_batch_size log_every save_every scenes samples max_new_tokens inner_epochs"
+                " minibatches iterations",
+    "[2, 1e9]": "ranked_pairs.samples mixed_pairs.samples leave_one_out.samples",  # compared with each other
+    "[0, 1e9]": "lora_rank eval_scenes workers seed",
+    "(0, inf)": "lr lora_alpha temperature beta dpo_weighted_loss.gamma",
+    "[0, inf)": "weight_decay kl_coef kl_target missing_eos_penalty value_coef margin sft_weight centring_weight"
+                " slic_hf_loss.delta bdhs_triples.temperature",
+    "(0, inf]": "clip_norm clip value_clip limit",
+    "[0, inf]": "rloo_loss.clip",  # 0: none
+    "[0, 1)": "warmup lora_dropout",
+    "[0, 0.5)": "label_smoothing",
+    "[0, 1]": "gamma lam offline rho_th",
+    "[-1, 1]": "eps_s",  # a cosine
+    "(-inf, inf)": "delta",
+}
+
+
+# --------------------------------------------------------------------------------------- command line -> settings
+
+
+def read_arguments(losses: dict[str, Recipe], argv: list[str] | None = None, about: str = "") -> argparse.Namespace:
+    """Command line -> settings. The options of the chosen loss are those of its functions."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--loss", choices=losses, default="adavip", help="(default: %(default)s)")
+    first.add_argument("--model", type=Path, default=DEFAULT_MODEL, metavar="DIR",
+                       help="LLaVA folder or hub id (default: model/tiny)")
+    known, _ = first.parse_known_args(argv)
+    recipe = losses[known.loss]
+    tuned = tuned_settings(known.model, recipe)
+    parser = argparse.ArgumentParser(description=about, parents=[first], allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_general_options(parser)
+    group = parser.add_argument_group(f"options of {known.loss}")
+    add_own_options(group, recipe, tuned)
+    if recipe.samples:
+        add_sampling_options(group, recipe)
+    parser.set_defaults(**tuned)
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs") / args.loss
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    if recipe.samples and args.clip_model is None and tuned:
+        args.clip_model = DEFAULT_CLIP
+    return args
+
+
+def add_general_options(parser: argparse.ArgumentParser) -> None:
+    """Options that every loss has."""
+    add = parser.add_argument
+    add("--data", type=Path, metavar="FILE",
+        help="records in any format of data/formats.py; left out, they are made from scenes")
+    add("--pairs", choices=METHODS,
+        help="method that makes pairs of scenes (default: the loss's own)")
+    add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
+    add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
+    add("--overwrite", action="store_true", help="replace an earlier run that --out holds")
+    add("--steps", type=int, default=60,
+        help="optimiser steps; a resumed run may have another number, and from there on the learning rate of a run"
+             " of that length (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="records a step, over all processes (default: %(default)s)")
+    add("--micro-batch-size", type=int, help="records a forward pass and process (default: all of the process)")
+    add("--lr", type=float, default=1e-6, help="peak learning rate (default: %(default)s)")
+    add("--warmup", type=float, default=0.1, help="share of steps with rising rate (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
+    add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+    add("--lora-rank", type=int, default=32, help="0: decoder and projector in full (default: %(default)s)")
+    add("--lora-alpha", type=float, help="(default: twice the rank)")
+    add("--lora-dropout", type=float, default=0.0, help="(default: %(default)s)")
+    add("--train-projector", action="store_true", help="with LoRA, train the projector too")
+    add("--precision", choices=("fp32", "bf16"), help="(default: bf16 on CUDA, else fp32)")
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--reference-cache", type=Path, metavar="FILE",
+        help="compute the reference's log-probs once and keep them here; refused if they are not this run's")
+    add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
+    add("--aspect", choices=("crop", "pad", "anyres"),
+        help="how images are shown (default: the checkpoint's way)")
+    add("--seed", type=int, default=0, help="of scenes, sampling, adapters and order (default: %(default)s)")
+    add("--scenes", type=int, default=600, help="scenes that records are made from (default: %(default)s)")
+    add("--eval-scenes", type=int, default=300, help="held-out scenes, 0 for none (default: %(default)s)")
+    add("--eval-split", choices=("test", "dev"), default="test",
+        help="choose settings on dev (default: %(default)s)")
+    add("--log-every", type=int, default=5, help="steps between log lines (default: %(default)s)")
+    add("--save-every", type=int, default=20, help="steps between checkpoints (default: %(default)s)")
+    add("--workers", type=int, default=0, help="processes that prepare batches (default: %(default)s)")
+    add("--bad-records", choices=("stop", "skip"), default="stop",
+        help="when an image turns out to be damaged: save a checkpoint and stop, or put another record in its"
+             " place (default: %(default)s)")
+
+
+def add_own_options(group, recipe: Recipe, tuned: dict[str, float]) -> None:
+    """The keyword arguments of the loss's functions."""
+    for name, (kind, default) in options_of(*recipe.functions).items():
+        shown = f"{tuned[name]} by {TUNED}, else {default}" if name in tuned else default
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+        says = meaning(name, *recipe.functions).replace("%", "%%")
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(default) if choices else kind,
+                           default=default, choices=choices, help=f"{says} (default: {shown})")
+
+
+def add_sampling_options(group, recipe: Recipe) -> None:
+    """Who judges the samples, how they are drawn and how often they are used."""
+    add = group.add_argument
+    if recipe.asks_for("judge"):
+        add("--judge", choices=("scene", "clip", "reward", "server"),
+            default="reward" if recipe.advantages else "scene",
+            help="the scene's own record, a CLIP model, a reward model, a VLM behind a server"
+                 " (default: %(default)s)")
+        add("--reward", type=Path, metavar="DIR",
+            help="for --judge reward: what train.py --loss reward_model wrote")
+        add("--server", metavar="URL", help="for --judge server: base address of an OpenAI-compatible API")
+        add("--server-model", metavar="NAME", help="for --judge server")
+    add("--clip-model", type=Path, metavar="DIR",
+        help="CLIP folder (default: model/tiny/clip, which knows scenes only; with --model none)")
+    if recipe.asks_for("verifier"):
+        add("--objects", type=Path, metavar="FILE",
+            help="what photographs show, to measure the baselines on: {image: [classes]} or COCO instances")
+        add("--baselines", type=Path, metavar="FILE", help="baselines.json of an earlier run, to take instead")
+    if recipe.advantages:
+        add("--samples", type=int, default=4, help="responses to each image (default: %(default)s)")
+        add("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
+        add("--max-new-tokens", type=int, default=96, help="of a response (default: %(default)s)")
+        add("--inner-epochs", type=int, default=recipe.inner_epochs,
+            help="epochs on the samples of a step (default: %(default)s)")
+        add("--minibatches", type=int, default=1, help="optimiser steps in each of them (default: %(default)s)")
+        add("--kl-target", type=float, default=0.0,
+            help="nats a response that the KL coefficient is steered to; 0: it is fixed (default: %(default)s)")
+
+
+def options_of(*functions: Callable) -> dict[str, tuple[object, object]]:
+    """Keyword arguments that are options: name -> (type, default)."""
+    return {name: option for name, option in common.options_of(*functions).items() if name not in MEASURED}
+
+
+def kwargs_of(function: Callable, args: argparse.Namespace) -> dict[str, object]:
+    """The settings that are keyword arguments of a function."""
+    return {name: getattr(args, name) for name in options_of(function)}
+
+
+def tuned_settings(model: Path, recipe: Recipe) -> dict[str, float]:
+    """What train.json of the model's folder says about the options of this loss: those for all, then those for its
+    functions. Raises BadInput when it is no table of numbers."""
+    if not (model / TUNED).is_file():
+        return {}
+    given = read_json(model / TUNED)
+    found = {name: value for name, value in given.items() if not isinstance(value, dict)}
+    for function in filter(None, (*recipe.functions, recipe.advantages)):
+        own = given.get(function.__name__, {})
+        found |= own if isinstance(own, dict) else {function.__name__: own}
+    refuse(f"{model / TUNED}: {name} must be a number" for name, value in found.items()
+           if type(value) not in (int, float))
+    own = {"lr", "steps", *options_of(*recipe.functions)}
+    return {name: value for name, value in found.items() if name in own}
+
+
+# -------------------------------------------------------------------------------------------- what is refused
+
+
+def check(args: argparse.Namespace, recipe: Recipe, world: int) -> None:
+    """Fill in what depends on other settings, and refuse impossible ones. Raises one BadInput that lists all."""
+    check_ranges(vars(args), RANGES, *recipe.functions)
+    if args.micro_batch_size is None:
+        args.micro_batch_size = max(1, args.batch_size // world)
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    problems = [*batch_problems(args, recipe, world), *record_problems(args, recipe), *resume_problems(args),
+                *cache_problems(args, recipe)]
+    if recipe.samples:
+        problems += sampling_problems(args, recipe)
+    refuse(problems)
+
+
+def batch_problems(args: argparse.Namespace, recipe: Recipe, world: int) -> Iterator[str]:
+    """Numbers that do not divide each other."""
+    parts, rest = divmod(args.batch_size, world * args.micro_batch_size)
+    if rest:
+        yield (f"--batch-size {args.batch_size} is not a multiple of {world} processes"
+               f" x micro-batch {args.micro_batch_size}")
+    elif recipe.advantages and parts % args.minibatches:
+        yield f"--minibatches {args.minibatches} does not divide the {parts} micro-batches of a process"
+
+
+def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
+    """Records that the loss does not learn from, or that there are not."""
+    if args.pairs and (args.data or not recipe.pairs):
+        yield "--pairs is for losses that learn from pairs, where there is no --data"
+    if args.data is None and args.scenes > SCENES_OF_A_SEED:
+        yield f"--scenes {args.scenes} is more than the {SCENES_OF_A_SEED} of a seed"
+    if recipe.asks_for("offline") and args.offline and not recipe.pairs:
+        yield f"--offline {args.offline}: {args.loss} has no given pairs, mixed_dpo does"
+
+
+def resume_problems(args: argparse.Namespace) -> Iterator[str]:
+    if args.resume and args.overwrite:
+        yield "--resume goes on with what --out holds, --overwrite replaces it: which of them?"
+    if args.resume and not any((args.out / name).is_file() for name in (CHECKPOINT, PREVIOUS)):
+        yield f"--resume: there is no {args.out / CHECKPOINT}"
+
+
+def cache_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
+    if args.reference_cache and not recipe.compares:
+        yield f"--reference-cache: {args.loss} has no reference"
+    elif args.reference_cache and recipe.drawn:
+        yield f"--reference-cache: what {args.loss} scores is drawn again at every step"
+
+
+def sampling_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
+    """Judges that are not there, or cannot judge this."""
+    judge = args.judge if recipe.asks_for("judge") else "clip"  # fisao and bdhs_online have a CLIP instead
+    if judge == "reward" and not args.reward:
+        yield "--judge reward needs --reward DIR; python train.py --loss reward_model makes one"
+    if judge == "scene" and recipe.advantages:
+        yield "--judge scene compares responses, it does not score them: reinforcement needs another"
+    if judge == "server" and not (args.server and args.server_model):
+        yield "--judge server needs --server URL and --server-model NAME"
+    if judge == "clip" and args.clip_model is None:
+        yield f"{args.loss} needs --clip-model DIR: the embedded CLIP knows scenes only"
+    files = {"objects": args.objects, "baselines": args.baselines} if recipe.asks_for("verifier") else {}
+    yield from (f"--{name} {path}: no such file" for name, path in files.items() if path and not path.is_file())
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Refuse an --out that holds an earlier run, and places that cannot be written. Raises BadInput."""
+    earlier = [name for name in (CHECKPOINT, PREVIOUS, "result.json", "model") if (args.out / name).exists()]
+    if earlier and not (args.resume or args.overwrite):
+        raise BadInput(f"{args.out} holds {earlier[0]} of an earlier run: choose another --out, go on with"
+                       " --resume or replace it with --overwrite")
+    for folder in (args.out, *([args.reference_cache.parent] if args.reference_cache else [])):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = "a file is there" if folder.is_file() else error.strerror
+            raise BadInput(f"{folder}: cannot write into this folder ({reason})") from None

@@ -1,0 +1,180 @@
+"""What a run of train.py starts from: its records, the model with what trains marked, the judges of its samples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import BadInput, read_json
+from data import scenes
+from data.batch import fields_of
+from data.check import check_records
+from data.formats import Data, load
+from data.processor import ClipProcessor, Processor
+from data.records import write_jsonl
+from judges.ask import Server, server_model
+from judges.clip import clip_judge, clip_similarity
+from judges.compare import model_judge
+from judges.known import KnownObjects
+from judges.reward import reward_judge
+from judges.scene import judge_scene
+from judges.scores import Judge, one_by_one
+from judges.words import Verifier
+from model.checkpoint import DEFAULT_CLIP, load_clip, load_llava
+from model.llava import Llava
+from model.logprobs import Scorer
+from model.lora import Reference, add_lora, merge_lora
+from model.reward import RewardModel, load_reward_model
+from model.training import Policy
+from options import SCENES_OF_A_SEED
+from pairs.methods import make_pairs
+
+if typing.TYPE_CHECKING:
+    from train import Recipe
+
+
+# ----------------------------------------------------------------------------------------------------- records
+
+
+def find_records(args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor, rank: int,
+                 world: int) -> tuple[list[dict], Path]:
+    """(records, folder that their paths start from): those of --data, or made from scenes and kept in --out.
+
+    Only a resumed run uses what --out holds: a new one may have another seed, method or model.
+    """
+    path = args.data or args.out / "pairs.jsonl"
+    if args.data is None and not (args.resume and path.exists()) and rank == 0:
+        write_jsonl(path, make_records(args, recipe, model, processor))
+    if world > 1:
+        dist.barrier()
+    data = read_records(path, recipe)
+    if args.data is None:
+        check_texts(args, recipe, processor, data, path, rank)
+    elif rank == 0:
+        print(f"--data {path}: {len(data.records):,} records, read as {data.format}", flush=True)
+    if len(data.records) < args.batch_size:
+        raise BadInput(f"{path}: {len(data.records)} records are fewer than one batch of {args.batch_size}"
+                       " (--batch-size)")
+    return data.records, data.root
+
+
+def make_records(args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor) -> list[dict]:
+    """Pairs of scenes by the loss's method, or the scenes themselves with the question about them."""
+    first = scenes.PAIRS + args.seed % 10 * SCENES_OF_A_SEED  # never reaches the scenes of dev and test
+    seeds = range(first, first + args.scenes)
+    if not recipe.pairs:
+        return [{"id": f"scene-{seed}", "image": scenes.reference(seed), "prompt": scenes.CAPTION_PROMPT}
+                for seed in seeds]
+    clip, clip_processor = load_clip(DEFAULT_CLIP, device=model.device), ClipProcessor(DEFAULT_CLIP)
+    records, report = make_pairs(
+        args.pairs or recipe.pairs, model, processor, clip, clip_processor,
+        scene_seeds=seeds, seed=args.seed * SCENES_OF_A_SEED, folder=args.out / "pictures", root=args.out,
+    )
+    print(f"pairs: {json.dumps(report)}", flush=True)
+    return records
+
+
+def read_records(path: Path, recipe: Recipe) -> Data:
+    """Validated records with what this loss reads; images and questions only if it samples everything."""
+    command = f"python generate_pairs.py --method {recipe.pairs}"
+    hints = {"rejected": f"{command} --images {path} makes pairs",
+             "rejected_image": f"{command} --pairs {path} adds one"}
+    needs = fields_of(recipe.sequences) - {"generated"} if recipe.pairs else ()
+    return load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
+
+
+def check_texts(args: argparse.Namespace, recipe: Recipe, processor: Processor, data: Data, path: Path, rank: int,
+                ) -> None:
+    """Name all records that the tokenizer or the decoder's window would refuse later. Raises BadInput."""
+    about = dict(root=data.root, source=path, progress="checking texts" if rank == 0 else "")
+    check_records(data.records, processor, **about, sequences=recipe.sequences if recipe.pairs else None,
+                  end=recipe.rewards, new_tokens=args.max_new_tokens if recipe.samples else 0)
+    if recipe.asks_for("judge") and args.judge == "reward":  # reads each response with one more token after it
+        check_records(data.records, reward_processor(args.reward), **about, new_tokens=args.max_new_tokens + 1)
+
+
+# ------------------------------------------------------------------------------------------------------- model
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
+    """The model, with what trains marked: adapters (and the projector), or decoder and projector in full."""
+    full = args.lora_rank == 0
+    dtype = torch.bfloat16 if args.precision == "bf16" and not full else torch.float32
+    model = load_llava(args.model, dtype, device)
+    merge_lora(model)  # a folder of adapters is a starting point like any other
+    model.requires_grad_(False)
+    torch.manual_seed(args.seed)  # the same adapters in every process
+    if full:
+        model.language_model.requires_grad_(True)
+    else:
+        add_lora(model.language_model, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    if full or args.train_projector:
+        model.multi_modal_projector.float().requires_grad_(True)
+    model.language_model.model.checkpointing = args.checkpointing
+    return model
+
+
+def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, world: int) -> Policy:
+    """Scorer, optimiser and reference around the model."""
+    scorer = make_scorer(args, recipe, model)
+    trained = [p for p in scorer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    reference = Reference(model) if recipe.compares else None  # it may hold a copy of the weights
+    return Policy(model, DistributedDataParallel(scorer) if world > 1 else scorer, reference, optimizer,
+                  args.clip_norm)
+
+
+def make_scorer(args: argparse.Namespace, recipe: Recipe, model: Llava) -> nn.Module:
+    """What turns a batch into the numbers that the loss asks for, with all that trains inside."""
+    autocast = torch.bfloat16 if args.precision == "bf16" else None
+    if recipe.rewards:
+        return RewardModel(model, autocast)
+    return Scorer(model, autocast, critic=recipe.asks_for("values"))
+
+
+# ------------------------------------------------------------------------------------------------------ judges
+
+
+def make_judges(args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor, root: Path,
+                ) -> dict[str, Callable]:
+    """Who judges the samples of this loss, if it samples: by the names that its functions ask for."""
+    judges: dict[str, Callable] = {}
+    if recipe.asks_for("judge"):
+        judges["judge"] = make_judge(args, model.device, root)
+    if recipe.asks_for("verifier"):
+        judges["verifier"] = Verifier(load_clip(args.clip_model, device=model.device), ClipProcessor(args.clip_model),
+                                      processor, root, KnownObjects(args.objects))
+    if recipe.asks_for("similarity"):
+        judges["similarity"] = clip_similarity(load_clip(args.clip_model, device=model.device),
+                                               ClipProcessor(args.clip_model))
+    return judges
+
+
+def make_judge(args: argparse.Namespace, device: torch.device, root: Path) -> Judge:
+    """The judge of --judge."""
+    if args.judge == "scene":
+        return one_by_one(judge_scene)
+    if args.judge == "clip":
+        return clip_judge(load_clip(args.clip_model, device=device), ClipProcessor(args.clip_model), root=root)
+    if args.judge == "reward":
+        half = torch.bfloat16 if args.precision == "bf16" else None
+        reward = load_reward_model(args.reward, half or torch.float32, device, autocast=half)
+        return reward_judge(reward, reward_processor(args.reward), root)
+    server = server_model(Server(args.server, args.server_model), cache=args.out / "replies", root=root)
+    return model_judge(server, seed=args.seed)
+
+
+def reward_processor(folder: Path) -> Processor:
+    """How the reward model of a folder reads images and texts."""
+    config = read_json(folder / "config.json")
+    if not all(isinstance(config.get(key, 0), str | None) for key in ("template", "aspect")):
+        raise BadInput(f"{folder / 'config.json'}: template and aspect must be names, or null")
+    return Processor(folder / "model", template=config["template"], aspect=config["aspect"])
