@@ -3,6 +3,7 @@ many faults is refused in few lines, and the signatures of functions become the 
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import os
@@ -152,9 +153,9 @@ def meaning(option: str, *functions: Callable) -> str:
     return ""
 
 
-def add_options(group, *functions: Callable) -> None:
+def add_options(group, *functions: Callable, suppress: bool = False) -> None:
     """The options of functions on a command line: type, choices and default from the signature, the help from the
-    header's table."""
+    header's table. suppress: what is not given is absent, for functions whose defaults differ."""
     for name, (kind, default) in options_of(*functions).items():
         kind = next((k for k in typing.get_args(kind) if type(None) in typing.get_args(kind)), kind)  # of `kind | None`
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
@@ -164,6 +165,7 @@ def add_options(group, *functions: Callable) -> None:
         how |= {"nargs": "+"} if several else {}
         shown = default.relative_to(HOME) if isinstance(default, Path) else default
         text = meaning(name, *functions) + ("" if default in (None, False, ()) else f" (default: {shown})")
+        default = argparse.SUPPRESS if suppress else default
         group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text.replace("%", "%%"), **how)
 
 

@@ -43,7 +43,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common import BadInput, add_options, options_of, read_json, refuse, versions
+from common import BadInput, add_options, check_ranges, options_of, read_json, refuse, versions
 from data.check import check_records
 from data.processor import Processor
 from data.records import write_jsonl
@@ -99,6 +99,8 @@ BENCHMARKS = {
     "llavabench": llavabench.BENCHMARK,
     "preference": preference.BENCHMARK,
 }
+RANGES = {"[1, 1e9]": "max_new_tokens batch_size judge_runs scenes num max_sentences n", "(0, inf)": "beta",
+          "[0, 1e9]": "seed"}
 HOME = Path(__file__).resolve().parent
 
 
@@ -126,7 +128,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_general_options(parser)
     group = parser.add_argument_group(f"options of {', '.join(known.benchmark)}")
     functions = dict.fromkeys(f for name in known.benchmark for f in functions_of(BENCHMARKS[name]))
-    add_options(group, *functions)
+    add_options(group, *functions, suppress=True)
     args = parser.parse_args(argv)
     check(args, parser)
     return args
@@ -143,11 +145,11 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=Path, metavar="DIR", help="folder of the image files (default: --data)")
     add("--answers", type=Path, metavar="FILE", help="score these answers instead of asking a model")
     add("--subset", action="store_true", help="score the questions that --answers answers, not all or nothing")
-    add("--max-new-tokens", type=positive, help="limit of an answer (default: the benchmark's own)")
-    add("--batch-size", type=positive, default=64, help="prompts at a time (default: %(default)s)")
-    add("--judge", metavar="WHO", help="of judged benchmarks: the URL of an OpenAI-compatible server, or a LLaVA folder")
+    add("--max-new-tokens", type=int, help="limit of an answer (default: the benchmark's own)")
+    add("--batch-size", type=int, default=64, help="prompts at a time (default: %(default)s)")
+    add("--judge", metavar="WHO", help="the URL of an OpenAI-compatible server, or a LLaVA folder")
     add("--judge-model", metavar="NAME", help="name of the model at that server")
-    add("--judge-runs", type=positive, default=1, help="how often each answer is judged (default: %(default)s)")
+    add("--judge-runs", type=int, default=1, help="how often each answer is judged (default: %(default)s)")
     add("--judge-prompts", type=Path, metavar="FILE", help="JSON {benchmark: prompt} in place of our own prompts")
     add("--replies", type=Path, nargs="+", metavar="FILE", help="a judge's replies, in the benchmark's official format")
     add("--cache", type=Path, default=Path("runs/cache"), metavar="DIR", help="judges' replies (default: %(default)s)")
@@ -162,8 +164,8 @@ def functions_of(benchmark: Benchmark) -> list[Callable]:
 
 
 def kwargs_of(function: Callable, args: argparse.Namespace) -> dict:
-    """The settings that are keyword arguments of a function."""
-    return {name: getattr(args, name) for name in options_of(function)}
+    """The settings that are keyword arguments of a function: those given, else its own defaults."""
+    return {name: getattr(args, name, default) for name, (_, default) in options_of(function).items()}
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -202,12 +204,6 @@ def _unwritable(path: Path) -> str:
     except OSError as error:
         return error.strerror
     return ""
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
 
 
 def is_url(text: str) -> bool:
@@ -252,7 +248,7 @@ def ask(model, processor: Processor, rows: Sequence[dict], max_new_tokens: int, 
     out: the answers are kept next to this file as they come, and processes share the questions (pairs/progress.py);
     None in processes other than the first.
     """
-    asked = sorted({(row["image"], row["prompt"]) for row in rows}, key=lambda pair: (pair[0] or "", pair[1]))  # by image
+    asked = sorted({(row["image"], row["prompt"]) for row in rows}, key=lambda pair: (pair[0] or "", pair[1]))
     keys = [hashlib.sha256(repr(pair).encode()).hexdigest()[:16] for pair in asked]
 
     def work(places: list[int]) -> tuple[list[dict], Counter]:
@@ -274,7 +270,7 @@ def ask(model, processor: Processor, rows: Sequence[dict], max_new_tokens: int, 
     return {row["id"]: texts[row["image"], row["prompt"]] for row in rows}
 
 
-def ask_judges(task: Task, said: Mapping[str, str], judges: list[Model], prompt: str | None) -> list[dict[str, str]]:
+def ask_judges(task: Task, said: Mapping, judges: list[Model], prompt: str | None) -> list[dict[str, str]]:
     """The replies, {key: text} for each run; a request without a reply gets "", which counts as unparsed."""
     asked = task.benchmark.requests(task.rows, said, **({"prompt": prompt} if prompt else {}))
     requests = [Request(image, text) for image, text in asked.values()]
@@ -294,6 +290,16 @@ def make_judges(args: argparse.Namespace, device: torch.device, dtype: torch.dty
     return [kept_model(model, folder)]
 
 
+def measure(model, processor: Processor, name: str, *, said: Mapping | None = None, controls: bool = False,
+            **options) -> tuple[dict, Mapping]:
+    """(scores, answers) of a benchmark about scenes; `said` spares the asking. With `controls`, control rows too."""
+    benchmark = BENCHMARKS[name]
+    rows = [row for row in benchmark.questions(None, None, **options)
+            if controls or row.get("split", row.get("part")) not in pope.CONTROLS]
+    said = said or ask(model, processor, rows, benchmark.max_new_tokens, progress=name)
+    return benchmark.score(rows, said), said
+
+
 # ------------------------------------------------------------------------------------------------- results
 
 
@@ -303,7 +309,7 @@ def protocol(task: Task, args: argparse.Namespace) -> dict:
     options = {name: [str(p) for p in value] if isinstance(value, tuple | list) else
                str(value) if isinstance(value, Path) else value
                for f in functions_of(task.benchmark) for name, value in kwargs_of(f, args).items()}
-    entries = {"rules": task.benchmark.rules, "data": str(args.data) if args.data else None, **options,
+    entries = {"rules": task.benchmark.rules, "data": str(args.data) if args.data else None, "options": options,
                "subset": args.subset, "questions": len(task.rows),
                "questions_sha256": hashlib.sha256(listed.encode()).hexdigest()}
     if task.benchmark.requests:
@@ -327,6 +333,7 @@ def table(cells: Sequence[Sequence]) -> str:
 
 def run(args: argparse.Namespace) -> list[tuple[Task, Mapping, dict]] | None:
     """(task, answers, result) of each benchmark; None in processes other than the first."""
+    check_ranges(vars(args), RANGES)
     tasks = [prepare(name, args) for name in args.benchmark]
     prompts = read_json(args.judge_prompts) if args.judge_prompts else {}
     check_judges(tasks, args, prompts)

@@ -41,7 +41,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -387,16 +387,23 @@ def announce(run: Run, saved: dict | None) -> None:
         (args.out / name).unlink(missing_ok=True)
 
 
-def measure(args: argparse.Namespace, model: Llava, processor: Processor) -> dict[str, float]:
-    """Hallucination on held-out scenes; every value in percent, `words` the mean length of a caption."""
-    first = evaluate.FIRST_SEED[args.eval_split]
-    seeds = range(first, first + args.eval_scenes)
-    captions = evaluate.evaluate_chair(model, processor, seeds, progress="captions")
-    asked = [row for row in evaluate.pope_scenes(seeds) if row["split"] not in evaluate.CONTROLS]
-    yes_no = evaluate.evaluate_pope(model, processor, asked, progress="POPE")
+def measure(model: Llava, processor: Processor, scenes: int, split: str) -> tuple[dict[str, float], Mapping[str, str]]:
+    """(hallucination on held-out scenes, the captions); every value in percent, `words` the mean length of a caption.
+
+    false: share of a caption's claims that the scene contradicts; coverage: share of what can be said about it that
+    is; repetition: repeated 4-grams; asked: right answers, where guessing gives 33.
+    """
+    ask = partial(evaluate.measure, model, processor, scenes=scenes, split=split)
+    captions, said = ask("chair")
+    claims, _ = ask("claims", said=said)
+    yes_no, _ = ask("pope")
+    asked, _ = ask("claims_questions")
     values = {"CHAIR_s": 100 * captions["chair_s"], "CHAIR_i": 100 * captions["chair_i"],
               "recall": 100 * captions["recall"], "words": captions["words"]}
-    return values | {f"POPE {name}": 100 * split["accuracy"] for name, split in yes_no["splits"].items()}
+    values |= {f"false {kind}": 100 * claims[kind]["hallucinated"] for kind in ("existence", "attribute", "relation")}
+    values |= {"coverage": 100 * claims["all"]["coverage"], "repetition": 100 * claims["captions"]["repetition"]}
+    values |= {f"POPE {name}": 100 * split["accuracy"] for name, split in yes_no["splits"].items()}
+    return values | {f"asked {kind}": 100 * asked[kind]["accuracy"] for kind in ("count", "position")}, said
 
 
 def measure_rewards(run: Run, held: list[dict]) -> dict[str, float]:
@@ -427,7 +434,7 @@ def measurement(run: Run, held: list[dict]) -> Callable[[], dict[str, float]]:
     if held:
         return partial(measure_rewards, run, held)
     if run.args.eval_scenes > 0 and all(record["image"].startswith("scene:") for record in run.records):
-        return partial(measure, run.args, run.policy.model, run.processor)
+        return lambda: measure(run.policy.model, run.processor, run.args.eval_scenes, run.args.eval_split)[0]
     return dict
 
 

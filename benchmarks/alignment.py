@@ -39,13 +39,13 @@ sys.path.insert(0, str(HOME))
 
 import torch  # noqa: E402
 
-import evaluate  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from benchmarks.tradeoff import Point, write_tradeoff  # noqa: E402
 from data.batch import collate  # noqa: E402
 from data.processor import Processor  # noqa: E402
 from data.records import write_jsonl  # noqa: E402
+from metrics import chair  # noqa: E402
 from model.checkpoint import DEFAULT_MODEL, load_llava, save_json  # noqa: E402
 from model.logprobs import Scorer  # noqa: E402
 from options import read_arguments  # noqa: E402
@@ -55,8 +55,9 @@ OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo
            "povid", "povid_released")
 ONLINE = ("online_dpo", "mixed_dpo", "bdhs_online", "ppo", "rloo", "fisao")
 METHODS = ("dpo/realign", "dpo/bdhs", "dpo/corrupt", "povid/povid")  # the rows above learn from rank, realign, adavip
-POPE_SCENES, KL_SCENES = 100, 100
-COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "POPE adversarial", "KL", "minutes")
+KL_SCENES = 100
+COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "false attribute", "false relation", "repetition",
+           "POPE adversarial", "KL", "minutes")
 
 
 def measure(folder: Path, split: str, number: int, out: Path) -> dict:
@@ -65,18 +66,10 @@ def measure(folder: Path, split: str, number: int, out: Path) -> dict:
         kept = json.loads(out.read_text())
         if (kept["split"], kept["scenes"]) == (split, number):
             return kept
-    first = evaluate.FIRST_SEED[split]
-    seeds = range(first, first + number)
     model, processor = load_llava(folder), Processor(folder)
-    rows = evaluate.chair_scenes(seeds)
-    said = evaluate.ask(model, processor, rows, max_new_tokens=96, progress=f"captions {out.parent.name}")
-    questions = [row for row in evaluate.pope_scenes(seeds[:POPE_SCENES])
-                 if row["split"] not in evaluate.CONTROLS]
-    answers = evaluate.ask(model, processor, questions, max_new_tokens=4, progress=f"POPE {out.parent.name}")
-    figures = chair_figures(evaluate.score_chair(rows, said))
-    pope = evaluate.score_pope(questions, answers)["splits"]
-    figures |= {f"POPE {name}": 100 * split["accuracy"] for name, split in pope.items()}
-    figures["KL"] = kl_to_start(model, processor, rows[:KL_SCENES])
+    figures, said = train.measure(model, processor, number, split)
+    rows = chair.questions(None, None, scenes=min(number, KL_SCENES), split=split)
+    figures["KL"] = kl_to_start(model, processor, rows)
     result = {"figures": figures, "captions": said, "split": split, "scenes": number}
     save_json(result, out)
     return result
@@ -172,10 +165,10 @@ def lines_of(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
-def cut_captions(start: dict, seeds: range) -> list[dict[str, float]]:
+def cut_captions(start: dict) -> list[dict[str, float]]:
     """CHAIR of the start's captions cut after 1, 2, .. 8 sentences."""
-    rows = evaluate.chair_scenes(seeds)
-    return [chair_figures(evaluate.score_chair(rows, start["captions"], k)) for k in range(1, 9)]
+    rows = chair.questions(None, None, scenes=start["scenes"], split=start["split"])
+    return [chair_figures(chair.score(rows, start["captions"], max_sentences=k)) for k in range(1, 9)]
 
 
 def cut_to(words: float, cuts: list[dict[str, float]]) -> dict[str, float]:
@@ -220,8 +213,7 @@ def main() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     args.out.mkdir(parents=True, exist_ok=True)
     start = measure(DEFAULT_MODEL, args.split, args.scenes, args.out / "start.json")
-    first = evaluate.FIRST_SEED[args.split]
-    cuts = cut_captions(start, range(first, first + args.scenes))
+    cuts = cut_captions(start)
     jobs = [(row, seed) for seed in args.seeds for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
         methods = dict.fromkeys(row.partition("/")[2] or train.LOSSES[row].pairs for row in args.rows)

@@ -25,8 +25,8 @@ Departures from the released code, none of which changes a figure on its data:
 - With no mention at all CHAIRi is 0.0 (the released code divides by zero); so are the other ratios.
 
 Images are one of
-    scenes         their contents are known exactly
-    annotations    the file of --annotations: {image id: [classes]} or an instances file of COCO, which alone is
+    drawn scenes   their contents are known exactly
+    one file       the file of --annotations: {image id: [classes]} or an instances file of COCO, which alone is
                    stricter than the published figures
     COCO's files   of --data: instances and reference captions of val2014, as in the paper
 
@@ -181,7 +181,7 @@ def questions(
     data: Path | None,
     images: Path | None,
     *,
-    annotations: Path | None = None,
+    annotations: tuple[Path, ...] = (),
     scenes: int = 300,
     num: int | None = None,
     split: Literal["test", "dev"] = "test",
@@ -192,12 +192,14 @@ def questions(
 
     Raises BadInput naming bad entries, classes that CHAIR does not know and images without a file.
     """
-    if data is None and annotations is None:
+    if len(annotations) > 1:
+        raise BadInput("chair takes one --annotations file")
+    if data is None and not annotations:
         return [{"id": name, "image": name, "prompt": prompt, "objects": sorted(objects_present(sample_scene(number)))}
                 for number in held_out(split, num or scenes) for name in [reference(number)]]  # fmt: skip
-    path = annotations or find(data, INSTANCES, FILES)
+    path = annotations[0] if annotations else find(data, INSTANCES, FILES)
     rows = sample(read_objects(path), num, seed, path)
-    if annotations is None:
+    if not annotations:
         spoken = spoken_objects(find(data, CAPTIONS, FILES))
         rows = [{**row, "objects": sorted({*row["objects"], *spoken.get(row["image_id"], ())})} for row in rows]
     known = set(load_synonyms().values())

@@ -17,7 +17,7 @@ nothing to divide by is 0.0 (the released code fails). Answers are joined with l
 The one figure usually printed is the mean F1 of the splits random, popular and adversarial (`mean_of`).
 
 Questions are one of
-    scenes         known exactly, which allows two control rows that tell looking from guessing:
+    drawn scenes   known exactly, which allows two control rows that tell looking from guessing:
                    other_picture  the questions of all splits with their labels, asked about another image of the same
                                   place: the accuracy that remains can be had without looking at the objects
                    removed        the questions whose answer is "yes", after the object was taken out of the image:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from common import BadInput
+from evaluate import join_by_id
 from metrics import amber
 from metrics.amber import questions, read_answer, score, table
 from metrics.amber_nouns import forms, mentions, tokenize
-from metrics.files import read_answers
 
 FIXTURES = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="official files are not here")
@@ -165,7 +165,7 @@ def test_answers_file(data, tmp_path):
     """The official answers, a list of id and response, are read as any other's, a subset too."""
     rows, path = questions(data, None, queries="discriminative"), tmp_path / "answers.json"
     write(path, [{"id": int(key), "response": text} for key, text in SAID.items() if int(key) > 2])
-    assert read_answers(path, rows, "pope") == {key: text for key, text in SAID.items() if int(key) > 2}
+    assert join_by_id(path, rows) == {key: text for key, text in SAID.items() if int(key) > 2}
 
 
 @pytest.mark.parametrize(("change", "message"), [

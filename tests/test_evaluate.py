@@ -12,15 +12,19 @@ from pathlib import Path
 
 import pytest
 import small
-from metrics.questions import chair_photographs, chair_scenes, pope_photographs, pope_scenes, read_asked, read_objects
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import evaluate
 from data import scenes
+from judges.ask import Model, Reply
 from judges.known import KnownObjects
-from metrics.files import read_answers, read_jsonl
+from metrics import chair, pope
+from metrics.benchmark import Benchmark
+from metrics.files import read_jsonl
+from metrics.objects import read_objects
+from metrics.pope import label_questions, read_asked
 from model.checkpoint import DEFAULT_MODEL
 
 HOME = Path(__file__).resolve().parents[1]
@@ -49,6 +53,14 @@ def shell(*args) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=HOME)
 
 
+def chair_photographs(path: Path, images: Path | None, number: int | None = None, seed: int = 0) -> list[dict]:
+    return chair.questions(None, images, annotations=(path,), num=number, seed=seed)
+
+
+def pope_photographs(paths: list[Path], images: Path | None) -> list[dict]:
+    return pope.questions(None, images, annotations=tuple(paths))
+
+
 def jsonl(path: Path, rows) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
@@ -58,7 +70,7 @@ def jsonl(path: Path, rows) -> Path:
 
 
 def test_pope_scenes_are_balanced_true_and_unique():
-    rows = pope_scenes(SEEDS)
+    rows = pope.scene_questions(SEEDS)
     assert len({row["id"] for row in rows}) == len(rows)
     for name in ("random", "popular", "adversarial", "other_picture"):
         labels = [row["label"] for row in rows if row["split"] == name]
@@ -74,7 +86,7 @@ def test_pope_scenes_are_balanced_true_and_unique():
 
 
 def test_other_picture_is_another_one_of_the_same_place():
-    rows = {row["id"]: row for row in pope_scenes(SEEDS)}
+    rows = {row["id"]: row for row in pope.scene_questions(SEEDS)}
     others = [row for row in rows.values() if row["split"] == "other_picture"]
     assert len(others) == sum(row["split"] in ("random", "popular", "adversarial") for row in rows.values())
     for row in others:
@@ -85,7 +97,7 @@ def test_other_picture_is_another_one_of_the_same_place():
 
 
 def test_prompts_may_hold_braces():
-    rows = pope_scenes(SEEDS, "{question}\nAnswer {yes} or {no}.")
+    rows = pope.scene_questions(SEEDS, "{question}\nAnswer {yes} or {no}.")
     assert all(row["prompt"].endswith("in the image?\nAnswer {yes} or {no}.") for row in rows)
 
 
@@ -187,7 +199,7 @@ QUESTIONS = [{"id": "1", "text": "Is there a dog?"}, {"id": "2", "text": "Is the
     ],
 )
 def test_answers_are_joined_by_id_or_by_the_question_in_place(tmp_path, rows):
-    assert read_answers(jsonl(tmp_path / "a.jsonl", rows), QUESTIONS, "pope") == {"1": "Yes", "2": "No"}
+    assert pope.read_answers(jsonl(tmp_path / "a.jsonl", rows), QUESTIONS) == {"1": "Yes", "2": "No"}
 
 
 @pytest.mark.parametrize(
@@ -198,7 +210,8 @@ def test_answers_are_joined_by_id_or_by_the_question_in_place(tmp_path, rows):
         ([{"id": i, "text": "a"} for i in (1, 2, 3, 4)],
          ["a.jsonl:3: unknown id '3' (known: '1', '2')", "a.jsonl:4: unknown id '4' (known: '1', '2')"]),
         ([{"id": i, "text": "a"} for i in (1, 2, 1, 1.0)],
-         ["a.jsonl:3: id '1' was already answered at 1", "a.jsonl:4: id '1' was already answered at 1"]),
+         ["a.jsonl:3: id '1' was already answered at a.jsonl:1",
+          "a.jsonl:4: id '1' was already answered at a.jsonl:1"]),
         ([{"id": True, "text": "a"}, {"id": 1.5, "text": "a"}, {"id": [1], "text": "a"}],
          ["a.jsonl:1: True is no id", "a.jsonl:2: 1.5 is no id", "a.jsonl:3: [1] is no id"]),
         (['{"id": 1, "text": "\\ud83d"}', '{"id": 1, "id": 2, "text": "a"}', '{"id": 1, "text": NaN}',
@@ -212,9 +225,9 @@ def test_answers_are_joined_by_id_or_by_the_question_in_place(tmp_path, rows):
          ["a.jsonl:1: not valid JSON (Expecting property name enclosed in double quotes at column 2)",
           "a.jsonl:2: want a JSON object, found list"]),
         ([{"id": 1}, {"text": "a"}, {"id": 2, "text": "Is there a dog?", "answer": "No"}],
-         ["a.jsonl:1: want one text (text, answer, response, caption, model_prediction), found 0",
+         ["a.jsonl:1: want one text (text, answer, response, caption, model_prediction, prediction), found 0",
           "a.jsonl:2: no id (question_id, id)",
-          "a.jsonl:3: want one text (text, answer, response, caption, model_prediction), found 2"]),
+          "a.jsonl:3: want one text (text, answer, response, caption, model_prediction, prediction), found 2"]),
         ([{"question": "Is there a cat?", "answer": "No"}, {"question": "Is there a cat?", "answer": "No"}],
          ["a.jsonl:1: no id, and not the question in the same place"]),
         ([], ["a.jsonl: has no lines"]),
@@ -223,7 +236,7 @@ def test_answers_are_joined_by_id_or_by_the_question_in_place(tmp_path, rows):
 def test_every_problem_of_an_answer_file_is_named(tmp_path, rows, problems):
     path = jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(ValueError) as error:
-        read_answers(path, QUESTIONS, "pope")
+        pope.read_answers(path, QUESTIONS)
     assert str(error.value).replace(f"{tmp_path}/", "").split("\n") == problems
 
 
@@ -237,7 +250,7 @@ def test_captions_name_their_picture_in_many_ways(tmp_path, said, known):
     """As OPERA (a number), LLaVA (a file) and others write it; a list is read like lines."""
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"image_id": said, "caption": "a"}]))
-    assert read_answers(path, [{"id": known}], "chair") == {known: "a"}
+    assert chair.read_answers(path, [{"id": known}]) == {known: "a"}
 
 
 def test_what_only_looks_like_a_name_is_not_joined(tmp_path):
@@ -247,7 +260,7 @@ def test_what_only_looks_like_a_name_is_not_joined(tmp_path):
 
     def join(name):
         said = jsonl(tmp_path / "a", [{"id": name, "text": "-"}])
-        return list(read_answers(said, questions, "chair", subset=True))
+        return list(chair.read_answers(said, questions, subset=True))
 
     assert join(1) == ["img_2.jpg"] and join("img_1") == ["img_1.jpg"] and join("/data/b/x.jpg") == ["b/x.jpg"]
     for name in ("img_1.png", "photo_1.jpg", 2):
@@ -280,7 +293,7 @@ def test_scoring_a_file_by_hand(tmp_path):
     assert [result["scores"][name] for name in ("chair_s", "chair_i", "recall")] == pytest.approx(
         [0, 0, 2 / 3]
     )
-    assert result["protocol"]["max_sentences"] == 1
+    assert result["protocol"]["options"]["max_sentences"] == 1
 
 
 def test_bad_input_ends_with_one_line_a_problem_and_no_file(tmp_path):
@@ -292,14 +305,13 @@ def test_bad_input_ends_with_one_line_a_problem_and_no_file(tmp_path):
         (Run, [{"id": "1", "text": "x"}, {"id": "2", "text": "x"}, {"id": "2", "text": "x"}, "nonsense"],
          ["{}:4: not valid JSON (Expecting value at column 1)"]),
         (Run, [{"id": "1", "text": "x"}, {"id": "2", "text": "x"}, {"id": "2", "text": "x"}, {"id": "1"}],
-         ["{}:3: id '2' was already answered at 2",
-          "{}:4: want one text (text, answer, response, caption, model_prediction), found 0"]),
+         ["{}:3: id '2' was already answered at {}:2", "{}:4: id '1' was already answered at {}:1"]),
     ):  # fmt: skip
         said = jsonl(tmp_path / "said.jsonl", rows)
         done = call("--benchmark", "chair", "--answers", said, "--annotations", table, "--out", out,
                     "--save-answers", again)  # fmt: skip
         assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.splitlines() == [line.format(said) for line in expected]
+        assert done.stderr.splitlines() == [line.replace('{}', str(said)) for line in expected]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["objects.json", "said.jsonl"]
 
 
@@ -307,12 +319,16 @@ def test_bad_input_ends_with_one_line_a_problem_and_no_file(tmp_path):
     ("args", "reason"),
     [
         (("--benchmark", "pope", "--prompt", "Is it?"), "--prompt lacks {question}"),
-        (("--benchmark", "pope", "--max-sentences", "1"), "--max-sentences is for chair"),
-        (("--benchmark", "chair", "--annotations", "x.json"), "--annotations needs --images or --answers"),
-        (("--benchmark", "chair", "--images", "x"), "--questions, --images need --annotations"),
-        (("--benchmark", "chair", "--num", "0"), "0 is not positive"),
-        (("--benchmark", "chair", "--num", "1000001"), "--num: a split has 1,000,000 scenes"),
-        (("--benchmark", "chair", "--num", "two"), "invalid positive value: 'two'"),
+        (("--benchmark", "pope", "--max-sentences", "1"), "unrecognized arguments: --max-sentences"),
+        (("--benchmark", "chair", "--annotations", "OBJECTS"), "chair: --images DIR with the image files, or --answers"),
+        (("--benchmark", "chair", "--annotations", "a", "b"), "chair takes one --annotations file"),
+        (("--benchmark", "chair", "--num", "0"), "--num must be in [1, 1e9], not 0"),
+        (("--benchmark", "chair", "--scenes", "1000001"), "--scenes 1000001: a split has 1 to 1,000,000 scenes"),
+        (("--benchmark", "chair", "--num", "two"), "invalid int value: 'two'"),
+        (("--benchmark", "chair", "chair"), "--benchmark names one twice"),
+        (("--benchmark", "chair", "pope", "--answers", "x"), "are for one benchmark at a time"),
+        (("--benchmark", "mme"), "mme needs --data, a folder with"),
+        (("--benchmark", "mmvet", "--data", "x", "--judge", "http://x"), "--judge URL --judge-model NAME"),
         (("--benchmark", "chair", "--subset"), "--subset is for --answers"),
         (("--benchmark", "chair", "--out", "/no/such/x.json"), "cannot write /no/such/x.json: No such file"),
         (("--benchmark", "chair", "--out", "/dev/null"), "cannot write /dev/null: it is no regular file"),
@@ -322,11 +338,11 @@ def test_bad_input_ends_with_one_line_a_problem_and_no_file(tmp_path):
          "another argument names it"),
     ],
 )
-def test_arguments_that_do_not_go_together(args, reason, capsys):
-    with pytest.raises(SystemExit) as error:
-        evaluate.parse(args)
-    assert error.value.code == 2
-    assert reason in capsys.readouterr().err
+def test_arguments_that_do_not_go_together(args, reason, tmp_path):
+    objects = tmp_path / "objects.json"
+    objects.write_text('{"1": ["dog"]}')
+    done = Run(*(str(objects) if arg == "OBJECTS" else arg for arg in args))
+    assert done.returncode == 2 and reason in done.stderr
 
 
 def test_a_subset_is_scored_when_asked(tmp_path):
@@ -382,16 +398,16 @@ def test_llavas_questions_with_the_labels_of_one_split(tmp_path):
         scores = json.loads((tmp_path / "out.json").read_text())["scores"]["splits"]
         assert list(scores) == ["random"] and (scores["random"]["TP"], scores["random"]["FP"]) == (1, 3)
     asked = read_asked(questions)
-    sample = pope_photographs([labels], None, 2, asked=asked)
+    sample = label_questions([labels], 2, asked=asked)
     assert len(sample) == 2 and all(row["id"] in {"random0", "random1", "random2", "random3"} for row in sample)
     del asked["random", "0.jpg", rows[0]["text"]]
     with pytest.raises(ValueError, match="random.json: '0.jpg / Is there a dog.': 1 labels, asked 0 times"):
-        pope_photographs([labels], None, asked=asked)
+        label_questions([labels], asked=asked)
     jsonl(labels, [{**rows[n], "question_id": n, "label": "no"} for n in (1, 2, 3)])
     with pytest.raises(ValueError, match="random.json: '0.jpg / Is there a dog.': 0 labels, asked 1 times"):
-        pope_photographs([labels], None, asked=read_asked(questions))
+        label_questions([labels], asked=read_asked(questions))
     with pytest.raises(ValueError, match="x.json: split 'x' by its name, the question file has 'popular', 'r"):
-        pope_photographs([labels.rename(tmp_path / "x.json")], None, asked=asked)
+        label_questions([labels.rename(tmp_path / "x.json")], asked=asked)
 
 
 @needs_fixtures
@@ -437,12 +453,12 @@ def test_official_layout_without_ids(tmp_path):
     rows = [{"question": row["text"].split("\n")[0], "answer": text}
             for row, text in zip(asked, said) if row["category"] == "random"]  # fmt: skip
     questions = pope_photographs([folder / "labels_random.json"], None)
-    answers = read_answers(jsonl(tmp_path / "a.jsonl", rows), questions, "pope")
-    scores = evaluate.score_pope(questions, answers)
+    answers = pope.read_answers(jsonl(tmp_path / "a.jsonl", rows), questions)
+    scores = pope.score(questions, answers)
     assert scores["mean"]["f1"] == pytest.approx(0.87136, abs=5e-6)
     rows[5], rows[6] = rows[6], rows[5]
     with pytest.raises(ValueError, match=r":6: no id, and not the question.*\n.*:7: no id, and not"):
-        read_answers(jsonl(tmp_path / "a.jsonl", rows), questions, "pope")
+        pope.read_answers(jsonl(tmp_path / "a.jsonl", rows), questions)
 
 
 # ------------------------------------------------------------------------------------- models
@@ -467,9 +483,9 @@ def test_a_model_that_sees_everything(monkeypatch):
     """CHAIR 0, 0, 1; POPE 1 in all splits; nothing found where the object was removed; and about another
     picture, whose labels are those of the first, it is wrong where the pictures differ."""
     monkeypatch.setattr(evaluate, "answers", seeing)
-    chair = evaluate.evaluate_chair(None, None, SEEDS)
+    chair = evaluate.measure(None, None, "chair", scenes=12)[0]
     assert (chair["n"], chair["chair_s"], chair["chair_i"], chair["recall"]) == (12, 0, 0, 1)
-    scores = evaluate.evaluate_pope(None, None, SEEDS)
+    scores = evaluate.measure(None, None, "pope", scenes=12, controls=True)[0]
     assert list(scores["splits"]) == ["random", "popular", "adversarial"]
     assert all(split["accuracy"] == 1 and split["yes_ratio"] == 0.5 for split in scores["splits"].values())
     assert scores["mean"]["f1"] == 1
@@ -480,7 +496,7 @@ def test_a_model_that_sees_everything(monkeypatch):
 def test_a_model_that_always_says_yes(monkeypatch):
     """Balanced splits: accuracy 1/2, F1 2/3; it still finds what was removed."""
     monkeypatch.setattr(evaluate, "answers", agreeing)
-    scores = evaluate.evaluate_pope(None, None, SEEDS)
+    scores = evaluate.measure(None, None, "pope", scenes=12, controls=True)[0]
     assert scores["mean"]["accuracy"] == 0.5 and scores["mean"]["f1"] == pytest.approx(2 / 3)
     assert scores["controls"]["other_picture"]["accuracy"] == 0.5
     assert scores["controls"]["removed"]["yes_ratio"] == 1
@@ -494,7 +510,7 @@ def test_a_question_is_computed_once_and_those_of_a_picture_stand_together(monke
         return [[prompt] for prompt in prompts]
 
     monkeypatch.setattr(evaluate, "answers", record)
-    rows = pope_scenes(SEEDS)
+    rows = pope.scene_questions(SEEDS)
     said = evaluate.ask(None, None, rows, 4)
     assert said == {row["id"]: row["prompt"] for row in rows}
     (asked,) = calls
@@ -546,10 +562,11 @@ def test_model_through_the_command_line(tmp_path, random_folder, which, benchmar
     assert first["scores"] == second["scores"]
     assert first["protocol"]["questions_sha256"] == second["protocol"]["questions_sha256"]
     name = str(random_folder) if which == "random" else "model/tiny"
-    made = {"model": name, "decoding": "greedy", "max_new_tokens": 6, "pictures": "scenes, dev", "num": 3}
+    made = {"model": name, "decoding": "greedy", "max_new_tokens": 6}
     assert made.items() <= first["protocol"].items()
+    assert {"split": "dev", "num": 3}.items() <= first["protocol"]["options"].items()
     rows = [row for _, row in read_jsonl(said)]
-    expected = (chair_scenes if benchmark == "chair" else pope_scenes)(range(scenes.DEV, scenes.DEV + 3))
+    expected = evaluate.BENCHMARKS[benchmark].questions(None, None, scenes=3, split="dev")
     assert [row["id"] for row in rows] == [row["id"] for row in expected]
     assert len({row["text"] for row in rows}) > 1 or which == "random"
 
@@ -568,13 +585,118 @@ def test_model_on_photographs(tmp_path, random_folder):
     done = Run(*common, *pictures, "--save-answers", said)
     assert done.returncode == 0, done.stderr
     model, processor = evaluate.load_llava(random_folder), evaluate.Processor(random_folder)
-    direct = evaluate.ask(model, processor, chair_scenes(range(4)), 8)
+    direct = evaluate.ask(model, processor, [{"id": str(i), "image": f"scene:{i}", "prompt": scenes.CAPTION_PROMPT} for i in range(4)], 8)
     assert [row["text"] for _, row in read_jsonl(said)] == list(direct.values())
     assert len(set(direct.values())) > 1
 
 
 def test_questions_beyond_the_window_are_named_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr(evaluate, "load_llava", None)
-    args = evaluate.parse(["--benchmark", "chair", "--num", "2", "--max-new-tokens", "1000"])
-    with pytest.raises(ValueError, match="scenes: record '.*1000 new ones .--max-new-tokens., the decoder takes 1024"):
+    args = evaluate.read_arguments(["--benchmark", "chair", "--num", "2", "--max-new-tokens", "1000"])
+    with pytest.raises(ValueError, match="chair: record '.*1000 new ones .--max-new-tokens., the decoder takes 1024"):
         evaluate.run(args)
+
+
+# ------------------------------------------------------------------------------------- the one way of asking
+
+
+def counted(texts: list[str], *, letter: str = "d") -> dict:
+    return {"n": len(texts), "with": sum(letter in text for text in texts)}
+
+
+LETTERS = Benchmark(
+    rules="how many answers have a letter",
+    questions=lambda data, images: [{"id": str(i), "image": f"scene:{i}", "prompt": "Is there a dog in the image?"}
+                                    for i in range(5)],
+    score=lambda rows, said, *, letter="d": counted([said[row["id"]] for row in rows], letter=letter),
+    table=lambda scores: [("n", "with"), (str(scores["n"]), str(scores["with"]))], max_new_tokens=3)  # fmt: skip
+
+
+def letters(rows, said, *, letter: str = "d") -> dict:
+    return counted([said[row["id"]] for row in rows], letter=letter)
+
+
+def scenes_of(data: Path | None, images: Path | None) -> list[dict]:
+    return LETTERS.questions(data, images)
+
+
+def test_a_new_benchmark_is_one_line(tmp_path, monkeypatch, random_folder):
+    """Its options, questions, scores and table come from its functions; nothing else knows of it."""
+    monkeypatch.setitem(evaluate.BENCHMARKS, "letters", LETTERS._replace(questions=scenes_of, score=letters))
+    said, out = jsonl(tmp_path / "a", [{"id": i, "text": "odd" if i % 2 else "even"} for i in range(5)]), tmp_path / "o"
+    done = Run("--benchmark", "letters", "--answers", said, "--letter", "v", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["n", "with", "5", "3"]
+    result = json.loads(out.read_text())
+    assert (result["scores"], result["protocol"]["options"]) == ({"n": 5, "with": 3}, {"letter": "v"})
+    done = Run("--benchmark", "chair", "letters", "--model", random_folder, "--scenes", 2, "--out", out, "--seed", 1)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [result["benchmark"] for result in results] == ["chair", "letters"]
+    assert results[1]["protocol"]["max_new_tokens"] == 3 and "versions" in results[1]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, random_folder):
+    """Chunks that were answered are not asked again, the answers are those of a run in one go, and other settings do
+    not go on with them."""
+    asked, stop = [], [2]
+
+    def breaking(model, processor, images, prompts, **options):
+        if len(asked) == stop[0]:
+            raise KeyboardInterrupt
+        asked.append(len(images))
+        return seeing(model, processor, images, prompts)
+
+    monkeypatch.setattr(evaluate, "answers", breaking)
+    out, said = tmp_path / "o", tmp_path / "said"
+    common = ("--benchmark", "pope", "--model", random_folder, "--scenes", 3, "--batch-size", 8, "--save-answers", said)
+    with pytest.raises(KeyboardInterrupt):
+        Run(*common, "--out", out)
+    stop[0] = 10**6
+    done = Run(*common[:-2], "--out", out, "--max-new-tokens", 5)
+    assert done.returncode == 2 and "run with other settings" in done.stderr
+    assert Run(*common, "--out", out).returncode == 0 and not list(tmp_path.glob("o.pope.part*"))
+    resumed, calls = said.read_bytes(), len(asked)
+    assert Run(*common, "--out", tmp_path / "o2").returncode == 0
+    assert said.read_bytes() == resumed and len(asked) - calls == calls
+
+
+def test_two_processes_give_the_same_answers(tmp_path, random_folder):
+    common = ("--benchmark", "chair", "--model", random_folder, "--scenes", 5, "--max-new-tokens", 6, "--batch-size", 2)
+    assert shell(*common, "--out", tmp_path / "o1", "--save-answers", tmp_path / "a1").returncode == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(HOME / "evaluate.py"), *map(str, common), "--out", str(tmp_path / "o2"), "--save-answers",
+               str(tmp_path / "a2")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HOME)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a1").read_bytes() == (tmp_path / "a2").read_bytes()
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("o1", "o2"))
+    assert one["scores"] == two["scores"] and one["protocol"] == two["protocol"]
+
+
+def test_a_judge_is_asked_once_a_run(tmp_path, monkeypatch):
+    """LLaVA-Bench with a judge that rates 8 against the run's number: the mean over runs, their names in the result."""
+    for name, rows in (("questions", [{"question_id": 0, "image": "a.jpg", "category": "conv", "text": "Q"}]),
+                       ("context", [{"image": "a.jpg", "caption": "C"}]),
+                       ("answers_gpt4", [{"question_id": 0, "text": "R"}])):  # fmt: skip
+        jsonl(tmp_path / f"{name}.jsonl", rows)
+    asked = []
+
+    def server(server, *, cache, root=None):
+        def ask(requests):
+            asked.append((server.seed, [request.image for request in requests]))
+            return [Reply(f"8 {2 + 2 * server.seed}\nBecause.") for _ in requests]
+
+        return Model(server.model, ask)
+
+    monkeypatch.setattr(evaluate, "server_model", server)
+    said = jsonl(tmp_path / "a", [{"question_id": 0, "text": "A"}])
+    common = ("--benchmark", "llavabench", "--data", tmp_path, "--answers", said)
+    assert "is judged: --judge URL" in Run(*common).stderr
+    judge = ("--judge", "http://here", "--judge-model", "J", "--judge-runs", 2, "--out", tmp_path / "o")
+    done = Run(*common, *judge)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "o").read_text())
+    assert asked == [(0, [None]), (1, [None])]
+    assert result["scores"]["mean"]["all"] == pytest.approx(100 * (2 / 8 + 4 / 8) / 2)
+    assert (result["protocol"]["judge"], result["protocol"]["judge_runs"]) == ("J", 2)

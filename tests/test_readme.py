@@ -19,7 +19,7 @@ READMES = {path.parent: path.read_text() for path in [HOME / "README.md", *sorte
 SHORT = {
     "train.py": "--steps 2 --scenes 40 --eval-scenes 4 --batch-size 4 --log-every 1 --lora-rank 4",
     "generate_pairs.py": "--scenes 12",
-    "evaluate.py": "--num 4",
+    "evaluate.py": "--scenes 4",
     "tools.pretrain": "--steps 2 --scenes 64 --out {out}",
     "benchmarks/alignment.py": "--rows dpo --seeds 0 --scenes 4 --out {out} -- --steps 2 --scenes 40 --batch-size 4",
 }
