@@ -55,6 +55,7 @@ def test_each_picture_is_opened_once_and_gives_its_own_image_tokens():
     batch = collate(RECORDS, SEQUENCES, words)
     assert words.opened == ["3", "1", "2"] and batch.pixels[:, 0, 0, 0].tolist() == [3, 3, 3, 1, 2, 2]
     assert batch.packed.prefixes == [14, 6, 6, 10]
+    assert batch.packed.questions == [(7, 9), (8, 9), (7, 9), (8, 9)]
     at = 3 * small.PATCHES
     rows = [*range(11), -1, *range(at, at + 3), -1, *range(at, at + 3), -1, *range(at + 9, at + 16), -1]
     assert batch.packed.rows.tolist() == rows

@@ -15,6 +15,7 @@ from test_processor import tokenizer
 
 from data.batch import collate
 from data.processor import Processor
+from judges import ask
 from losses import dpo
 from model.adapters import save_adapters
 from model.checkpoint import load_llava, save_llava
@@ -22,6 +23,7 @@ from model.families import FAMILIES, find_family
 from model.generate import answers
 from model.logprobs import Scorer, Sequence, naive_logprobs
 from model.lora import Reference, add_lora, lora_layers
+from pairs import bdhs, online, realign
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a dog", "Is there a dog in the image?", "a"]
@@ -89,6 +91,16 @@ def test_generation_with_and_without_an_image(folder):
     together = answers(model, processor, images, prompts, max_new_tokens=6, root=folder)
     alone = [answers(model, processor, [i], [p], max_new_tokens=6, root=folder)[0] for i, p in zip(images, prompts)]
     assert together == alone and len({a for a, in together}) == 4
+
+
+def test_whoever_generates_hands_the_question_on(folder):
+    """A judge, samples while training, completions with hidden image tokens, gaps: each needs this family's question."""
+    model, processor = load_llava(folder), Processor(folder)
+    ask.local_model(model, processor, "toy", max_new_tokens=2, root=folder).ask([ask.Request("a.png", PROMPTS[0])])
+    online.sample(model, processor, RECORDS, [1, 2, 3], folder, samples=2, temperature=1.0, max_new_tokens=2)
+    bdhs.completion(model, processor, max_new_tokens=2, root=folder)([bdhs.Attempt("a.png", "a dog", [], 0.5, 3)])
+    realign.infill(model, processor, gap_tokens=2, root=folder)([realign.Job("a.png", "a dog", "Yes, a dog", [(5, 10)])])
+    assert model.calls == [1, 3, 1, 1]
 
 
 def test_save_and_load(folder, tmp_path):

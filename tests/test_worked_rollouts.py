@@ -110,7 +110,7 @@ def test_an_end_token_is_added_only_where_one_was_drawn(monkeypatch):
                          max_new_tokens=3)
     assert said == [[[A, DOG, EOS], [TWO, CATS, DOG]], [[EOS], [A, EOS]], [[A, EOS], [DOG, EOS]]] and model.training
     assert asked == {"views": 2, "prompts": [[1, 0]] * 3, "shows": [0, 1, 0], "eos_id": EOS, "n": 2,
-                     "max_new_tokens": 3, "temperature": 0.7, "seeds": [7, 8, 9], "dropout": False}
+                     "questions": [()] * 3, "max_new_tokens": 3, "temperature": 0.7, "seeds": [7, 8, 9], "dropout": False}
 
 
 # ---- PPO ---------------------------------------------------------------------------------------------------
