@@ -397,7 +397,7 @@ def read_baselines(path: Path, unit: str) -> dict:
 def verifier_scores(
     references: list[str], ids: list[list[int]], texts: list[str], verifier
 ) -> dict[str, list[float]]:
-    """What FiSAO's verifier says of answers about known pictures: scores of correct and hallucinated words and
+    """What FiSAO's verifier says of responses about known images: scores of correct and hallucinated words and
     of sentences with and without a hallucinated word (the paper's Figures 1 and 4). Sentences without an object
     are left out."""
     found = verifier(references, ids)
