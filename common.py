@@ -1,16 +1,20 @@
-"""What all folders share: JSON is read strictly, so that one line names the file and what is wrong with it, and a
-file of many faults is refused in few lines."""
+"""What all folders share: JSON is read strictly, so that one line names the file and what is wrong with it, a file of
+many faults is refused in few lines, and the signatures of functions become the options of scripts."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
+import re
 import reprlib
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 
 
@@ -106,3 +110,67 @@ def versions() -> dict[str, str | None]:
         commit = None
     packages = {name: metadata.version(name) for name in ("torch", "tokenizers", "safetensors", "numpy", "Pillow")}
     return {"commit": commit, "python": platform.python_version(), **packages}
+
+
+# ---- A function's signature says what it needs and what its options are --------------------------------------------
+
+
+def arguments_of(function: Callable) -> list[str]:
+    """What a function asks for by name: its arguments but for the keyword-only ones."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+
+
+def options_of(*functions: Callable) -> dict[str, tuple[object, object]]:
+    """Keyword-only arguments with a default: name -> (type, default)."""
+    found = {}
+    for function in functions:
+        types = typing.get_type_hints(function)
+        keywords = (p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
+        found |= {p.name: (types[p.name], p.default) for p in keywords if p.default is not p.empty}
+    return found
+
+
+def meaning(option: str, *functions: Callable) -> str:
+    """What the tables in the headers of the functions' files say about an argument, without its symbol and type."""
+    for function in functions:
+        lines = (inspect.getmodule(function).__doc__ or "").splitlines() if option in options_of(function) else []
+        for number, line in enumerate(lines):
+            row = re.split(r"\s{2,}", line.strip())  # symbol, argument, type, meaning
+            if option in row[:2] and row[-1] not in (option, "float", "int", "str"):
+                column = line.rindex(row[-1])
+                more = takewhile(lambda x: len(x) - len(x.lstrip()) == column, lines[number + 1 :])  # noqa: B023
+                return " ".join([row[-1], *map(str.strip, more)])
+    return ""
+
+
+def add_options(group, *functions: Callable) -> None:
+    """The options of functions on a command line: type, choices and default from the signature, the help from the
+    header's table."""
+    for name, (kind, default) in options_of(*functions).items():
+        kind = next((k for k in typing.get_args(kind) if type(None) in typing.get_args(kind)), kind)  # of `kind | None`
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+        how = {"action": "store_true"} if kind is bool else {"type": type(choices[0]) if choices else kind,
+                                                             "choices": choices}
+        shown = "" if default is None or default is False else " (default: %(default)s)"
+        text = meaning(name, *functions).replace("%", "%%") + shown
+        group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text.strip(), **how)
+
+
+def check_ranges(values: Mapping[str, object], ranges: Mapping[str, str], *functions: Callable) -> None:
+    """Refuse numbers outside their interval, NaN among them. Raises BadInput.
+
+    Args:
+        values: option -> value; what is no number is passed over.
+        ranges: interval such as "[0, 1)" -> options, of one function alone where FUNCTION.option.
+    """
+    intervals = {option: interval for interval, options in ranges.items() for option in options.split()}
+    for name, value in values.items():
+        if type(value) not in (int, float):
+            continue
+        own = [intervals[key] for f in functions if (key := f"{f.__name__}.{name}") in intervals]
+        interval = own[0] if own else intervals.get(name, "(-inf, inf)")
+        low, high = map(float, interval[1:-1].split(","))
+        ends = {low} if interval[0] == "[" else set()
+        ends |= {high} if interval[-1] == "]" else set()
+        if not (low < value < high or value in ends):
+            raise BadInput(f"--{name.replace('_', '-')} must be in {interval}, not {value}")

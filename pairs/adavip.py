@@ -10,10 +10,13 @@ box, Eq. 7: mask) is removed on its own (Eq. 8: c_i). Candidates are scored with
 and (x, v_l, y_w) becomes the vision-rejected sample.
 
     symbol     argument                      shape
-    c_i        candidates(record)            n x (label, picture reference)
+    y_w, y_l   pairs                         pair records with `chosen` and `rejected`
+    c_i        candidates(record)            n x (label, image)
     s_j        sentences(record["chosen"])   m texts
     CLIP       cosine of two embeddings      (n, m)
     Score_i    candidate_scores(...)         (n,)
+               any_object                    choose among all objects, as the paper does, not only among those that the
+                                             chosen response mentions
 
 Departures
 - Eq. 9 prints n (the number of candidates) as upper limit; the sum runs over the m sentences.
@@ -68,7 +71,7 @@ def scene_candidates(record: dict) -> list[tuple[str, str]]:
     """The record's scene without each of its classes: (class, reference). BadInput when it is no scene."""
     if not record["image"].startswith("scene:"):
         raise BadInput(f"{record['id']}: cannot remove objects from {record['image']!r}; only scenes are "
-                       "drawn again, photographs need a detector (photo_candidates)")
+                       "drawn again, photographs need a detector (--detector)")
     scene, without = parse_reference(record["image"])
     return [(category, reference(scene.seed, (*without, category)))
             for category in sorted(objects_present(scene, without))]
@@ -143,27 +146,25 @@ def candidate_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return (images @ texts.T).sum(axis=1)
 
 
-def vision_pairs(pairs: list[dict], clip: CLIP, processor: ClipProcessor, *,
+def adavip_pairs(pairs: list[dict], clip: CLIP, clip_processor: ClipProcessor,
                  candidates: Candidates = scene_candidates, batch_size: int = 64, root: Path | None = None,
-                 any_object: bool = False, source: dict | None = None,
-                 progress: str = "") -> tuple[list[dict], Counter]:
+                 models: dict | None = None, *, any_object: bool = False) -> tuple[list[dict], Counter]:
     """Add a rejected image to text pairs.
 
     Args:
-        pairs: pair records with `chosen` and `rejected`.
-        candidates: gives the pictures that lack one object each.
+        candidates: gives the images that lack one object each.
         root: folder that relative file paths start from.
-        any_object: choose among all candidates, as the paper does, not only among objects that `chosen` mentions.
-        source: what the pair records shall say about their origin.
+        models: names of the models in use, for `source`.
 
     Returns (pair records with `rejected_image`, how many were dropped for which reason). All candidates are
     listed with their scores in `source`, so that each choice can be checked.
     """
     options = [candidates(pair) for pair in pairs]
     said = [sentences(pair["chosen"]) for pair in pairs]
-    images = embed_images([image for option in options for _, image in option], clip, processor,
-                          batch_size=batch_size, root=root, progress=progress)
-    texts = embed_texts([sentence for lines in said for sentence in lines], clip, processor)
+    # One pass of each tower for the whole chunk; `split` hands every pair its own rows again.
+    images = embed_images([image for option in options for _, image in option], clip, clip_processor,
+                          batch_size=batch_size, root=root)
+    texts = embed_texts([sentence for lines in said for sentence in lines], clip, clip_processor)
     made, dropped = [], Counter()
     for pair, option, lines in zip(pairs, options, said):
         own, images = np.split(images, [len(option)])
@@ -180,6 +181,6 @@ def vision_pairs(pairs: list[dict], clip: CLIP, processor: ClipProcessor, *,
         listing = [{"removed": label, "image": image, "score": round(float(score), 4), "mentioned": bool(is_said)}
                    for (label, image), score, is_said in zip(option, scores, mentioned)]
         made.append({**pair, "rejected_image": option[int(np.where(allowed, scores, np.inf).argmin())][1],
-                     "source": {"method": "adavip", **(source or {}), "text": pair.get("source"),
+                     "source": {"method": "adavip", **(models or {}), "text": pair.get("source"),
                                 "candidates": listing}})
     return made, dropped

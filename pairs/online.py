@@ -41,7 +41,7 @@ from judges.scores import Judge, order
 from losses import dpo
 from model.generate import generate
 from model.llava import Llava
-from pairs.bdhs import bdhs_pairs, completion
+from pairs.bdhs import bdhs_pairs
 
 
 def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[int], root: Path | None, *,
@@ -61,7 +61,7 @@ def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[
         n=samples, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds,
     )
     model.train(training)
-    return [[ids + [processor.eos_id] * (len(ids) < max_new_tokens) for ids in group] for group in groups]
+    return [[ids + ([processor.eos_id] if len(ids) < max_new_tokens else []) for ids in group] for group in groups]
 
 
 def ranked_pairs(records: list[dict], seeds: list[int], model: Llava, processor: Processor, root: Path | None,
@@ -99,9 +99,9 @@ def bdhs_triples(records: list[dict], seeds: list[int], model: Llava, processor:
                  similarity, *, rho_th: float = 0.99, iterations: int = 5, eps_s: float = 0.97,
                  temperature: float = 1.0, max_new_tokens: int = 96) -> list[dict]:
     """Online BDHS: each given pair with one more rejected answer, `generated`."""
-    complete = completion(model, processor, max_new_tokens=max_new_tokens, temperature=temperature, root=root)
     asked = [{**record, "id": f"{record['id']}/{seed}"} for record, seed in zip(records, seeds)]
-    made, _ = bdhs_pairs(asked, complete, similarity, rho_th=rho_th, iterations=iterations, eps_s=eps_s)
+    made, _ = bdhs_pairs(asked, model, processor, similarity, root=root, rho_th=rho_th, iterations=iterations,
+                         eps_s=eps_s, temperature=temperature, max_new_tokens=max_new_tokens)
     generated = {pair["id"]: pair["rejected"] for pair in made
                  if not problems_of(pair, processor, root, dpo.SEQUENCES)}
     return [{**record, "generated": generated.get(asking["id"], record["rejected"]),
