@@ -17,6 +17,8 @@ from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 
+HOME = Path(__file__).resolve().parent
+
 
 class BadInput(ValueError):
     """What the user gave cannot be used. The scripts print it and end with status 2; every other exception is a
@@ -151,9 +153,9 @@ def add_options(group, *functions: Callable) -> None:
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
         how = {"action": "store_true"} if kind is bool else {"type": type(choices[0]) if choices else kind,
                                                              "choices": choices}
-        shown = "" if default is None or default is False else " (default: %(default)s)"
-        text = meaning(name, *functions).replace("%", "%%") + shown
-        group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text.strip(), **how)
+        shown = default.relative_to(HOME) if isinstance(default, Path) else default
+        text = meaning(name, *functions) + ("" if default is None or default is False else f" (default: {shown})")
+        group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text.replace("%", "%%"), **how)
 
 
 def check_ranges(values: Mapping[str, object], ranges: Mapping[str, str], *functions: Callable) -> None:

@@ -216,7 +216,7 @@ def main() -> None:
         print(f"generate_pairs.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("generate_pairs.py: interrupted; the same command goes on", file=sys.stderr)
+        print("generate_pairs.py: interrupted; go on with --resume", file=sys.stderr)
         sys.exit(1)
     if report is not None:
         print(summary(report, time.monotonic() - start))

@@ -18,8 +18,8 @@ def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:
     Raises BadInput when the record's picture is not a scene.
     """
     if not record["image"].startswith("scene:"):
-        raise BadInput(f"{record['id']}: nobody knows what {record['image']!r} shows; to rank answers "
-                       "about photographs, pass an annotator or pairs that were ranked elsewhere")
+        raise BadInput(f"{record['id']}: the contents of {record['image']!r} are unknown, so --judge scene cannot"
+                       " rank responses to it; choose another judge, or give pairs that were ranked elsewhere")
     shown = objects_present(*parse_reference(record["image"]))
     judgements = []
     for answer in answers:

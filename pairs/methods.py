@@ -72,6 +72,8 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
         raise BadInput("there are no images to make pairs of")
     settings = {name: more.pop(name) for name in Setting._fields if name in more}
     functions, options = chain(method, records), complete_options(method, more)
+    if options.get("author", "policy") != "policy" and "author" not in options_of(*with_tools(*functions)):
+        raise BadInput("--author writes chosen responses that are not given; these records bring theirs")
     setting = Setting(records, **settings, checks=checks(functions, options))
     given = {"model": model, "processor": processor, "clip": clip, "clip_processor": clip_processor}
     tools = Tools(setting, options, {name: tool for name, tool in given.items() if tool is not None})

@@ -4,16 +4,14 @@ A tool is made by one function, at most once and only if it is used. The functio
 names of their arguments say what they need, their keyword-only arguments are options. A tool that a tool needs comes
 as a function that makes it, because the options decide what is needed: `clip()` is called by --judge clip alone.
 
-    tool             what the methods get
-    processor, model, clip, clip_processor
-    similarity       two lists of texts -> cosines
-    candidates       record -> (label, image without it), for AdaViP
-    judge            (records, responses of each) -> verdicts             judges/scores.py
-    writer           records -> corruptions of `chosen`                   pairs/corrupt.py
-    author           records -> a response to each                        pairs/texts.py
-    sample           records -> `samples` responses to each               pairs/texts.py
-    neighbours       image -> similar images, best first, for Re-Align
-    models, source   dicts for the records' `source`: the models in use; and how the texts came about
+    model, processor, clip, clip_processor: the policy and the CLIP model
+    similarity: two lists of texts -> cosines
+    judge: (records, responses of each) -> verdicts (judges/scores.py)
+    sample, author: records -> several responses, or one, to each (pairs/texts.py)
+    writer: records -> corruptions of `chosen` (pairs/corrupt.py)
+    candidates: record -> labels of objects with the image without them (pairs/adavip.py)
+    neighbours: image -> similar images, best first (pairs/realign.py)
+    models, source: for the `source` of the pairs; the models in use, and how the texts came about
 
     option            meaning
     model             LLaVA folder or hub id
@@ -55,7 +53,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from common import BadInput, arguments_of, options_of
+from common import HOME, BadInput, arguments_of, options_of
 from data import inpaint
 from data.check import check_records
 from data.detect import coco_instances, mask_rcnn
@@ -81,7 +79,6 @@ from retrieval.embed import embed_images
 from retrieval.index import Duplicates, approximate_neighbours
 from retrieval.index import neighbours as exact_neighbours
 
-HOME = Path(__file__).resolve().parents[1]
 SHARD = 1024  # images that a process embeds at a time, when several do
 WHO = {"judge": ("scene", "clip", "policy"), "author": ("policy",), "writer": ("scene", "policy")}
 
