@@ -15,7 +15,7 @@ synonyms = cache(load_synonyms)
 def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:
     """Annotator of the scene world: mentions of absent objects (repeats count), present objects named.
 
-    Raises BadInput when the record's picture is not a scene.
+    Raises BadInput when the record's image is not a scene.
     """
     if not record["image"].startswith("scene:"):
         raise BadInput(f"{record['id']}: the contents of {record['image']!r} are unknown, so --judge scene cannot"

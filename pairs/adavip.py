@@ -1,4 +1,4 @@
-"""AdaViP's vision pairs: remove each object in turn, keep the picture that fits the chosen answer least.
+"""AdaViP's vision pairs: remove each object in turn, keep the image that fits the chosen answer least.
 
 Lu et al. 2025, "AdaViP: Aligning Multi-modal LLMs via Adaptive Vision-enhanced Preference Optimization",
 arXiv 2504.15619, Eq. 5-9. Given a text pair (y_w, y_l | x, v), every class t_i found in v (Eq. 5: tag, Eq. 6:
@@ -21,8 +21,8 @@ and (x, v_l, y_w) becomes the vision-rejected sample.
 Departures
 - Eq. 9 prints n (the number of candidates) as upper limit; the sum runs over the m sentences.
 - Sentences are split at punctuation (`sentences`); the paper has LLaMA-3 write self-contained ones.
-- Eq. 5-8 are `candidates`, a function from a pair record to labelled pictures. In the scene world it is
-  `scene_candidates`: the scene drawn without one class, exactly. For any other picture it is
+- Eq. 5-8 are `candidates`, a function from a pair record to labelled images. In the scene world it is
+  `scene_candidates`: the scene drawn without one class, exactly. For any other image it is
 
       photo_candidates(detect, fill, folder)
 
@@ -34,7 +34,7 @@ Departures
 - Eq. 9 may choose the removal of an object that y_w does not mention, after which y_w is as true as before (4 % of
   the scene world's pairs). Here it chooses among those that y_w mentions, and a pair without any is dropped;
   any_object=True is the paper's rule. What mentions an object (`mentions_of`) is reconstructed.
-- The paper says nothing about dilating masks or about objects that fill the picture: `dilation` and
+- The paper says nothing about dilating masks or about objects that fill the image: `dilation` and
   `max_area` are reconstructed.
 - The paper does not name its CLIP; any that the loader reads will do. There is no public code of the paper.
 """
@@ -79,18 +79,18 @@ def scene_candidates(record: dict) -> list[tuple[str, str]]:
 
 def photo_candidates(detect: Detect, folder: Path, *, fill: Fill = fill, dilation: int = 15,
                      max_area: float = 0.8, instances: str = "all", root: Path | None = None) -> Candidates:
-    """A `candidates` for pictures that cannot be drawn again: find each class, cut it out, fill the hole.
+    """A `candidates` for images that cannot be drawn again: find each class, cut it out, fill the hole.
 
     Args:
-        detect: (reference, picture) -> detections.
-        folder: where the filled pictures are written, one PNG file for each picture and class.
+        detect: (reference, image) -> detections.
+        folder: where the filled images are written, one PNG file for each image and class.
         fill: (pixels, hole) -> pixels.
         dilation: reconstructed: side of the square by which masks grow, so that no rim of the object stays.
-        max_area: reconstructed: classes whose holes take a larger share of the picture are passed over.
+        max_area: reconstructed: classes whose holes take a larger share of the image are passed over.
         instances: "all" objects of a class, or the "best": that of the highest score.
-        root: folder that relative file paths start from, also those of the filled pictures.
+        root: folder that relative file paths start from, also those of the filled images.
     """
-    known: dict[str, list[tuple[str, str]]] = {}  # pictures repeat
+    known: dict[str, list[tuple[str, str]]] = {}  # images repeat
 
     def candidates(record: dict) -> list[tuple[str, str]]:
         reference = record["image"]

@@ -1,13 +1,13 @@
-"""BDHS: the model completes the beginnings of a good answer's sentences while hardly seeing the picture.
+"""BDHS: the model completes the beginnings of a good answer's sentences while hardly seeing the image.
 
 Amirloo et al. 2024, "Understanding Alignment in Multimodal LLMs: A Comprehensive Study", arXiv 2407.02477,
-section 3.4, Eq. 6 and 7, Algorithm 1. No annotator, no second model: what the picture no longer says, the
+section 3.4, Eq. 6 and 7, Algorithm 1. No annotator, no second model: what the image no longer says, the
 language model's bias fills in. Given a good answer y+ = y+_1 .. y+_K (sentences), for i = 1 .. N:
 
     1. mask        rho_1 .. rho_k ~ U(0, 1), one for each image token; visible if rho_i >= rho_th      (Eq. 6)
     2. cut         each sentence, a leading yes or no swapped with probability 1/2, at a random word:
                    y+_k = (y+_{k,1}, y+_{k,2})
-    3. complete    y-_{k,2} ~ pi(. | masked picture, x, y+_{<k}, y+_{k,1}), up to the sentence's end   (Eq. 7)
+    3. complete    y-_{k,2} ~ pi(. | masked image, x, y+_{<k}, y+_{k,1}), up to the sentence's end   (Eq. 7)
     4. accept      y- = the (y+_{k,1}, y-_{k,2}) one after another, if similarity(y-, y+) < eps_s; else again
 
 The last of several iterations cuts nothing: the model answers freely under the mask, and similarity no longer
@@ -29,22 +29,22 @@ it, unswapped. A hidden image token is a key that no query sees, in any layer; p
                 temperature      reconstructed: of the sampling
                 seed             with a record's id it decides all that is drawn for it, whatever the order
 
-BDHS trains on the ordinary DPO loss of (y+, y-) with the clean, unmasked picture for both.
+BDHS trains on the ordinary DPO loss of (y+, y-) with the clean, unmasked image for both.
 
 Departures from the paper, which has no public code
 - Its printed expression for yes and no has no word boundary ("Not", "None", "Now" would match). Here it has.
-- A cut before the swapped word would undo the swap; such a cut moves behind the word.
+- A cut before the swapped word would undo the swap; such a cut moves to the end of the word.
 - Its completions end at the first full stop, whatever that belongs to ("3.5", "St.") and lose a quotation's
   closing mark. Here a sentence ends as `sentence_end` has it, and a mark or bracket that the original closes
   is closed.
 - An attempt with a sentence that reaches the token limit is no answer: it is tried again, or dropped in the
   end.
 
-rho_th = .99 was chosen where a picture is up to 2880 image tokens; with fewer it is harsher: of LLaVA-1.5's
+rho_th = .99 was chosen where an image is up to 2880 image tokens; with fewer it is harsher: of LLaVA-1.5's
 576 it leaves 6, of the embedded model's 64 mostly none, whose texts stay more fluent at .9.
 
 Reconstructed, because the paper does not say: what is a sentence (`sentence_end`); cuts uniform over the
-beginnings of words, so that at least the last word is written anew; `temperature` and `top_p`; image tokens
+beginnings of words, so that at least the last word is written again; `temperature` and `top_p`; image tokens
 that end a row of patches (LLaVA-1.6) are masked like the others.
 """
 
@@ -77,10 +77,10 @@ OPENING = {"”": "“", ")": "(", "]": "["}
 class Cut(NamedTuple):
     """One sentence to be completed."""
 
-    before: str  # the ground truth in front of it
+    before: str  # the ground truth up to it
     first: str  # what is kept of it, y+_{k,1}; a swapped yes or no is in here
     original: str  # the sentence itself, y+_k
-    gap: str  # what stands between it and the next
+    gap: str  # what separates it from the next
 
 
 class Attempt(NamedTuple):

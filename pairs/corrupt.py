@@ -121,7 +121,7 @@ def _clean(text: str, chosen: str, longest: float) -> Corruption:
 
 
 def scene_corrupt(seed: int = 0) -> Writer:
-    """Rules for answers about scenes. BadInput (from the call) when a picture is no scene."""
+    """Rules for answers about scenes. BadInput (from the call) when an image is no scene."""
 
     def corrupt(records: list[dict]) -> list[Corruption]:
         return [_corrupt_scene(record, seed) for record in records]
@@ -144,7 +144,7 @@ def _corrupt_scene(record: dict, seed: int) -> Corruption:
 
 
 def _exchange_object(text: str, scene: Scene, without: tuple[str, ...], rng: random.Random) -> str:
-    """ "a dog" -> "a frisbee": one that the picture shows becomes an absent one, which the text does not name."""
+    """ "a dog" -> "a frisbee": one that the image shows becomes an absent one, which the text does not name."""
     shown = objects_present(scene, without)
     table = {name: weight for name, weight in PLACES[scene.place].items()
              if name not in shown
@@ -205,6 +205,6 @@ def _change_position(text: str, scene: Scene, without: tuple[str, ...], rng: ran
 
 
 def _thirds(item: Object) -> set[str]:
-    """In which thirds of the picture the centre of an object lies."""
+    """In which thirds of the image the centre of an object lies."""
     across, down = (int(3 * (corner + item.size / 2) / GRID) for corner in (item.column, item.row))
     return {WHERE[0][across], ("top", "", "bottom")[down]}

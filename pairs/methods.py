@@ -59,7 +59,7 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
             interrupted (pairs/progress.py; `forget` deletes them). None: nothing is kept.
         more: fields of `Setting`, and options of the method's functions and of their tools.
 
-    Returns (pair records, report); None in processes other than the first. The report is {method, pictures,
+    Returns (pair records, report); None in processes other than the first. The report is {method, images,
     pairs, dropped: {reason: count}} and, if all images are scenes, `hallucinating`: {chosen, rejected}, the
     share of responses that mention an absent object, and `rejected_image` (pairs/report.py). Raises BadInput on
     input that the method cannot use, before the first response is sampled, and ConnectionError when a server
@@ -88,7 +88,7 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
 
     def work(rows: list[int]) -> tuple[list[dict], Counter]:
         (made, dropped), bad = readable([records[row] for row in rows], run, setting.root, setting.bad_records)
-        return made, dropped + Counter({"unreadable picture": bad})
+        return made, dropped + Counter({"unreadable image": bad})
 
     rank, world, barrier = setting.share
     found = in_chunks([record["id"] for record in records], work, out, fingerprint(method, tools),

@@ -5,8 +5,8 @@ al., 2024, arXiv 2402.04792.
 
     online_dpo     (y~+, y~-) ~ pi(. | x), best and worst of the samples by a judge
     mixed_dpo      alpha ~ Bernoulli(p) for each example: given pair if alpha = 1, else an online one    Eq. 4
-    bdhs_online    y~- ~ pi(. | x~, y+): completed from y+ with hidden image tokens (pairs/bdhs.py); both stand
-                   beside the given pair, losses/bdhs.py averages their losses                           Eq. 5
+    bdhs_online    y~- ~ pi(. | x~, y+): completed from y+ with hidden image tokens (pairs/bdhs.py); it
+                   joins the given pair, losses/bdhs.py averages both losses                             Eq. 5
 
 The samples are data: the loss computes their log-probs again in its own forward pass, so nothing is
 differentiated through the sampling. Ties, duplicates, empty, unfinished and unusable answers teach nothing: such an
@@ -17,7 +17,7 @@ the mean divides: a step with few useful pairs is a small one.
     x          records       records with `id`, `image`, `prompt` and, where p > 0, `chosen` and `rejected`
                seeds         one number for each record: all that is drawn for it depends on it alone
     p          offline       share of given pairs; 0 is online DPO, the paper's mixture 0.5
-               samples       answers to each picture; the paper draws 2
+               samples       answers to each image; the paper draws 2
                temperature   of the sampling
                max_new_tokens  of an answer
     rho_th     rho_th        BDHS: share of the image tokens that is hidden
@@ -48,7 +48,7 @@ def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[
            samples: int, temperature: float, max_new_tokens: int) -> list[list[list[int]]]:
     """Answers of the policy without dropout: [record][sample] token ids, the end token last if it was drawn.
 
-    Records of the same picture share one pass of the vision tower.
+    Records of the same image share one pass of the vision tower.
     """
     training = model.training
     model.eval()

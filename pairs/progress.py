@@ -1,6 +1,6 @@
 """Long runs that can be stopped anywhere and shared by processes, with the same result as one run in one go.
 
-Records are worked on in chunks. What a chunk gave is appended to a part file beside the output, one JSON
+Records are worked on in chunks. What a chunk gave is appended to a part file next to the output, one JSON
 line a chunk, and flushed to the disk before the next chunk begins:
 
     pairs.jsonl.part-0    {"settings": ...}                                        first line
@@ -133,7 +133,7 @@ def parts(out: Path) -> list[Path]:
 
 
 def _lines(part: Path, header: str) -> list[dict]:
-    """The complete lines of a part file behind its first."""
+    """The complete lines of a part file after its first."""
     first, *rest = part.read_bytes().split(b"\n")
     if not any(rest):  # interrupted before anything was done, whatever run it was of
         return []
@@ -143,7 +143,7 @@ def _lines(part: Path, header: str) -> list[dict]:
 
 
 def _open(part: Path, header: str):
-    """The part file, open behind its last complete line."""
+    """The part file, open at the end of its last complete line."""
     file = part.open("ab+")
     file.seek(0)
     data = file.read()

@@ -1,10 +1,10 @@
-"""Re-Align's pairs: hide what the chosen answer says about the picture, fill it in from a similar picture.
+"""Re-Align's pairs: hide what the chosen answer says about the image, fill it in from a similar image.
 
 Xing et al. 2025, "Re-Align: Aligning Vision Language Models via Retrieval-Augmented Direct Preference
-Optimization", EMNLP 2025, arXiv 2502.13146, section 3.1 and Algorithm 1. For a picture v with answer y_w:
+Optimization", EMNLP 2025, arXiv 2502.13146, section 3.1 and Algorithm 1. For an image v with answer y_w:
 
     1. mask       words of y_w that name objects, attributes or relations
-    2. retrieve   the k pictures of the set most similar to v (cosine, FAISS): v_1 .. v_k, best first
+    2. retrieve   the k images of the set most similar to v (cosine, FAISS): v_1 .. v_k, best first
     3. complete   the VLM fills the masks while looking at v_1: y_c
     4. accept     if similarity(y_w, y_c) < tau, then y_l = y_c and v_l = v_1; otherwise complete with v_2,
                   and so on; a record whose neighbours are used up is dropped
@@ -23,7 +23,7 @@ Departures from the paper, whose pair-making code is not public
   numbers, positions, relations, actions. A noun phrase is one span; its article belongs to it, because "an"
   would give the object away.
 - Completion: the paper asks a VLM to replace every [MASK]. Small models do not follow such a request, so
-  `infill` goes through the gaps from left to right: given the retrieved picture and the text so far, the
+  `infill` goes through the gaps from left to right: given the retrieved image and the text so far, the
   model writes on, and the first expression in that which is of the hidden one's kind goes into the gap. For
   a model that follows instructions, pass another `complete`.
 - Similarity: the paper compares embeddings of all-mpnet-base-v2. The default is `clip_similarity`, which
@@ -63,7 +63,7 @@ NOUN_PHRASE = ("attribute", "count", "object")  # kinds that grow together
 
 
 class Expression(NamedTuple):
-    """A word or noun phrase that says something about a picture."""
+    """A word or noun phrase that says something about an image."""
 
     start: int
     end: int
@@ -73,7 +73,7 @@ class Expression(NamedTuple):
 class Job(NamedTuple):
     """One answer to be completed."""
 
-    image: str  # reference of the RETRIEVED picture
+    image: str  # reference of the RETRIEVED image
     prompt: str
     text: str
     spans: list[Span]
@@ -92,7 +92,7 @@ def object_names() -> frozenset[str]:
 
 
 def mask_words(text: str) -> list[Span]:
-    """Spans of what a text says about a picture."""
+    """Spans of what a text says about an image."""
     return [(found.start, found.end) for found in expressions(text)]
 
 
@@ -115,7 +115,7 @@ def expressions(text: str) -> list[Expression]:
 
 
 def word_kinds(words: list[str]) -> list[str]:
-    """Kind of each lower-case word; "" for words that say nothing about a picture."""
+    """Kind of each lower-case word; "" for words that say nothing about an image."""
     single = [singularize(word) for word in words]
     kinds = ["object" if {word, one} & object_names() else KIND.get(word, "")
              for word, one in zip(words, single)]
@@ -157,7 +157,7 @@ def fill(jobs: list[Job], views: list[View], write) -> list[str]:
     """Rewrite the spans of all jobs from left to right.
 
     Args:
-        views: the picture of each job.
+        views: the image of each job.
         write: (views, jobs, prefixes) -> what the model writes after each prefix.
     """
     done = [job.text[: job.spans[0][0]] if job.spans else job.text for job in jobs]
@@ -226,7 +226,7 @@ def algorithm_1(answered: list[dict], near: list[list[Hit]], complete: Complete,
                 made[row] = _pair(answered[row], text, near[row][rank][0], {**(source or {}), **found})
     unmasked = sum(not found for found in spans)
     alone = sum(bool(found) and not others for found, others in zip(spans, near))
-    dropped = Counter({"nothing to mask": unmasked, "no other picture is found": alone,
+    dropped = Counter({"nothing to mask": unmasked, "no other image is found": alone,
                        f"no completion below similarity {tau}": len(answered) - unmasked - alone - len(made)})
     return [made[row] for row in sorted(made)], +dropped
 

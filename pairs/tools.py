@@ -265,7 +265,7 @@ def author(sample, judge, model, processor, setting: Setting, used: dict, *, aut
 
 
 def _asked(who: str, name: str | None, model, processor, setting: Setting, used: dict) -> Model:
-    """The model that is trained itself, another local one, or one behind a server."""
+    """The model that is trained itself, another local one, or one that a server runs."""
     show = {"batch_size": setting.batch_size, "root": setting.root}
     if who == "policy":
         return local_model(model(), processor(), used.get("model", "policy"), **show)

@@ -50,7 +50,7 @@ def make(method: str, models, folder: Path, **more):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_pairs_of_scenes(method, models, tmp_path):
     pairs, report = make(method, models, tmp_path)
-    assert report["method"] == method and report["pictures"] == len(SEEDS)
+    assert report["method"] == method and report["images"] == len(SEEDS)
     assert len(pairs) + sum(report["dropped"].values()) == len(SEEDS) and len(pairs) == report["pairs"] >= 2
     assert all(pair["source"]["method"] == method for pair in pairs)
     second = () if method in ("rank", "bdhs", "corrupt") else ("rejected_image",)
@@ -243,7 +243,7 @@ def test_two_processes_write_the_same_file(tmp_path):
               str(HOME / "generate_pairs.py"), *command, "--out", str(tmp_path / "two" / "p.jsonl")]
     done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("pairs of 6 pictures") == 1
+    assert done.stdout.count("pairs of 6 images") == 1
     assert (tmp_path / "one" / "p.jsonl").read_bytes() == (tmp_path / "two" / "p.jsonl").read_bytes()
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["cache", "p.jsonl"]
 
@@ -398,7 +398,7 @@ def test_a_damaged_picture_stops_the_run_or_is_dropped(method, damaged, tmp_path
     if method == "mdpo":
         assert "r0" in (tmp_path / "p.jsonl.part-0").read_text()
     report = run(read_arguments([*command, "--bad-records", "skip"]))
-    assert report["dropped"].pop("unreadable picture") == 1
+    assert report["dropped"].pop("unreadable image") == 1
     assert report["pairs"] + sum(report["dropped"].values()) == 5
     assert all("3.bmp" not in (pair["image"], pair["rejected_image"]) for pair in read_pairs(out))
     assert method == "realign" or report["pairs"] == 5

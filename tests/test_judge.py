@@ -237,7 +237,7 @@ def test_replies_are_kept(server, tmp_path):
     assert replies == [Reply(f"said: q{i}") for i in range(10)] and len(server.seen) == 11
     assert asker(server, tmp_path).ask(requests) == replies and len(server.seen) == 11
     asker(server, tmp_path, temperature=0.5).ask(requests[:1])
-    asker(server, tmp_path, pictures=False).ask(requests[:1])
+    asker(server, tmp_path, images=False).ask(requests[:1])
     assert len(server.seen) == 13 and len(server.seen[-1][2]["messages"][0]["content"]) == 1
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 12 and not any(path.name.startswith(".") for path in files)

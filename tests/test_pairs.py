@@ -169,7 +169,7 @@ def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
     assert [(p["id"], p["rejected"], p["rejected_image"]) for p in pairs] == [
         ("scene-0", "A car.", "car"), ("scene-1", "A cat.", "cat")]
     assert [p["source"]["rank"] for p in pairs] == [1, 3] and pairs[1]["source"]["similarity"] == 0.94
-    assert dropped == {"no completion below similarity 0.95": 1, "no other picture is found": 1}
+    assert dropped == {"no completion below similarity 0.95": 1, "no other image is found": 1}
     assert asked == [["car", "hound", "wolf"], ["wolf"], ["cat"]]
 
 
@@ -264,7 +264,7 @@ def made(models):
 
 def test_pairs_of_scenes(made, tmp_path):
     for method, (pairs, report) in made.items():
-        assert len(pairs) + sum(report["dropped"].values()) == report["pictures"] == len(SEEDS)
+        assert len(pairs) + sum(report["dropped"].values()) == report["images"] == len(SEEDS)
         assert report["pairs"] == len(pairs) >= 3
         needs = () if method == "rank" else ("rejected_image",)
         write_jsonl(tmp_path / "pairs.jsonl", pairs)
