@@ -1,4 +1,4 @@
-"""Corrupted pictures: diffusion noise (POVID) and small random crops (mDPO).
+"""Corrupted images: diffusion noise (POVID) and small random crops (mDPO).
 
 Noise: Zhou et al. 2024, "Aligning Modalities in Vision Large Language Models via Preference Fine-tuning"
 (POVID), arXiv 2402.11411; the same schedule as Leng et al. 2023 (VCD), arXiv 2311.16922. Forward diffusion of
@@ -9,10 +9,10 @@ T = 1000 steps,
     v_t    = sqrt(abar_t) v + sqrt(1 - abar_t) eps,   eps ~ N(0, 1)
 
 Crop: Wang et al. 2024, "mDPO: Conditional Preference Optimization for Multimodal Large Language Models",
-arXiv 2406.11839: a window of 1 to 20 % of the picture, stretched to the full size again.
+arXiv 2406.11839: a window of 1 to 20 % of the image, stretched to the full size again.
 
     symbol   argument   shape
-    v        image      RGB picture, read as (3, H, W) in [0, 1]
+    v        image      RGB image, read as (3, H, W) in [0, 1]
     t        step       counted from 0 as in the released code: step 500 multiplies 501 factors, abar .7448
     v_c      crop       (.., 3, H, W) -> (.., 3, H, W)
 
@@ -21,9 +21,9 @@ All functions are pure: a seed gives the same result every time, and the global 
 Departures from the released codes
 - POVID casts v_t to bytes without clamping, so values outside [0, 1] wrap around (-.1 becomes 231, 1.2
   becomes 50). That is overflow="wrap"; the default clamps (and rounds where the cast cuts off). Wrapping
-  leaves a share of exp(-2 pi^2 (1 - abar)) of a picture's contrast: .48 at step 300, but .0065, nothing that
+  leaves a share of exp(-2 pi^2 (1 - abar)) of an image's contrast: .48 at step 300, but .0065, nothing that
   can be seen, at 500.
-- POVID corrupts the picture before any preprocessing, as here; VCD adds the noise to the normalised pixels.
+- POVID corrupts the image before any preprocessing, as here; VCD adds the noise to the normalised pixels.
 - mDPO draws a new window in every forward pass, so that policy and reference see different ones. Here the
   caller gives a seed, one to a sample: `sample_seed`.
 """
@@ -58,7 +58,7 @@ def signal_shares() -> Tensor:
 
 
 def add_noise(image: Image.Image, step: int = 500, seed: int = 0, overflow: str = "clamp") -> Image.Image:
-    """Diffuse an RGB picture at its own resolution.
+    """Diffuse an RGB image at its own resolution.
 
     Args:
         step: 0 (next to nothing) .. 999 (little is left); POVID trains with 500.
@@ -118,10 +118,10 @@ def crop(pixels: Tensor, seed: int, scale: tuple[float, float] = (0.01, 0.2),
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) fp32 in [0, 1]."""
+    """RGB image -> (3, H, W) fp32 in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"), np.float32)).permute(2, 0, 1) / 255
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1], values outside are clamped -> RGB picture; exact inverse of `to_pixels`."""
+    """(3, H, W) in [0, 1], values outside are clamped -> RGB image; exact inverse of `to_pixels`."""
     return Image.fromarray((pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy())

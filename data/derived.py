@@ -1,4 +1,4 @@
-"""Changed pictures on disk: PNG files (lossless, so that only the change differs) and their references."""
+"""Changed images on disk: PNG files (lossless, so that only the change differs) and their references."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def file_name(name: str) -> str:
 
 
 def store(image: Image.Image, folder: Path, name: str, root: Path | None = None) -> str:
-    """Write a picture into `folder`; the file appears whole or not at all.
+    """Write an image into `folder`; the file appears whole or not at all.
 
     Args:
-        name: what tells the picture from the others in the folder; need not be a file name.
+        name: what tells the image from the others in the folder; need not be a file name.
         root: folder that relative references start from (None: the working folder).
 
     Returns the reference of the file, relative to `root`.

@@ -1,6 +1,6 @@
-"""What is in a picture, and where: AdaViP's tags, boxes and masks behind one interface.
+"""What is in an image, and where: AdaViP's tags, boxes and masks with one interface.
 
-A detector is a function (picture reference, RGB picture) -> detections. Three are here:
+A detector is a function (image reference, RGB image) -> detections. Three are here:
 
     mask_rcnn(...)          torchvision's Mask R-CNN, the 80 classes of COCO: tag, box and mask at once
     coco_instances(FILE)    ground truth of an instances file of COCO (data/coco.py)
@@ -118,14 +118,14 @@ def torchvision_detector(model: torch.nn.Module, categories: list[str], min_scor
 
 
 def coco_instances(path: Path | str, *, box_masks: bool = True) -> Detect:
-    """Detector from an instances file of COCO; pictures are found by name, folders apart (data/names.py).
+    """Detector from an instances file of COCO; images are found by name, folders apart (data/names.py).
 
     Args:
         box_masks: reconstructed: the mask of an annotation without segmentation is its box. An object that is left
-            out would still be in the picture that shall lack it; a box takes some surroundings away with it.
+            out would still be in the image that is to lack it; a box takes some surroundings away with it.
             False: such a file is refused.
 
-    Raises BadInput naming everything that is wrong with the file; the detector does for a picture that is not in
+    Raises BadInput naming everything that is wrong with the file; the detector does for an image that is not in
     it, may be several, or has another size.
     """
     found = read_instances(read_json(path), path)
@@ -136,7 +136,7 @@ def coco_instances(path: Path | str, *, box_masks: bool = True) -> Detect:
     def detect(reference: str, image: Image.Image) -> list[Detection]:
         name = names.find(reference)
         if name is None:
-            raise BadInput(f"{path}: no picture {PurePosixPath(reference).name}")
+            raise BadInput(f"{path}: no image {PurePosixPath(reference).name}")
         entry = found.images[ids[name]]
         if image.size != (entry["width"], entry["height"]):
             raise BadInput(f"{path}: {name} is {image.width} x {image.height} pixels, the file says "

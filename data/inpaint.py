@@ -1,10 +1,10 @@
-"""Fill a hole in a picture without any weights: the smoothest surface that meets the hole's rim.
+"""Fill a hole in an image without any weights: the smoothest surface that meets the hole's rim.
 
 Inside the hole M the result solves Laplace's equation, with the known pixels as boundary values,
 
     sum over the neighbours q of p of (u_q - u_p) = 0   for p in M;   u = v outside M
 
-where p has up to four neighbours (fewer at the picture's edge, which thereby is a mirror). A constant
+where p has up to four neighbours (fewer at the image's edge, which thereby is a mirror). A constant
 surround gives that constant, a linear ramp that ramp; textures end at the rim. The stand-in for LaMa
 (data/lama.py) when there are no weights at hand.
 
@@ -48,7 +48,7 @@ def fill(pixels: Tensor, hole: Tensor, tolerance: float = 1e-4) -> Tensor:
         tolerance: largest residual of the equation at any pixel; with 1e-4 the values are right to about
             1e-3.
 
-    Raises BadInput when the hole is the whole picture.
+    Raises BadInput when the hole is the whole image.
     """
     check(pixels, hole)
     if not hole.any():
@@ -63,12 +63,12 @@ def fill(pixels: Tensor, hole: Tensor, tolerance: float = 1e-4) -> Tensor:
 
 
 def check(pixels: Tensor, hole: Tensor) -> None:
-    """ValueError unless the hole is one of this picture and leaves something to be seen."""
+    """ValueError unless the hole is one of this image and leaves something to be seen."""
     if hole.dtype != torch.bool or pixels.shape[-2:] != hole.shape:
-        raise ValueError(f"hole {tuple(hole.shape)} {hole.dtype}: want bool of the picture's size "
+        raise ValueError(f"hole {tuple(hole.shape)} {hole.dtype}: want bool of the image's size "
                          f"{tuple(pixels.shape[-2:])}")
     if hole.all():
-        raise BadInput("the hole is the whole picture: there is nothing to fill it from")
+        raise BadInput("the hole is the whole image: there is nothing to fill it from")
 
 
 class _Grid:

@@ -1,4 +1,4 @@
-"""LaMa: fills a hole by a residual network that sees the whole picture through Fourier convolutions.
+"""LaMa: fills a hole by a residual network that sees the whole image through Fourier convolutions.
 
 Suvorov et al. 2022, "Resolution-robust Large Mask Inpainting with Fourier Convolutions", WACV, arXiv
 2109.07161; the Fourier convolution is that of Chi et al. 2020, "Fast Fourier Convolution", NeurIPS. AdaViP
@@ -126,7 +126,7 @@ class Block(nn.Module):
 
 
 class Start(nn.ReflectionPad2d):
-    """The padding in front of the first layer, which takes (local, no global)."""
+    """The padding before the first layer, which takes (local, no global)."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return super().forward(x), None
@@ -153,7 +153,7 @@ class Lama(nn.Module):
             nn.ReflectionPad2d(3), nn.Conv2d(channels, 3, 7), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Masked picture and mask (B, 4, H, W), sides multiples of 8 -> (B, 3, H, W)."""
+        """Masked image and mask (B, 4, H, W), sides multiples of 8 -> (B, 3, H, W)."""
         return self.model(x)
 
 
@@ -165,7 +165,7 @@ def lama_fill(model: Lama) -> Fill:
         check(pixels, hole)
         height, width = hole.shape
         if min(height, width) < 9:
-            raise BadInput(f"a picture of {width} x {height} pixels: LaMa needs 9 x 9")
+            raise BadInput(f"an image of {width} x {height} pixels: LaMa needs 9 x 9")
         mask = hole[None].to(pixels.dtype)
         given = symmetric_pad(torch.cat([pixels * (1 - mask), mask])[None])  # (1, 4, H + .., W + ..)
         weight = model.model[1].ffc.convl2l.weight

@@ -1,4 +1,4 @@
-"""Ask a model about pictures: the policy, another local LLaVA, or any server that speaks OpenAI's protocol.
+"""Ask a model about images: the policy, another local LLaVA, or any server that speaks OpenAI's protocol.
 
 Judges (judges/compare.py) and writers (pairs/corrupt.py) see one interface, a `Model`: a name that goes into
 the records, and a function from requests to replies in the same order. A reply has a text or a problem,
@@ -7,7 +7,7 @@ never both: a text that was cut at the token limit is no answer. What a reasonin
 text; nor is `reasoning_content`, where servers that know the model put it.
 
     local_model    a LLaVA in memory; greedy, so the same requests give the same replies
-    server_model   POST {url}/chat/completions; the picture goes along as a base64 data URL
+    server_model   POST {url}/chat/completions; the image goes along as a base64 data URL
 
 A server is asked again, after 1, 2, 4, ... seconds times a random factor in [.5, 1.5], on time-outs, broken
 connections, answers that are no chat completion, and status 408, 409, 429 and 5xx; `Retry-After` is obeyed.
@@ -41,8 +41,6 @@ from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from common import BadInput, parse_json, read_json, written_whole
 from data.images import open_image
@@ -92,18 +90,15 @@ class Model(NamedTuple):
 
 
 def local_model(model: Llava, processor: Processor, name: str, *, batch_size: int = 64,
-                max_new_tokens: int = 256, root: Path | None = None, progress: str = "") -> Model:
-    """A LLaVA in memory, decoding greedily. Relative paths of pictures start at `root`."""
+                max_new_tokens: int = 256, root: Path | None = None) -> Model:
+    """A LLaVA in memory, decoding greedily. Relative paths of images start at `root`."""
 
     def ask(requests: list[Request]) -> list[Reply]:
         replies: list[Reply] = []
         training = model.training
         model.eval()
-        with tqdm(total=len(requests), desc=progress, disable=None if progress else True) as bar:
-            for start in range(0, len(requests), batch_size):
-                batch = requests[start : start + batch_size]
-                replies += _answer(model, processor, batch, max_new_tokens, root)
-                bar.update(len(batch))
+        for start in range(0, len(requests), batch_size):
+            replies += _answer(model, processor, requests[start : start + batch_size], max_new_tokens, root)
         model.train(training)
         return replies
 
@@ -112,7 +107,7 @@ def local_model(model: Llava, processor: Processor, name: str, *, batch_size: in
 
 def _answer(model: Llava, processor: Processor, batch: list[Request], limit: int,
             root: Path | None) -> list[Reply]:
-    names = list(dict.fromkeys(request.image for request in batch))  # each picture is encoded once
+    names = list(dict.fromkeys(request.image for request in batch))  # each image is encoded once
     views = [processor.image(name, root) for name in names]
     shows = [names.index(request.image) for request in batch]
     prompts = [_prompt(processor, request.text, len(views[i].rows), limit) for request, i in zip(batch, shows)]
@@ -145,8 +140,8 @@ class Server:
     temperature: float = 0.0
     max_tokens: int = 512
     seed: int = 0  # of the server's sampling, where it has one
-    pictures: bool = True  # False: a language model that sees no pictures
-    side: int = 1024  # longest side of a picture in pixels; larger ones are made smaller
+    images: bool = True  # False: a language model that sees no images
+    side: int = 1024  # longest side of an image in pixels; larger ones are made smaller
     timeout: float = 120.0  # seconds for one try, from the connection to the last byte
     max_bytes: int = 2**24  # of one reply
     tries: int = 6
@@ -154,12 +149,12 @@ class Server:
     workers: int = 8  # requests at a time
 
 
-def server_model(server: Server, *, cache: Path, root: Path | None = None, progress: str = "") -> Model:
-    """A model behind an OpenAI-compatible server.
+def server_model(server: Server, *, cache: Path, root: Path | None = None) -> Model:
+    """A model that an OpenAI-compatible server runs.
 
     Args:
         cache: folder of the replies, one file each; may be shared by runs and servers.
-        root: folder that relative paths of pictures start from.
+        root: folder that relative paths of images start from.
 
     Its `ask` raises ConnectionError when the server stays unreachable after all tries or refuses every request;
     what was answered before is in the cache.
@@ -169,7 +164,7 @@ def server_model(server: Server, *, cache: Path, root: Path | None = None, progr
         with ThreadPoolExecutor(server.workers) as pool:
             jobs = [pool.submit(_cached, server, request, cache, root) for request in requests]
             try:
-                return [job.result() for job in tqdm(jobs, desc=progress, disable=None if progress else True)]
+                return [job.result() for job in jobs]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -220,7 +215,7 @@ def _kept(path: Path) -> Reply:
 
 def _body(server: Server, request: Request, root: Path | None) -> dict:
     parts: list[dict] = [{"type": "text", "text": request.text}]
-    if server.pictures and request.image is not None:
+    if server.images and request.image is not None:
         url = data_url(request.image, root, server.side)
         parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
     return {"model": server.model, "messages": [{"role": "user", "content": parts}],
@@ -228,7 +223,7 @@ def _body(server: Server, request: Request, root: Path | None) -> dict:
 
 
 def data_url(reference: str, root: Path | None, side: int) -> str:
-    """A picture as PNG in a URL, at most `side` pixels long."""
+    """An image as PNG in a URL, at most `side` pixels long."""
     image = open_image(reference, root)
     image.thumbnail((side, side))
     buffer = io.BytesIO()

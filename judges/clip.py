@@ -1,4 +1,4 @@
-"""CLIP as judge, by likeness of images and texts: reconstructed scores, for photographs that nobody has described."""
+"""CLIP as judge, by likeness of images and texts: reconstructed scores, for photographs without a description."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from retrieval.embed import embed_images, embed_texts
 Similarity = Callable[[list[str], list[str]], list[float]]  # two lists of texts -> cosines
 
 
-def clip_judge(clip: CLIP, processor: ClipProcessor, *, batch_size: int = 64, root: Path | None = None,
-               progress: str = "") -> Judge:
-    """A judge by likeness: mean cosine of a CLIP model between the picture and the sentences of an answer.
+def clip_judge(clip: CLIP, processor: ClipProcessor, *, batch_size: int = 64,
+               root: Path | None = None) -> Judge:
+    """A judge by likeness: mean cosine of a CLIP model between the image and the sentences of an answer.
 
-    The mean, not AdaViP's sum, so that more sentences are no merit. Relative paths of pictures start at
+    The mean, not AdaViP's sum, so that more sentences are no merit. Relative paths of images start at
     `root`.
     """
 
     def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score]]:
-        pictures = embed_images([record["image"] for record in records], clip, processor,
-                                batch_size=batch_size, root=root, progress=progress)  # (M, E)
+        images = embed_images([record["image"] for record in records], clip, processor,
+                                batch_size=batch_size, root=root)  # (M, E)
         said = [sentences(answer) for texts in answers for answer in texts]
         rows = embed_texts([sentence for lines in said for sentence in lines], clip, processor)
         lines = iter(np.split(rows, np.cumsum([len(each) for each in said])))
-        return [[Score(round(float((next(lines) @ picture).mean()), 6)) for _ in texts]
-                for picture, texts in zip(pictures, answers, strict=True)]
+        return [[Score(round(float((next(lines) @ image).mean()), 6)) for _ in texts]
+                for image, texts in zip(images, answers, strict=True)]
 
     return judge
 

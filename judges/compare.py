@@ -1,14 +1,14 @@
-"""A model as judge: which of two answers about a picture hallucinates less?
+"""A model as judge: which of two answers about an image hallucinates less?
 
 "Understanding Alignment in Multimodal LLMs" (Apple 2024, arXiv 2407.02477), on online preference data: a
-stronger VLM, or the policy itself (self-rewarding), is shown the picture, the question and two answers. The
+stronger VLM, or the policy itself (self-rewarding), is shown the image, the question and two answers. The
 prompt says what the paper's does (its Table 14), in other words. The verdict is free text: see `verdict`.
 
 With n answers every two of them are compared once (n (n - 1) / 2 requests) and
 
     score of an answer = comparisons won - comparisons lost
 
-Judges like one place better than the other, so which answer stands first is drawn for each comparison, from
+Judges like one place better than the other, so which answer comes first is drawn for each comparison, from
 the seed, the record's id and the two places: neither the batch nor the order of the records matters. A
 comparison without a clear verdict counts for neither; a record without any is dropped by the ranking
 (pairs/rank.py) and counted there.
@@ -41,7 +41,7 @@ Response 2: {second}
 Which response hallucinates less? Begin with "Response 1" or "Response 2", then say why in one sentence."""
 
 
-# `{n}` stands for the number of a response.
+# `{n}`: the number of a response.
 MARKED = r"\[\[\s*(?:response )?{n}\s*\]\]|\\boxed\{+(?:\\text\{)?\s*(?:response )?{n}\b|<answer>\s*(?:response )?{n}\b"
 FIRST = (r"(?:(?:the |my )?(?:final |better |best )?(?:answer|verdict|choice|response)(?: is\b:?|:)\s*)?"
          r"(?:(?:response|answer) ?)?{n}(?=\s*(?:$|[.:,;)\n-]|because|since|as\b|is better|is preferable|is more"

@@ -10,7 +10,7 @@ from metrics.objects import read_objects
 
 
 class KnownObjects:
-    """What pictures show, where that is known: of scenes always, of photographs if an annotation file lists them.
+    """What images show, where that is known: of scenes always, of photographs if an annotation file lists them.
 
     Args:
         path: as for `read_objects`.
@@ -23,9 +23,9 @@ class KnownObjects:
         self.classes = set().union(*self.table.values())  # what was looked for
 
     def __call__(self, reference: str) -> tuple[set[str], set[str]] | None:
-        """(classes shown, classes that were looked for) of a picture reference, None where nobody knows.
+        """(classes shown, classes that were looked for) of an image reference, None where its contents are unknown.
 
-        Raises BadInput if the reference may be several pictures of the file.
+        Raises BadInput if the reference may be several images of the file.
         """
         if reference.startswith("scene:"):
             return scenes.objects_present(*scenes.parse_reference(reference)), set(scenes.CATEGORIES)

@@ -15,11 +15,11 @@ synonyms = cache(load_synonyms)
 def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:
     """Annotator of the scene world: mentions of absent objects (repeats count), present objects named.
 
-    Raises BadInput when the record's picture is not a scene.
+    Raises BadInput when the record's image is not a scene.
     """
     if not record["image"].startswith("scene:"):
-        raise BadInput(f"{record['id']}: nobody knows what {record['image']!r} shows; to rank answers "
-                       "about photographs, pass an annotator or pairs that were ranked elsewhere")
+        raise BadInput(f"{record['id']}: the contents of {record['image']!r} are unknown, so --judge scene cannot"
+                       " rank responses to it; choose another judge, or give pairs that were ranked elsewhere")
     shown = objects_present(*parse_reference(record["image"]))
     judgements = []
     for answer in answers:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 class Judgement(NamedTuple):
     """What an annotator finds in one answer."""
 
-    wrong: int  # claims that the picture does not bear out
+    wrong: int  # claims that the image does not bear out
     right: int  # distinct claims that it does
 
     @property

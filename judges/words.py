@@ -1,12 +1,12 @@
-"""FiSAO's verifier: CLIP scores each object word that an answer says against the answer's picture.
+"""FiSAO's verifier: CLIP scores each object word that an answer says against the answer's image.
 
 FiSAO, C. Cui et al., ICLR 2025, arXiv 2410.14148; what its scores become is in losses/fisao.py. Needs the
 whole CLIP (both towers and projections), of which LLaVA uses the vision tower only. All words of
-data/entities.txt are embedded once and every picture once, so scoring is a gather and a dot product.
+data/entities.txt are embedded once and every image once, so scoring is a gather and a dot product.
 
     s(o, v) = scale max(cos(text(o), image(v)), 0)                                          losses/fisao.py
 
-Reconstructed: a word is embedded alone, without a sentence around it (`template`); CLIP sees the picture as
+Reconstructed: a word is embedded alone, without a sentence around it (`template`); CLIP sees the image as
 CLIP preprocesses it.
 """
 
@@ -35,15 +35,15 @@ class Scored(NamedTuple):
     starts: Tensor  # (N,) long
     stops: Tensor  # (N,) long
     entities: list[str]
-    correct: Tensor  # (N,) long: 1 the picture shows it, 0 it does not, -1 nobody knows
+    correct: Tensor  # (N,) long: 1 the image shows it, 0 it does not, -1 unknown
 
 
 class Verifier:
-    """Scores answers (token ids of `processor`) to pictures.
+    """Scores answers (token ids of `processor`) to images.
 
     Args:
-        root: folder that relative picture paths start from.
-        known: what pictures show, where that is known.
+        root: folder that relative image paths start from.
+        known: what images show, where that is known.
         scale: 250 is 100 CLIPScore, 100 is CLIP's logit; the unit of everything that is calibrated with it.
     """
 
@@ -55,7 +55,7 @@ class Verifier:
         self.place = {word: row for row, word in enumerate(words)}
         self.words = torch.from_numpy(
             embed_texts([template.format(w) for w in words], clip, clip_processor))  # (W, E)
-        self.pictures: dict[str, Tensor] = {}
+        self.images: dict[str, Tensor] = {}
 
     @property
     def unit(self) -> str:
@@ -63,16 +63,16 @@ class Verifier:
         return f"{self.scale:g} * max(cos, 0)"
 
     def look(self, references: list[str]) -> None:
-        """Embed the pictures that were not seen before."""
-        new = [r for r in dict.fromkeys(references) if r not in self.pictures]
+        """Embed the images that were not seen before."""
+        new = [r for r in dict.fromkeys(references) if r not in self.images]
         if new:
-            # One at a time: the last bits depend on the batch, and a resumed run meets its pictures in others.
+            # One at a time: the last bits depend on the batch, and a resumed run meets its images in others.
             vectors = torch.from_numpy(
                 embed_images(new, self.clip, self.clip_processor, batch_size=1, root=self.root))
-            self.pictures |= dict(zip(new, vectors))
+            self.images |= dict(zip(new, vectors))
 
     def __call__(self, references: list[str], answers: list[list[int]]) -> Scored:
-        """Picture reference and token ids of each answer -> scores of all its object mentions, on the CPU."""
+        """Image reference and token ids of each answer -> scores of all its object mentions, on the CPU."""
         self.look(references)
         found = [(row, m) for row, ids in enumerate(answers)
                  for m in mentions(ids, self.processor.decode, self.entities)]
@@ -81,13 +81,13 @@ class Verifier:
         if not found:
             return Scored(torch.zeros(0), rows, starts, stops, [], rows)
         words = self.words[[self.place[m.word] for _, m in found]]  # (N, E)
-        pictures = torch.stack([self.pictures[references[row]] for row, _ in found])  # (N, E)
-        scores = verifier_scores(words, pictures, scale=self.scale)
+        images = torch.stack([self.images[references[row]] for row, _ in found])  # (N, E)
+        scores = verifier_scores(words, images, scale=self.scale)
         entities = [m.entity for _, m in found]
         return Scored(scores, rows, starts, stops, entities, self.correct(references, rows, entities))
 
     def correct(self, references: list[str], rows: Tensor, entities: list[str]) -> Tensor:
-        """The labels of Eq. 7, as CHAIR's (`Scored.correct`): entity i was said of picture references[rows[i]]."""
+        """The labels of Eq. 7, as CHAIR's (`Scored.correct`): entity i was said of image references[rows[i]]."""
         known = {reference: self.known(reference) for reference in set(references)}
         labels = []
         for row, entity in zip(rows.tolist(), entities, strict=True):
@@ -96,12 +96,12 @@ class Verifier:
         return torch.tensor(labels, dtype=torch.long)  # (N,)
 
     def sentences(self, references: list[str], texts: list[str]) -> tuple[Tensor, list[str], list[str]]:
-        """Scores (N,) of all answers' sentences against their pictures, the sentences and their pictures."""
+        """Scores (N,) of all answers' sentences against their images, the sentences and their images."""
         self.look(references)
         found = [(reference, line) for reference, text in zip(references, texts, strict=True)
                  for line in sentences(text)]
         words = torch.from_numpy(
             embed_texts([line for _, line in found], self.clip, self.clip_processor))  # (N, E)
-        pictures = torch.stack([self.pictures[reference] for reference, _ in found])  # (N, E)
-        return (verifier_scores(words, pictures, scale=self.scale), [line for _, line in found],
+        images = torch.stack([self.images[reference] for reference, _ in found])  # (N, E)
+        return (verifier_scores(words, images, scale=self.scale), [line for _, line in found],
                 [reference for reference, _ in found])

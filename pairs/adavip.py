@@ -1,4 +1,4 @@
-"""AdaViP's vision pairs: remove each object in turn, keep the picture that fits the chosen answer least.
+"""AdaViP's vision pairs: remove each object in turn, keep the image that fits the chosen answer least.
 
 Lu et al. 2025, "AdaViP: Aligning Multi-modal LLMs via Adaptive Vision-enhanced Preference Optimization",
 arXiv 2504.15619, Eq. 5-9. Given a text pair (y_w, y_l | x, v), every class t_i found in v (Eq. 5: tag, Eq. 6:
@@ -10,16 +10,19 @@ box, Eq. 7: mask) is removed on its own (Eq. 8: c_i). Candidates are scored with
 and (x, v_l, y_w) becomes the vision-rejected sample.
 
     symbol     argument                      shape
-    c_i        candidates(record)            n x (label, picture reference)
+    y_w, y_l   pairs                         pair records with `chosen` and `rejected`
+    c_i        candidates(record)            n x (label, image)
     s_j        sentences(record["chosen"])   m texts
     CLIP       cosine of two embeddings      (n, m)
     Score_i    candidate_scores(...)         (n,)
+               any_object                    choose among all objects, as the paper does, not only among those that the
+                                             chosen response mentions
 
 Departures
 - Eq. 9 prints n (the number of candidates) as upper limit; the sum runs over the m sentences.
 - Sentences are split at punctuation (`sentences`); the paper has LLaMA-3 write self-contained ones.
-- Eq. 5-8 are `candidates`, a function from a pair record to labelled pictures. In the scene world it is
-  `scene_candidates`: the scene drawn without one class, exactly. For any other picture it is
+- Eq. 5-8 are `candidates`, a function from a pair record to labelled images. In the scene world it is
+  `scene_candidates`: the scene drawn without one class, exactly. For any other image it is
 
       photo_candidates(detect, fill, folder)
 
@@ -31,7 +34,7 @@ Departures
 - Eq. 9 may choose the removal of an object that y_w does not mention, after which y_w is as true as before (4 % of
   the scene world's pairs). Here it chooses among those that y_w mentions, and a pair without any is dropped;
   any_object=True is the paper's rule. What mentions an object (`mentions_of`) is reconstructed.
-- The paper says nothing about dilating masks or about objects that fill the picture: `dilation` and
+- The paper says nothing about dilating masks or about objects that fill the image: `dilation` and
   `max_area` are reconstructed.
 - The paper does not name its CLIP; any that the loader reads will do. There is no public code of the paper.
 """
@@ -68,7 +71,7 @@ def scene_candidates(record: dict) -> list[tuple[str, str]]:
     """The record's scene without each of its classes: (class, reference). BadInput when it is no scene."""
     if not record["image"].startswith("scene:"):
         raise BadInput(f"{record['id']}: cannot remove objects from {record['image']!r}; only scenes are "
-                       "drawn again, photographs need a detector (photo_candidates)")
+                       "drawn again, photographs need a detector (--detector)")
     scene, without = parse_reference(record["image"])
     return [(category, reference(scene.seed, (*without, category)))
             for category in sorted(objects_present(scene, without))]
@@ -76,18 +79,18 @@ def scene_candidates(record: dict) -> list[tuple[str, str]]:
 
 def photo_candidates(detect: Detect, folder: Path, *, fill: Fill = fill, dilation: int = 15,
                      max_area: float = 0.8, instances: str = "all", root: Path | None = None) -> Candidates:
-    """A `candidates` for pictures that cannot be drawn again: find each class, cut it out, fill the hole.
+    """A `candidates` for images that cannot be drawn again: find each class, cut it out, fill the hole.
 
     Args:
-        detect: (reference, picture) -> detections.
-        folder: where the filled pictures are written, one PNG file for each picture and class.
+        detect: (reference, image) -> detections.
+        folder: where the filled images are written, one PNG file for each image and class.
         fill: (pixels, hole) -> pixels.
         dilation: reconstructed: side of the square by which masks grow, so that no rim of the object stays.
-        max_area: reconstructed: classes whose holes take a larger share of the picture are passed over.
+        max_area: reconstructed: classes whose holes take a larger share of the image are passed over.
         instances: "all" objects of a class, or the "best": that of the highest score.
-        root: folder that relative file paths start from, also those of the filled pictures.
+        root: folder that relative file paths start from, also those of the filled images.
     """
-    known: dict[str, list[tuple[str, str]]] = {}  # pictures repeat
+    known: dict[str, list[tuple[str, str]]] = {}  # images repeat
 
     def candidates(record: dict) -> list[tuple[str, str]]:
         reference = record["image"]
@@ -143,27 +146,25 @@ def candidate_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return (images @ texts.T).sum(axis=1)
 
 
-def vision_pairs(pairs: list[dict], clip: CLIP, processor: ClipProcessor, *,
+def adavip_pairs(pairs: list[dict], clip: CLIP, clip_processor: ClipProcessor,
                  candidates: Candidates = scene_candidates, batch_size: int = 64, root: Path | None = None,
-                 any_object: bool = False, source: dict | None = None,
-                 progress: str = "") -> tuple[list[dict], Counter]:
+                 models: dict | None = None, *, any_object: bool = False) -> tuple[list[dict], Counter]:
     """Add a rejected image to text pairs.
 
     Args:
-        pairs: pair records with `chosen` and `rejected`.
-        candidates: gives the pictures that lack one object each.
+        candidates: gives the images that lack one object each.
         root: folder that relative file paths start from.
-        any_object: choose among all candidates, as the paper does, not only among objects that `chosen` mentions.
-        source: what the pair records shall say about their origin.
+        models: names of the models in use, for `source`.
 
     Returns (pair records with `rejected_image`, how many were dropped for which reason). All candidates are
     listed with their scores in `source`, so that each choice can be checked.
     """
     options = [candidates(pair) for pair in pairs]
     said = [sentences(pair["chosen"]) for pair in pairs]
-    images = embed_images([image for option in options for _, image in option], clip, processor,
-                          batch_size=batch_size, root=root, progress=progress)
-    texts = embed_texts([sentence for lines in said for sentence in lines], clip, processor)
+    # One pass of each tower for the whole chunk; `split` hands every pair its own rows again.
+    images = embed_images([image for option in options for _, image in option], clip, clip_processor,
+                          batch_size=batch_size, root=root)
+    texts = embed_texts([sentence for lines in said for sentence in lines], clip, clip_processor)
     made, dropped = [], Counter()
     for pair, option, lines in zip(pairs, options, said):
         own, images = np.split(images, [len(option)])
@@ -180,6 +181,6 @@ def vision_pairs(pairs: list[dict], clip: CLIP, processor: ClipProcessor, *,
         listing = [{"removed": label, "image": image, "score": round(float(score), 4), "mentioned": bool(is_said)}
                    for (label, image), score, is_said in zip(option, scores, mentioned)]
         made.append({**pair, "rejected_image": option[int(np.where(allowed, scores, np.inf).argmin())][1],
-                     "source": {"method": "adavip", **(source or {}), "text": pair.get("source"),
+                     "source": {"method": "adavip", **(models or {}), "text": pair.get("source"),
                                 "candidates": listing}})
     return made, dropped

@@ -1,13 +1,13 @@
-"""BDHS: the model completes the beginnings of a good answer's sentences while hardly seeing the picture.
+"""BDHS: the model completes the beginnings of a good answer's sentences while hardly seeing the image.
 
 Amirloo et al. 2024, "Understanding Alignment in Multimodal LLMs: A Comprehensive Study", arXiv 2407.02477,
-section 3.4, Eq. 6 and 7, Algorithm 1. No annotator, no second model: what the picture no longer says, the
+section 3.4, Eq. 6 and 7, Algorithm 1. No annotator, no second model: what the image no longer says, the
 language model's bias fills in. Given a good answer y+ = y+_1 .. y+_K (sentences), for i = 1 .. N:
 
     1. mask        rho_1 .. rho_k ~ U(0, 1), one for each image token; visible if rho_i >= rho_th      (Eq. 6)
     2. cut         each sentence, a leading yes or no swapped with probability 1/2, at a random word:
                    y+_k = (y+_{k,1}, y+_{k,2})
-    3. complete    y-_{k,2} ~ pi(. | masked picture, x, y+_{<k}, y+_{k,1}), up to the sentence's end   (Eq. 7)
+    3. complete    y-_{k,2} ~ pi(. | masked image, x, y+_{<k}, y+_{k,1}), up to the sentence's end   (Eq. 7)
     4. accept      y- = the (y+_{k,1}, y-_{k,2}) one after another, if similarity(y-, y+) < eps_s; else again
 
 The last of several iterations cuts nothing: the model answers freely under the mask, and similarity no longer
@@ -15,30 +15,36 @@ counts. All sentences of an attempt share its mask and their prompt; each contin
 it, unswapped. A hidden image token is a key that no query sees, in any layer; positions stay what they were
 (model/attention.py).
 
-    symbol      argument          value
-    rho_th      rho_th            .99: on average 1 % of the image tokens is visible; 0 hides none, 1 all
-    N           iterations        5: four guided ones, then the free one; 1 is one guided attempt, taken as it is
-    eps_s       eps_s             .97, for the cosine of all-mpnet-base-v2 (judges/sentence.py)
-    1/2         swap              .5
-    x-tilde     noise             (picture, seed) -> picture: BDHS-noise; the paper then hides nothing
-                                  (rho_th = 0)
+    symbol      argument         meaning
+    y+          answered         records with a chosen response
+    rho_th      rho_th           share of the image tokens that is hidden: 0 hides none, 1 all; .99 leaves 1 % visible
+    N           iterations       attempts: guided ones, then a free one; a single one is guided and taken as it is
+    eps_s       eps_s            similarity that a rejected response must stay below; .97 is meant for the cosine of
+                                 all-mpnet-base-v2 (judges/sentence.py)
+    1/2         swap             probability that a leading yes or no is swapped
+    x-tilde     noise            BDHS-noise: a noisy image, and no hidden tokens (rho_th = 0)
+                noise_step       diffusion step of that noise, 0 to 999
+                overflow         of noise beyond black and white: clamp it, or wrap around
+                max_new_tokens   of a sentence, and of a free response
+                temperature      reconstructed: of the sampling
+                seed             with a record's id it decides all that is drawn for it, whatever the order
 
-BDHS trains on the ordinary DPO loss of (y+, y-) with the clean, unmasked picture for both.
+BDHS trains on the ordinary DPO loss of (y+, y-) with the clean, unmasked image for both.
 
 Departures from the paper, which has no public code
 - Its printed expression for yes and no has no word boundary ("Not", "None", "Now" would match). Here it has.
-- A cut before the swapped word would undo the swap; such a cut moves behind the word.
+- A cut before the swapped word would undo the swap; such a cut moves to the end of the word.
 - Its completions end at the first full stop, whatever that belongs to ("3.5", "St.") and lose a quotation's
   closing mark. Here a sentence ends as `sentence_end` has it, and a mark or bracket that the original closes
   is closed.
 - An attempt with a sentence that reaches the token limit is no answer: it is tried again, or dropped in the
   end.
 
-rho_th = .99 was chosen where a picture is up to 2880 image tokens; with fewer it is harsher: of LLaVA-1.5's
+rho_th = .99 was chosen where an image is up to 2880 image tokens; with fewer it is harsher: of LLaVA-1.5's
 576 it leaves 6, of the embedded model's 64 mostly none, whose texts stay more fluent at .9.
 
 Reconstructed, because the paper does not say: what is a sentence (`sentence_end`); cuts uniform over the
-beginnings of words, so that at least the last word is written anew; `temperature` and `top_p`; image tokens
+beginnings of words, so that at least the last word is written again; `temperature` and `top_p`; image tokens
 that end a row of patches (LLaVA-1.6) are masked like the others.
 """
 
@@ -47,23 +53,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from common import BadInput
-from data.corrupt import sample_seed
+from data.corrupt import add_noise, sample_seed
 from data.images import open_image
 from data.processor import Processor
 from data.sentences import sentence_end, split_sentences
 from model.generate import generate
 from model.llava import Llava
-from model.views import View
 
 YES_NO = re.compile(r"\s*(yes|no)\b", re.I)
 OPENING = {"”": "“", ")": "(", "]": "["}
@@ -72,10 +77,10 @@ OPENING = {"”": "“", ")": "(", "]": "["}
 class Cut(NamedTuple):
     """One sentence to be completed."""
 
-    before: str  # the ground truth in front of it
+    before: str  # the ground truth up to it
     first: str  # what is kept of it, y+_{k,1}; a swapped yes or no is in here
     original: str  # the sentence itself, y+_k
-    gap: str  # what stands between it and the next
+    gap: str  # what separates it from the next
 
 
 class Attempt(NamedTuple):
@@ -88,7 +93,7 @@ class Attempt(NamedTuple):
     seed: int  # of mask, noise and sampling
 
 
-Complete = Callable[[list[Attempt], str], list[str | None]]
+Complete = Callable[[list[Attempt]], list[str | None]]
 Similarity = Callable[[list[str], list[str]], list[float]]
 Noise = Callable[[Image.Image, int], Image.Image]
 
@@ -123,7 +128,7 @@ def close(sentence: str, original: str) -> str:
     for mark in re.search(r'["”)\]]*$', original).group():
         opened = sentence.count(OPENING[mark]) if mark in OPENING else (sentence.count(mark) + 1) // 2
         closed = sentence.count(mark) if mark in OPENING else sentence.count(mark) // 2
-        sentence += mark * (opened > closed)
+        sentence += mark if opened > closed else ""
     return sentence
 
 
@@ -150,60 +155,54 @@ class Writing(NamedTuple):
         return None if end is None else close(text[:end], self.cut.original)
 
 
-def completion(model: Llava, processor: Processor, *, noise: Noise | None = None, max_new_tokens: int = 96,
-               temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 32,
-               root: Path | None = None) -> Complete:
+def complete(attempts: list[Attempt], model: Llava, processor: Processor, *, noise: Noise | None = None,
+             max_new_tokens: int = 96, temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 32,
+             root: Path | None = None) -> list[str | None]:
     """Steps 1 and 3. All sentences of an attempt continue one computed prompt.
 
     Args:
-        noise: applied to the picture at its own resolution, anew in every attempt.
-        max_new_tokens: of a sentence, and of a free answer.
+        noise: (image, seed) -> image, applied at the image's own resolution, drawn again in every attempt.
+        max_new_tokens: of a sentence, and of a free response.
         temperature, top_p: reconstructed.
         batch_size: attempts at a time; the texts do not depend on it.
         root: folder that relative file paths start from.
 
     An attempt for which the decoder's window has no room is not finished: None.
     """
+    texts, training = [], model.training
+    model.eval()
+    for start in range(0, len(attempts), batch_size):
+        texts += _write(attempts[start : start + batch_size], model, processor, noise, root,
+                        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    model.train(training)
+    return texts
 
-    def write(attempts: list[Attempt]) -> list[str | None]:
-        streams = [np.random.default_rng(attempt.seed) for attempt in attempts]
-        seeds = [int(stream.integers(2**62)) for stream in streams]
-        views = [look(attempt, seed) for attempt, seed in zip(attempts, seeds)]
-        prompts = [processor.prompt(a.prompt, len(view.rows)) for a, view in zip(attempts, views)]
-        writings = [[Writing.of(processor, cut) for cut in a.cuts or [None]] for a in attempts]
-        hidden = [draw_mask(ids, processor.image_id, a.rho_th, stream)
-                  for ids, a, stream in zip(prompts, attempts, streams)]
-        longest = [len(ids) + max(len(w.start) for w in group) for ids, group in zip(prompts, writings)]
-        fits = [row for row, length in enumerate(longest) if length + max_new_tokens <= processor.window]
-        questions = [processor.question(attempts[row].prompt) for row in fits]
-        views, prompts, hidden, seeds, kept = ([x[row] for row in fits]
-                                               for x in (views, prompts, hidden, seeds, writings))
-        out = generate(model, views, prompts, eos_id=processor.eos_id, questions=questions, hidden=hidden,
-                       starts=[[writing.start for writing in group] for group in kept],
-                       stop=lambda i, j, new: kept[i][j].read(new, whole=False) is not None,
-                       max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                       seeds=seeds) if fits else []
-        # Nothing but EOS ends an answer that `stop` lets go on before the limit.
-        read = {row: [w.read(new, whole=len(new) < max_new_tokens) for w, new in zip(writings[row], group)]
-                for row, group in zip(fits, out)}
-        return [assemble(a.cuts, read[row]) if row in read else None for row, a in enumerate(attempts)]
 
-    def look(attempt: Attempt, seed: int) -> View:
-        if noise is None:
-            return processor.image(attempt.image, root)
-        return processor.view(noise(open_image(attempt.image, root), seed))
-
-    def complete(attempts: list[Attempt], progress: str = "") -> list[str | None]:
-        texts, training = [], model.training
-        model.eval()
-        with tqdm(total=len(attempts), desc=progress, disable=None if progress else True, unit="answer") as bar:
-            for start in range(0, len(attempts), batch_size):
-                texts += write(attempts[start : start + batch_size])
-                bar.update(len(texts) - start)
-        model.train(training)
-        return texts
-
-    return complete
+def _write(attempts: list[Attempt], model: Llava, processor: Processor, noise: Noise | None, root: Path | None, *,
+           max_new_tokens: int, temperature: float, top_p: float) -> list[str | None]:
+    """One batch of attempts."""
+    streams = [np.random.default_rng(attempt.seed) for attempt in attempts]
+    seeds = [int(stream.integers(2**62)) for stream in streams]
+    views = [processor.image(a.image, root) if noise is None
+             else processor.view(noise(open_image(a.image, root), seed)) for a, seed in zip(attempts, seeds)]
+    prompts = [processor.prompt(a.prompt, len(view.rows)) for a, view in zip(attempts, views)]
+    writings = [[Writing.of(processor, cut) for cut in a.cuts or [None]] for a in attempts]
+    hidden = [draw_mask(ids, processor.image_id, a.rho_th, stream)
+              for ids, a, stream in zip(prompts, attempts, streams)]
+    longest = [len(ids) + max(len(w.start) for w in group) for ids, group in zip(prompts, writings)]
+    fits = [row for row, length in enumerate(longest) if length + max_new_tokens <= processor.window]
+    questions = [processor.question(attempts[row].prompt) for row in fits]
+    views, prompts, hidden, seeds, kept = ([x[row] for row in fits]
+                                           for x in (views, prompts, hidden, seeds, writings))
+    out = generate(model, views, prompts, eos_id=processor.eos_id, questions=questions, hidden=hidden,
+                   starts=[[writing.start for writing in group] for group in kept],
+                   stop=lambda i, j, new: kept[i][j].read(new, whole=False) is not None,
+                   max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                   seeds=seeds) if fits else []
+    # `stop` ends a sentence before the limit; what it let go on and is still shorter than the limit, EOS has ended.
+    read = {row: [w.read(new, whole=len(new) < max_new_tokens) for w, new in zip(writings[row], group)]
+            for row, group in zip(fits, out)}
+    return [assemble(a.cuts, read[row]) if row in read else None for row, a in enumerate(attempts)]
 
 
 def draw_mask(prompt: list[int], image_id: int, rho_th: float, rng: np.random.Generator) -> Tensor:
@@ -221,38 +220,57 @@ def assemble(cuts: list[Cut], texts: list[str | None]) -> str | None:
     return "".join(text + gap for text, gap in zip(texts, gaps) if text.strip()).strip()
 
 
-def bdhs_pairs(records: list[dict], complete: Complete, similarity: Similarity, *, rho_th: float = 0.99,
-               iterations: int = 5, eps_s: float = 0.97, swap: float = 0.5, seed: int = 0,
-               source: dict | None = None, progress: str = "") -> tuple[list[dict], Counter]:
-    """Algorithm 1 for records with a chosen answer.
+def bdhs_pairs(answered: list[dict], model: Llava, processor: Processor, similarity: Similarity, batch_size: int = 32,
+               root: Path | None = None, source: dict | None = None, *, rho_th: float = 0.99, iterations: int = 5,
+               eps_s: float = 0.97, noise: bool = False, noise_step: int = 500,
+               overflow: Literal["clamp", "wrap"] = "clamp", temperature: float = 1.0, max_new_tokens: int = 96,
+               seed: int = 0) -> tuple[list[dict], Counter]:
+    """BDHS pairs of records with a chosen response.
 
     Args:
-        records: `id`, `image`, `prompt`, `chosen`.
-        complete: `completion`, or another writer.
-        similarity: two lists of texts -> cosines; eps_s is calibrated for all-mpnet-base-v2.
-        seed: with a record's id it decides all that is drawn for it, whatever the order of the records.
-        source: what the pair records shall say about their origin.
+        answered: `id`, `image`, `prompt`, `chosen`.
+        similarity: two lists of texts -> cosines.
+        source: what the pair records say about their origin.
 
-    Returns (pair records, how many were dropped for which reason). Raises BadInput on settings out of
-    range.
+    Returns (pair records, how many were dropped for which reason).
+    """
+    def noisy(image: Image.Image, seed: int) -> Image.Image:
+        return add_noise(image, noise_step, seed, overflow)
+
+    write = partial(complete, model=model, processor=processor, noise=noisy if noise else None,
+                    max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size, root=root)
+    origin = {"noise_step": noise_step, "overflow": overflow} if noise else {}
+    return algorithm_1(answered, write, similarity, rho_th=0.0 if noise else rho_th, iterations=iterations,
+                       eps_s=eps_s, seed=seed, source={**(source or {}), **origin})
+
+
+def algorithm_1(answered: list[dict], complete: Complete, similarity: Similarity, *, rho_th: float = 0.99,
+                iterations: int = 5, eps_s: float = 0.97, swap: float = 0.5, seed: int = 0,
+                source: dict | None = None) -> tuple[list[dict], Counter]:
+    """Steps 2 and 4, and the loop around them: (pair records, how many were dropped for which reason).
+
+    Args:
+        complete: attempts -> texts, None for one that is not finished.
+
+    Raises BadInput on settings out of range.
     """
     if not 0 <= rho_th <= 1 or iterations < 1:
         raise BadInput(f"rho_th {rho_th} and {iterations} iterations: need 0 <= rho_th <= 1 and at least one")
     made: dict[int, dict] = {}
-    waiting = [row for row, record in enumerate(records) if record["chosen"].strip()]
-    dropped = Counter({"nothing chosen": len(records) - len(waiting)})
+    waiting = [row for row, record in enumerate(answered) if record["chosen"].strip()]
+    dropped = Counter({"nothing chosen": len(answered) - len(waiting)})
     for i in range(1, iterations + 1):
         last = i == iterations
-        attempts = [_attempt(records[row], i, last and i > 1, rho_th, swap, seed) for row in waiting]
-        texts = complete(attempts, f"{progress} {i}" if progress else "")
-        failures = [_failure(records[row], text) for row, text in zip(waiting, texts)]
+        attempts = [_attempt(answered[row], i, last and i > 1, rho_th, swap, seed) for row in waiting]
+        texts = complete(attempts)
+        failures = [_failure(answered[row], text) for row, text in zip(waiting, texts)]
         usable = [(row, text) for row, text, failure in zip(waiting, texts, failures) if not failure]
-        alike = similarity([records[row]["chosen"].strip() for row, _ in usable], [text for _, text in usable])
+        alike = similarity([answered[row]["chosen"].strip() for row, _ in usable], [text for _, text in usable])
         for (row, text), score in zip(usable, alike):
             if last or score < eps_s:
                 origin = {"seed": seed, "rho": rho_th, "iteration": i, "guided": not (last and i > 1),
                           "similarity": round(float(score), 4)}
-                made[row] = _pair(records[row], text, {**(source or {}), **origin})
+                made[row] = _pair(answered[row], text, {**(source or {}), **origin})
         if last:
             dropped.update(failure for failure in failures if failure)
         waiting = [row for row in waiting if row not in made]

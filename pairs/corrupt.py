@@ -1,11 +1,13 @@
 """Rejected answers by corruption: put plausible errors into the chosen answer.
 
 POVID (Zhou et al. 2024, arXiv 2402.11411) and "Understanding Alignment in Multimodal LLMs" (Apple 2024, arXiv
-2407.02477) have GPT-4 rewrite a correct answer with realistic hallucinations. Who writes is the seam,
+2407.02477) have GPT-4 rewrite a correct answer with realistic hallucinations.
 
-    corrupt: records -> one `Corruption` each
+    symbol   argument   type
+    y+       answered   records with a chosen response
+    y-       writer     records -> a `Corruption` of each chosen response
 
-and two stand ready:
+Two writers are provided:
 
     model_corrupt    a language model (judges/ask.py), asked for what Table 13 of the second paper asks for
     scene_corrupt    rules for the scene world, whose errors are errors by its exact ground truth:
@@ -63,21 +65,20 @@ class Corruption(NamedTuple):
     how: str
 
 
-Corrupt = Callable[[list[dict]], list[Corruption]]
+Writer = Callable[[list[dict]], list[Corruption]]
 
 
-def corrupt_pairs(records: list[dict], corrupt: Corrupt,
-                  source: dict | None = None) -> tuple[list[dict], Counter]:
-    """Pairs of the chosen answer and its corruption.
+def corrupt_pairs(answered: list[dict], writer: Writer, source: dict | None = None) -> tuple[list[dict], Counter]:
+    """Pairs of the chosen response and its corruption.
 
     Args:
-        records: `id`, `image`, `prompt`, `chosen`.
-        source: what the pair records shall say about their origin (model, seed, ...).
+        answered: `id`, `image`, `prompt`, `chosen`.
+        source: what the pair records say about their origin (model, seed, writer, ...).
 
     Returns (pair records, how many records were dropped for which reason).
     """
     made, dropped = [], Counter()
-    for record, (text, how) in zip(records, corrupt(records), strict=True):
+    for record, (text, how) in zip(answered, writer(answered), strict=True):
         if not text or text.strip() == record["chosen"].strip():
             dropped[how if not text else "the corruption changes nothing"] += 1
             continue
@@ -88,7 +89,7 @@ def corrupt_pairs(records: list[dict], corrupt: Corrupt,
     return made, dropped
 
 
-def model_corrupt(model: Model, *, longest: float = 2.0) -> Corrupt:
+def model_corrupt(model: Model, *, longest: float = 2.0) -> Writer:
     """A language model writes the errors.
 
     Args:
@@ -119,8 +120,8 @@ def _clean(text: str, chosen: str, longest: float) -> Corruption:
     return Corruption(text.strip(), "model")
 
 
-def scene_corrupt(seed: int = 0) -> Corrupt:
-    """Rules for answers about scenes. BadInput (from the call) when a picture is no scene."""
+def scene_corrupt(seed: int = 0) -> Writer:
+    """Rules for answers about scenes. BadInput (from the call) when an image is no scene."""
 
     def corrupt(records: list[dict]) -> list[Corruption]:
         return [_corrupt_scene(record, seed) for record in records]
@@ -130,8 +131,8 @@ def scene_corrupt(seed: int = 0) -> Corrupt:
 
 def _corrupt_scene(record: dict, seed: int) -> Corruption:
     if not record["image"].startswith("scene:"):
-        raise BadInput(f"{record['id']}: nobody knows what {record['image']!r} shows; to corrupt answers "
-                       "about photographs, let a model write (model_corrupt)")
+        raise BadInput(f"{record['id']}: the contents of {record['image']!r} are unknown; only a model can corrupt "
+                       "responses about photographs (--writer)")
     scene, without = parse_reference(record["image"])
     rng = random.Random(f"{seed}:{record['id']}")
     kinds = {"object": _exchange_object, "count": _change_count, "position": _change_position}
@@ -143,7 +144,7 @@ def _corrupt_scene(record: dict, seed: int) -> Corruption:
 
 
 def _exchange_object(text: str, scene: Scene, without: tuple[str, ...], rng: random.Random) -> str:
-    """ "a dog" -> "a frisbee": one that the picture shows becomes an absent one, which the text does not name."""
+    """ "a dog" -> "a frisbee": one that the image shows becomes an absent one, which the text does not name."""
     shown = objects_present(scene, without)
     table = {name: weight for name, weight in PLACES[scene.place].items()
              if name not in shown
@@ -172,7 +173,7 @@ def _change_count(text: str, scene: Scene, without: tuple[str, ...], rng: random
         return ""
     match = pick(rng, found)
     category, said = NAMES[match.group(3).lower()], match.group(1).lower()
-    true = sum(item.category == category for item in scene.objects) * (category not in without)
+    true = 0 if category in without else sum(item.category == category for item in scene.objects)
     now = 1 if said in ("a", "an") else 1 + COUNT_WORDS.index(said)
     number = pick(rng, [n for n in (2, 3) if n not in (now, true)] or [4])
     word = next(word for word in WORDS[category] if match.group(3).lower() in (word, plural(word)))
@@ -204,6 +205,6 @@ def _change_position(text: str, scene: Scene, without: tuple[str, ...], rng: ran
 
 
 def _thirds(item: Object) -> set[str]:
-    """In which thirds of the picture the centre of an object lies."""
+    """In which thirds of the image the centre of an object lies."""
     across, down = (int(3 * (corner + item.size / 2) / GRID) for corner in (item.column, item.row))
     return {WHERE[0][across], ("top", "", "bottom")[down]}

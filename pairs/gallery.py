@@ -1,9 +1,9 @@
-"""A page to look at preference pairs: pictures side by side, differences between the answers marked.
+"""A page to look at preference pairs: images side by side, differences between the answers marked.
 
     python -m pairs.gallery runs/pairs-adavip.jsonl        -> runs/pairs-adavip.html
     python -m pairs.gallery PAIRS.jsonl PAGE.html --limit 50
 
-One HTML file that needs nothing else: the pictures are inside it as small JPEGs, there is no script, and its
+One HTML file that needs nothing else: the images are inside it as small JPEGs, there is no script, and its
 Content-Security-Policy forbids to load anything. Whatever a record says is escaped.
 """
 
@@ -34,7 +34,7 @@ section { border-top: 1px solid var(--line); padding: 1.2rem 0; display: grid; g
           grid-template-columns: auto minmax(0, 1fr); }
 figcaption, .note { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
 figure { margin: 0 0 .6rem; } figcaption { max-width: 15rem; }
-.pictures { display: flex; gap: .8rem; } img { display: block; max-width: 15rem; border-radius: 4px; }
+.images { display: flex; gap: .8rem; } img { display: block; max-width: 15rem; border-radius: 4px; }
 h3 { font-size: .8rem; margin: .7rem 0 0; font-weight: 600; }
 p { margin: .1rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .chosen { color: var(--good); } .rejected { color: var(--bad); }
@@ -61,17 +61,17 @@ def write_gallery(path: Path | str, pairs: list[dict], *, root: Path | str | Non
 
     Args:
         pairs: pair records; with more than `limit`, so many of them, evenly spaced.
-        root: folder that relative paths of pictures start from.
-        side: longest side of a shown picture in pixels.
+        root: folder that relative paths of images start from.
+        side: longest side of a shown image in pixels.
 
-    Raises BadInput naming a picture that cannot be opened.
+    Raises BadInput naming an image that cannot be opened.
     """
     count = min(limit, len(pairs))
     shown = [pairs[i * len(pairs) // count] for i in range(count)]
     note = f"{len(pairs)} pairs" + (f", {count} of them shown, evenly spaced" if count < len(pairs) else "")
-    picture = lru_cache(64)(lambda reference: thumbnail(reference, root, side))
+    thumb = lru_cache(64)(lambda reference: thumbnail(reference, root, side))
     page = HEAD.format(title=escape(title), style=STYLE, note=note)
-    page += "".join(_section(pair, picture) for pair in shown) + "</body></html>\n"
+    page += "".join(_section(pair, thumb) for pair in shown) + "</body></html>\n"
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -96,7 +96,7 @@ def marked(chosen: str, rejected: str) -> tuple[str, str]:
 
 
 def thumbnail(reference: str, root: Path | str | None, side: int) -> tuple[str, int, int]:
-    """A picture as small JPEG in a data URL, and the width and height to show it in."""
+    """An image as small JPEG in a data URL, and the width and height to show it in."""
     image = open_image(reference, root)
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
@@ -106,19 +106,19 @@ def thumbnail(reference: str, root: Path | str | None, side: int) -> tuple[str, 
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), width, height
 
 
-def _section(pair: dict, picture) -> str:
-    pictures = _figure("image", pair["image"], picture)
+def _section(pair: dict, thumb) -> str:
+    images = _figure("image", pair["image"], thumb)
     if pair.get("rejected_image"):
-        pictures += _figure("rejected image", pair["rejected_image"], picture)
+        images += _figure("rejected image", pair["rejected_image"], thumb)
     chosen, rejected = marked(pair["chosen"], pair["rejected"])
-    return (f'<section><div class="pictures">{pictures}</div><div><h2>{escape(pair["id"])}</h2>'
+    return (f'<section><div class="images">{images}</div><div><h2>{escape(pair["id"])}</h2>'
             f'<h3>Prompt</h3><p>{escape(pair["prompt"])}</p><h3 class="chosen">Chosen</h3><p>{chosen}</p>'
             f'<h3 class="rejected">Rejected</h3><p>{rejected}</p>{_source(pair.get("source") or {})}</div>'
             '</section>\n')
 
 
-def _figure(name: str, reference: str, picture) -> str:
-    url, width, height = picture(reference)
+def _figure(name: str, reference: str, thumb) -> str:
+    url, width, height = thumb(reference)
     return (f'<figure><img src="{url}" width="{width}" height="{height}" alt="{escape(name)}">'
             f'<figcaption>{escape(name)}: {escape(reference)}</figcaption></figure>')
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path, metavar="PAIRS.jsonl")
-    parser.add_argument("page", type=Path, nargs="?", metavar="PAGE.html", help="(default: beside the pairs)")
+    parser.add_argument("page", type=Path, nargs="?", metavar="PAGE.html", help="(default: next to the pairs)")
     parser.add_argument("--limit", type=int, default=200, metavar="N",
                         help="pairs to show (default: %(default)s)")
     arguments = parser.parse_args()

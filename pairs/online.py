@@ -5,8 +5,8 @@ al., 2024, arXiv 2402.04792.
 
     online_dpo     (y~+, y~-) ~ pi(. | x), best and worst of the samples by a judge
     mixed_dpo      alpha ~ Bernoulli(p) for each example: given pair if alpha = 1, else an online one    Eq. 4
-    bdhs_online    y~- ~ pi(. | x~, y+): completed from y+ with hidden image tokens (pairs/bdhs.py); both stand
-                   beside the given pair, losses/bdhs.py averages their losses                           Eq. 5
+    bdhs_online    y~- ~ pi(. | x~, y+): completed from y+ with hidden image tokens (pairs/bdhs.py); it
+                   joins the given pair, losses/bdhs.py averages both losses                             Eq. 5
 
 The samples are data: the loss computes their log-probs again in its own forward pass, so nothing is
 differentiated through the sampling. Ties, duplicates, empty, unfinished and unusable answers teach nothing: such an
@@ -17,7 +17,7 @@ the mean divides: a step with few useful pairs is a small one.
     x          records       records with `id`, `image`, `prompt` and, where p > 0, `chosen` and `rejected`
                seeds         one number for each record: all that is drawn for it depends on it alone
     p          offline       share of given pairs; 0 is online DPO, the paper's mixture 0.5
-               samples       answers to each picture; the paper draws 2
+               samples       answers to each image; the paper draws 2
                temperature   of the sampling
                max_new_tokens  of an answer
     rho_th     rho_th        BDHS: share of the image tokens that is hidden
@@ -41,14 +41,14 @@ from judges.scores import Judge, order
 from losses import dpo
 from model.generate import generate
 from model.llava import Llava
-from pairs.bdhs import bdhs_pairs, completion
+from pairs.bdhs import bdhs_pairs
 
 
 def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[int], root: Path | None, *,
            samples: int, temperature: float, max_new_tokens: int) -> list[list[list[int]]]:
     """Answers of the policy without dropout: [record][sample] token ids, the end token last if it was drawn.
 
-    Records of the same picture share one pass of the vision tower.
+    Records of the same image share one pass of the vision tower.
     """
     training = model.training
     model.eval()
@@ -62,7 +62,7 @@ def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[
         n=samples, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds,
     )
     model.train(training)
-    return [[ids + [processor.eos_id] * (len(ids) < max_new_tokens) for ids in group] for group in groups]
+    return [[ids + ([processor.eos_id] if len(ids) < max_new_tokens else []) for ids in group] for group in groups]
 
 
 def ranked_pairs(records: list[dict], seeds: list[int], model: Llava, processor: Processor, root: Path | None,
@@ -100,9 +100,9 @@ def bdhs_triples(records: list[dict], seeds: list[int], model: Llava, processor:
                  similarity, *, rho_th: float = 0.99, iterations: int = 5, eps_s: float = 0.97,
                  temperature: float = 1.0, max_new_tokens: int = 96) -> list[dict]:
     """Online BDHS: each given pair with one more rejected answer, `generated`."""
-    complete = completion(model, processor, max_new_tokens=max_new_tokens, temperature=temperature, root=root)
     asked = [{**record, "id": f"{record['id']}/{seed}"} for record, seed in zip(records, seeds)]
-    made, _ = bdhs_pairs(asked, complete, similarity, rho_th=rho_th, iterations=iterations, eps_s=eps_s)
+    made, _ = bdhs_pairs(asked, model, processor, similarity, root=root, rho_th=rho_th, iterations=iterations,
+                         eps_s=eps_s, temperature=temperature, max_new_tokens=max_new_tokens)
     generated = {pair["id"]: pair["rejected"] for pair in made
                  if not problems_of(pair, processor, root, dpo.SEQUENCES)}
     return [{**record, "generated": generated.get(asking["id"], record["rejected"]),

@@ -1,6 +1,6 @@
 """Long runs that can be stopped anywhere and shared by processes, with the same result as one run in one go.
 
-Records are worked on in chunks. What a chunk gave is appended to a part file beside the output, one JSON
+Records are worked on in chunks. What a chunk gave is appended to a part file next to the output, one JSON
 line a chunk, and flushed to the disk before the next chunk begins:
 
     pairs.jsonl.part-0    {"settings": ...}                                        first line
@@ -26,17 +26,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common import BadInput
+from data.batch import BadRecord, check_image
 
 Work = Callable[[list[int]], tuple[list[dict], Counter]]
 
 
-def in_chunks(ids: list[str], work: Work, out: Path, settings: dict, *, chunk: int = 64, rank: int = 0,
+def in_chunks(ids: list[str], work: Work, out: Path | None, settings: dict, *, chunk: int = 64, rank: int = 0,
               world: int = 1, barrier: Callable[[], object] = lambda: None,
               progress: str = "") -> tuple[list[dict], Counter] | None:
     """Work on all records that are not done yet.
@@ -44,8 +45,8 @@ def in_chunks(ids: list[str], work: Work, out: Path, settings: dict, *, chunk: i
     Args:
         ids: unique ids of all records, in order; the same in all processes.
         work: rows of `ids` -> (records made, each with one of these ids; how many were dropped for which
-        reason).
-        out: the file that will hold the result; the part files stand beside it.
+            reason).
+        out: the file that will hold the result; the part files lie next to it. None: nothing is kept.
         settings: everything the result depends on, as JSON; part files with other settings are refused.
         chunk: rows for one call of `work`; an interruption loses one chunk of each process.
         barrier: waits until all processes have called it.
@@ -55,25 +56,67 @@ def in_chunks(ids: list[str], work: Work, out: Path, settings: dict, *, chunk: i
     """
     if len(set(ids)) != len(ids):
         raise ValueError("ids are not unique")
+    if out is None:
+        lines = [_line(ids, rows, work) for rows in _chunks(range(len(ids)), chunk, progress)]
+        return _merge(ids, lines)
     out.parent.mkdir(parents=True, exist_ok=True)
     header = json.dumps({"settings": settings, "records": len(ids)}, sort_keys=True)
-    done = {name for part in _parts(out) for line in _lines(part, header) for name in line["ids"]}
+    done = {name for part in parts(out) for line in _lines(part, header) for name in line["ids"]}
     barrier()  # all have read before any writes
     rows = [row for row in range(rank, len(ids), world) if ids[row] not in done]
-    with (_open(_part(out, rank), header) as file,
-          tqdm(total=len(rows), desc=progress, disable=None if progress and not rank else True) as bar):
-        for start in range(0, len(rows), chunk):
-            some = rows[start : start + chunk]
-            made, dropped = work(some)
-            _append(file, {"ids": [ids[row] for row in some], "made": made, "dropped": dict(dropped)})
-            bar.update(len(some))
+    with _open(_part(out, rank), header) as file:
+        for some in _chunks(rows, chunk, "" if rank else progress):
+            _append(file, _line(ids, some, work))
     barrier()
-    return None if rank else _merge(ids, [line for part in _parts(out) for line in _lines(part, header)])
+    return None if rank else _merge(ids, [line for part in parts(out) for line in _lines(part, header)])
+
+
+def _chunks(rows: Sequence[int], size: int, progress: str) -> Iterator[list[int]]:
+    with tqdm(total=len(rows), desc=progress, disable=None if progress else True) as bar:
+        for start in range(0, len(rows), size):
+            some = list(rows[start : start + size])
+            yield some
+            bar.update(len(some))
+
+
+def _line(ids: list[str], rows: list[int], work: Work) -> dict:
+    made, dropped = work(rows)
+    return {"ids": [ids[row] for row in rows], "made": made, "dropped": dict(dropped)}
+
+
+def readable(records: list[dict], work: Callable[[list[dict]], object], root: Path | None,
+             bad_records: str) -> tuple[object, int]:
+    """(`work` of records, 0). Where it fails because images cannot be decoded: with bad_records "skip", (`work` of the
+    other records, how many there were); else BadInput that names the records."""
+    try:
+        return work(records), 0
+    except BadInput:
+        bad = _damaged(records, root)
+        if not bad:
+            raise
+    if bad_records == "stop":
+        raise BadInput("\n".join(map(str, bad)) + "; mend it, or leave it out with --bad-records skip: the same"
+                       " command goes on where this one stopped")
+    names = {record.name for record in bad}
+    return work([record for record in records if record["id"] not in names]), len(bad)
+
+
+def _damaged(records: list[dict], root: Path | None) -> list[BadRecord]:
+    """The records whose image cannot be decoded; each distinct image is decoded once."""
+    verdicts: dict[str, str] = {}
+    for record in records:
+        if record["image"] not in verdicts:
+            try:
+                check_image(record, root)
+                verdicts[record["image"]] = ""
+            except BadRecord as error:
+                verdicts[record["image"]] = error.reason
+    return [BadRecord(record["id"], verdicts[record["image"]]) for record in records if verdicts[record["image"]]]
 
 
 def forget(out: Path) -> None:
     """Delete the part files, once the result is written."""
-    for part in _parts(out):
+    for part in parts(out):
         part.unlink()
 
 
@@ -81,13 +124,16 @@ def _part(out: Path, rank: int) -> Path:
     return out.with_name(f"{out.name}.part-{rank}")
 
 
-def _parts(out: Path) -> list[Path]:
+def parts(out: Path) -> list[Path]:
+    """The part files of an interrupted run."""
+    if not out.parent.is_dir():
+        return []
     return sorted(path for path in out.parent.iterdir()
                   if path.name.startswith(f"{out.name}.part-") and path.name.rpartition("-")[2].isdigit())
 
 
 def _lines(part: Path, header: str) -> list[dict]:
-    """The complete lines of a part file behind its first."""
+    """The complete lines of a part file after its first."""
     first, *rest = part.read_bytes().split(b"\n")
     if not any(rest):  # interrupted before anything was done, whatever run it was of
         return []
@@ -97,7 +143,7 @@ def _lines(part: Path, header: str) -> list[dict]:
 
 
 def _open(part: Path, header: str):
-    """The part file, open behind its last complete line."""
+    """The part file, open at the end of its last complete line."""
     file = part.open("ab+")
     file.seek(0)
     data = file.read()

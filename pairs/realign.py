@@ -1,27 +1,29 @@
-"""Re-Align's pairs: hide what the chosen answer says about the picture, fill it in from a similar picture.
+"""Re-Align's pairs: hide what the chosen answer says about the image, fill it in from a similar image.
 
 Xing et al. 2025, "Re-Align: Aligning Vision Language Models via Retrieval-Augmented Direct Preference
-Optimization", EMNLP 2025, arXiv 2502.13146, section 3.1 and Algorithm 1. For a picture v with answer y_w:
+Optimization", EMNLP 2025, arXiv 2502.13146, section 3.1 and Algorithm 1. For an image v with answer y_w:
 
     1. mask       words of y_w that name objects, attributes or relations
-    2. retrieve   the k pictures of the set most similar to v (cosine, FAISS): v_1 .. v_k, best first
+    2. retrieve   the k images of the set most similar to v (cosine, FAISS): v_1 .. v_k, best first
     3. complete   the VLM fills the masks while looking at v_1: y_c
     4. accept     if similarity(y_w, y_c) < tau, then y_l = y_c and v_l = v_1; otherwise complete with v_2,
                   and so on; a record whose neighbours are used up is dropped
 
-    symbol       argument      type
+    symbol       argument      meaning
+    y_w          answered      records with a chosen response
     masking      mask          text -> spans (start, end) in order
-    v_1 .. v_k   neighbours    k x (picture reference, cosine) for each record, from retrieval/index.py
-    completion   complete      (jobs, progress) -> completed texts; a job is (picture, prompt, text, spans)
+    v_1 .. v_k   neighbours    image -> k x (image, cosine), best first, from retrieval/index.py
+    completion   complete      jobs -> completed texts; a job is (image, prompt, text, spans)
     similarity   similarity    two lists of texts -> cosines
-    tau          tau           .95 (project page; the paper's text gives no value)
+    tau          tau           similarity that a rejected response must stay below; .95 is from the project page, the
+                               paper's text gives no value
 
 Departures from the paper, whose pair-making code is not public
 - Masking: the paper asks GPT-4o mini. `mask_words` goes by word lists: the objects of CHAIR, attributes,
   numbers, positions, relations, actions. A noun phrase is one span; its article belongs to it, because "an"
   would give the object away.
 - Completion: the paper asks a VLM to replace every [MASK]. Small models do not follow such a request, so
-  `infill` goes through the gaps from left to right: given the retrieved picture and the text so far, the
+  `infill` goes through the gaps from left to right: given the retrieved image and the text so far, the
   model writes on, and the first expression in that which is of the hidden one's kind goes into the gap. For
   a model that follows instructions, pass another `complete`.
 - Similarity: the paper compares embeddings of all-mpnet-base-v2. The default is `clip_similarity`, which
@@ -35,11 +37,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from data.processor import Processor
 from metrics.chair import TWO_WORDS, load_synonyms, singularize
@@ -63,7 +63,7 @@ NOUN_PHRASE = ("attribute", "count", "object")  # kinds that grow together
 
 
 class Expression(NamedTuple):
-    """A word or noun phrase that says something about a picture."""
+    """A word or noun phrase that says something about an image."""
 
     start: int
     end: int
@@ -73,13 +73,15 @@ class Expression(NamedTuple):
 class Job(NamedTuple):
     """One answer to be completed."""
 
-    image: str  # reference of the RETRIEVED picture
+    image: str  # reference of the RETRIEVED image
     prompt: str
     text: str
     spans: list[Span]
 
 
-Complete = Callable[[list[Job], str], list[str]]
+Hit = tuple[str, float]  # image, cosine
+Neighbours = Callable[[str], list[Hit]]
+Complete = Callable[[list[Job]], list[str]]
 Similarity = Callable[[list[str], list[str]], list[float]]
 
 
@@ -90,7 +92,7 @@ def object_names() -> frozenset[str]:
 
 
 def mask_words(text: str) -> list[Span]:
-    """Spans of what a text says about a picture."""
+    """Spans of what a text says about an image."""
     return [(found.start, found.end) for found in expressions(text)]
 
 
@@ -113,7 +115,7 @@ def expressions(text: str) -> list[Expression]:
 
 
 def word_kinds(words: list[str]) -> list[str]:
-    """Kind of each lower-case word; "" for words that say nothing about a picture."""
+    """Kind of each lower-case word; "" for words that say nothing about an image."""
     single = [singularize(word) for word in words]
     kinds = ["object" if {word, one} & object_names() else KIND.get(word, "")
              for word, one in zip(words, single)]
@@ -125,13 +127,13 @@ def word_kinds(words: list[str]) -> list[str]:
     return kinds
 
 
-def infill(model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_size: int = 64,
-           root: Path | None = None) -> Complete:
+def infill(jobs: list[Job], model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_size: int = 64,
+           root: Path | None = None) -> list[str]:
     """A `complete` that needs no instruction: gaps are written one after the other, greedily.
 
     Args:
         gap_tokens: reconstructed: how much the model writes before an expression is looked for in it.
-        batch_size: answers at a time; the i-th gaps of all of them are written together.
+        batch_size: responses at a time; the i-th gaps of all of them are written together.
         root: folder that relative file paths start from.
     """
 
@@ -145,23 +147,18 @@ def infill(model: Llava, processor: Processor, *, gap_tokens: int = 8, batch_siz
         written = {row: processor.decode(tokens) for row, (tokens,) in zip(fits, out)}
         return [written.get(row, "") for row in range(len(ids))]  # nothing: the hidden words stay
 
-    def complete(jobs: list[Job], progress: str = "") -> list[str]:
-        texts = []
-        with tqdm(total=len(jobs), desc=progress, disable=None if progress else True, unit="answer") as bar:
-            for start in range(0, len(jobs), batch_size):
-                batch = jobs[start : start + batch_size]
-                texts += fill(batch, [processor.image(job.image, root) for job in batch], write)
-                bar.update(len(batch))
-        return texts
-
-    return complete
+    texts = []
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        texts += fill(batch, [processor.image(job.image, root) for job in batch], write)
+    return texts
 
 
 def fill(jobs: list[Job], views: list[View], write) -> list[str]:
     """Rewrite the spans of all jobs from left to right.
 
     Args:
-        views: the picture of each job.
+        views: the image of each job.
         write: (views, jobs, prefixes) -> what the model writes after each prefix.
     """
     done = [job.text[: job.spans[0][0]] if job.spans else job.text for job in jobs]
@@ -187,40 +184,51 @@ def suit(proposal: str, hidden: str) -> str:
 
 
 
-
-def retrieval_pairs(records: list[dict], neighbours: list[list[tuple[str, float]]], complete: Complete,
-                    similarity: Similarity, *, mask: Callable[[str], list[Span]] = mask_words,
-                    tau: float = 0.95, source: dict | None = None,
-                    progress: str = "") -> tuple[list[dict], Counter]:
-    """Steps 1, 3 and 4 of the module docstring, for records with a chosen answer.
+def realign_pairs(answered: list[dict], model: Llava, processor: Processor, neighbours: Neighbours,
+                  similarity: Similarity, batch_size: int = 64, root: Path | None = None,
+                  source: dict | None = None, *, tau: float = 0.95) -> tuple[list[dict], Counter]:
+    """Re-Align pairs of records with a chosen response.
 
     Args:
-        records: `id`, `image`, `prompt`, `chosen`.
-        neighbours: retrieved (picture, cosine) of each record, best first; without the record's own picture.
-        source: what the pair records shall say about their origin.
+        answered: `id`, `image`, `prompt`, `chosen`.
+        neighbours: never finds the image itself, nor a copy of it.
+        source: what the pair records say about their origin.
 
     Returns (pair records with `rejected` and `rejected_image`, how many were dropped for which reason).
     """
-    spans = [mask(record["chosen"]) for record in records]
-    waiting = [row for row in range(len(records)) if spans[row]]
+    complete = partial(infill, model=model, processor=processor, batch_size=batch_size, root=root)
+    near = [neighbours(record["image"]) for record in answered]
+    return algorithm_1(answered, near, complete, similarity, tau=tau, source=source)
+
+
+def algorithm_1(answered: list[dict], near: list[list[Hit]], complete: Complete, similarity: Similarity, *,
+                mask: Callable[[str], list[Span]] = mask_words, tau: float = 0.95,
+                source: dict | None = None) -> tuple[list[dict], Counter]:
+    """Steps 1, 3 and 4: (pair records, how many were dropped for which reason).
+
+    Args:
+        near: retrieved (image, cosine) of each record, best first.
+    """
+    spans = [mask(record["chosen"]) for record in answered]
+    waiting = [row for row in range(len(answered)) if spans[row]]
     made: dict[int, dict] = {}
-    for rank in range(max((len(found) for found in neighbours), default=0)):
-        waiting = [row for row in waiting if row not in made and rank < len(neighbours[row])]
+    for rank in range(max((len(found) for found in near), default=0)):
+        # Only records that no nearer neighbour has served go on to the next one.
+        waiting = [row for row in waiting if row not in made and rank < len(near[row])]
         if not waiting:
             break
-        jobs = [Job(neighbours[row][rank][0], records[row]["prompt"], records[row]["chosen"], spans[row])
+        jobs = [Job(near[row][rank][0], answered[row]["prompt"], answered[row]["chosen"], spans[row])
                 for row in waiting]
-        texts = complete(jobs, f"{progress} {rank + 1}" if progress else "")
+        texts = complete(jobs)
         alike = similarity([job.text for job in jobs], texts)
         for row, text, score in zip(waiting, texts, alike):
-            if score < tau and text.strip() != records[row]["chosen"].strip():
-                found = {"rank": rank + 1, "cosine": round(neighbours[row][rank][1], 4),
-                         "similarity": round(score, 4)}
-                made[row] = _pair(records[row], text, neighbours[row][rank][0], {**(source or {}), **found})
+            if score < tau and text.strip() != answered[row]["chosen"].strip():
+                found = {"rank": rank + 1, "cosine": round(near[row][rank][1], 4), "similarity": round(score, 4)}
+                made[row] = _pair(answered[row], text, near[row][rank][0], {**(source or {}), **found})
     unmasked = sum(not found for found in spans)
-    alone = sum(bool(found) and not others for found, others in zip(spans, neighbours))
-    dropped = Counter({"nothing to mask": unmasked, "no other picture is found": alone,
-                       f"no completion below similarity {tau}": len(records) - unmasked - alone - len(made)})
+    alone = sum(bool(found) and not others for found, others in zip(spans, near))
+    dropped = Counter({"nothing to mask": unmasked, "no other image is found": alone,
+                       f"no completion below similarity {tau}": len(answered) - unmasked - alone - len(made)})
     return [made[row] for row in sorted(made)], +dropped
 
 

@@ -10,7 +10,7 @@ from judges.scene import judge_scene
 
 def report_on(method: str, records: list[dict], made: list[dict], dropped: Counter) -> dict:
     """What `make_pairs` says about its pairs."""
-    report = {"method": method, "pictures": len(records), "pairs": len(made), "dropped": dict(dropped)}
+    report = {"method": method, "images": len(records), "pairs": len(made), "dropped": dict(dropped)}
     if made and all(pair["image"].startswith("scene:") for pair in made):
         report["hallucinating"] = {key: _hallucinating(made, key) for key in ("chosen", "rejected")}
         if drawn := [pair for pair in made if (pair["rejected_image"] or "").startswith("scene:")]:
@@ -40,7 +40,7 @@ def _rejected_images(pairs: list[dict]) -> dict:
 
 def summary(report: dict, seconds: float) -> str:
     """What the report says, for people."""
-    lines = [f"{report['pairs']} pairs of {report['pictures']} pictures in {seconds:.0f} s"]
+    lines = [f"{report['pairs']} pairs of {report['images']} images in {seconds:.0f} s"]
     lines += [f"  {count:5d} dropped: {reason}" for reason, count in sorted(report["dropped"].items())]
     lines += [f"  {100 * share:5.1f} % of the {key} answers mention an absent object"
               for key, share in report.get("hallucinating", {}).items()]
@@ -48,8 +48,8 @@ def summary(report: dict, seconds: float) -> str:
             "gone": "of the removed objects are gone"}
     lines += [f"  {100 * share:5.1f} % {says[key]}"
               for key, share in report.get("rejected_image", {}).items()]
-    lines += [f"  {count:5d} neighbours passed over as {kind} of the picture or of a nearer one"
+    lines += [f"  {count:5d} neighbours passed over as {kind} of the image or of a nearer one"
               for kind, count in report.get("same_image", {}).items() if count]
     if "recall" in report:
-        lines.append(f"  {100 * report['recall']:5.1f} % of the nearest pictures are found (recall)")
+        lines.append(f"  {100 * report['recall']:5.1f} % of the nearest images are found (recall)")
     return "\n".join(lines)

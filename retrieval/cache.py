@@ -1,12 +1,12 @@
-"""Picture embeddings kept on disk: an interrupted run goes on where it was, a repeated one embeds nothing.
+"""Image embeddings kept on disk: an interrupted run goes on where it was, a repeated one embeds nothing.
 
 A folder of shards. A shard is one safetensors file with two tensors,
 
     keys       (n, 32) uint8    SHA-256 of what the embedding depends on
     vectors    (n, E) float32   rows of length 1
 
-where the key covers the vision tower's weights, the preprocessing and the picture: of a file its path, size
-and time of change, of a drawn scene its reference. So a changed picture, another model or another precision
+where the key covers the vision tower's weights, the preprocessing and the image: of a file its path, size
+and time of change, of a drawn scene its reference. So a changed image, another model or another precision
 is embedded again, and one folder may serve several models. Shards are written whole or not at all, each as
 soon as it is full; nothing is ever deleted.
 """
@@ -32,18 +32,18 @@ from retrieval.embed import embed_images
 def cached_images(references: list[str], clip: CLIP, processor: ClipProcessor, folder: Path | str, *,
                   shard: int = 1024, batch_size: int = 64, root: Path | None = None,
                   progress: str = "") -> np.ndarray:
-    """`embed_images` that keeps what it computes: picture references -> float32 (N, E), rows of length 1.
+    """`embed_images` that keeps what it computes: image references -> float32 (N, E), rows of length 1.
 
     Args:
         folder: of the shards.
-        shard: pictures after which a shard is written; an interruption loses fewer than so many.
+        shard: images after which a shard is written; an interruption loses fewer than so many.
         root: folder that relative file paths start from.
 
-    Each distinct picture is embedded once. Raises BadInput naming a missing picture or an unreadable shard.
+    Each distinct image is embedded once. Raises BadInput naming a missing image or an unreadable shard.
     """
     folder = Path(folder)
     model = fingerprint(clip, processor)
-    keys = {reference: picture_key(model, reference, root) for reference in dict.fromkeys(references)}
+    keys = {reference: image_key(model, reference, root) for reference in dict.fromkeys(references)}
     width = len(clip.visual_projection.weight)
     known = {key: row for key, row in _read_shards(folder, width).items() if key in set(keys.values())}
     missing = [reference for reference, key in keys.items() if key not in known]
@@ -68,8 +68,8 @@ def fingerprint(clip: CLIP, processor: ClipProcessor) -> bytes:
     return digest.digest()
 
 
-def picture_key(model: bytes, reference: str, root: Path | None = None) -> bytes:
-    """Key of a picture's embedding. BadInput naming a file that is not there."""
+def image_key(model: bytes, reference: str, root: Path | None = None) -> bytes:
+    """Key of an image's embedding. BadInput naming a file that is not there."""
     what = reference
     if not reference.startswith("scene:"):
         path = Path(root or ".") / reference

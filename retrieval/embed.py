@@ -1,4 +1,4 @@
-"""Unit vectors of pictures and texts in the space of a CLIP model, as numpy arrays for a search index.
+"""Unit vectors of images and texts in the space of a CLIP model, as numpy arrays for a search index.
 
 For retrieval Re-Align names openai/clip-vit-large-patch14 (224 px) but not the feature; this is the projected
 embedding, the one that CLIP's cosine is defined on.
@@ -19,7 +19,7 @@ from model.clip import CLIP
 @torch.no_grad()
 def embed_images(references: list[str], clip: CLIP, processor: ClipProcessor, *, batch_size: int = 64,
                  root: Path | None = None, progress: str = "") -> np.ndarray:
-    """Picture references -> float32 (N, E), rows of length 1, in the given order.
+    """Image references -> float32 (N, E), rows of length 1, in the given order.
 
     Args:
         root: folder that relative file paths start from.

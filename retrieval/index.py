@@ -1,9 +1,9 @@
 """Nearest neighbours by cosine with FAISS: exact (IndexFlatIP over unit vectors), or approximate.
 
 The library: Douze et al. 2024, "The Faiss library", arXiv 2401.08281. Re-Align searches the training set for
-the pictures most similar to one of the training set, so no picture may be found as its own neighbour. Data sets hold
+the images most similar to one of the training set, so no image may be found as its own neighbour. Data sets hold
 the same photograph under several names (COCO 2014 and 2017, Visual Genome), so identity is content, not name:
-`Duplicates` says which hits show the same picture, and the search goes on behind them.
+`Duplicates` says which hits show the same image, and the search goes on past them.
 
 The approximate index (IndexIVFFlat) sorts the vectors into `lists` k-means cells and looks into the
 `nprobe` cells nearest to the query only, about lists / nprobe times faster. What that misses is measured,
@@ -96,12 +96,12 @@ def search(index: faiss.Index, queries: np.ndarray, k: int,
 
 
 class Duplicates:
-    """Which pictures are the same one: those of equal pixels, or whose thumbnails have a cosine of at least `limit`.
+    """Which images are the same one: those of equal pixels, or whose thumbnails have a cosine of at least `limit`.
 
-    A thumbnail is 8 x 8 pixels less their mean; the embeddings' cosine does not tell copies from pictures alike. Of
+    A thumbnail is 8 x 8 pixels less their mean; the embeddings' cosine does not tell copies from images alike. Of
     200 scenes as JPEG of quality 75, 30, or 75 at half the size, thumbnails have at least .9994, .9978 and .9957, the
     nearest two of 4000 scenes .9943; embeddings have from .81, .62 and .46, the nearest two of 600 scenes .98.
-    Cropped, turned and mirrored copies are other pictures.
+    Cropped, turned and mirrored copies are other images.
 
     Args:
         limit: reconstructed. Above 1, only equal pixels count.
@@ -114,7 +114,7 @@ class Duplicates:
         self.found: dict[str, set[tuple[str, str]]] = {"copies": set(), "near copies": set()}
 
     def __call__(self, one: str, other: str) -> bool:
-        """Whether two references show the same picture; remembered in `found`."""
+        """Whether two references show the same image; remembered in `found`."""
         (digest, thumbnail), (other_digest, other_thumbnail) = self._content(one), self._content(other)
         copy = digest == other_digest
         same = copy or float(thumbnail @ other_thumbnail) >= self.limit
@@ -134,15 +134,15 @@ class Duplicates:
 
 def neighbours(references: Sequence[str], vectors: np.ndarray, k: int,
                duplicates: Duplicates | None = None) -> list[list[tuple[str, float]]]:
-    """For every picture its `k` nearest other pictures of the same list, as (reference, cosine).
+    """For every image its `k` nearest other images of the same list, as (reference, cosine).
 
     Args:
-        references: N picture references; one picture may occur several times (several questions about it).
+        references: N image references; one image may occur several times (several questions about it).
         vectors: (N, E) their unit vectors.
-        duplicates: which of them are the same picture under another name; None: none.
+        duplicates: which of them are the same image under another name; None: none.
 
-    Every picture enters the index once, so neither the query nor its repetitions are ever found. Duplicates of the
-    query are passed over, and of pictures that are duplicates of each other the nearest is returned.
+    Every image enters the index once, so neither the query nor its repetitions are ever found. Duplicates of the
+    query are passed over, and of images that are duplicates of each other the nearest is returned.
     """
     unique, base = _distinct(references, vectors)
     return _neighbours(build_index(base), unique, base, references, k, duplicates)
@@ -158,7 +158,7 @@ def approximate_neighbours(references: Sequence[str], vectors: np.ndarray, k: in
 
 
 def _distinct(references: Sequence[str], vectors: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Every picture once, with its vector: U references, (U, E)."""
+    """Every image once, with its vector: U references, (U, E)."""
     first = {reference: row for row, reference in reversed(list(enumerate(references)))}
     unique = list(dict.fromkeys(references))
     return unique, np.asarray(vectors)[[first[reference] for reference in unique]]

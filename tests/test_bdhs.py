@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from data.sentences import sentence_end, split_sentences
 from model.attention import SharedPrefix
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import _uniforms, generate, pick
-from pairs.bdhs import Attempt, Cut, bdhs_pairs, close, completion, cut_sentences, draw_mask, swap_answer
+from pairs.bdhs import Attempt, Cut, algorithm_1, bdhs_pairs, close, complete, cut_sentences, draw_mask, swap_answer
 
 NEVER = 999  # an EOS id that is never drawn
 PROMPTS = [list(small.prompt(*range(7, 7 + n))) for n in (3, 1, 5)]
@@ -271,10 +272,10 @@ RECORDS = [{"id": f"r{i}", "image": f"{i}.png", "prompt": "Q", "chosen": f"Yes, 
 
 
 def run(written, score=lambda text: 0.5, records=RECORDS, **options):
-    """bdhs_pairs with a writer (attempt, iteration) -> text; returns its result and the attempts of each iteration."""
+    """`algorithm_1` with a writer (attempt, iteration) -> text; returns its result and the attempts of each iteration."""
     seen = []
 
-    def complete(attempts, progress):
+    def complete(attempts):
         seen.append(attempts)
         return [written(attempt, len(seen)) for attempt in attempts]
 
@@ -282,7 +283,7 @@ def run(written, score=lambda text: 0.5, records=RECORDS, **options):
         assert set(left) <= {record["chosen"] for record in records}
         return [score(text) for text in right]
 
-    return *bdhs_pairs(records, complete, similarity, **options), seen
+    return *algorithm_1(records, complete, similarity, **options), seen
 
 
 def test_accepts_the_first_that_differs_enough():
@@ -379,7 +380,7 @@ def test_real_completions(tiny, scenes):
     and the mode of the model is what it was."""
     model, processor = tiny
     model.train()
-    runs = [bdhs_pairs(scenes, completion(model, processor, batch_size=size), words_shared, eps_s=0.8)
+    runs = [bdhs_pairs(scenes, model, processor, words_shared, size, eps_s=0.8)
             for size in (1, 3)]
     assert model.training and runs[0] == runs[1] and len(runs[0][0]) >= 4
     model.eval()
@@ -394,7 +395,7 @@ def test_greedy_without_a_mask_is_what_the_model_writes(tiny, scenes):
     model, processor = tiny
     cuts = cut_sentences(scenes[0]["chosen"], np.random.default_rng(3))
     attempt = Attempt(scenes[0]["image"], CAPTION_PROMPT, cuts, 0.0, 5)
-    (text,) = completion(model, processor, temperature=0)([attempt], "")
+    (text,) = complete([attempt], model, processor, temperature=0)
     expected = []
     for cut in cuts:
         begun = (cut.before + cut.first).rstrip()
@@ -407,7 +408,7 @@ def test_greedy_without_a_mask_is_what_the_model_writes(tiny, scenes):
 
 
 def test_a_sentence_cut_at_the_limit_is_not_finished(tiny, scenes):
-    pairs, dropped = bdhs_pairs(scenes[:2], completion(*tiny, max_new_tokens=2), words_shared, iterations=2)
+    pairs, dropped = bdhs_pairs(scenes[:2], *tiny, words_shared, max_new_tokens=2, iterations=2)
     assert pairs == [] and dropped == {"not finished within the token limit": 2}
 
 
@@ -421,7 +422,7 @@ def test_noise(tiny, scenes):
         return image.point(lambda value: 255 - value)
 
     settings = dict(rho_th=0.0, eps_s=-1.0, iterations=2)
-    write = completion(*tiny, noise=noise, temperature=0)
-    noisy = bdhs_pairs(scenes[:2], write, words_shared, **settings)[0]
-    clear = bdhs_pairs(scenes[:2], completion(*tiny, temperature=0), words_shared, **settings)[0]
+    write = partial(complete, model=tiny[0], processor=tiny[1], noise=noise, temperature=0)
+    noisy = algorithm_1(scenes[:2], write, words_shared, **settings)[0]
+    clear = bdhs_pairs(scenes[:2], *tiny, words_shared, temperature=0, **settings)[0]
     assert len(set(seeds)) == 4 and [p["rejected"] for p in noisy] != [p["rejected"] for p in clear]

@@ -139,7 +139,7 @@ def records(tmp_path) -> list[dict]:
 
 
 def test_crop_pairs(tmp_path):
-    pairs = crop_pairs(records(tmp_path), tmp_path / "crops", seed=4, root=tmp_path, source={"clip": "none"})
+    pairs, _ = crop_pairs(records(tmp_path), tmp_path / "crops", seed=4, root=tmp_path, models={"clip": "none"})
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     assert read_pairs(tmp_path / "pairs.jsonl", ("rejected_image",)) == pairs
     assert pairs[0]["rejected_image"] == "crops/a.crop.png"
@@ -148,13 +148,12 @@ def test_crop_pairs(tmp_path):
     assert [picture.size for picture in pictures] == [(64, 48), (96, 96), (96, 96)]
     assert np.array(pictures[0]).min() == np.array(pictures[0]).max() == 90
     assert pictures[1].tobytes() != pictures[2].tobytes()  # every record has its own window
-    (alone,) = crop_pairs(records(tmp_path)[2:], tmp_path / "again", seed=4, root=tmp_path)
+    (alone,), _ = crop_pairs(records(tmp_path)[2:], tmp_path / "again", seed=4, root=tmp_path)
     assert open_image(alone["rejected_image"], tmp_path).tobytes() == pictures[2].tobytes()
 
 
 def test_noise_pairs(tmp_path):
-    pairs = noise_pairs(records(tmp_path), tmp_path / "noisy", root=tmp_path, overflow="wrap",
-                        source={"a": 1})
+    pairs, _ = noise_pairs(records(tmp_path), tmp_path / "noisy", root=tmp_path, overflow="wrap", models={"a": 1})
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     assert read_pairs(tmp_path / "pairs.jsonl", ("rejected_image",)) == pairs
     assert (pairs[0]["rejected"], pairs[0]["rejected_image"]) == ("A cat.", "noisy/a.noise.png")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +14,19 @@ import pytest
 from PIL import Image
 from test_formats import ROWS, A, B, Q
 
+from common import BadInput, meaning, options_of
 from data import scenes
 from data.formats import read
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
-from generate_pairs import main, read_arguments, read_input, relocate, run
+from generate_pairs import RANGES, main, read_arguments, read_input, relocate, run
 from judges.ask import Request, local_model
 from judges.scene import judge_scene
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.generate import answers
-from pairs import bdhs, methods, realign
-from pairs.methods import METHODS, Options, make_pairs, needs_clip, needs_model
+from pairs import bdhs, mdpo, realign, texts, tools
+from pairs.methods import METHODS, chain, complete_options, make_pairs
+from pairs.tools import Setting, Tools, with_tools
 
 HOME = Path(__file__).resolve().parents[1]
 SEEDS = range(scenes.PAIRS, scenes.PAIRS + 6)
@@ -46,7 +50,7 @@ def make(method: str, models, folder: Path, **more):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_pairs_of_scenes(method, models, tmp_path):
     pairs, report = make(method, models, tmp_path)
-    assert report["method"] == method and report["pictures"] == len(SEEDS)
+    assert report["method"] == method and report["images"] == len(SEEDS)
     assert len(pairs) + sum(report["dropped"].values()) == len(SEEDS) and len(pairs) == report["pairs"] >= 2
     assert all(pair["source"]["method"] == method for pair in pairs)
     second = () if method in ("rank", "bdhs", "corrupt") else ("rejected_image",)
@@ -78,9 +82,9 @@ def test_given_texts_stay(models, tmp_path):
     """adavip, povid and mdpo keep both texts and load no model; realign, bdhs and corrupt keep `chosen`."""
     given, _ = make("rank", models, tmp_path)
     for method in METHODS.keys() - {"rank"}:
-        own = needs_model(method, given, Options())
-        some = (*models[:2], *models[2:]) if own else (None, None, *models[2:])
-        pairs, _ = make(method, some, tmp_path, scene_seeds=None, pairs=given)
+        own = "model" in loads(method, given)
+        some = models if own else (None, None, *models[2:])
+        pairs, _ = make(method, some, tmp_path, records=given)
         texts = {pair["id"]: pair for pair in given}
         assert own == (method in ("realign", "bdhs"))
         assert pairs and all(pair["chosen"] == texts[pair["id"]]["chosen"] for pair in pairs)
@@ -89,16 +93,33 @@ def test_given_texts_stay(models, tmp_path):
         assert all(pair["source"]["text"]["method"] == "rank" for pair in pairs)
 
 
+def loads(method: str, records: list[dict], **more) -> list[str]:
+    """Which networks the tools of a method load."""
+    asked = []
+
+    class Loads(Tools):
+        def get(self, name):
+            if name in ("model", "clip"):
+                return asked.append(name)
+            return "near" if name == "neighbours" and self.get("clip") is None else super().get(name)
+
+    setting = Setting(records, cache=more.pop("cache", None))
+    Loads(setting, complete_options(method, more), {"processor": None, "clip_processor": None}).bind(
+        chain(method, records))
+    return sorted(set(asked))
+
+
 def test_what_is_loaded():
-    asked, answered = [{"id": "a"}], [{"id": "a", "chosen": "b"}]
-    need = {method: needs_model(method, answered, Options()) for method in METHODS}
-    assert [method for method, model in need.items() if not model] == ["povid", "corrupt"]
-    assert all(needs_model(method, asked, Options()) for method in METHODS)
-    assert needs_model("corrupt", answered, Options(writer="policy"))
-    assert not needs_model("corrupt", asked, Options(author="other"))
-    assert [m for m in METHODS if needs_clip(m, Options())] == ["realign", "adavip", "bdhs"]
-    assert not needs_clip("bdhs", Options(sentence_model=Path("mpnet")))
-    assert needs_clip("rank", Options(judge="clip"))
+    """Nothing that the given texts and the options do without."""
+    asked = [{"id": str(i), "image": f"scene:{i}", "prompt": Q} for i in range(2)]
+    answered = [{**record, "chosen": "A dog."} for record in asked]
+    need = {method: loads(method, answered) for method in METHODS}
+    assert [method for method, found in need.items() if "model" not in found] == ["povid", "corrupt"]
+    assert all("model" in loads(method, asked) for method in METHODS)
+    assert loads("corrupt", answered, writer="policy") == ["model"]
+    assert loads("corrupt", asked, author="http://x", author_model="m", cache=Path("x")) == []
+    assert [method for method in METHODS if "clip" in loads(method, asked)] == ["realign", "adavip", "bdhs"]
+    assert "clip" in loads("rank", asked, judge="clip")
 
 
 def test_noise_takes_the_place_of_the_mask(models, tmp_path):
@@ -131,7 +152,7 @@ def test_another_similarity(models, tmp_path, monkeypatch):
         def similarity(self, left, right):
             return [1.0 for _ in left]
 
-    monkeypatch.setattr(methods, "SentenceEncoder", Same)
+    monkeypatch.setattr(tools, "SentenceEncoder", Same)
     pairs, report = make("realign", models, tmp_path, sentence_model=Path("mpnet"), top_k=1)
     assert not pairs and report["dropped"] == {"no completion below similarity 0.95": len(SEEDS)}
     pairs, _ = make("bdhs", models, tmp_path, sentence_model=Path("mpnet"), iterations=2)
@@ -143,27 +164,29 @@ def test_another_similarity(models, tmp_path, monkeypatch):
 
 def test_judges(models, tmp_path):
     for judge in ("clip", "policy"):
-        pairs, _ = make("rank", models, tmp_path, judge=judge, source={"model": "tiny"})
+        pairs, _ = make("rank", models, tmp_path, judge=judge)
         assert all(pair["source"]["judge"] == judge and "score" in pair["source"]["chosen"] for pair in pairs)
         assert judge == "policy" or len(pairs) == len(SEEDS)
-    other, _ = make("rank", models, tmp_path, judge=str(DEFAULT_MODEL), source={"model": "tiny"})  # by its folder
+    other, _ = make("rank", models, tmp_path, judge=str(DEFAULT_MODEL))  # by its folder
     assert [{**p, "source": {**p["source"], "judge": "policy"}} for p in other] == pairs
     assert all(pair["source"]["judge"] == str(DEFAULT_MODEL) for pair in other)
 
 
 def test_another_local_writer_is_named_in_the_records():
-    name, _ = methods._writer([], methods.Models(None, None), Options(writer=str(DEFAULT_MODEL)))
-    assert name == str(DEFAULT_MODEL)
+    made = Tools(Setting([]), complete_options("corrupt", {"writer": str(DEFAULT_MODEL)}), {})
+    made.get("writer")
+    assert made.get("source") == {"writer": str(DEFAULT_MODEL)}
 
 
 def test_a_stronger_model_writes_the_chosen_answers(models, tmp_path):
     """Its greedy answers become `chosen`; nobody has to judge samples, so photographs need no judge."""
     said = answers(*models[:2], [scenes.reference(seed) for seed in SEEDS], [scenes.CAPTION_PROMPT] * len(SEEDS))
     for method in ("corrupt", "bdhs"):
-        pairs, _ = make(method, models, tmp_path, author=str(DEFAULT_MODEL), judge="nobody")
+        pairs, _ = make(method, models, tmp_path, author=str(DEFAULT_MODEL))
         texts = {f"scene-{seed}": text for seed, (text,) in zip(SEEDS, said)}
         assert pairs and all(pair["chosen"] == texts[pair["id"]] for pair in pairs)
         assert all(pair["source"]["author"] == str(DEFAULT_MODEL) for pair in pairs)
+        assert not any("judge" in pair["source"] for pair in pairs)
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
@@ -179,8 +202,8 @@ def test_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
 
 def test_a_server_needs_a_name_and_a_cache(models, tmp_path):
     url = "http://127.0.0.1:9/v1"
-    for more, reason in [({"judge": url}, "needs the name of its model"),
-                         ({"judge": "me"}, "me: no such folder, and not a hub id"),
+    for more, reason in [({"judge": url}, "--judge URL and --judge-model NAME belong together"),
+                         ({"judge": "a/me"}, "a/me: no such folder"),
                          ({"judge": url, "judge_model": "m"}, "needs a folder that keeps its replies")]:
         with pytest.raises(ValueError, match=reason):
             make("rank", models, tmp_path, **more)
@@ -192,7 +215,7 @@ def test_a_server_needs_a_name_and_a_cache(models, tmp_path):
 def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
     """Six records in chunks of two, stopped in the second chunk: the second run samples two chunks only."""
     whole, report = make("povid", models, tmp_path)
-    sample, calls = methods.answers, []
+    sample, calls = texts.answers, []
 
     def stopping(*arguments, **more):
         calls.append(len(arguments[2]))
@@ -200,7 +223,7 @@ def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sample(*arguments, **more)
 
-    monkeypatch.setattr(methods, "answers", stopping)
+    monkeypatch.setattr(texts, "answers", stopping)
     out = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         make("povid", models, tmp_path, out=out, batch_size=2)
@@ -220,7 +243,7 @@ def test_two_processes_write_the_same_file(tmp_path):
               str(HOME / "generate_pairs.py"), *command, "--out", str(tmp_path / "two" / "p.jsonl")]
     done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("pairs of 6 pictures") == 1
+    assert done.stdout.count("pairs of 6 images") == 1
     assert (tmp_path / "one" / "p.jsonl").read_bytes() == (tmp_path / "two" / "p.jsonl").read_bytes()
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["cache", "p.jsonl"]
 
@@ -252,8 +275,8 @@ def test_objects_are_removed_from_photographs(photos, tmp_path):
     """With the square and a rim of 2 pixels gone, the harmonic fill leaves the plain background."""
     out = tmp_path / "out" / "p.jsonl"
     report = run(read_arguments([
-        "--method", "adavip", "--pairs", str(photos / "pairs.jsonl"), "--out", str(out), "--gallery",
-        "--detector", str(photos / "instances.json"), "--dilation", "5", "--clip", str(DEFAULT_CLIP)]))
+        "--method", "adavip", "--data", str(photos / "pairs.jsonl"), "--out", str(out), "--gallery",
+        "--detector", str(photos / "instances.json"), "--dilation", "5", "--clip-model", str(DEFAULT_CLIP)]))
     pairs = read_pairs(out, {"rejected_image"})
     assert len(pairs) == report["pairs"] == 2 and "hallucinating" not in report
     for pair in pairs:
@@ -268,18 +291,18 @@ def test_objects_are_removed_from_photographs(photos, tmp_path):
 
 def test_what_nobody_knows_about_photographs(photos, tmp_path):
     """Refused before anything is written: another command must not meet the part files of this one."""
-    clip = ["--clip", str(DEFAULT_CLIP)]
-    for method, more, reason in [("adavip", clip, "photographs need a detector"), ("corrupt", [], "let a model write"),
-                                 ("adavip", [], "photographs needs --clip DIR: the embedded CLIP knows scenes only")]:
+    clip = ["--clip-model", str(DEFAULT_CLIP)]
+    for method, more, reason in [("adavip", clip, "photographs need a detector"), ("corrupt", [], "only a model can corrupt"),
+                                 ("realign", [], "photographs need --clip-model DIR: the embedded CLIP knows scenes only")]:
         with pytest.raises(ValueError, match=reason):
-            run(read_arguments(["--method", method, "--pairs", str(photos / "pairs.jsonl"),
+            run(read_arguments(["--method", method, "--data", str(photos / "pairs.jsonl"),
                                 "--out", str(tmp_path / "out" / "p.jsonl"), *more]))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_columns_of_trl(photos, tmp_path):
     out = tmp_path / "p.jsonl"
-    run(read_arguments(["--method", "mdpo", "--pairs", str(photos / "pairs.jsonl"), "--out", str(out),
+    run(read_arguments(["--method", "mdpo", "--data", str(photos / "pairs.jsonl"), "--out", str(out),
                         "--format", "trl"]))
     found = read(out)
     assert [(p["chosen"], p["rejected"]) for p in found] == [("A red ball.", B)] * 2
@@ -298,13 +321,13 @@ def test_every_format_is_read(name, photos, tmp_path):
     file = photos / "data.json"
     file.write_text(json.dumps([ROWS[name]]))
     if name == "llava":
-        kind, (record,), root = read_input(read_arguments(["--images", str(file)]))
-        assert (kind, record["chosen"], root) == ("images", A, photos)
+        (record,), root = read_input(read_arguments(["--data", str(file)]))
+        assert (record["chosen"], root) == (A, photos)
         return
-    with pytest.raises(ValueError, match="holds preference pairs: say --pairs"):
-        run(read_arguments(["--images", str(file)]))
+    with pytest.raises(ValueError, match="rank makes the text pairs itself: give images and questions, not pairs"):
+        run(read_arguments(["--data", str(file), "--out", str(tmp_path / "p.jsonl")]))
     out = tmp_path / "p.jsonl"
-    run(read_arguments(["--method", "mdpo", "--pairs", str(file), "--out", str(out)]))
+    run(read_arguments(["--method", "mdpo", "--data", str(file), "--out", str(out)]))
     (pair,) = read_pairs(out, {"rejected_image"})
     assert (pair["prompt"], pair["chosen"], pair["rejected"], pair["image"]) == (Q, A, B, "in/one.png")
     assert pair["rejected_image"].startswith("p-images/")
@@ -320,20 +343,22 @@ def test_pictures_that_are_lists_as_candidates_move_too(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
-    (["--judge", "nobody"], "'nobody' is none of scene, clip, policy, a LLaVA folder or hub id, or a server's"),
-    (["--writer", "clip"], "'clip' is none of scene, policy, a LLaVA folder"),
+    (["--judge", "nobody"], "--judge 'nobody' is none of scene, clip, policy, a LLaVA folder or hub id, or a server's"),
+    (["--method", "corrupt", "--writer", "clip"], "--writer 'clip' is none of scene, policy, a LLaVA folder"),
     (["--judge", "no/where/at/all"], "no/where/at/all: no such folder, and not a hub id"),
-    (["--detector", "cats"], "'cats' is none of scene, maskrcnn or a .json file"),
+    (["--method", "adavip", "--detector", "cats"], "'cats' is none of scene, maskrcnn or a .json file"),
     (["--judge", "http://x/v1"], "--judge URL and --judge-model NAME belong together"),
-    (["--writer-model", "x"], "--writer URL and --writer-model NAME belong together"),
-    (["--dilation", "4"], "--dilation 4: must be odd"),
-    (["--author", "model/tiny"], "--author writes chosen answers that are not given, for realign"),
+    (["--method", "povid", "--writer-model", "x"], "--writer URL and --writer-model NAME belong together"),
+    (["--method", "adavip", "--dilation", "4"], "--dilation 4: must be odd"),
+    (["--author", "model/tiny"], "unrecognized arguments: --author"),
     (["--format", "trl", "--out", "x.jsonl"], "scenes have no files to point to"),
     (["--out", "x.parquet"], "written with --format trl"),
     (["--method", "adavip", "--detector", "nowhere.json"], "nowhere.json: not found"),
     (["--method", "bdhs", "--sentence-model", "nowhere"], "nowhere: no such folder"),
-    (["--noise-step", "1000"], "'1000' is not a whole number from 0 to 999"),
+    (["--method", "povid", "--noise-step", "1000"], "--noise-step must be in [0, 999], not 1000"),
     (["--rho", "1"], "unrecognized arguments"),
+    (["--resume"], "--resume: there are no part files of runs/pairs-rank.jsonl"),
+    (["--resume", "--overwrite"], "which of them?"),
 ])
 def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
@@ -365,15 +390,15 @@ def damaged(tmp_path) -> Path:
 def test_a_damaged_picture_stops_the_run_or_is_dropped(method, damaged, tmp_path):
     """`stop` names the record and keeps what is done; the same command with `skip` goes on and counts it."""
     out = tmp_path / "p.jsonl"
-    command = ["--method", method, "--pairs", str(damaged), "--out", str(out), "--clip", str(DEFAULT_CLIP),
-               "--batch-size", "2", "--tau", "1"]
+    command = ["--method", method, "--data", str(damaged), "--out", str(out), "--clip-model", str(DEFAULT_CLIP),
+               "--batch-size", "2", *(["--tau", "1"] if method == "realign" else [])]
     with pytest.raises(ValueError, match="record 'r3': .*3.bmp: not a readable image .*--bad-records skip"):
         run(read_arguments(command))
     assert not out.exists()
     if method == "mdpo":
         assert "r0" in (tmp_path / "p.jsonl.part-0").read_text()
     report = run(read_arguments([*command, "--bad-records", "skip"]))
-    assert report["dropped"].pop("unreadable picture") == 1
+    assert report["dropped"].pop("unreadable image") == 1
     assert report["pairs"] + sum(report["dropped"].values()) == 5
     assert all("3.bmp" not in (pair["image"], pair["rejected_image"]) for pair in read_pairs(out))
     assert method == "realign" or report["pairs"] == 5
@@ -383,7 +408,7 @@ def test_an_error_that_no_picture_explains_is_not_skipped(models, tmp_path, monk
     def fail(*_, **__):
         raise ValueError("something else")
 
-    monkeypatch.setattr(methods, "answers", fail)
+    monkeypatch.setattr(texts, "answers", fail)
     with pytest.raises(ValueError, match="^something else$"):
         make("rank", models, tmp_path, bad_records="skip")
 
@@ -395,12 +420,12 @@ def test_an_error_that_no_picture_explains_is_not_skipped(models, tmp_path, monk
     ("bdhs", {"prompt": "What? " * 450}, "972 tokens of prompt and picture and 96 new ones .--max-new-tokens."),
 ])
 def test_texts_are_refused_before_the_model_is_loaded(damaged, tmp_path, monkeypatch, method, change, reason):
-    monkeypatch.setattr("generate_pairs.load_llava", None)
+    monkeypatch.setattr(tools, "load_llava", None)
     rows = read_pairs(damaged)
     write_jsonl(damaged, [{**row, **change} if row["id"] in ("r1", "r4") else row for row in rows])
     with pytest.raises(ValueError, match=f"(?s)pairs.jsonl: record 'r1': {reason}.*: record 'r4': {reason}"):
-        run(read_arguments(["--method", method, "--pairs", str(damaged), "--out", str(tmp_path / "p.jsonl"),
-                            "--clip", str(DEFAULT_CLIP)]))
+        run(read_arguments(["--method", method, "--data", str(damaged), "--out", str(tmp_path / "p.jsonl"),
+                            "--clip-model", str(DEFAULT_CLIP)]))
 
 
 def test_an_answer_that_leaves_no_room_is_no_completion(models):
@@ -409,11 +434,11 @@ def test_an_answer_that_leaves_no_room_is_no_completion(models):
     long = "Yes" + ", yes" * 500 + ". A dog."
     rows = [{"id": name, "image": "scene:5", "prompt": Q, "chosen": text}
             for name, text in (("long", long), ("short", "A dog is there. It runs on the grass."))]
-    complete = bdhs.completion(model, processor, max_new_tokens=24)
+    complete = partial(bdhs.complete, model=model, processor=processor, max_new_tokens=24)
     attempts = [bdhs._attempt(row, 1, False, 0.9, 0.5, 0) for row in rows]
     assert complete(attempts) == [None, *complete(attempts[1:])]
     jobs = [realign.Job("scene:5", Q, row["chosen"], realign.mask_words(row["chosen"])) for row in rows]
-    fill = realign.infill(model, processor)
+    fill = partial(realign.infill, model=model, processor=processor)
     assert fill(jobs)[0] == long and fill(jobs)[1] == fill(jobs[1:])[0]
 
 
@@ -432,9 +457,82 @@ def test_bad_texts_are_named_before_any_work(photos, tmp_path):
     rows[1]["chosen"] = "A dog \ud83d"
     (photos / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="bad.jsonl:2: 'chosen' holds half a character"):
-        run(read_arguments(["--method", "mdpo", "--pairs", str(photos / "bad.jsonl"),
+        run(read_arguments(["--method", "mdpo", "--data", str(photos / "bad.jsonl"),
                             "--out", str(tmp_path / "p.jsonl")]))
     (photos / "images.jsonl").write_text(json.dumps({"id": "a", "image": "one.png", "prompt": Q}))
-    with pytest.raises(ValueError, match="'rejected' is missing .say --images where there are no pairs."):
-        run(read_arguments(["--pairs", str(photos / "images.jsonl"), "--out", str(tmp_path / "p.jsonl")]))
+    with pytest.raises(ValueError, match="the contents of 'one.png' are unknown, so --judge scene"):
+        run(read_arguments(["--data", str(photos / "images.jsonl"), "--out", str(tmp_path / "p.jsonl")]))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+# ---- the rule: a signature says it all -------------------------------------------------------------------------
+
+
+def test_every_option_has_a_meaning_and_a_range():
+    """The tables in the headers of the files name all options; numbers without a range are seeds."""
+    for method, functions in METHODS.items():
+        found = options_of(*with_tools(*functions))
+        assert [name for name in found if not meaning(name, *with_tools(*functions))] == []
+        numbers = {name for name, (_, default) in found.items() if type(default) in (int, float)}
+        assert numbers - {"seed"} <= set(" ".join(RANGES.values()).split()), method
+
+
+def test_a_method_begins_where_the_records_are():
+    asked, answered, paired = {}, {"chosen": "A"}, {"chosen": "A", "rejected": "B"}
+    lengths = {method: [len(chain(method, [{"id": "a", **more}])) for more in (asked, answered, paired)]
+               for method in METHODS if method != "rank"}
+    assert lengths == {"realign": [2, 1, 1], "adavip": [2, 2, 1], "bdhs": [2, 1, 1], "povid": [3, 2, 1],
+                       "mdpo": [2, 2, 1], "corrupt": [2, 1, 1]}
+
+
+def test_functions_get_the_tools_and_options_that_they_ask_for_by_name(models, tmp_path, monkeypatch):
+    """A method of one's own needs no more than a line in the table."""
+    def shout(pairs: list[dict], root: Path, models: dict, *, marks: int = 2):
+        return [{**pair, "rejected": pair["chosen"] + "!" * marks, "source": {"method": "shout", **models}}
+                for pair in pairs[1:]], Counter({"the first": 1})
+
+    monkeypatch.setitem(METHODS, "shout", [METHODS["rank"][0], shout])
+    pairs, report = make("shout", models, tmp_path, marks=3, batch_size=6)
+    assert report["dropped"]["the first"] == 1 and all(p["rejected"] == p["chosen"] + "!!!" for p in pairs)
+    with pytest.raises(BadInput, match="shout has no option tau"):
+        make("shout", models, tmp_path, tau=0.5)
+
+
+def test_an_author_has_nothing_to_write_where_answers_are_given(photos, tmp_path):
+    with pytest.raises(BadInput, match="--author writes chosen responses that are not given"):
+        run(read_arguments(["--method", "bdhs", "--author", str(DEFAULT_MODEL), "--data", str(photos / "pairs.jsonl"),
+                            "--out", str(tmp_path / "p.jsonl")]))
+
+
+def test_former_names_of_data():
+    for name in ("--data", "--images", "--pairs"):
+        assert read_arguments([name, "x.jsonl"]).data == Path("x.jsonl")
+
+
+def test_what_out_holds_is_replaced_on_demand_only(photos, tmp_path, monkeypatch, capsys):
+    """A finished file is kept; part files are gone on with, also when --resume says so, and dropped by --overwrite."""
+    out = tmp_path / "p.jsonl"
+    command = ["--method", "mdpo", "--data", str(photos / "pairs.jsonl"), "--out", str(out), "--batch-size", "1"]
+    run(read_arguments(command))
+    whole = out.read_bytes()
+    with pytest.raises(BadInput, match="p.jsonl exists: choose another --out, or replace it with --overwrite"):
+        run(read_arguments([*command, "--seed", "1"]))
+    store, calls = mdpo.store, []
+
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return store(*arguments)
+
+    monkeypatch.setattr(mdpo, "store", stopping)
+    monkeypatch.setattr("sys.argv", ["generate_pairs.py", *command, "--overwrite"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1 and "interrupted; go on with --resume" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="other settings"):
+        run(read_arguments([*command, "--resume", "--seed", "1"]))
+    run(read_arguments([*command, "--resume"]))
+    assert len(calls) == 3 and out.read_bytes() == whole
+    run(read_arguments([*command, "--overwrite", "--seed", "1"]))
+    assert out.read_bytes() != whole and len(calls) == 5

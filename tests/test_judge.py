@@ -33,7 +33,8 @@ from pairs.corrupt import (
     model_corrupt,
     scene_corrupt,
 )
-from pairs.rank import best_answers, rank_pairs
+from pairs.rank import rank_pairs
+from pairs.texts import best_responses
 
 SECRET = "sk-very-secret"
 
@@ -236,7 +237,7 @@ def test_replies_are_kept(server, tmp_path):
     assert replies == [Reply(f"said: q{i}") for i in range(10)] and len(server.seen) == 11
     assert asker(server, tmp_path).ask(requests) == replies and len(server.seen) == 11
     asker(server, tmp_path, temperature=0.5).ask(requests[:1])
-    asker(server, tmp_path, pictures=False).ask(requests[:1])
+    asker(server, tmp_path, images=False).ask(requests[:1])
     assert len(server.seen) == 13 and len(server.seen[-1][2]["messages"][0]["content"]) == 1
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 12 and not any(path.name.startswith(".") for path in files)
@@ -296,11 +297,11 @@ def test_model_judge_ranks():
     answers = [["a", "b", "c", "d", ""], ["b", "d"], ["a", " "]]
     records = [record(name) for name in "xyz"]
     assert judge(records, answers) == [[(-3,), (2,), (-1,), (2,), (0,)], None, [(0,), (0,)]]
-    (pair,), dropped = rank_pairs(records, answers, source={"judge": "honest"}, judge=judge)
+    (pair,), dropped = rank_pairs(records, lambda _: answers, judge, {"judge": "honest"})
     assert (pair["chosen"], pair["rejected"]) == ("b", "a") and pair["source"]["rejected"] == {"score": -3}
     assert pair["source"]["judge"] == "honest"
     assert dropped == {"no verdict of the judge": 1, "fewer than two non-empty answers": 1}
-    assert best_answers(records, answers, judge=judge) == ["b", "", "a"]
+    assert [reply.text for reply in best_responses(records, lambda _: answers, judge)] == ["b", "", "a"]
 
 
 def test_the_order_is_random_and_depends_on_the_record_only():
@@ -328,7 +329,7 @@ def test_clip_judge(monkeypatch):
     answers = [["A cat.", "A dog.", "A dog. A cat.", ""], ["A dog."]]
     judged = clip_judge(None, None)([record(), record("b")], answers)
     assert judged == [[Score(0.6), Score(1), Score(0.8), Score(0)], [Score(1)]]
-    (pair,), _ = rank_pairs([record()], answers[:1], judge=clip_judge(None, None))
+    (pair,), _ = rank_pairs([record()], lambda _: answers[:1], clip_judge(None, None))
     assert (pair["chosen"], pair["rejected"]) == ("A dog.", "A cat.")
 
 
@@ -394,7 +395,7 @@ def test_scene_corruption_by_hand():
 
 
 def test_scene_corruption_wants_scenes():
-    with pytest.raises(ValueError, match="nobody knows what 'p.jpg' shows"):
+    with pytest.raises(ValueError, match="the contents of 'p.jpg' are unknown"):
         scene_corrupt()([{"id": "a", "image": "p.jpg", "chosen": "A."}])
     assert scene_corrupt()([record(chosen="Hm.") | {"image": "scene:1?without=dog"}]) == [
         Corruption("", "nothing to corrupt")]

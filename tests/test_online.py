@@ -692,7 +692,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(pictures, tmp_path, monkeypatc
     """Parameters (value head included), losses and the run's own numbers; what was measured first stays."""
     def fresh(*_) -> Verifier:  # its words are the same every time, its pictures are to be seen anew
         made = copy.copy(verifier)
-        made.pictures = {}
+        made.images = {}
         return made
 
     monkeypatch.setattr(prepare, "Verifier", fresh)

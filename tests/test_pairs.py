@@ -21,13 +21,14 @@ from data.sentences import sentences
 from generate_pairs import main, read_arguments, relocate, run
 from judges.clip import clip_similarity
 from judges.scene import judge_scene
-from judges.scores import Judgement
+from judges.scores import Judgement, one_by_one
 from metrics.chair import load_synonyms, mentions
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
-from pairs.adavip import candidate_scores, mentions_of, scene_candidates, vision_pairs
+from pairs.adavip import adavip_pairs, candidate_scores, mentions_of, scene_candidates
 from pairs.methods import make_pairs
-from pairs.rank import best_answers, rank_pairs
-from pairs.realign import Job, fill, infill, mask_words, retrieval_pairs, suit
+from pairs.rank import rank_pairs
+from pairs.realign import Job, algorithm_1, fill, infill, mask_words, suit
+from pairs.texts import best_responses
 
 HOME = Path(__file__).resolve().parents[1]
 SEEDS = range(scenes.PAIRS, scenes.PAIRS + 12)
@@ -40,29 +41,29 @@ def record(seed: int = 1_000_000, **more) -> dict:
 # ---------------------------------------------------------------------------------------- ranking
 
 
-def annotator(judgements: dict[str, tuple[int, int]]):
-    return lambda _, answers: [Judgement(*judgements[answer]) for answer in answers]
+def judge_by(judgements: dict[str, tuple[int, int]]):
+    return one_by_one(lambda _, answers: [Judgement(*judgements[answer]) for answer in answers])
 
 
 def test_best_against_worst():
     """(wrong, right): a and c have the fewest wrong claims, c more right; b and d the most, b fewer right."""
-    judge = annotator({"a": (0, 1), "b": (2, 0), "c": (0, 2), "d": (2, 3)})
-    (pair,), dropped = rank_pairs([record()], [["a", "b", "c", "d"]], judge, {"seed": 3})
+    judge = judge_by({"a": (0, 1), "b": (2, 0), "c": (0, 2), "d": (2, 3)})
+    (pair,), dropped = rank_pairs([record()], lambda _: [["a", "b", "c", "d"]], judge, {"seed": 3})
     assert (pair["chosen"], pair["rejected"], pair["rejected_image"]) == ("c", "b", None)
     assert pair["source"] == {"method": "rank", "seed": 3, "samples": 4, "chosen": {"wrong": 0, "right": 2},
                               "rejected": {"wrong": 2, "right": 0}}
-    assert not dropped and best_answers([record()], [["a", "b", "c", "d"]], judge) == ["c"]
+    assert not dropped and best_responses([record()], lambda _: [["a", "b", "c", "d"]], judge) == [("c", "")]
 
 
 def test_pictures_without_a_useful_pair_are_counted():
-    judge = annotator({"good": (0, 2), "poor": (0, 1), "bad": (1, 1), "bad too": (1, 1), " ": (0, 0),
+    judge = judge_by({"good": (0, 2), "poor": (0, 1), "bad": (1, 1), "bad too": (1, 1), " ": (0, 0),
                        "": (0, 0)})
     answers = [["good", "poor"], ["bad", "bad too"], ["bad", " ", ""], ["bad", "good"]]
-    pairs, dropped = rank_pairs([record(seed) for seed in range(4)], answers, judge)
+    pairs, dropped = rank_pairs([record(seed) for seed in range(4)], lambda _: answers, judge)
     assert [pair["id"] for pair in pairs] == ["scene-3"]
     assert dropped == {"no answer hallucinates": 1, "all answers judged equal": 1,
                        "fewer than two non-empty answers": 1}
-    assert best_answers([record()], [["", " "]], judge) == [""]
+    assert best_responses([record()], lambda _: [["", " "]], judge) == [("", "no finished answer, or no verdict")]
 
 
 def test_scene_annotator():
@@ -73,7 +74,7 @@ def test_scene_annotator():
     assert judge_scene(record(), [text, "", f"A {shown[0]}, a {shown[1]}."]) == [(2, 1), (0, 0), (0, 2)]
     removed = record(image=scenes.reference(1_000_000, [shown[0]]))
     assert judge_scene(removed, [f"A {shown[0]}."]) == [(1, 0)]
-    with pytest.raises(ValueError, match="p1: nobody knows what 'photo.jpg' shows"):
+    with pytest.raises(ValueError, match="p1: the contents of 'photo.jpg' are unknown"):
         judge_scene({"id": "p1", "image": "photo.jpg"}, [])
 
 
@@ -148,7 +149,7 @@ def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95):
     """Run the acceptance rule with a completion that is the neighbour's name and a similarity table."""
     asked: list[list[str]] = []
 
-    def complete(jobs, progress):
+    def complete(jobs):
         asked.append([job.image for job in jobs])
         return [f"A {job.image}." for job in jobs]
 
@@ -158,7 +159,7 @@ def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95):
 
     records = [record(seed, chosen="A dog.") for seed in range(len(neighbours))]
     found = [[(name, 0.5) for name in names] for names in neighbours]
-    return *retrieval_pairs(records, found, complete, similarity, tau=tau), asked
+    return *algorithm_1(records, found, complete, similarity, tau=tau), asked
 
 
 def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
@@ -168,7 +169,7 @@ def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
     assert [(p["id"], p["rejected"], p["rejected_image"]) for p in pairs] == [
         ("scene-0", "A car.", "car"), ("scene-1", "A cat.", "cat")]
     assert [p["source"]["rank"] for p in pairs] == [1, 3] and pairs[1]["source"]["similarity"] == 0.94
-    assert dropped == {"no completion below similarity 0.95": 1, "no other picture is found": 1}
+    assert dropped == {"no completion below similarity 0.95": 1, "no other image is found": 1}
     assert asked == [["car", "hound", "wolf"], ["wolf"], ["cat"]]
 
 
@@ -179,7 +180,7 @@ def test_an_unchanged_answer_is_never_a_rejected_one():
 
 def test_answers_without_visual_words_are_dropped():
     nothing = [record(chosen="It is nice.")]
-    pairs, dropped = retrieval_pairs(nothing, [[("x", 0.9)]], lambda *_: [], lambda *_: [])
+    pairs, dropped = algorithm_1(nothing, [[("x", 0.9)]], lambda *_: [], lambda *_: [])
     assert pairs == [] and dropped == {"nothing to mask": 1}
 
 
@@ -202,7 +203,7 @@ def test_the_candidate_of_least_score_is_taken(monkeypatch):
         monkeypatch.setattr(f"pairs.adavip.{name}", lambda x, *_, **__: np.array([table[item] for item in x]))
     options = {"x": [("dog", "a"), ("cat", "b"), ("cow", "c")], "y": [("cow", "c")], "z": []}
     pairs = [{"id": name, "image": name, "chosen": "One dog. One cat!", "rejected": "No."} for name in "xyz"]
-    made, dropped = vision_pairs(pairs, None, None, candidates=lambda pair: options[pair["image"]])
+    made, dropped = adavip_pairs(pairs, None, None, lambda pair: options[pair["image"]])
     assert [(pair["id"], pair["rejected_image"], pair["rejected"]) for pair in made] == [("x", "b", "No.")]
     assert made[0]["source"]["candidates"] == [
         {"removed": "dog", "image": "a", "score": 1.4, "mentioned": True},
@@ -218,8 +219,8 @@ def test_what_is_removed_is_an_object_that_the_chosen_answer_mentions(monkeypatc
         monkeypatch.setattr(f"pairs.adavip.{name}", lambda x, *_, **__: np.array([table[item] for item in x]))
     pairs = [{"id": "x", "image": "x", "chosen": "A puppy.", "rejected": "No."}]
     options = {"candidates": lambda pair: [("cow", "cow"), ("dog", "dog")]}
-    assert vision_pairs(pairs, None, None, **options)[0][0]["rejected_image"] == "dog"
-    assert vision_pairs(pairs, None, None, any_object=True, **options)[0][0]["rejected_image"] == "cow"
+    assert adavip_pairs(pairs, None, None, **options)[0][0]["rejected_image"] == "dog"
+    assert adavip_pairs(pairs, None, None, any_object=True, **options)[0][0]["rejected_image"] == "cow"
 
 
 def test_mentions_of_a_class():
@@ -263,7 +264,7 @@ def made(models):
 
 def test_pairs_of_scenes(made, tmp_path):
     for method, (pairs, report) in made.items():
-        assert len(pairs) + sum(report["dropped"].values()) == report["pictures"] == len(SEEDS)
+        assert len(pairs) + sum(report["dropped"].values()) == report["images"] == len(SEEDS)
         assert report["pairs"] == len(pairs) >= 3
         needs = () if method == "rank" else ("rejected_image",)
         write_jsonl(tmp_path / "pairs.jsonl", pairs)
@@ -286,7 +287,7 @@ def test_adavip_keeps_the_text_pairs_and_takes_the_least_score(made, models):
         least = min(listing, key=lambda candidate: candidate["score"])
         taken = next(c for c in listing if c["image"] == pair["rejected_image"])
         assert taken["score"] == least["score"] and pair["source"]["text"]["method"] == "rank"
-    again, _ = make_pairs("adavip", *models, pairs=made["rank"][0], progress=False)
+    again, _ = make_pairs("adavip", *models, records=made["rank"][0], progress=False)
     assert [p["rejected_image"] for p in again] == [p["rejected_image"] for p in made["adavip"][0]]
 
 
@@ -307,10 +308,10 @@ def test_infill_keeps_what_is_not_masked(models):
     job = Job(scenes.reference(SEEDS[0]), scenes.CAPTION_PROMPT, text, mask_words(text))
     other = Job(scenes.reference(SEEDS[1]), scenes.CAPTION_PROMPT, "A dog.", [(0, 5)])
     model, processor = models[:2]
-    (alone,) = infill(model, processor)([job], "")
+    (alone,) = infill([job], model, processor)
     assert re.fullmatch(r"There is .+ on the .+\. There are .+\.", alone)
     for size in (1, 2):
-        assert infill(model, processor, batch_size=size)([other, job], "")[1] == alone
+        assert infill([other, job], model, processor, batch_size=size)[1] == alone
 
 
 def test_same_seed_same_pairs_whatever_the_batch_size(made, models):
@@ -328,18 +329,17 @@ def test_input_that_a_method_cannot_use(models):
     photo = {"id": "p", "image": "photo.jpg", "prompt": "What?"}
     pair = {**photo, "chosen": "a", "rejected": "b"}
     for method, given, reason in [
-        ("none", {"images": [photo]}, "unknown method 'none', there are rank, realign, adavip"),
-        ("rank", {}, "exactly one of"),
-        ("rank", {"images": [photo], "scene_seeds": SEEDS}, "exactly one of"),
-        ("rank", {"images": []}, "no pictures"),
-        ("rank", {"images": [photo]}, "nobody knows"),
-        ("realign", {"images": [photo]}, "nobody knows"),
-        ("realign", {"images": [photo, {**photo, "chosen": "A dog."}]}, "'chosen' is missing in 1 of 2"),
-        ("rank", {"pairs": [pair]}, "rank makes the text pairs itself"),
-        ("adavip", {"pairs": [pair]}, "cannot remove objects"),
+        ("none", [photo], "unknown method 'none', there are rank, realign, adavip"),
+        ("rank", [], "no images"),
+        ("rank", [photo], "the contents of 'photo.jpg' are unknown"),
+        ("realign", [photo], "the contents of 'photo.jpg' are unknown"),
+        ("realign", [photo, {**photo, "chosen": "A dog."}], "'chosen' is missing in 1 of 2"),
+        ("adavip", [pair, {**photo, "chosen": "A dog."}], "'rejected' is missing in 1 of 2"),
+        ("rank", [pair], "rank makes the text pairs itself"),
+        ("adavip", [pair], "cannot remove objects"),
     ]:
         with pytest.raises(ValueError, match=re.escape(reason)):
-            make_pairs(method, *models, **given)
+            make_pairs(method, *models, records=given)
 
 
 def test_relative_paths_follow_the_output_file(tmp_path):
@@ -364,7 +364,7 @@ def test_command_line(tmp_path):
     run(read_arguments([*command[2:], "--out", str(tmp_path / "again.jsonl")]))
     assert (tmp_path / "again.jsonl").read_bytes() == file.read_bytes()
     new = tmp_path / "new" / "a.jsonl"
-    run(read_arguments(["--method", "adavip", "--pairs", str(file), "--out", str(new)]))
+    run(read_arguments(["--method", "adavip", "--data", str(file), "--out", str(new)]))
     assert len(read_pairs(new, {"rejected_image"})) == len(pairs)
 
 
@@ -379,8 +379,8 @@ def test_photographs_with_given_answers(tmp_path, monkeypatch):
                      "chosen": "There is a large dog on the left. There are two cups next to a cat."})
     write_jsonl(tmp_path / "in" / "photos.jsonl", rows)
     monkeypatch.chdir(tmp_path)
-    arguments = ["--method", "realign", "--images", "in/photos.jsonl", "--out", "out/p.jsonl", "--tau", "1",
-                 "--clip", str(DEFAULT_CLIP)]
+    arguments = ["--method", "realign", "--data", "in/photos.jsonl", "--out", "out/p.jsonl", "--tau", "1",
+                 "--clip-model", str(DEFAULT_CLIP)]
     report = run(read_arguments(arguments))
     pairs = read_pairs(tmp_path / "out" / "p.jsonl", {"rejected_image"})
     assert {pair["chosen"] for pair in pairs} == {rows[0]["chosen"]} and "hallucinating" not in report
@@ -389,14 +389,17 @@ def test_photographs_with_given_answers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--method", "none"], "invalid choice: 'none'"),
-    (["--scenes", "0"], "'0' is not a whole number above 0"),
-    (["--tau", "1.5"], "1.5 is not between -1 and 1"),
-    (["--temperature", "hot"], "invalid number value: 'hot'"),
+    (["--scenes", "0"], "--scenes must be in [1, 1e9], not 0"),
+    (["--method", "realign", "--tau", "1.5"], "--tau must be in [-1, 1], not 1.5"),
+    (["--method", "realign", "--tau", "nan"], "--tau must be in [-1, 1], not nan"),
+    (["--tau", "0.5"], "unrecognized arguments: --tau 0.5"),
+    (["--method", "bdhs", "--overflow", "turn"], "invalid choice: 'turn'"),
+    (["--temperature", "hot"], "invalid float value: 'hot'"),
     (["--scene-split", "test"], "invalid choice: 'test'"),
-    (["--scenes", "3", "--pairs", "x.jsonl"], "not allowed with"),
+    (["--scenes", "3", "--data", "x.jsonl"], "not allowed with"),
     (["--sample", "3"], "unrecognized arguments"),
-    (["--pairs", "x.jsonl"], "x.jsonl: not found"),
-    (["--images", "bad.jsonl"], "bad.jsonl:1: 'prompt' is empty\nbad.jsonl:2: not valid JSON"),
+    (["--data", "x.jsonl"], "x.jsonl: not found"),
+    (["--data", "bad.jsonl"], "bad.jsonl:1: 'prompt' is empty\nbad.jsonl:2: not valid JSON"),
     (["--model", "nowhere"], "nowhere"),
 ])
 def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, reason):

@@ -88,10 +88,10 @@ def test_fill_solves_laplace_equation():
 def test_holes_that_cannot_be_filled():
     picture = ramp(20, 30)
     assert fill(picture, hole(20, 30)) is picture
-    with pytest.raises(ValueError, match="the hole is the whole picture"):
+    with pytest.raises(ValueError, match="the hole is the whole image"):
         fill(picture, ~hole(20, 30))
     for wrong in (hole(30, 20), hole(20, 30).float()):
-        with pytest.raises(ValueError, match="want bool of the picture's size"):
+        with pytest.raises(ValueError, match="want bool of the image's size"):
             fill(picture, wrong)
 
 
@@ -341,7 +341,7 @@ def test_coco_instances(tmp_path):
 
 def test_unusable_instances_are_named(tmp_path):
     detect, picture = coco_file(tmp_path), Image.new("RGB", (12, 10))
-    with pytest.raises(ValueError, match="instances.json: no picture b.png"):
+    with pytest.raises(ValueError, match="instances.json: no image b.png"):
         detect("b.png", picture)
     with pytest.raises(ValueError, match="a.png is 10 x 12 pixels, the file says 12 x 10"):
         detect("a.png", Image.new("RGB", (10, 12)))

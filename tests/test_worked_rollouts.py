@@ -421,16 +421,16 @@ def test_bdhs_obeys_its_settings_online(monkeypatch, eps_s, calls):
     """Every completion has cosine .5 with the chosen answer: taken at once below eps_s, else in the last of 3."""
     asked, options = [], {}
 
-    def completion(*_, **given):
+    def complete(attempts, **given):
         options.update(given)
-        return lambda attempts, progress: asked.extend(attempts) or ["a dog"] * len(attempts)
+        return asked.extend(attempts) or ["a dog"] * len(attempts)
 
-    monkeypatch.setattr(online, "completion", completion)
+    monkeypatch.setattr("pairs.bdhs.complete", complete)
     rows = [row | {"chosen": "two cats", "rejected": "cats"} for row in records("r0", "r0")]
     made = online.bdhs_triples(rows, [1, 2], None, Words(), "root", lambda left, right: [0.5] * len(left),
                                rho_th=0.3, iterations=3, eps_s=eps_s, temperature=0.7, max_new_tokens=5)
     assert [attempt.rho_th for attempt in asked] == [0.3] * 2 * calls
     assert asked[0].seed != asked[1].seed  # one record twice, at the end of an epoch and in the next
-    assert options == {"max_new_tokens": 5, "temperature": 0.7, "root": "root"}
+    assert options.items() >= {"max_new_tokens": 5, "temperature": 0.7, "root": "root", "noise": None}.items()
     assert [(row["chosen"], row["rejected"], row["generated"], row["weight"]) for row in made] == [
         ("two cats", "cats", "a dog", 1)] * 2
