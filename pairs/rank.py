@@ -31,9 +31,11 @@ wrong: such a pair says nothing about hallucination. The score of judges/clip.py
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from judges.scores import Judge, Judgement, Score, order
-from pairs.texts import Sample
+
+Sample = Callable[[list[dict]], list[list[str]]]  # records -> responses to each, "" for one that was cut
 
 
 def rank_pairs(records: list[dict], sample: Sample, judge: Judge,

@@ -18,8 +18,8 @@ from judges.ask import Model, Reply, Request
 from judges.scores import Judge, order
 from model.generate import answers
 from model.llava import Llava
+from pairs.rank import Sample
 
-Sample = Callable[[list[dict]], list[list[str]]]  # records -> responses to each, "" for one that was cut
 Author = Callable[[list[dict]], list[Reply]]  # records -> a response to each, or why there is none
 
 

@@ -72,8 +72,9 @@ from model.llava import Llava
 from pairs.adavip import Candidates, photo_candidates, scene_candidates
 from pairs.corrupt import Writer, model_corrupt, scene_corrupt
 from pairs.progress import readable
+from pairs.rank import Sample
 from pairs.realign import Neighbours
-from pairs.texts import Author, Sample, ask_author, best_responses, sample_responses
+from pairs.texts import Author, ask_author, best_responses, sample_responses
 from retrieval.cache import cached_images
 from retrieval.embed import embed_images
 from retrieval.index import Duplicates, approximate_neighbours

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from test_formats import ROWS, A, B, Q
 
-from common import BadInput, meaning, options_of
+from common import BadInput, check_ranges, meaning, options_of
 from data import scenes
 from data.formats import read
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
 from generate_pairs import RANGES, main, read_arguments, read_input, relocate, run
-from judges.ask import Request, local_model
+from judges.ask import CUT, Reply, Request, local_model
 from judges.scene import judge_scene
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.generate import answers
@@ -498,6 +498,31 @@ def test_functions_get_the_tools_and_options_that_they_ask_for_by_name(models, t
         make("shout", models, tmp_path, tau=0.5)
 
 
+def test_ranges():
+    """Round brackets leave the end out; what is said of one function wins; NaN is in no interval."""
+    def half():
+        pass
+
+    ranges = {"[0, 1)": "x y", "[0, 1]": "half.x", "(0, inf)": "z"}
+    check_ranges({"x": 0.0, "y": 0.5, "z": 1e-9, "name": "text", "flag": True}, ranges)
+    check_ranges({"x": 1.0}, ranges, half)
+    for name, value in (("x", 1.0), ("y", -0.1), ("z", 0), ("z", float("inf")), ("x", float("nan"))):
+        with pytest.raises(BadInput, match=f"--{name} must be in .* not {value}"):
+            check_ranges({name: value}, ranges)
+
+
+def test_every_record_has_a_seed_of_its_own():
+    made = Tools(Setting([{"id": "a"}, {"id": "b"}]), complete_options("rank", {"seed": 7}),
+                 {"model": None, "processor": None})
+    assert made.get("sample").keywords["seeds"] == {"a": 7, "b": 8}
+
+
+def test_records_without_a_chosen_response_are_dropped_and_counted():
+    replies = [Reply("Yes."), Reply("", CUT), Reply("")]
+    kept, dropped = texts.chosen_responses([{"id": name} for name in "abc"], lambda records: replies)
+    assert kept == [{"id": "a", "chosen": "Yes."}] and dropped == {CUT: 1, "an empty answer": 1}
+
+
 def test_an_author_has_nothing_to_write_where_answers_are_given(photos, tmp_path):
     with pytest.raises(BadInput, match="--author writes chosen responses that are not given"):
         run(read_arguments(["--method", "bdhs", "--author", str(DEFAULT_MODEL), "--data", str(photos / "pairs.jsonl"),
@@ -536,3 +561,6 @@ def test_what_out_holds_is_replaced_on_demand_only(photos, tmp_path, monkeypatch
     assert len(calls) == 3 and out.read_bytes() == whole
     run(read_arguments([*command, "--overwrite", "--seed", "1"]))
     assert out.read_bytes() != whole and len(calls) == 5
+    (tmp_path / "p.jsonl.part-0").write_text('{"settings": "others"}\n{"ids": []}\n')
+    run(read_arguments([*command, "--overwrite"]))
+    assert out.read_bytes() == whole

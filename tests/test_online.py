@@ -574,7 +574,7 @@ def test_bdhs_draws_by_seed_and_falls_back_without_weight(monkeypatch):
     """What is drawn for a record does not depend on its place in the batch; no completion -> weight 0."""
     run = make_run("bdhs_online", moved=False)
     drawn = []
-    monkeypatch.setattr(online, "completion", lambda *_, **__: lambda attempts, progress: drawn.extend(
+    monkeypatch.setattr("pairs.bdhs.complete", lambda attempts, **_: drawn.extend(
         a.seed for a in attempts) or [None if a.image == run.records[1]["image"] else "A tree." for a in attempts])
     alike = lambda left, right: [0.5] * len(left)
     make = lambda rows, seeds: online.bdhs_triples(rows, seeds, run.policy.model, run.processor, None, alike)

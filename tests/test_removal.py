@@ -297,7 +297,7 @@ def test_masks_by_hand():
     assert decode_mask([[1, 1, 3, 1, 3, 3, 1, 3]], 3, 4).equal(wanted)  # middles 1.5 and 2.5 lie inside
     assert decode_mask([[1, 1, 2, 1, 2, 9, 1, 9], [2, 1, 3, 1, 3, 3, 2, 3]], 3, 4).equal(wanted)
     for bad in ({"size": [4, 3], "counts": runs}, {"size": [3, 4], "counts": [4, 2]}):
-        with pytest.raises(ValueError, match="for a picture of 3 x 4"):
+        with pytest.raises(ValueError, match="for an image of 3 x 4"):
             decode_mask(bad, 3, 4)
 
 
