@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import BadInput, read_json
@@ -123,21 +122,14 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
 
 
 def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, world: int) -> Policy:
-    """Scorer, optimiser and reference around the model."""
-    scorer = make_scorer(args, recipe, model)
+    """Scorer, reference and optimiser around the model; all that trains is inside the scorer."""
+    autocast = torch.bfloat16 if args.precision == "bf16" else None
+    scorer = RewardModel(model, autocast) if recipe.rewards else Scorer(model, autocast, recipe.asks_for("values"))
     trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     reference = Reference(model) if recipe.compares else None  # it may hold a copy of the weights
     return Policy(model, DistributedDataParallel(scorer) if world > 1 else scorer, reference, optimizer,
                   args.clip_norm)
-
-
-def make_scorer(args: argparse.Namespace, recipe: Recipe, model: Llava) -> nn.Module:
-    """What turns a batch into the numbers that the loss asks for, with all that trains inside."""
-    autocast = torch.bfloat16 if args.precision == "bf16" else None
-    if recipe.rewards:
-        return RewardModel(model, autocast)
-    return Scorer(model, autocast, critic=recipe.asks_for("values"))
 
 
 # ------------------------------------------------------------------------------------------------------ judges

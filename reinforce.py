@@ -142,7 +142,7 @@ class Rollout:
     """k responses to each of some records, on the model's device."""
 
     records: list[dict]  # M
-    ids: list[list[int]]  # B = M k answers, the end token included where they ended
+    ids: list[list[int]]  # B = M k responses, with the end token where they ended
     texts: list[str]
     ended: Tensor  # (B,) bool
     packed: Packed
@@ -331,6 +331,8 @@ def calibrate(run: Reinforcement, records: list[dict], baselines: Path | None = 
         run.memory.scores = look_at_scores(run, known) if known else {}
         return
     picked = readable(run, records)
+    if len(picked) < 2:
+        raise BadInput(f"the scale of the judge's scores is measured on two records or more, not {len(picked)}")
     ids = responses_to(run, picked, run.settings.temperature)
     size = run.settings.micro_batch_size
     parts = [slice(start, start + size) for start in range(0, len(picked), size)]

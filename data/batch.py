@@ -137,12 +137,14 @@ def collate(
             image = images.number(record, how.image, how.view, seed)
             responses[name].append(_response(record, how.response, processor))
             plain.append(_sequence(record, responses[name][-1], image, images, how, end))
-    # A model that is shown the noisy image picks the tokens of these sequences, and the forward pass above scores them.
-    # So they come once more, in the same order: the tokens that are picked here fill the labels there one by one.
+    # Tokens that are picked in noise are scored where the loop above put their sequence, but the model picks them under
+    # the noisy image. So these come once more, in the same order: picks fill the labels above one by one.
     noisy = []
     for name, how in asked.items():
-        for record, seed, response in zip(records, seeds, responses[name]) if how.in_noise else ():
-            noisy.append(_sequence(record, response, images.number(record, how.image, "noise", seed), images, how, end))
+        if how.in_noise:
+            for record, seed, response in zip(records, seeds, responses[name]):
+                image = images.number(record, how.image, "noise", seed)
+                noisy.append(_sequence(record, response, image, images, how, end))
     pixels, rows = stack(images.views, processor.patches)
     batch = Batch(pixels, pack(plain, rows, processor.image_id), list(asked), [r["id"] for r in records], responses)
     if any("weight" in record for record in records):

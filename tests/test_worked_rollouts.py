@@ -348,6 +348,13 @@ def test_calibration_of_scores(monkeypatch, readable):
     assert run.learner.memory == reinforce.Memory(mean=3, std=pytest.approx(math.sqrt(8)))
 
 
+def test_one_record_gives_no_deviation(monkeypatch, readable):
+    saying(monkeypatch, {"r0": [Y1]})
+    run = make_run("ppo", "--judge", "clip", "--micro-batch-size", "2", judges={"judge": judge({("r0", "a dog"): 1})})
+    with pytest.raises(BadInput, match="on two records or more, not 1"):
+        reinforce.calibrate(run.learner, records("r0"))
+
+
 def test_calibration_of_fisao(monkeypatch, tmp_path, eyes, readable):
     """Pictures that nobody knows are left out. Scores: a dog 200 and 150, both right; cats 150, wrong, of the
     first picture, and 200, right, of the second; hot dogs, that nobody looked for, do not count.
