@@ -104,6 +104,10 @@ def refuse(problems: Iterable[str]) -> None:
         raise BadInput("\n".join(problems[:SHOWN] + rest))
 
 
+def is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
 def brief(value: object) -> str:
     """`repr` in one short line that can be printed, whatever a file held."""
     return _short.repr(value)

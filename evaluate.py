@@ -43,7 +43,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common import BadInput, add_options, check_ranges, options_of, read_json, refuse, versions
+from common import BadInput, add_options, check_ranges, is_url, options_of, read_json, refuse, versions
 from data.check import check_records
 from data.processor import Processor
 from data.records import write_jsonl
@@ -204,10 +204,6 @@ def _unwritable(path: Path) -> str:
     except OSError as error:
         return error.strerror
     return ""
-
-
-def is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
 
 
 # -------------------------------------------------------------------------------- questions, answers, replies

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import common
-from common import BadInput, check_ranges, meaning, read_json, refuse
+from common import BadInput, check_ranges, is_url, meaning, read_json, refuse
 from data.templates import TEMPLATES
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
 from model.training import CHECKPOINT, PREVIOUS
@@ -136,14 +136,12 @@ def add_sampling_options(group, recipe: Recipe) -> None:
     """Who judges the samples, how they are drawn and how often they are used."""
     add = group.add_argument
     if recipe.asks_for("judge"):
-        add("--judge", choices=("scene", "clip", "reward", "server"),
-            default="reward" if recipe.advantages else "scene",
-            help="the scene's own record, a CLIP model, a reward model, a VLM behind a server"
-                 " (default: %(default)s)")
+        add("--judge", default="reward" if recipe.advantages else "scene", metavar="WHO",
+            help="scene (its own record), clip, reward (a reward model), or the URL of an OpenAI-compatible server"
+                 " with --judge-model (default: %(default)s)")
         add("--reward", type=Path, metavar="DIR",
             help="for --judge reward: what train.py --loss reward_model wrote")
-        add("--server", metavar="URL", help="for --judge server: base address of an OpenAI-compatible API")
-        add("--server-model", metavar="NAME", help="for --judge server")
+        add("--judge-model", metavar="NAME", help="name of the model at the judge's server")
     add("--clip-model", type=Path, metavar="DIR",
         help="CLIP folder (default: model/tiny/clip, which knows scenes only; with --model none)")
     if recipe.asks_for("verifier"):
@@ -245,8 +243,10 @@ def sampling_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]
         yield "--judge reward needs --reward DIR; python train.py --loss reward_model makes one"
     if judge == "scene" and recipe.advantages:
         yield "--judge scene compares responses, it does not score them: reinforcement needs another"
-    if judge == "server" and not (args.server and args.server_model):
-        yield "--judge server needs --server URL and --server-model NAME"
+    if judge not in ("scene", "clip", "reward") and not is_url(judge):
+        yield f"--judge {judge!r} is none of scene, clip, reward, or a server's URL"
+    if recipe.asks_for("judge") and is_url(judge) != bool(args.judge_model):
+        yield "--judge-model names the model of a server: --judge URL --judge-model NAME"
     if judge == "clip" and args.clip_model is None:
         yield f"{args.loss} needs --clip-model DIR: the embedded CLIP knows scenes only"
     files = {"objects": args.objects, "baselines": args.baselines} if recipe.asks_for("verifier") else {}

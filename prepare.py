@@ -160,7 +160,7 @@ def make_judge(args: argparse.Namespace, device: torch.device, root: Path) -> Ju
         half = torch.bfloat16 if args.precision == "bf16" else None
         reward = load_reward_model(args.reward, half or torch.float32, device, autocast=half)
         return reward_judge(reward, reward_processor(args.reward), root)
-    server = server_model(Server(args.server, args.server_model), cache=args.out / "replies", root=root)
+    server = server_model(Server(args.judge, args.judge_model), cache=args.out / "replies", root=root)
     return model_judge(server, seed=args.seed)
 
 

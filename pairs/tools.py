@@ -53,7 +53,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from common import HOME, BadInput, arguments_of, options_of
+from common import HOME, BadInput, arguments_of, is_url, options_of
 from data import inpaint
 from data.check import check_records
 from data.detect import coco_instances, mask_rcnn
@@ -171,10 +171,6 @@ def check_options(options: dict) -> None:
         raise BadInput(f"--detector {detector!r} is none of scene, maskrcnn or a .json file")
     if options.get("dilation", 1) % 2 == 0:
         raise BadInput(f"--dilation {options['dilation']}: must be odd, so that the square has a middle")
-
-
-def is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
 
 
 def named(path: Path | str) -> str:
