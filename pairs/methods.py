@@ -132,7 +132,7 @@ def checks(functions: list[Callable], options: dict) -> dict:
     """What the model will read of the records, and how much it will add to it (data/check.py)."""
     reads_chosen = any({"answered", "processor"} <= set(arguments_of(function)) for function in functions)
     writes = "max_new_tokens" in options_of(*with_tools(*functions))
-    return {"sequences": {"chosen": ("image", "chosen")} if reads_chosen else None,
+    return {"sequences": {"chosen": {"image": "image", "response": "chosen"}} if reads_chosen else None,
             "new_tokens": options["max_new_tokens"] if writes else 0}
 
 

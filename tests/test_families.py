@@ -98,8 +98,8 @@ def test_whoever_generates_hands_the_question_on(folder):
     model, processor = load_llava(folder), Processor(folder)
     ask.local_model(model, processor, "toy", max_new_tokens=2, root=folder).ask([ask.Request("a.png", PROMPTS[0])])
     online.sample(model, processor, RECORDS, [1, 2, 3], folder, samples=2, temperature=1.0, max_new_tokens=2)
-    bdhs.completion(model, processor, max_new_tokens=2, root=folder)([bdhs.Attempt("a.png", "a dog", [], 0.5, 3)])
-    realign.infill(model, processor, gap_tokens=2, root=folder)([realign.Job("a.png", "a dog", "Yes, a dog", [(5, 10)])])
+    bdhs.complete([bdhs.Attempt("a.png", "a dog", [], 0.5, 3)], model, processor, max_new_tokens=2, root=folder)
+    realign.infill([realign.Job("a.png", "a dog", "Yes, a dog", [(5, 10)])], model, processor, gap_tokens=2, root=folder)
     assert model.calls == [1, 3, 1, 1]
 
 

@@ -626,7 +626,7 @@ def test_fingerprint_sees_a_vision_tower_of_its_own(tmp_path, llava_folder):
     tensors, tower, folder = load_file(llava_folder / "model.safetensors"), tmp_path / "tower", tmp_path / "llava"
     part = {n.removeprefix("vision_tower."): t for n, t in tensors.items() if n.startswith("vision_tower.")}
     small.write(tower, {"model_type": "clip", "vision_config": small.VISION}, part)
-    small.write(folder, {**small.TEXT, "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "x/tower"},
+    small.write(folder, {**small.TEXT, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "x/tower"},
                 {n: t for n, t in tensors.items() if not n.startswith("vision_tower.")})
     key = lambda: reference.fingerprint(folder, [], {}, Processor(DEFAULT_MODEL), "fp32")
     before = key()

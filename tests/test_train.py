@@ -320,10 +320,10 @@ def test_data_serves_a_loss_as_far_as_it_goes(tmp_path):
         with pytest.raises(ValueError) as error:
             prepare.read_records(path, train.LOSSES[loss])
         assert str(error.value) == (f"{path}: all 4 records: 'rejected_image' is missing (python generate_pairs.py"
-                                    f" --method {method} --pairs {path} adds one)")
+                                    f" --method {method} --data {path} adds one)")
     path.write_text(json.dumps([{key: value for key, value in row.items() if key != "rejected"} for row in rows]))
     assert prepare.read_records(path, train.LOSSES["sft"]).records[3]["chosen"] == "A dog."
-    with pytest.raises(ValueError, match=f"python generate_pairs.py --method rank --images {path} makes pairs"):
+    with pytest.raises(ValueError, match=f"python generate_pairs.py --method rank --data {path} makes pairs"):
         prepare.read_records(path, train.LOSSES["dpo"])
 
 
