@@ -329,8 +329,8 @@ def check_texts(arguments: argparse.Namespace, records: list[dict], processor: P
     """Name all records whose texts the model would refuse in the middle. Raises BadInput."""
     given = "chosen" in records[0]
     generates = arguments.method == "bdhs" or (arguments.author == "policy" and not given)
-    check_records(records, processor, options.root, arguments.pairs or arguments.images or "scenes",
-                  sequences={"chosen": ("image", "chosen")} if arguments.method in ("realign", "bdhs") else None,
+    scored = {"chosen": dict(image="image", response="chosen")} if arguments.method in ("realign", "bdhs") else None
+    check_records(records, processor, options.root, arguments.pairs or arguments.images or "scenes", sequences=scored,
                   new_tokens=arguments.max_new_tokens if generates else 0, progress="checking texts")
 
 
