@@ -86,6 +86,7 @@ def test_changed_tokens_are_those_of_their_own_answer(monkeypatch, tmp_path):
     inputs, line = one_step(monkeypatch, tmp_path, run, pairs(run, ([A, DOG, EOS], [TWO, CATS, DOG, EOS])))
     assert inputs["chosen_changed"].tolist() == [[True, False, False, False]]
     assert inputs["rejected_changed"].tolist() == [[True, True, False, False]]
+    assert inputs["chosen_mask"].tolist() == [[True, True, True, False]] and inputs["rejected_mask"].all()
     assert line["margin"] == pytest.approx(0.4 - 0.8125)
     assert line["loss"] == pytest.approx(math.log(1 + math.exp(0.4125)))
 
