@@ -83,6 +83,15 @@ def test_labels_picked_in_noise_are_those_of_their_sequences(monkeypatch):
     assert batch.noisy.prefixes == [4] * 4 and batch.packed.prefixes == [14, 6, 6, 10]
 
 
+def test_each_record_has_a_crop_of_its_own(monkeypatch):
+    """Also where two records show one image; what is shown whole is opened once."""
+    monkeypatch.setattr(data.batch, "crop", lambda pixels, seed: pixels + seed)
+    rows = [{**row, "image": "1"} for row in RECORDS]
+    batch = collate(rows, {"a": dict(image="image", response="chosen"),
+                           "b": dict(image="image", response="chosen", view="crop")}, Words(), seeds=[5, 6])
+    assert batch.pixels[:, 0, 0, 0].tolist() == [1, 6, 7]
+
+
 def test_what_a_loss_may_ask_for():
     """Fields that are read; what differs from step to step; a word that means nothing is refused."""
     assert fields_of({"x": dict(image="rejected_image", response="chosen")}) == {"prompt", "rejected_image", "chosen"}

@@ -30,7 +30,7 @@ ONLINE = {"fisao", "ppo", "rloo"}  # score what the model generates; they have t
 LOSSES = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "losses").glob("*.py")
                 if path.stem not in ONLINE | {"__init__"})
 PUBLIC = {"slic": ["slic_hf_loss", "slic_loss"], "dpo_weighted": ["changed_tokens", "dpo_weighted_loss"]}
-IMAGES = ("image", "rejected_image", "image:crop", "image:noise")
+IMAGES = ("image", "rejected_image")
 PREFERENCE = [(dpo_loss, 2, math.log(2)), (rdpo_loss, 3, 2 * math.log(2)), (adavip_loss, 3, math.log(3))]
 EXACT = dict(rtol=0, atol=1e-12)
 

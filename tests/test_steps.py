@@ -31,17 +31,17 @@ def test_the_rate_rises_in_warm_up_and_falls_as_a_cosine():
     assert learning_rate(8.0, 0, 10, 1) == 8
 
 
-@pytest.mark.parametrize("steps, warmup, first", [(10, 0.4, 2), (10, 0.0, 8), (4, 0.5, 4)])
-def test_warm_up_is_a_share_of_the_steps_and_never_none(monkeypatch, tmp_path, steps, warmup, first):
-    """4 of 10 steps begin with a quarter of 8, 2 of 4 with half; no step has rate 0."""
-    run, rates = make_run("dpo", "--lr", "8", "--warmup", str(warmup)), []
-    run.policy.reference = None
-    monkeypatch.setattr(train, "set_learning_rate", lambda optimizer, rate: rates.append(rate) or exec("raise KeyError"))
-    run.args.steps, run.args.out = steps, tmp_path
+@pytest.mark.parametrize("steps, warmup, expected", [(10, 0.4, 4), (10, 0.0, 1), (4, 0.5, 2)])
+def test_warm_up_is_a_share_of_the_steps_and_never_none(monkeypatch, tmp_path, steps, warmup, expected):
+    """Without one the first step, like the second, is at the peak; the optimiser gets the rate."""
+    run, asked = make_run("dpo", "--lr", "8", "--warmup", str(warmup)), []
+    monkeypatch.setattr(train, "learning_rate", lambda *args, warmup: asked.append((*args, warmup)) or 0.5)
+    monkeypatch.setattr(train, "StopRequest", lambda world: None)  # no signal handlers: the step below is cut short
     monkeypatch.setattr(train, "load_micro_batches", lambda *_: iter([]))
-    with pytest.raises(KeyError):
+    run.args.steps, run.args.out, run.args.micro_batch_size = steps, tmp_path, 16
+    with pytest.raises(StopIteration):
         train.train(run)
-    assert rates == [first]
+    assert asked == [(8, 0, steps, expected)] and run.policy.optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_the_gradient_is_clipped_once_over_all_micro_batches(monkeypatch, tmp_path):
@@ -86,6 +86,7 @@ def test_changed_tokens_are_those_of_their_own_answer(monkeypatch, tmp_path):
     inputs, line = one_step(monkeypatch, tmp_path, run, pairs(run, ([A, DOG, EOS], [TWO, CATS, DOG, EOS])))
     assert inputs["chosen_changed"].tolist() == [[True, False, False, False]]
     assert inputs["rejected_changed"].tolist() == [[True, True, False, False]]
+    assert inputs["chosen_mask"].tolist() == [[True, True, True, False]] and inputs["rejected_mask"].all()
     assert line["margin"] == pytest.approx(0.4 - 0.8125)
     assert line["loss"] == pytest.approx(math.log(1 + math.exp(0.4125)))
 
