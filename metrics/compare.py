@@ -82,7 +82,7 @@ def compare(runs: Sequence[Run], benchmark: Benchmark, published: Sequence[dict]
     for run in runs:
         if differs := differences(run.result, first.result):
             notes.append(f"* {run.name}: {'; '.join(differs)}")
-        marked.append((run.name + " *" * bool(differs), _who(run.result), figures_of(run, benchmark)))
+        marked.append((label(run, first), _who(run.result), figures_of(run, benchmark)))
     for row in published:
         source, method = f"{row['paper']}, {row['table']}", row["method"]
         wanted = {path: value for path, value in row["variant"].items() if not _fits(first, path, value)}
@@ -105,6 +105,11 @@ def differences(result: Mapping, first: Mapping) -> list[str]:
     mine, theirs = _settings(result["protocol"]), _settings(first["protocol"])
     return [f"{name} {mine.get(name, 'not recorded')} (first run: {theirs.get(name, 'not recorded')})"
             for name in dict.fromkeys([*theirs, *mine]) if mine.get(name) != theirs.get(name)]
+
+
+def label(run: Run, first: Run) -> str:
+    """The run's name, with * if its protocol differs."""
+    return run.name + " *" * bool(differences(run.result, first.result))
 
 
 def _settings(protocol: Mapping) -> dict[str, str]:
@@ -143,10 +148,12 @@ def picture(runs: Sequence[Run], benchmarks: Mapping[str, Benchmark]) -> str:
     """Hallucination against coverage as SVG, a panel for each benchmark that has both. Raises BadInput if none has."""
     panels = []
     for name in dict.fromkeys(run.result["benchmark"] for run in runs):
-        found = {run.name: figures_of(run, benchmarks[name]) for run in runs if run.result["benchmark"] == name}
-        axes = benchmarks[name].tradeoff or ()
-        points = {run: svg.Point(*(figures[axis] for axis in axes)) for run, figures in found.items()
-                  if axes and None not in (figures[axis] for axis in axes)}  # fmt: skip
+        mine, axes = [run for run in runs if run.result["benchmark"] == name], benchmarks[name].tradeoff or ()
+        points = {}
+        for run in mine:
+            place = [figures_of(run, benchmarks[name])[axis] for axis in axes]
+            if place and None not in place:
+                points[label(run, mine[0])] = svg.Point(*place)
         if points:
             panels.append(svg.Scatter(name, f"{axes[0]}, percent (right is better)",
                                       f"{axes[1]}, percent (down is better)", points))  # fmt: skip

@@ -136,7 +136,7 @@ def test_command_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("chair\n") and "* b: subset True (first run: False)" in out and " + FiSAO " in out
     texts = [e.text for e in ET.parse(tmp_path / "new" / "p.svg").getroot().iter("{http://www.w3.org/2000/svg}text")]
-    assert {"chair", "a", "b"} <= set(texts)
+    assert {"chair", "a", "b *"} <= set(texts)
     for words, message in ((["--compare", str(tmp_path / "none")], "none: "),
                            (["--compare=" + str(a), "--model", "x"], "--model")):  # fmt: skip
         with pytest.raises(SystemExit) as end:
@@ -150,15 +150,35 @@ def test_picture(tmp_path):
     amber = {**chair(), "benchmark": "amber", "scores": {"generative": {"rounded": {"cover": 50.0, "chair": 7.0}}}}
     half = chair()
     half["scores"]["percent"].pop("recall")
-    runs = [Run("a", chair(s=20.0, recall=80.0)), Run("b", chair(s=3.0, recall=90.0)), Run("c", half), Run("a", amber)]
+    other = chair(s=3.0, recall=90.0, max_new_tokens=512)
+    runs = [Run("a", chair(s=20.0, recall=80.0)), Run("b", other), Run("c", half), Run("a", amber)]
     root = ET.fromstring(picture(runs, BENCHMARKS))
     (ax, ay), (bx, by), _ = [(float(e.get("cx")), float(e.get("cy")))
                              for e in root.iter("{http://www.w3.org/2000/svg}circle")]
     texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert ax < bx and ay > 0 and ay < by and "c" not in texts and {"chair", "amber"} <= set(texts)
+    assert ax < bx and ay < by and "c" not in texts and {"chair", "amber", "a", "b *"} <= set(texts)
     assert "recall, percent (right is better)" in texts and "CHAIR_s, percent (down is better)" in texts
     with pytest.raises(BadInput, match="--plot: no result has .*: chair, claims, amber"):
         picture([Run("c", half)], BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", ["chair", "pope", "claims", "claims_questions"])
+def test_columns_are_where_the_scores_have_them(name):
+    benchmark = BENCHMARKS[name]
+    rows = benchmark.questions(None, None, scenes=4)
+    scores = benchmark.score(rows, {row["id"]: "Yes. There is a dog on the left." for row in rows})
+    assert all(type(at(scores, path)) is float for path in benchmark.figures.values())
+
+
+def test_columns_of_official_benchmarks():
+    """Scores of made-up rows; MMHal's rates and MM-Vet's total are in the runs' mean."""
+    row = {"id": "1", "type": "attribute", "image": None, "prompt": "?"}
+    scores = BENCHMARKS["mmhal"].score([row], {"1": ""}, [{"1": "Rating: 2"}])
+    assert [at(scores, path) for path in BENCHMARKS["mmhal"].figures.values()][:2] == [2.0, 1.0]
+    asked = {"kind": "existence", "label": "no"}
+    scores = BENCHMARKS["amber"].score([{"id": "1", **asked}, {"id": "2", **asked}], {"1": "No", "2": "Yes"})
+    figures = BENCHMARKS["amber"].figures
+    assert [at(scores, figures[name]) for name in ("accuracy", "F1 existence", "CHAIR")] == [50.0, 66.6, None]
 
 
 # ------------------------------------------------------------------------------------------- the published rows

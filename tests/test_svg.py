@@ -11,8 +11,10 @@ import pytest
 from svg import (
     BOTTOM,
     LARGE,
+    LEFT,
     LETTER,
     LINE,
+    RIGHT,
     Axes,
     Panel,
     Point,
@@ -70,8 +72,14 @@ def test_scatter_of_points_where_nothing_hallucinates():
 
 
 def test_histogram_shares():
-    """0, 1, 1, 2 of 0 ... 2 in two bins: 25 % and 75 %, the upper end in the last bin."""
+    """0, 0.9, 1, 2 of 0 ... 2 in two bins: half in each, the border in the upper bin and the upper end in the last."""
+    assert shares([0, 0.9, 1, 2], 0, 2, 2) == [50, 50]
     assert shares([0, 1, 1, 2], 0, 2, 2) == [25, 75]
+
+
+def test_axes_fill_the_panel():
+    axes = Axes(0, 10, 5, 15, 420, 260, 50)
+    assert [axes.x(0), axes.x(10), axes.y(5), axes.y(15)] == [LEFT, 420 - RIGHT, 260 - BOTTOM, 50]
 
 
 def test_histograms():
