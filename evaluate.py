@@ -9,6 +9,7 @@
     python evaluate.py --benchmark mmvet --data DIR --answers FILE --replies grades.json      judged elsewhere
     python evaluate.py --benchmark preference --data pairs.jsonl --model DIR --reference DIR
     python evaluate.py --benchmark amber --help                            the options of one benchmark
+    python evaluate.py --compare base.jsonl dpo.jsonl --plot tradeoff.svg  results of --out next to each other
 
     questions -> answers of a model, or of a file -> replies of a judge, if there is one -> scores -> table
 
@@ -24,7 +25,10 @@ are kept in --cache by request, so scoring again asks nothing.
 --out FILE receives one JSON object a line and benchmark: {benchmark, protocol, scores, versions}. `protocol` holds what
 decides whether two results may be compared: rules, options, questions, prompt, length limit, decoding, model, judge.
 Figures are not rounded; `rounded` or `percent` is, as the official script does. Nothing is written unless all went
-well. Exit status 2 on bad input, with one line for each of the first problems.
+well. --compare prints such files next to each other, with what papers report for the same variant, and --plot draws
+hallucination against coverage (metrics/compare.py).
+
+Exit status 2 on bad input, with one line for each of the first problems.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+import svg
 from common import BadInput, add_options, check_ranges, is_url, options_of, read_json, refuse, versions
 from data.check import check_records
 from data.processor import Processor
@@ -54,6 +59,7 @@ from metrics import (
     claims,
     claims_questions,
     coco_captions,
+    compare,
     gqa,
     hallusionbench,
     llavabench,
@@ -392,10 +398,29 @@ def result_of(task: Task, said: Mapping, args: argparse.Namespace, judges: list[
     return {"benchmark": task.name, "protocol": protocol(task, args), "scores": scores, "versions": versions()}
 
 
+def compare_results(argv: Sequence[str]) -> None:
+    """--compare: a table for each benchmark, and with --plot an image of them."""
+    parser = argparse.ArgumentParser(description=compare.__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", type=Path, nargs="+", required=True, metavar="RESULT", help="files of --out")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw hallucination against coverage")
+    args = parser.parse_args(argv)
+    runs = compare.read_runs(args.compare, BENCHMARKS)
+    if args.plot:
+        svg.write(args.plot, compare.picture(runs, BENCHMARKS))
+    for name in dict.fromkeys(run.result["benchmark"] for run in runs):
+        mine = [run for run in runs if run.result["benchmark"] == name]
+        cells, notes = compare.compare(mine, BENCHMARKS[name], compare.read_published(name))
+        print("\n".join([name, table(cells), *notes, ""]))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; exit status 2 on bad input."""
-    args = read_arguments(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if any(word.partition("=")[0] == "--compare" for word in argv):
+            return compare_results(argv)
+        args = read_arguments(argv)
         found = run(args)
         if found is not None:
             write(args, found)

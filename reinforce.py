@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import svg
 from common import BadInput, read_json
 from data.batch import BadRecord, check_image, collate
 from data.mentions import find
@@ -40,7 +41,6 @@ from data.processor import Processor
 from judges.scores import Judge
 from judges.words import Verifier
 from losses import fisao, ppo
-from metrics.score_plot import Panel, write_histograms
 from model.logprobs import Packed
 from model.lora import Reference
 from model.training import Log, Policy, named, pick
@@ -416,14 +416,14 @@ def verifier_scores(
     return {name: values.tolist() for name, values in scores.items()}
 
 
-def panels(before: dict[str, list[float]], after: dict[str, list[float]], unit: str) -> list[Panel]:
+def panels(before: dict[str, list[float]], after: dict[str, list[float]], unit: str) -> list[svg.Panel]:
     """Histograms of words and sentences, before and after."""
     result = []
     for what in ("words", "sentences"):
         for when, scores in (("before", before), ("after", after)):
             series = {truth: scores[f"{what}, {truth}"] for truth in ("correct", "hallucinated")}
             series = {truth: values for truth, values in series.items() if values}
-            result += ([Panel(f"{what.capitalize()}, {when}", f"score of {what}: {unit}", series)]
+            result += ([svg.Panel(f"{what.capitalize()}, {when}", f"score of {what}: {unit}", series)]
                        if series else [])
     return result
 
@@ -442,4 +442,4 @@ def draw_scores(run: Reinforcement, records: list[dict], path: Path) -> None:
         verifier = run.judges["verifier"]
         after = look_at_scores(run, [record for record in records if verifier.known(record["image"])])
         if drawn := panels(run.memory.scores, after, verifier.unit):  # responses may have no object words
-            write_histograms(path, drawn)
+            svg.write(path, svg.histograms(drawn))

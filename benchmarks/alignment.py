@@ -40,8 +40,8 @@ sys.path.insert(0, str(HOME))
 import torch  # noqa: E402
 
 import prepare  # noqa: E402
+import svg  # noqa: E402
 import train  # noqa: E402
-from benchmarks.tradeoff import Point, write_tradeoff  # noqa: E402
 from data.batch import collate  # noqa: E402
 from data.processor import Processor  # noqa: E402
 from data.records import write_jsonl  # noqa: E402
@@ -58,6 +58,8 @@ METHODS = ("dpo/realign", "dpo/bdhs", "dpo/corrupt", "povid/povid")  # the rows 
 KL_SCENES = 100
 COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "false attribute", "false relation", "repetition",
            "POPE adversarial", "KL", "minutes")
+AXES = ("recall: share of the present objects that a caption names, percent (right is better)",
+        "CHAIR_s: share of captions that name an absent object, percent (down is better)")
 
 
 def measure(folder: Path, split: str, number: int, out: Path) -> dict:
@@ -190,13 +192,13 @@ def line(name: str, results: list[dict[str, float]]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def point(name: str, results: list[dict[str, float]]) -> Point:
+def point(name: str, results: list[dict[str, float]]) -> svg.Point:
     """A row's place in the picture."""
     recall, chair = ([r[column] for r in results] for column in ("recall", "CHAIR_s"))
     deviation = statistics.stdev if len(results) > 1 else lambda _: 0.0
     group = ("on other pairs" if name in METHODS else "samples of its own" if name in ONLINE else
              "start and control" if name in ("start", "sft") else "given pairs")
-    return Point(statistics.mean(recall), deviation(recall), statistics.mean(chair), deviation(chair), group)
+    return svg.Point(statistics.mean(recall), statistics.mean(chair), deviation(recall), deviation(chair), group)
 
 
 def main() -> None:
@@ -233,7 +235,8 @@ def main() -> None:
     (args.out / "table.md").write_text(text)
     points = {"start": point("start", [start["figures"]])}
     points |= {row: point(row, [results[row, seed] for seed in args.seeds]) for row in args.rows}
-    write_tradeoff(args.out / "table.svg", points, [(cut["recall"], cut["CHAIR_s"]) for cut in cuts])
+    svg.write(args.out / "table.svg", svg.scatters([svg.Scatter("", *AXES, points, [
+        (cut["recall"], cut["CHAIR_s"]) for cut in cuts], "start, captions cut short")]))  # fmt: skip
     print(text)
 
 

@@ -272,4 +272,11 @@ def table(scores: Mapping) -> list[tuple]:
 
 BENCHMARK = Benchmark(
     rules="AMBER as released (pooled; 'No' is positive), nouns by the rules of metrics/amber_nouns.py",
-    questions=questions, score=score, table=table, max_new_tokens=512, files=FILES)  # fmt: skip
+    questions=questions, score=score, table=table, max_new_tokens=512, files=FILES,
+    figures={"CHAIR": "generative.rounded.chair", "Cover": "generative.rounded.cover", "Hal": "generative.rounded.hal",
+             "Cog": "generative.rounded.cog", "accuracy": "discriminative.rounded.accuracy",
+             "F1": "discriminative.rounded.f1",
+             **{f"F1 {pool}": f"{pool}.rounded.f1" for pool in ("existence", "attribute", "relation")},
+             "AMBER": "amber.rounded.amber"},
+    tradeoff=("Cover", "CHAIR"),
+)  # fmt: skip

@@ -39,6 +39,8 @@ class Benchmark(NamedTuple):
     score: Callable
     table: Callable
     max_new_tokens: int  # limit of an answer, unless the command line says otherwise
+    figures: Mapping[str, str] = {}  # what papers' tables report: name -> where in the scores, "splits.random.accuracy"
+    tradeoff: tuple[str, str] | None = None  # two of these: coverage, hallucination
     files: Mapping[str, str] = {}  # official file -> where it is published
     read_answers: Callable | None = None  # None: metrics/files.py, which joins by id
     requests: Callable | None = None  # judged benchmarks only

@@ -265,4 +265,6 @@ def percent(figures: Mapping[str, float], digits: int = 1) -> dict[str, float]:
 BENCHMARK = Benchmark(
     rules=RULES, questions=questions, score=score, table=table, max_new_tokens=96, files=FILES,
     read_answers=read_answers,
+    figures={"CHAIR_s": "percent.chair_s", "CHAIR_i": "percent.chair_i", "recall": "percent.recall", "words": "words"},
+    tradeoff=("recall", "CHAIR_s"),
 )  # fmt: skip

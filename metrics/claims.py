@@ -239,4 +239,9 @@ def table(scores: Mapping) -> list[tuple]:
 
 BENCHMARK = Benchmark(
     rules="claims of captions against the scene's record (metrics/claims.py)",
-    questions=questions, score=score, table=table, max_new_tokens=96)  # fmt: skip
+    questions=questions, score=score, table=table, max_new_tokens=96,
+    figures={**{f"false {kind}": f"{kind}.rounded.hallucinated" for kind in ("existence", "attribute", "relation")},
+             "false": "all.rounded.hallucinated", "coverage": "all.rounded.coverage",
+             "repetition": "captions.rounded.repetition"},
+    tradeoff=("coverage", "false"),
+)  # fmt: skip

@@ -153,4 +153,6 @@ def table(scores: Mapping) -> list[tuple]:
 
 BENCHMARK = Benchmark(
     rules="questions about scenes, labels balanced: existence, count, position (metrics/claims_questions.py)",
-    questions=questions, score=score, table=table, max_new_tokens=8)  # fmt: skip
+    questions=questions, score=score, table=table, max_new_tokens=8,
+    figures={**{kind: f"{kind}.rounded.accuracy" for kind in LABELS}, "mean": "kinds.rounded.accuracy"},
+)  # fmt: skip

@@ -102,4 +102,5 @@ BENCHMARK = Benchmark(
     table=table,
     max_new_tokens=64,
     files=FILES,
+    figures={name: f"rounded.{name}" for name in ("bleu_1", "bleu_4", "meteor", "rouge_l", "cider", "cap_val")},
 )

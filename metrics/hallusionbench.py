@@ -218,4 +218,5 @@ BENCHMARK = Benchmark(
     rules=f"HallusionBench as released; judge's prompt reconstructed, version {PROMPT_VERSION}",
     questions=questions, score=score, table=table, max_new_tokens=512, files=FILES, read_answers=read_answers,
     requests=requests, read_replies=read_replies,
+    figures={name: f"rounded.{name}" for name in FIGURES},
 )  # fmt: skip

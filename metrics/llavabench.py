@@ -174,4 +174,5 @@ def table(scores: Mapping) -> list[tuple]:
 BENCHMARK = Benchmark(
     rules="LLaVA-Bench (In-the-Wild) as released, judge prompt 1", questions=questions, score=score, table=table,
     max_new_tokens=1024, files=FILES, requests=requests, read_replies=read_replies,
+    figures={name: f"rounded.mean.{name}" for name in ("all", *CATEGORIES)},
 )  # fmt: skip

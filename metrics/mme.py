@@ -206,4 +206,5 @@ def _plain(question: str) -> str:
 BENCHMARK = Benchmark(
     rules="MME as released: yes or no in the first four characters, anything else wrong",
     questions=questions, score=score, table=table, max_new_tokens=128, files=FILES, read_answers=read_answers,
+    figures={group: f"rounded.{group}" for group in GROUPS},
 )  # fmt: skip

@@ -180,6 +180,7 @@ def table(scores: Mapping) -> list[tuple]:
 BENCHMARK = Benchmark(
     rules="MMHal-Bench as released, judge prompt 1", questions=questions, score=score, table=table,
     max_new_tokens=1024, files=FILES, read_answers=read_answers, requests=requests, read_replies=read_replies,
+    figures={name: f"rounded.mean.{name}" for name in FIGURES},
 )  # fmt: skip
 BENCHMARK_V = BENCHMARK._replace(
     rules="MMHal-Bench-V: MMHal-Bench with a judge that sees the image, judge prompt 1",

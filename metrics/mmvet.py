@@ -161,4 +161,5 @@ def table(scores: Mapping) -> list[tuple]:
 BENCHMARK = Benchmark(
     rules="MM-Vet as released (218 questions), judge prompt 1", questions=questions, score=score, table=table,
     max_new_tokens=1024, files=FILES, read_answers=read_answers, requests=requests, read_replies=read_replies,
+    figures={name: f"rounded.mean.{name}" for name in ("total", *CAPABILITIES)},
 )  # fmt: skip

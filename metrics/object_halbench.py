@@ -310,6 +310,7 @@ _RULES = "Object HalBench as released, nouns and lemmas reconstructed"
 BENCHMARK = Benchmark(
     rules=f"{_RULES}, judge prompt 1", questions=questions, score=score, table=table, max_new_tokens=1024, files=FILES,
     read_answers=read_answers, requests=requests, read_replies=read_replies,
+    figures={name: f"rounded.mean.{name}" for name in FIGURES}, tradeoff=("recall", "response_hallucination"),
 )  # fmt: skip
 BENCHMARK_RULES = BENCHMARK._replace(
     rules=f"{_RULES}, without a judge", score=score_rules, requests=None, read_replies=None

@@ -270,4 +270,6 @@ def table(scores: Mapping) -> list[tuple]:
 BENCHMARK = Benchmark(
     rules=RULES, questions=questions, score=score, table=table, max_new_tokens=4, files=FILES,
     read_answers=read_answers,
+    figures={**{f"accuracy {name}": f"splits.{name}.percent.accuracy" for name in SPLITS},
+             "accuracy": "mean.percent.accuracy", "F1": "mean.percent.f1"},
 )  # fmt: skip

@@ -114,4 +114,5 @@ def table(scores: Mapping) -> list[tuple]:
 BENCHMARK = Benchmark(
     rules="implicit rewards of DPO (2305.18290, Section 4)", questions=questions, score=score, table=table,
     max_new_tokens=0, measure=measure,
+    figures={name: f"rounded.{name}" for name in FIGURES},
 )  # fmt: skip

@@ -173,4 +173,5 @@ def _merged(rows: list[dict], official: list[dict], data: Path) -> list[dict]:
 BENCHMARK = Benchmark(
     rules="ScienceQA, letters read as in LLaVA; accuracy over the test split (total) and its images (IMG)",
     questions=questions, score=score, table=table, max_new_tokens=128, files=FILES,
+    figures={"total": "rounded.total", "IMG": "rounded.IMG"},
 )  # fmt: skip

@@ -147,4 +147,5 @@ def _row(entry: object, dimensions: Mapping[str | None, str]) -> dict:
 BENCHMARK = Benchmark(
     rules="SEED-Bench, letters generated and compared as in LLaVA (not ranked by likelihood)",
     questions=questions, score=score, table=table, max_new_tokens=128, files=FILES, read_answers=read_answers,
+    figures={name: f"rounded.{name}" for name in ("all", "image", "video")},
 )  # fmt: skip

@@ -91,4 +91,5 @@ BENCHMARK = Benchmark(
     max_new_tokens=16,
     files=FILES,
     read_answers=read_answers,
+    figures={"accuracy": "rounded.accuracy"},
 )

@@ -16,7 +16,6 @@ from data.mentions import find, load_entities, mentions, token_ends
 from losses.fisao import calibrate, mention_rewards, place, verifier_scores
 from losses.ppo import adapt_kl, gae, kl_estimate, ppo_loss, token_rewards, whiten
 from losses.rloo import leave_one_out, penalised, rloo_loss
-from metrics.score_plot import Panel, shares, write_histograms
 
 EXACT = dict(rtol=0, atol=1e-12)
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)  # 8 tokens, 3 responses
@@ -632,30 +631,3 @@ def test_entity_list_errors(tmp_path, line, message):
     path.write_text(f"# words\ncat\tcat\n{line}\n")
     with pytest.raises(ValueError, match=rf"words.txt:3: .*{message}"):
         load_entities(path)
-
-
-# ---- the plot --------------------------------------------------------------------------------------------
-
-
-def test_histogram_shares():
-    """0, 1, 1, 2 of 0 ... 2 in two bins: 25 % and 75 %, the upper end in the last bin."""
-    assert shares([0, 1, 1, 2], 0, 2, 2) == [25, 75]
-
-
-def test_write_histograms(tmp_path):
-    """Valid XML, one bar per bin in use, panels with one x-label over one range, names escaped."""
-    from xml.etree import ElementTree
-
-    path = tmp_path / "scores.svg"
-    write_histograms(path, [
-        Panel("before & after", "score", {"correct": [0.0, 10.0], "hallucinated": [0.0]}),
-        Panel("more", "score", {"<all>": [5.0]}),
-    ], bins=10)  # fmt: skip
-    root = ElementTree.parse(path).getroot()
-    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert {"before & after", "correct: 2, mean 5", "<all>: 1, mean 5"} <= set(texts)
-    assert texts.count("10") == 2 and texts.count("0") == 2  # the axes of both panels
-    bars = [e for e in root.iter() if e.tag.endswith("rect") and e.get("fill-opacity") == "0.45"]
-    assert len(bars) == 4 and [p.name for p in tmp_path.iterdir()] == ["scores.svg"]
-    with pytest.raises(ValueError, match="'correct' is empty"):
-        write_histograms(path, [Panel("before", "score", {"correct": []})])
