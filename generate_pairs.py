@@ -55,7 +55,6 @@ import json
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -65,6 +64,7 @@ from common import BadInput, add_options, check_ranges, options_of
 from data import scenes
 from data.formats import load, write
 from data.records import relocate
+from model.training import ranks, start_processes
 from pairs.gallery import write_gallery
 from pairs.methods import METHODS, make_pairs, scene_records
 from pairs.progress import forget, parts
@@ -161,16 +161,6 @@ def read_input(args: argparse.Namespace) -> tuple[list[dict], Path]:
 # ---------------------------------------------------------------------------------------- the run
 
 
-def start_processes() -> Share:
-    """Joins the process group when torchrun started us."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return Share()
-    if not dist.is_initialized():  # processes meet after hours of work
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    return Share(rank, world, dist.barrier)
-
-
 def run(args: argparse.Namespace) -> dict | None:
     """Read, make, write; returns the report, None in processes other than the first.
 
@@ -178,7 +168,9 @@ def run(args: argparse.Namespace) -> dict | None:
     """
     records, root = read_input(args)
     check(args, records)
-    share = start_processes()
+    rank, world = ranks()
+    start_processes(world)
+    share = Share(rank, world, dist.barrier) if world > 1 else Share()
     share.barrier()  # all have looked for part files
     if args.overwrite and share.rank == 0:
         forget(args.out)

@@ -74,9 +74,9 @@ def start_processes(world: int) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:  # rank 0 may spend a while making pairs or evaluating
+    if world > 1 and not dist.is_initialized():  # they may meet after days of making pairs or evaluating
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        dist.init_process_group(backend, timeout=timedelta(days=30))
     return device
 
 
