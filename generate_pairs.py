@@ -142,10 +142,10 @@ def check(args: argparse.Namespace, records: list[dict]) -> None:
         raise BadInput(f"{args.out}: scenes have no files to point to; write a .parquet file")
     if args.resume and args.overwrite:
         raise BadInput("--resume goes on with an interrupted run, --overwrite begins again: which of them?")
-    begun = parts(args.out)
-    if args.resume and not begun:
+    started = parts(args.out)
+    if args.resume and not started:
         raise BadInput(f"--resume: there are no part files of {args.out}")
-    if args.out.exists() and not (begun or args.overwrite):
+    if args.out.exists() and not (started or args.overwrite):
         raise BadInput(f"{args.out} exists: choose another --out, or replace it with --overwrite")
 
 

@@ -75,7 +75,7 @@ def make_records(args: argparse.Namespace, recipe: Recipe, model: Llava, process
     clip, clip_processor = load_clip(DEFAULT_CLIP, device=model.device), ClipProcessor(DEFAULT_CLIP)
     records, report = make_pairs(
         args.pairs or recipe.pairs, model, processor, clip, clip_processor,
-        scene_seeds=seeds, seed=args.seed * SCENES_OF_A_SEED, folder=args.out / "pictures", root=args.out,
+        scene_seeds=seeds, seed=args.seed * SCENES_OF_A_SEED, folder=args.out / "images", root=args.out,
     )
     print(f"pairs: {json.dumps(report)}", flush=True)
     return records

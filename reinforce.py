@@ -110,7 +110,7 @@ def reinforce_step(run: Reinforcement, drawn: list[list[tuple[dict, int]]], step
     log.add(metrics, sum(len(r.packed.ids) for r in rollouts))
     for epoch in range(settings.inner_epochs):
         order = list(range(len(rollouts)))
-        random.Random(f"{settings.seed}/{step}/{epoch}").shuffle(order)  # alike in all processes
+        random.Random(f"{settings.seed}/{step}/{epoch}").shuffle(order)  # the same in all processes
         size = len(order) // settings.minibatches
         for group in (order[i : i + size] for i in range(0, len(order), size)):
             for i in group:

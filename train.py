@@ -179,7 +179,7 @@ def train(run: Run, saved: dict | None = None) -> bool:
     model.train(not recipe.advantages)  # pi_old and pi must be the same function: no dropout
     for step in tqdm(range(done, args.steps), initial=done, total=args.steps, desc=args.loss,
                      disable=True if run.rank else None):
-        torch.manual_seed(hash((args.seed, step, run.rank)))  # dropout; integers always hash alike
+        torch.manual_seed(hash((args.seed, step, run.rank)))  # dropout; integers hash to the same in all processes
         rate = learning_rate(args.lr, step, args.steps, warmup=max(1, round(args.warmup * args.steps)))
         set_learning_rate(policy.optimizer, rate)
         drawn, bad = draw(run, micro_batches)

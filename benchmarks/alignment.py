@@ -19,7 +19,7 @@ those of the test split, the same for every run, and were not used to choose any
 reward model of the same seed (row reward_model: its accuracy on held-out pairs is printed below the table).
 
 Every run is kept in --out and made once; delete its folder to make it again. The Markdown table goes to the
-console and to --out/table.md: mean over seeds, +- standard deviation. --out/table.svg is the picture of it.
+console and to --out/table.md: mean over seeds, +- standard deviation. --out/table.svg is the plot of it.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def line(name: str, results: list[dict[str, float]]) -> str:
 
 
 def point(name: str, results: list[dict[str, float]]) -> svg.Point:
-    """A row's place in the picture."""
+    """A row's place in the plot."""
     recall, chair = ([r[column] for r in results] for column in ("recall", "CHAIR_s"))
     deviation = statistics.stdev if len(results) > 1 else lambda _: 0.0
     group = ("on other pairs" if name in METHODS else "samples of its own" if name in ONLINE else
@@ -202,7 +202,7 @@ def point(name: str, results: list[dict[str, float]]) -> svg.Point:
 
 
 def main() -> None:
-    """Make what is missing, run by run, then the table and its picture."""
+    """Make what is missing, run by run, then the table and its plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=OFFLINE + ONLINE + METHODS, metavar="LOSS[/METHOD]")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))

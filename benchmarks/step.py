@@ -156,7 +156,7 @@ def our_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool) 
     autocast = torch.bfloat16 if dtype is torch.bfloat16 else None
     scorer, reference = Scorer(model, autocast), Reference(model)
     patches = model.config.vision.num_patches
-    views = [single(picture, patches) for picture in pixels]
+    views = [single(image, patches) for image in pixels]
     sequences = [Sequence(i, p.prompt, p.chosen) for i, p in enumerate(pairs)]
     sequences += [Sequence(i, p.prompt, p.rejected) for i, p in enumerate(pairs)]
 

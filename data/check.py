@@ -1,12 +1,12 @@
 """What only a model's tokenizer and window can say about records, said of all of them before any work.
 
 Each record's texts go through the very methods that would refuse them later (data/processor.py): special tokens in
-a text, an answer that merges with the tag in front of it. Then the tokens are counted that the decoder would get:
+a text, a response that merges with the tag before it. Then the tokens are counted that the decoder would get:
 
     scored      image tokens + prompt + response, less the last token, which predicts nothing   (model/logprobs.py)
     generated   image tokens + prompt + new tokens                                              (model/generate.py)
 
-Image tokens follow from a picture's header alone. Readers of files look at everything else (data/records.py).
+Image tokens follow from an image's header alone. Readers of files look at everything else (data/records.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_records(
     """Raise one BadInput that lists records as `source: record ID: reason`, if there are any to list.
 
     Args:
-        root: folder that relative paths of pictures start from.
+        root: folder that relative paths of images start from.
         source: the file that the records come from.
         sequences, end, new_tokens: as for `problems_of`.
         progress: label of a progress bar, shown after a few seconds; empty for none.
@@ -53,7 +53,7 @@ def problems_of(
         new_tokens: what the option --max-new-tokens lets a model add to the prompt; 0: nothing.
     """
     asked = [(how.image, how.response) for how in scored(sequences or {}).values() if how.response in record]
-    lengths, found = {}, {}  # a dict: what holds for two pictures is said once
+    lengths, found = {}, {}  # a dict: what holds for two images is said once
     for field in dict.fromkeys(["prompt", *(field for _, field in asked)]):
         try:
             if field == "prompt":
@@ -68,9 +68,9 @@ def problems_of(
     for name, field in asked:
         total = counts[name] + lengths["prompt"] + lengths[field] + end - 1
         if total > processor.window:
-            found[f"{field!r}: {total} tokens with prompt and picture, the decoder takes {processor.window}"] = True
-    begun = counts["image"] + lengths["prompt"]
-    if new_tokens and begun + new_tokens > processor.window:
-        found[f"{begun} tokens of prompt and picture and {new_tokens} new ones (--max-new-tokens), the decoder"
+            found[f"{field!r}: {total} tokens with prompt and image, the decoder takes {processor.window}"] = True
+    start = counts["image"] + lengths["prompt"]
+    if new_tokens and start + new_tokens > processor.window:
+        found[f"{start} tokens of prompt and image and {new_tokens} new ones (--max-new-tokens), the decoder"
               f" takes {processor.window}"] = True
     return list(found)

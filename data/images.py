@@ -23,11 +23,11 @@ from common import BadInput
 
 MAX_PIXELS = 2**26  # 8192 x 8192; a larger image is a mistake or a decompression bomb
 MAX_SIDE = 2**14  # padded to a square, a longer side would take gigabytes
-MAX_RATIO = 200  # of the sides; resizing the short one of a thinner picture would make a huge one
+MAX_RATIO = 200  # of the sides; resizing the short one of a thinner image would make a huge one
 
 
 def open_image(reference: str, root: Path | str | None = None) -> Image.Image:
-    """The image behind a reference, in RGB; relative paths start at `root`.
+    """The image of a reference, in RGB; relative paths start at `root`.
 
     Raises BadInput naming the file when it is truncated or damaged, or as from `image_size`.
     """
@@ -40,7 +40,7 @@ def open_image(reference: str, root: Path | str | None = None) -> Image.Image:
 
 
 def image_size(reference: str, root: Path | str | None = None) -> tuple[int, int]:
-    """(height, width) of the image behind a reference; of a file only the header is read.
+    """(height, width) of the image of a reference; of a file only the header is read.
 
     Raises BadInput naming the reference when it is no scene, or the file when it is missing, no regular file, no
     image, empty, larger than MAX_PIXELS, longer than MAX_SIDE, thinner than 1 : MAX_RATIO, or of numbers without

@@ -57,7 +57,7 @@ class TextTokenizer:
 
 
 def clip_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
-    """CLIP's byte-level BPE: lower case, one blank for any, "</w>" behind a word's last piece."""
+    """CLIP's byte-level BPE: lower case, one blank for any, "</w>" after a word's last piece."""
     options = dict(unk_token=CLIP_SPECIAL[1], end_of_word_suffix="</w>")
     tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges), **options))
     tokenizer.normalizer = normalizers.Sequence(

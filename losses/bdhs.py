@@ -10,7 +10,7 @@ E. Amirloo, J.-P. Fauconnier, C. Roesmann, C. Kerl, et al., 2024, arXiv 2407.024
 
 with x the prompt, v the image, y+ the chosen and y- the rejected response, sigma the logistic function and
 y~- a response that the policy completes from y+ while most image tokens are hidden from it (pairs/bdhs.py),
-anew at every step. Only the generation is hindered: the loss sees the whole image. If policy and reference
+again at every step. Only the generation is hindered: the loss sees the whole image. If policy and reference
 agree, L_Avg = ln 2.
 
     symbol                     argument                     shape

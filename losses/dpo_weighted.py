@@ -24,7 +24,7 @@ differ from the other response, y_u those that stayed. If policy and reference a
     t is in y_c of y_w              chosen_changed                  (B, L)   bool, from `changed_tokens`
     t is in y_c of y_l              rejected_changed                (B, L)
     beta                            beta                            float  the paper's 0.5
-    gamma                           gamma                           float  the paper's 5; 1 weighs all alike
+    gamma                           gamma                           float  the paper's 5; 1 gives all the same weight
                                     reduction                       str    "mean" or "sum", see Departures
 
 Departures

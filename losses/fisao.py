@@ -25,7 +25,7 @@ optimiser (Eqs. 9 and 10) is PPO's clipped surrogate without change, so there is
 
     symbol          argument                       shape
     text(o)         words                          (N, C)   projected text embeddings, one row a mention
-    image(v)        images                         (N, C)   projected image embedding of the mention's picture
+    image(v)        images                         (N, C)   projected image embedding of the mention's image
     s(o, v)         scores                         (N,)
     o is in v       correct                        (N,)     bool, from ground-truth labels, for Eq. 7 only
     response of o   responses, rows                (N,)     long
@@ -49,13 +49,13 @@ where scores peak at 60 to 70. All else is reconstructed, and each choice is an 
     norm                  "baseline_minmax" (above); "baseline_minus_margin" measures from the boundary,
                           margin included, so the reward starts at 0; "none" leaves s - S_gt or s - S_hal
     limit                 rewards are kept within [-limit, limit]: later scores may pass S_min and S_max
-    position              the reward stands on the "last" token of the mention, or is "spread" over them
+    position              the reward is on the "last" token of the mention, or is "spread" over them
 
 Watch the share of mentions with a reward other than 0: at 0 nothing is learnt. Nothing here rewards long or
 fluent responses: watch their length as well, and use PPO's penalty for a missing end.
 
 Departures
-- From the paper: see the list; whether its margin is subtracted, and where its KL term stands, is not known.
+- From the paper: see the list; whether its margin is subtracted, and where its KL term is, is not known.
 - From the released code: there is none.
 """
 
@@ -74,7 +74,7 @@ def verifier_scores(
     scale: float = 250.0,
     clip_at_zero: bool = True,
 ) -> torch.Tensor:
-    """Score of each mention, (N,): scaled cosine of its word and its picture, (N, C) each, any length.
+    """Score of each mention, (N,): scaled cosine of its word and its image, (N, C) each, any length.
 
     Reconstructed. Raises ValueError if the shapes differ or an embedding is 0 or not finite.
     """

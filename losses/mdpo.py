@@ -28,7 +28,7 @@ If policy and reference agree, L_mDPO = 3 ln 2 (at delta = 0).
 Departures
 - From the paper: none.
 - From the released code: it draws the crop inside the forward pass, so policy and reference score y_w under
-  two different crops and the second reward compares two pictures. Here view="crop" is one crop a sample,
+  two different crops and the second reward compares two images. Here view="crop" is one crop a sample,
   drawn from the sample's own seed, and both models see it.
 """
 

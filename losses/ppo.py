@@ -58,7 +58,7 @@ Departures
 - From the papers: the KL terms are per token, the value loss is clipped as well, no entropy bonus.
 - From TRL's PPO: values exist for exactly the response tokens (theirs extend one position further), padded
   log-probs are 0 (theirs 1), the reported KL is the k3 estimate (theirs k2).
-- From LLaVA-RLHF: means, whitening and value targets leave padding out, the score stands at the last real
+- From LLaVA-RLHF: means, whitening and value targets leave padding out, the score is at the last real
   token (there on padding), and the KL estimate in the reward is not cut at 0.
 """
 
@@ -106,7 +106,7 @@ def token_rewards(
     """Shaped reward r_t of every token, (B, T), no gradient, 0 on padding.
 
     Args: token log-probs and mask (B, T); `scores` (B,) are added at the last real token, `token_scores`
-    (B, T) where they stand. `ended` (B,) bool: the response stopped by itself; where it did not,
+    (B, T) where they are. `ended` (B,) bool: the response stopped by itself; where it did not,
     `missing_eos_penalty` (>= 0) is taken off at the last real token.
     Raises ValueError on wrong shapes, a mask that is not an unbroken stretch, or a penalty without `ended`.
     """
@@ -146,7 +146,7 @@ def gae(
     _check_like(sampled_mask, rewards=rewards, values=values)
     rewards, values = (_fp32(x.detach()).masked_fill(~sampled_mask, 0.0) for x in (rewards, values))
     advantages = torch.zeros_like(rewards)
-    after = carry = torch.zeros_like(rewards[:, 0])  # (B,)  V_t+1 and A_t+1, both 0 behind the last token
+    after = carry = torch.zeros_like(rewards[:, 0])  # (B,)  V_t+1 and A_t+1, both 0 after the last token
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * after - values[:, t]
         carry = (delta + gamma * lam * carry).masked_fill(~sampled_mask[:, t], 0.0)
@@ -251,8 +251,8 @@ def _fp32(x: torch.Tensor) -> torch.Tensor:
 
 def _last(mask: torch.Tensor) -> torch.Tensor:
     """True at the last True of each row, (B, T)."""
-    behind = mask.flip(-1).cumsum(-1).flip(-1)  # tokens from here to the end
-    return mask & (behind == 1)
+    remaining = mask.flip(-1).cumsum(-1).flip(-1)  # tokens from here to the end
+    return mask & (remaining == 1)
 
 
 def _check_mask(mask: torch.Tensor) -> None:

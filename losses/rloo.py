@@ -28,7 +28,7 @@ prompt sum to 0, and with equal rewards they are all 0: such a prompt teaches no
     m, d                      mean, std                 float
     e                         clip                      float  how far the ratio counts; 0 for REINFORCE
 
-Layout: the k responses of a prompt stand next to each other, B = M k, response i belongs to prompt i // k.
+Layout: the k responses of a prompt are next to each other, B = M k, response i belongs to prompt i // k.
 The other common layout (all prompts, k times over) would silently compare responses to different prompts,
 hence `prompts`: `leave_one_out` refuses rows that mix them.
 

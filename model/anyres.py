@@ -7,7 +7,7 @@ Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge" (blo
     2. tiles       the overview, squashed to S x S; then the image fitted into the canvas, centred on black,
                    cut into S x S tiles row by row                                    (`tiles`)
     3. merge       the overview's patches; then the tiles' patches put together to one map, rows or columns of
-                   it that show only black left out, the newline embedding behind each row   (`merge`)
+                   it that show only black left out, the newline embedding after each row   (`merge`)
 
 Step 3 moves features and computes nothing, so it is one list of indices, `View.rows`; the model only gathers.
 How many image tokens a image takes follows from its size and the pinpoints alone: with the five published

@@ -13,7 +13,7 @@ responses to it. The prefix is computed once; each response sees the prefix and 
                      c1     x  x  x   x   x  x
                      r1     x  x  x   x          x  x
 
-A prefix may have *hidden* tokens, which are keys for nobody, not even for themselves: BDHS (pairs/bdhs.py)
+A prefix may have *hidden* tokens, which no token attends to, not even they themselves: BDHS (pairs/bdhs.py)
 hides image tokens. As queries they go on, and every position keeps its number.
 
 The prefix minus its last token is the *body*: ordinary causal attention among equals. The last prefix token
@@ -35,7 +35,7 @@ from model import ops
 class Causal:
     """Every token sees itself and what came before: one sequence."""
 
-    skip = 0  # leading tokens whose last-layer state nobody needs
+    skip = 0  # leading tokens whose last-layer state is never needed
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), k and v (T, K, d) -> (T, H, d)."""
@@ -71,7 +71,7 @@ class SharedPrefix:
         prefixes: prefix length of each group, at least 2 tokens.
         responses: for each group the input length of each response (its last token predicts nothing and is no
             input).
-        hidden: for each group (prefix,) bool, True at tokens that nobody may look at; None hides nothing. The
+        hidden: for each group (prefix,) bool, True at tokens that are hidden from all; None hides nothing. The
             first token of all and the last of the prefix must be visible, so that every query has a key.
     """
 

@@ -140,7 +140,7 @@ def save_llava(
     Args:
         source: the folder or hub id the model came from; its configuration and tokenizer files, the vision
             layers that are not built here and surplus vocabulary rows are carried over, so that other
-            libraries find all they expect. From an original checkpoint, config.json is written anew, and 64
+            libraries find all they expect. From an original checkpoint, a new config.json is written, and 64
             rows for <image> and filler are appended to the tables, each the mean of the others.
         dtype: storage dtype; left out, that of each weight.
         shard_bytes: largest file of weights.

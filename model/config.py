@@ -40,7 +40,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ClipTextConfig:
-    """CLIP text transformer. `eos_token_id` marks the position whose state stands for the whole text."""
+    """CLIP text transformer. `eos_token_id` marks the position whose state represents the whole text."""
 
     vocab_size: int = 49408
     hidden_size: int = 512

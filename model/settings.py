@@ -1,11 +1,11 @@
-"""How a folder wants its images made: the settings that `transformers` saves, read into `Preprocessing`.
+"""How a folder's images are to be made: the settings that `transformers` saves, read into `Preprocessing`.
 
     processor_config.json      as "image_processor": {...}, written by transformers 5; counts where both are there
     preprocessor_config.json   by earlier versions, and for an image processor saved by itself
 
 What is left out is CLIP's, with the side that the vision tower takes. What a file of CLIP or LLaVA may say:
 
-    image_processor_type   CLIP, Llava or LlavaNextImageProcessor, and these with Fast or Pil behind
+    image_processor_type   CLIP, Llava or LlavaNextImageProcessor, and these with Fast or Pil appended
                            (feature_extractor_type CLIPFeatureExtractor in the oldest)
     size                   n or {"shortest_edge": n}; {"height": h, "width": w} for an image of any shape
     crop_size              S or {"height": S, "width": S}, where S is the side that the tower takes

@@ -138,7 +138,7 @@ def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
             if state is not None:
                 yield tensor, state.pop(tensor.name)
                 continue
-            # Opened anew for each, so that a mapping lives no longer than the tensors that need it.
+            # Opened again for each, so that a mapping lives no longer than the tensors that need it.
             with _safetensors(file) as shard:
                 value = shard.get_tensor(tensor.name)
             yield tensor, value

@@ -142,8 +142,8 @@ class Writing(NamedTuple):
     @classmethod
     def of(cls, processor: Processor, cut: Cut | None) -> Writing:
         """The beginning is encoded as one string, without EOS or a space at its end."""
-        begun = (cut.before + cut.first).rstrip(" ") if cut else ""
-        return cls(processor, cut, processor.opening(begun))
+        opening = (cut.before + cut.first).rstrip(" ") if cut else ""
+        return cls(processor, cut, processor.opening(opening))
 
     def read(self, new: list[int], whole: bool) -> str | None:
         """The finished sentence (or free answer), None if it is not finished; `whole`: EOS has come."""
@@ -265,8 +265,8 @@ def algorithm_1(answered: list[dict], complete: Complete, similarity: Similarity
         texts = complete(attempts)
         failures = [_failure(answered[row], text) for row, text in zip(waiting, texts)]
         usable = [(row, text) for row, text, failure in zip(waiting, texts, failures) if not failure]
-        alike = similarity([answered[row]["chosen"].strip() for row, _ in usable], [text for _, text in usable])
-        for (row, text), score in zip(usable, alike):
+        similarities = similarity([answered[row]["chosen"].strip() for row, _ in usable], [text for _, text in usable])
+        for (row, text), score in zip(usable, similarities):
             if last or score < eps_s:
                 origin = {"seed": seed, "rho": rho_th, "iteration": i, "guided": not (last and i > 1),
                           "similarity": round(float(score), 4)}

@@ -220,8 +220,8 @@ def algorithm_1(answered: list[dict], near: list[list[Hit]], complete: Complete,
         jobs = [Job(near[row][rank][0], answered[row]["prompt"], answered[row]["chosen"], spans[row])
                 for row in waiting]
         texts = complete(jobs)
-        alike = similarity([job.text for job in jobs], texts)
-        for row, text, score in zip(waiting, texts, alike):
+        similarities = similarity([job.text for job in jobs], texts)
+        for row, text, score in zip(waiting, texts, similarities):
             if score < tau and text.strip() != answered[row]["chosen"].strip():
                 found = {"rank": rank + 1, "cosine": round(near[row][rank][1], 4), "similarity": round(score, 4)}
                 made[row] = _pair(answered[row], text, near[row][rank][0], {**(source or {}), **found})

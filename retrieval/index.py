@@ -37,7 +37,7 @@ def build_approximate_index(vectors: np.ndarray, nprobe: int, lists: int | None 
     """Index over the rows of `vectors` (N, E) in `lists` cells, of which a search looks into `nprobe`.
 
     Args:
-        lists: reconstructed: None takes 4 sqrt(N), at most N / 39 (FAISS wants 39 vectors a cell).
+        lists: reconstructed: None takes 4 sqrt(N), at most N / 39 (FAISS asks for 39 vectors a cell).
 
     The cells are the same in every run. BadInput on a row whose length is not 1, or more probes than cells.
     """
@@ -98,7 +98,7 @@ def search(index: faiss.Index, queries: np.ndarray, k: int,
 class Duplicates:
     """Which images are the same one: those of equal pixels, or whose thumbnails have a cosine of at least `limit`.
 
-    A thumbnail is 8 x 8 pixels less their mean; the embeddings' cosine does not tell copies from images alike. Of
+    A thumbnail is 8 x 8 pixels less their mean; the embeddings' cosine does not tell copies from similar images. Of
     200 scenes as JPEG of quality 75, 30, or 75 at half the size, thumbnails have at least .9994, .9978 and .9957, the
     nearest two of 4000 scenes .9943; embeddings have from .81, .62 and .46, the nearest two of 600 scenes .98.
     Cropped, turned and mirrored copies are other images.

@@ -59,7 +59,7 @@ def test_the_window_is_the_scorers(processor, tiny, end):
         batch = collate([record], dpo.SEQUENCES, processor, end=end)
         found = problems_of(record, processor, None, dpo.SEQUENCES, end=end)
         if extra:
-            assert found == [f"'chosen': {refused} with prompt and picture, the decoder takes {processor.window}"]
+            assert found == [f"'chosen': {refused} with prompt and image, the decoder takes {processor.window}"]
             with pytest.raises(ValueError, match=f"a sequence of {refused}"):
                 Scorer(tiny)(batch.packed, tiny.vision_features(batch.pixels))
         else:

@@ -416,8 +416,8 @@ def test_an_error_that_no_picture_explains_is_not_skipped(models, tmp_path, monk
 @pytest.mark.parametrize(("method", "change", "reason"), [
     ("bdhs", {"chosen": "It says <unk>."}, "'chosen': text contains the special token <unk>"),
     ("realign", {"prompt": "<s>"}, "'prompt': text contains the special token <s>"),
-    ("realign", {"chosen": "A dog. " * 400}, "'chosen': .* tokens with prompt and picture, the decoder takes 1024"),
-    ("bdhs", {"prompt": "What? " * 450}, "972 tokens of prompt and picture and 96 new ones .--max-new-tokens."),
+    ("realign", {"chosen": "A dog. " * 400}, "'chosen': .* tokens with prompt and image, the decoder takes 1024"),
+    ("bdhs", {"prompt": "What? " * 450}, "972 tokens of prompt and image and 96 new ones .--max-new-tokens."),
 ])
 def test_texts_are_refused_before_the_model_is_loaded(damaged, tmp_path, monkeypatch, method, change, reason):
     monkeypatch.setattr(tools, "load_llava", None)

@@ -265,7 +265,7 @@ def test_the_reward_model_is_measured_on_held_out_pairs_that_can_be_used(damaged
     [
         ("dpo", {"chosen": "It costs <s>10</s> 8."}, "'chosen': text contains the special token <s>"),
         ("sft", {"prompt": "<pad>What?"}, "'prompt': text contains the special token <pad>"),
-        ("dpo", {"rejected": "A cat. " * 400}, "'rejected': 12[0-9]{2} tokens with prompt and picture, the"),
+        ("dpo", {"rejected": "A cat. " * 400}, "'rejected': 12[0-9]{2} tokens with prompt and image, the"),
         ("mixed_dpo", {"prompt": "What? " * 450}, r"96 new ones \(--max-new-tokens\), the decoder takes 1024"),
     ],
 )

@@ -298,7 +298,7 @@ def _text_rows(folder: Path, config: LlavaConfig) -> int:
 
 
 def tower_folder(folder: Path, raw: dict) -> Path | None:
-    """The CLIP folder that an original checkpoint names: as written, inside the checkpoint, or beside it.
+    """The CLIP folder that an original checkpoint names: as written, inside the checkpoint, or next to it.
 
     Raises BadInput when the name is none."""
     name = raw["mm_vision_tower"]
