@@ -1,5 +1,6 @@
 """The command line of train.py: options from the signatures of a loss's functions, and what of them is refused.
 
+    Recipe            what a --loss consists of; train.py has the table
     read_arguments    command line -> settings; defaults from a function's signature, help from its file's header
     check             refuses settings that cannot be, all at once, before anything is loaded
     check_places      refuses an --out that holds another run
@@ -10,22 +11,22 @@ A model folder may hold train.json, settings that suit the model; they become de
 from __future__ import annotations
 
 import argparse
+import inspect
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import common
 from common import BadInput, check_ranges, is_url, meaning, read_json, refuse
+from data.batch import scored
 from data.templates import TEMPLATES
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
 from model.training import CHECKPOINT, PREVIOUS
 from pairs.methods import METHODS
-
-if typing.TYPE_CHECKING:
-    from train import Recipe
 
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
 MEASURED = ("mean", "std")  # keyword arguments of losses/ that hold what was measured before training, no options
@@ -49,6 +50,50 @@ RANGES = {
     "[-1, 1]": "eps_s",  # a cosine
     "(-inf, inf)": "delta",
 }
+
+
+class Recipe(NamedTuple):
+    """What a --loss consists of. What its functions ask for by the names of their arguments decides the rest; nothing
+    asks which functions they are."""
+
+    loss: Callable  # of losses/
+    sequences: dict[str, dict]  # what it needs scored (data.batch.Scored)
+    pairs: str = ""  # method of generate_pairs.py that makes fitting records; "": images and questions suffice
+    online: Callable | None = None  # lets the policy write the records of each step
+    advantages: Callable | None = None  # reinforcement: rollouts of a step -> what the loss learns from
+    parts: tuple[Callable, ...] = ()  # the functions of losses/ that `advantages` puts together
+    inner_epochs: int = 4  # how often reinforcement goes through a step's samples
+
+    @property
+    def functions(self) -> list[Callable]:
+        """Those whose keyword arguments are options."""
+        return [function for function in (self.loss, self.online, *self.parts) if function]
+
+    @property
+    def samples(self) -> bool:
+        """Whether it learns from what the policy says."""
+        return bool(self.online or self.advantages)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares with the model as it was."""
+        names = inspect.signature(self.loss).parameters
+        return self.advantages is not None or any(name.startswith("reference_") for name in names)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether what it scores differs from step to step."""
+        return self.samples or any(how.drawn for how in scored(self.sequences).values())
+
+    @property
+    def rewards(self) -> bool:
+        """Whether it trains a reward model."""
+        return self.asks_for("chosen_rewards")
+
+    def asks_for(self, name: str) -> bool:
+        """Whether the loss, or what makes its records or advantages, has this argument."""
+        asking = [function for function in (self.loss, self.online, self.advantages) if function]
+        return any(name in inspect.signature(function).parameters for function in asking)
 
 
 # --------------------------------------------------------------------------------------- command line -> settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,12 +32,8 @@ from model.logprobs import Scorer
 from model.lora import Reference, add_lora, merge_lora
 from model.reward import RewardModel, load_reward_model
 from model.training import Policy
-from options import SCENES_OF_A_SEED
+from options import SCENES_OF_A_SEED, Recipe
 from pairs.methods import make_pairs
-
-if typing.TYPE_CHECKING:
-    from train import Recipe
-
 
 # ----------------------------------------------------------------------------------------------------- records
 

@@ -35,7 +35,6 @@ inside shows when it is decoded: --bad-records says what happens then.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import math
 import os
@@ -45,7 +44,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,7 +55,7 @@ from tqdm import tqdm
 import evaluate
 import reinforce
 from common import BadInput, remove_unfinished, versions
-from data.batch import BadRecord, Batch, MicroBatches, collate, scored, with_seeds, without_bad
+from data.batch import BadRecord, Batch, MicroBatches, collate, with_seeds, without_bad
 from data.processor import Processor
 from losses import adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic
 from model import reference, training
@@ -67,54 +65,9 @@ from model.llava import Llava
 from model.logprobs import Packed
 from model.reward import save_reward_head
 from model.training import CHECKPOINT, PREVIOUS, Log, Policy, StopRequest, learning_rate, named, pick, set_learning_rate
-from options import check, check_places, kwargs_of, read_arguments
+from options import Recipe, check, check_places, kwargs_of, read_arguments
 from pairs import online
 from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records
-
-
-class Recipe(NamedTuple):
-    """What a --loss consists of. What its functions ask for by the names of their arguments decides the rest; nothing
-    asks which functions they are."""
-
-    loss: Callable  # of losses/
-    sequences: dict[str, dict]  # what it needs scored (data.batch.Scored)
-    pairs: str = ""  # method of generate_pairs.py that makes fitting records; "": images and questions suffice
-    online: Callable | None = None  # lets the policy write the records of each step
-    advantages: Callable | None = None  # reinforcement: rollouts of a step -> what the loss learns from
-    parts: tuple[Callable, ...] = ()  # the functions of losses/ that `advantages` puts together
-    inner_epochs: int = 4  # how often reinforcement goes through a step's samples
-
-    @property
-    def functions(self) -> list[Callable]:
-        """Those whose keyword arguments are options."""
-        return [function for function in (self.loss, self.online, *self.parts) if function]
-
-    @property
-    def samples(self) -> bool:
-        """Whether it learns from what the policy says."""
-        return bool(self.online or self.advantages)
-
-    @property
-    def compares(self) -> bool:
-        """Whether it compares with the model as it was."""
-        names = inspect.signature(self.loss).parameters
-        return self.advantages is not None or any(name.startswith("reference_") for name in names)
-
-    @property
-    def drawn(self) -> bool:
-        """Whether what it scores differs from step to step."""
-        return self.samples or any(how.drawn for how in scored(self.sequences).values())
-
-    @property
-    def rewards(self) -> bool:
-        """Whether it trains a reward model."""
-        return self.asks_for("chosen_rewards")
-
-    def asks_for(self, name: str) -> bool:
-        """Whether the loss, or what makes its records or advantages, has this argument."""
-        asking = [function for function in (self.loss, self.online, self.advantages) if function]
-        return any(name in inspect.signature(function).parameters for function in asking)
-
 
 LOSSES = {
     "sft": Recipe(sft.sft_loss, sft.SEQUENCES, "rank"),

@@ -4,7 +4,7 @@
     python -m tests.fuzz --each 50 records     the kinds whose names hold "records"
 
 A file of each kind is made, broken in a way that follows from the seed, and read. It counts as a fault when anything
-but ValueError is raised, when the error names no file, when reading takes more than ten seconds, and, of records, when
+but BadInput is raised, when the error names no file, when reading takes more than ten seconds, and, of records, when
 what was read cannot be written, read again as the same, shown and tokenised. Exit status 1 if there are faults.
 """
 
@@ -31,6 +31,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import evaluate
+from common import BadInput
 from data import formats
 from data.detect import coco_instances
 from data.processor import ClipProcessor, Processor
@@ -216,7 +217,7 @@ def score(benchmark: str, answers: str, annotations: str) -> Callable[[Path], No
                 evaluate.main([str(word) for word in command])
             except SystemExit as end:
                 if end.code:
-                    raise ValueError(said.getvalue()) from None
+                    raise BadInput(said.getvalue()) from None
 
     return read
 
@@ -322,7 +323,7 @@ def outcome(kind: Kind, data: bytes, folder: Path) -> str:
     signal.alarm(SECONDS)
     try:
         kind.read(path)
-    except ValueError as error:
+    except BadInput as error:
         return "refused" if str(folder) in str(error) else f"names no file: {error}"
     except TooLong:
         return f"takes more than {SECONDS} s"
