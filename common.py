@@ -48,19 +48,24 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink()
 
 
-def parse_json(data: bytes, pairs: Callable[[list[tuple]], object] | None = None) -> object:
+def parse_json(data: bytes, *, surrogates: bool = True) -> object:
     """JSON text -> value.
 
     Args:
         data: UTF-8, with or without a byte order mark.
-        pairs: makes an object of its (key, value) pairs; None: a dict.
-    Raises BadInput in one line, without a file name: no UTF-8, no JSON, NaN or infinity, a number of more digits
-    than Python converts, nested too deeply.
+        surrogates: accept lone ones (half a character, written as an escape), which cannot be encoded again.
+    Raises BadInput in one line, without a file name: no UTF-8, no JSON, a key given twice, NaN or infinity, a number
+    of more digits than Python converts, nested too deeply.
     """
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=_refuse)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_refuse)
+        if not surrogates and re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except UnicodeDecodeError as error:
         raise BadInput(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except UnicodeEncodeError as error:
+        raise BadInput(f"holds half a character, the lone surrogate {error.object[error.start]!r}") from None
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise BadInput(f"not valid JSON ({error.msg} at {where})") from None
@@ -75,11 +80,19 @@ def _refuse(constant: str) -> None:
     raise BadInput(f"holds {constant}")
 
 
+def _object(items: list[tuple]) -> dict:
+    made = dict(items)
+    if len(made) < len(items):
+        keys = [key for key, _ in items]
+        raise BadInput(f"holds the key {brief(next(key for key in keys if keys.count(key) > 1))} twice")
+    return made
+
+
 def read_json(path: Path | str, kind: type = dict):
-    """The value of a JSON file, a `kind`. Raises BadInput naming the file: missing, unreadable, another type, or
-    as from `parse_json`."""
+    """The value of a JSON file, a `kind` (`object`: any). Raises BadInput naming the file: missing, unreadable, another
+    type, or as from `parse_json` without surrogates."""
     try:
-        value = parse_json(Path(path).read_bytes())
+        value = parse_json(Path(path).read_bytes(), surrogates=False)
     except FileNotFoundError:
         raise BadInput(f"{path}: not found") from None
     except (OSError, BadInput) as error:

@@ -75,7 +75,6 @@ from metrics import (
     textvqa,
     vizwiz,
 )
-from metrics.answers import given, join
 from metrics.benchmark import Benchmark
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import answers
@@ -147,7 +146,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--template", help="prompt template (default: the checkpoint's own)")
     add("--aspect", choices=("crop", "pad", "anyres"), help="how images are shown (default: the checkpoint's way)")
     add("--precision", choices=("fp32", "bf16"), help="(default: bf16 on CUDA, else fp32)")
-    add("--data", type=Path, metavar="DIR", help="folder with the official files")
+    add("--data", type=Path, metavar="DIR", help="folder with the official files; of preference: a file of pairs")
     add("--images", type=Path, metavar="DIR", help="folder of the image files (default: --data)")
     add("--answers", type=Path, metavar="FILE", help="score these answers instead of asking a model")
     add("--subset", action="store_true", help="score the questions that --answers answers, not all or nothing")
@@ -219,15 +218,15 @@ def prepare(name: str, args: argparse.Namespace) -> Task:
     """Questions, and answers if they are in a file. Raises BadInput."""
     benchmark = BENCHMARKS[name]
     if args.data is None and "None" not in str(inspect.signature(benchmark.questions).parameters["data"].annotation):
-        raise BadInput(f"{name} needs --data, a folder with {', '.join(benchmark.files) or 'its file'}")
+        wanted = f"a folder with {', '.join(benchmark.files)}" if benchmark.files else "a file"
+        raise BadInput(f"{name} needs --data, {wanted}")
     images = None if args.answers else image_folder(args)
     rows = benchmark.questions(args.data, images, **kwargs_of(benchmark.questions, args))
     if not (args.answers or images) and any(row["image"] and ":" not in row["image"] for row in rows):
         raise BadInput(f"{name}: --images DIR with the image files, or --answers FILE")
     said = None
     if args.answers:
-        read = benchmark.read_answers or join_by_id
-        said = read(args.answers, rows, subset=args.subset)
+        said = benchmark.read_answers(args.answers, rows, subset=args.subset)
         rows = [row for row in rows if row["id"] in said]
     return Task(name, benchmark, rows, said, args.max_new_tokens or benchmark.max_new_tokens)
 
@@ -235,11 +234,6 @@ def prepare(name: str, args: argparse.Namespace) -> Task:
 def image_folder(args: argparse.Namespace) -> Path | None:
     """Where the image files are."""
     return args.images or (args.data if args.data and args.data.is_dir() else None)
-
-
-def join_by_id(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """id -> text, of JSONL or a JSON list; see metrics/answers.py."""
-    return join(path, rows, lambda answer: given(answer, ("id", "question_id", "image_id")), subset=subset)
 
 
 def ask(model, processor: Processor, rows: Sequence[dict], max_new_tokens: int, batch_size: int = 64,
@@ -369,7 +363,7 @@ def answer(task: Task, model, processor: Processor, args: argparse.Namespace, ro
     if task.benchmark.measure:
         reference = load_llava(args.reference, dtype, model.device).eval() if args.reference else None
         said = task.benchmark.measure(model, processor, task.rows, root=root or args.data.parent, reference=reference,
-                                      progress=task.name)
+                                      batch_size=args.batch_size, progress=task.name)
         return said if ranks()[0] == 0 else None
     out = args.out and args.out.with_name(f"{args.out.name}.{task.name}")
     return ask(model, processor, task.rows, task.length, args.batch_size, root, task.name, out,

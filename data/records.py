@@ -119,7 +119,7 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 def _whole(path: Path, data: bytes) -> list:
     try:
-        rows = parse_json(data, _no_repeats)
+        rows = parse_json(data)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     return rows if isinstance(rows, list) else [rows]
@@ -128,7 +128,7 @@ def _whole(path: Path, data: bytes) -> list:
 def parse_line(line: bytes) -> tuple[dict | None, list[str]]:
     """One line -> (object, problems); (None, problems) when there is no object to look into."""
     try:
-        return _object(parse_json(line.rstrip(), _no_repeats))
+        return _object(parse_json(line.rstrip()))
     except BadInput as error:
         return None, [str(error)]
 
@@ -137,15 +137,6 @@ def _object(value: object) -> tuple[dict | None, list[str]]:
     if isinstance(value, dict):
         return value, []
     return None, [f"a JSON object is wanted, found {type(value).__name__}"]
-
-
-def _no_repeats(items: list[tuple]) -> dict:
-    made: dict = {}
-    for key, value in items:
-        if key in made:
-            raise BadInput(f"holds the key {brief(key)} twice")
-        made[key] = value
-    return made
 
 
 # Rows to records

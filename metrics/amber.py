@@ -19,8 +19,8 @@ Options
     instruction  what follows a yes/no question: yes_no, "Please answer Yes or No." (reconstructed), or none
     similar      TSV of word pairs that mean the same, in place of the released code's word vectors (spaCy's
                  en_core_web_lg, cosine above 0.8). Without it words are matched exactly; the scores say which
-    reading      of an answer: exact, "Yes" or "No" and nothing else, as released; or lenient: its first word is
-                 yes or no in any case
+    reading      how yes/no answers are read: exact ("Yes" or "No" and nothing else, as released) or lenient (the
+                 first word, in any case)
 
 Rules of the released code: all pooled, never averaged. A mention counts for the first object whose associations hold
 it, else for the object itself. An answer that is neither "Yes" nor "No" is wrong and counts as no answer. `rounded`
@@ -39,10 +39,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from common import BadInput, brief, read_json, refuse
+from common import BadInput, brief, refuse
 from metrics.amber_nouns import forms, mentions
+from metrics.answers import with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
+from metrics.files import each, field, read_lines, read_list, read_table, texts
 
 INSTRUCTIONS = {"yes_no": " Please answer Yes or No.", "none": ""}
 KINDS = {  # type in annotations.json -> kind
@@ -77,9 +79,9 @@ def questions(
     Raises BadInput naming missing files and images, and bad entries.
     """
     generative = {"all": (True, False), "generative": (True,), "discriminative": (False,)}[queries]
-    notes = [note for note in _annotations(find(data, "annotations.json", FILES))
+    notes = [note for note in _annotations(find(data, "annotations.json", "amber", FILES))
              if (note["type"] == "generative") in generative]  # fmt: skip
-    asked = _queries(find(data, f"query_{queries}.json", FILES), notes, images) if images else {}
+    asked = _queries(find(data, f"query_{queries}.json", "amber", FILES), notes) if images else {}
     describe, rows = _describe(data, similar), []
     for note in notes:
         query, suffix = asked.get(note["id"], {"image": None, "query": ""}), INSTRUCTIONS[instruction]
@@ -88,58 +90,40 @@ def questions(
             rows.append(row | describe(note))
         else:
             rows.append(row | {"prompt": row["prompt"] + suffix, "label": note["truth"]})
-    return rows
+    return with_files(rows, images, "amber")
 
 
 def _annotations(path: Path) -> list[dict]:
     """The entries of annotations.json: id = 1, 2, ..., type, truth, and hallu of the generative ones."""
-    notes = read_json(path, list)
-    reasons = ((number, _wrong(note, number)) for number, note in enumerate(notes, start=1))
-    refuse(f"{path}:{number}: {reason}" for number, reason in reasons if reason)
-    return notes
+    return each(((where, (number, note)) for number, (where, note) in enumerate(read_list(path), start=1)), _note)
 
 
-def _wrong(note: object, number: int) -> str:
-    """What is wrong with an entry, or ""."""
-    if not isinstance(note, dict) or note.get("type") not in KINDS:
-        return f"want an object with a type of AMBER, found {brief(note)}"
-    if note.get("id") != number:
-        return f"want id {number}, found {brief(note.get('id'))}"
-    if note["type"] != "generative":
-        return "" if note.get("truth") in ("yes", "no") else f"truth {brief(note.get('truth'))}: want 'yes' or 'no'"
-    lists = [note.get("truth"), note.get("hallu")]
-    fine = all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists)
-    return "" if fine else "want lists of words as truth and hallu"
+def _note(entry: tuple[int, object]) -> dict:
+    number, note = entry
+    if field(note, "type") not in KINDS:
+        raise BadInput(f"want a type of AMBER, found {brief(note['type'])}")
+    if field(note, "id", int) != number:
+        raise BadInput(f"want id {number}, found {note['id']}")
+    if note["type"] == "generative":
+        texts(note, "truth"), texts(note, "hallu")
+    elif field(note, "truth") not in ("yes", "no"):
+        raise BadInput(f"truth {brief(note['truth'])}: want 'yes' or 'no'")
+    return note
 
 
-def _queries(path: Path, notes: Sequence[dict], images: Path) -> dict[int, dict]:
-    """id -> query of each annotation. Raises BadInput naming bad queries, ids without one, and missing images."""
-    queries = read_json(path, list)
-    refuse(f"{path}:{number}: want an object of id, image and query, found {brief(query)}"
-           for number, query in enumerate(queries, start=1) if not isinstance(query, dict)
-           or [type(query.get(key)) for key in ("id", "image", "query")] != [int, str, str])  # fmt: skip
-    asked = {query["id"]: query for query in queries}
+def _queries(path: Path, notes: Sequence[dict]) -> dict[int, dict]:
+    """id -> query of each annotation. Raises BadInput naming bad queries, and ids without one."""
+    asked = dict(each(read_list(path), lambda query: (field(query, "id", int), {
+        "image": field(query, "image"), "query": field(query, "query")})))  # fmt: skip
     refuse(f"{path}: has no query {note['id']}" for note in notes if note["id"] not in asked)
-    names = dict.fromkeys(asked[note["id"]]["image"] for note in notes)
-    refuse(f"{images / name}: no such image" for name in names if not (images / name).is_file())
     return asked
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines of a text file that are not blank. Raises BadInput naming a file that cannot be read."""
-    try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
 
 
 def _describe(data: Path, similar: Path | None):
     """Entry of a description -> what its row needs of relation.json, safe_words.txt and the similar words."""
-    path = find(data, "relation.json", FILES)
-    relation = read_json(path)
-    refuse(f"{path}: {brief(word)}: want a list of words" for word, others in relation.items()
-           if not isinstance(others, list) or not all(isinstance(other, str) for other in others))  # fmt: skip
-    safe = _lines(find(data, "safe_words.txt", FILES))
+    path = find(data, "relation.json", "amber", FILES)
+    relation = dict(each(read_table(path), lambda item: (item[0], texts(dict([item]), item[0]))))
+    safe = [line for _, line in read_lines(find(data, "safe_words.txt", "amber", FILES))]
     words = sorted(relation.keys() | {other for others in relation.values() for other in others})
     alike = _similar(similar, words) if similar else None
 
@@ -154,9 +138,13 @@ def _describe(data: Path, similar: Path | None):
 
 def _similar(path: Path, words: Sequence[str]) -> dict[str, list[str]]:
     """Word -> words like it, from lines of two words of the vocabulary and a tab between."""
-    pairs = [line.split("\t")[:2] for line in _lines(path)]
-    refuse(f"{path}:{number}: want two words of relation.json and a tab between, found {brief(pair)}"
-           for number, pair in enumerate(pairs, start=1) if len(pair) != 2 or not set(pair) <= set(words))  # fmt: skip
+    def pair(line: str) -> list[str]:
+        found = line.split("\t")[:2]
+        if len(found) != 2 or not set(found) <= set(words):
+            raise BadInput(f"want two words of relation.json and a tab between them, found {brief(found)}")
+        return found
+
+    pairs = each(read_lines(path), pair)
     alike: dict[str, list[str]] = {}
     for one, other in pairs:
         alike.setdefault(one, []).append(other)

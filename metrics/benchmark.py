@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import BadInput
+from metrics.answers import read_answers
+from metrics.files import below, pick
 
 
 class Benchmark(NamedTuple):
@@ -42,24 +44,21 @@ class Benchmark(NamedTuple):
     figures: Mapping[str, str] = {}  # what papers' tables report: name -> where in the scores, "splits.random.accuracy"
     tradeoff: tuple[str, str] | None = None  # two of these: coverage, hallucination
     files: Mapping[str, str] = {}  # official file -> where it is published
-    read_answers: Callable | None = None  # None: metrics/files.py, which joins by id
+    read_answers: Callable = read_answers  # joins by id
     requests: Callable | None = None  # judged benchmarks only
     read_replies: Callable | None = None  # judged benchmarks only
     measure: Callable | None = None  # None: the model answers, greedily
 
 
-def find(data: Path, name: str, files: Mapping[str, str]) -> Path:
-    """The official file of this name (or of this ending of its path) in or below a folder, the least deep one.
+def find(data: Path, name: str, benchmark: str, files: Mapping[str, str]) -> Path:
+    """The official file of this name in or below a folder, which may hold the downloads of several benchmarks: see
+    `metrics.files.pick`.
 
-    Raises BadInput that says where the file is published, when it is missing or when several lie equally deep.
+    Raises BadInput that says where the file is published, when it is missing or when it may be several.
     """
-    if not data.is_dir():
-        raise BadInput(f"{data}: no such folder")
-    found = [data / name] if (data / name).exists() else sorted(
-        (path for path in data.rglob(Path(name).name) if path.as_posix().endswith(f"/{name}")),
-        key=lambda path: (len(path.parts), path))  # fmt: skip
+    found = pick((path for path in below(data) if path.name == name), data, benchmark)
     if not found:
         raise BadInput(f"{data}: has no {name}; published at {files[name]}")
-    if len(found) > 1 and len(found[0].parts) == len(found[1].parts):
+    if len(found) > 1:
         raise BadInput(f"{data}: {found[0]} or {found[1]}? one {name} is wanted")
     return found[0]

@@ -49,13 +49,12 @@ from pathlib import Path
 from typing import Literal
 
 from common import BadInput, brief, refuse
-from data.names import Names
 from data.scenes import CAPTION_PROMPT, held_out, objects_present, reference, sample_scene
 from data.sentences import sentences
-from metrics.answers import given, join
+from metrics.answers import image_of, join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_json
-from metrics.objects import image_files, read_objects, sample
+from metrics.files import each, field, read_list
+from metrics.objects import read_objects, sample
 
 SYNONYMS = Path(__file__).with_name("chair_synonyms.txt")
 INSTANCES, CAPTIONS = "instances_val2014.json", "captions_val2014.json"
@@ -197,40 +196,29 @@ def questions(
     if data is None and not annotations:
         return [{"id": name, "image": name, "prompt": prompt, "objects": sorted(objects_present(sample_scene(number)))}
                 for number in held_out(split, num or scenes) for name in [reference(number)]]  # fmt: skip
-    path = annotations[0] if annotations else find(data, INSTANCES, FILES)
+    path = annotations[0] if annotations else find(data, INSTANCES, "coco", FILES)
     rows = sample(read_objects(path), num, seed, path)
     if not annotations:
-        spoken = spoken_objects(find(data, CAPTIONS, FILES))
+        spoken = spoken_objects(find(data, CAPTIONS, "coco", FILES))
         rows = [{**row, "objects": sorted({*row["objects"], *spoken.get(row["image_id"], ())})} for row in rows]
     known = set(load_synonyms().values())
     shown = dict.fromkeys(name for row in rows for name in row["objects"])
     refuse(f"{path}: class {brief(name)} is none of the 80 that CHAIR knows" for name in shown if name not in known)
-    files = image_files(images, [row["id"] for row in rows]) if images else {}
-    return [{**row, "image": files.get(row["id"], row["id"]), "prompt": prompt} for row in rows]
+    return with_files([{**row, "image": row["id"], "prompt": prompt} for row in rows], images, "coco")
 
 
 def spoken_objects(path: Path) -> dict[str, set[str]]:
     """Image id -> classes that its reference captions name, of a captions file of COCO."""
-    rows, synonyms, found = read_json(path), load_synonyms(), {}
-    notes = rows.get("annotations") if isinstance(rows, dict) else None
-    if not isinstance(notes, list) or not all(isinstance(n, dict) and isinstance(n.get("caption"), str) for n in notes):
-        raise BadInput(f"{path}: not a captions file of COCO: 'annotations' must be a list with captions")
-    for note in notes:
-        found.setdefault(str(note.get("image_id")), set()).update(
-            name for _, name in mentions(note["caption"], synonyms))
+    synonyms, found = load_synonyms(), {}
+    notes = each(read_list(path, "annotations"), lambda note: (field(note, "image_id", int), field(note, "caption")))
+    for image, caption in notes:
+        found.setdefault(str(image), set()).update(name for _, name in mentions(caption, synonyms))
     return found
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> caption; an id may name its image in any way of data/names.py. Raises BadInput as metrics.answers.join."""
-    ids = [row["id"] for row in rows]
-    names = Names("questions", ids, {row["id"]: row["image_id"] for row in rows if "image_id" in row})
-
-    def key(answer: dict) -> str:
-        name = given(answer, ("image_id", "id", "question_id"))
-        return names.find(name) or name
-
-    return join(path, rows, key, subset=subset)
+    return join(path, rows, image_of(rows, ("image_id", "id", "question_id")), subset=subset)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, max_sentences: int | None = None) -> dict:

@@ -21,9 +21,9 @@ do not matter, a position belongs to the noun before it in the sentence, else to
 any claim is counted as `unread`.
 
 Options
-    scenes  how many, from the split's first on
-    split   test or dev
-    prompt  what is asked
+    scenes  number of held-out scenes, from the first of the split
+    split   held-out scenes: test or dev
+    prompt  what the model is asked
     n       length of the n-grams of `repetition`, in words
 
 All of it is this world's own: reconstructed after AMBER (arXiv:2311.07397). Captions without noise make no false

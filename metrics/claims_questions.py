@@ -20,9 +20,9 @@ about numbers or places, or one about sizes or two objects: its answers to those
                     every label is "no"
 
 Options
-    scenes  how many, from the split's first on
-    split   test or dev
-    seed    draws what is asked
+    scenes  number of held-out scenes, from the first of the split
+    split   held-out scenes: test or dev
+    seed    of the draw of the questions
 
 Reconstructed after AMBER (arXiv:2311.07397) and POPE (arXiv:2305.10355).
 """

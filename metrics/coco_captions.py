@@ -5,9 +5,10 @@ Paper: Chen et al., "Microsoft COCO Captions", arXiv:1504.00325. BLEU-1 to BLEU-
 lmms-eval (coco2017_cap_val). FiSAO's "Cap_val" is the mean of BLEU, ROUGE-L and CIDEr times 100; the paper does not say
 which orders of BLEU it takes.
 
-split    "val2017", "val2014" or "karpathy"  5000 images, 40,504, or the 5000 of Karpathy's test split
-meteor   Path                                meteor-1.5.jar: METEOR as well (needs Java)
-cap_val  "bleu4" or "bleu1-4"                reconstructed: the mean takes BLEU-4, or BLEU-1 to BLEU-4, each as a figure
+Options
+    split    val2017 (5,000 images), val2014 (40,504) or karpathy, the 5,000 of Karpathy's test split
+    meteor   meteor-1.5.jar, to compute METEOR as well (needs Java)
+    cap_val  BLEU in the mean: bleu4 alone, or bleu1-4, all four as a figure each (reconstructed)
 
 CIDEr weighs words by the references of the images scored: figures of a subset are not comparable with those of all.
 Answers are joined by the image's number in COCO; the official results list {image_id, caption} is read as it is.
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Literal
 
 from common import BadInput
-from metrics.answers import checked, with_files
+from metrics.answers import with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_json, refuse_repeats
+from metrics.files import each, field, read_list, unique
 from metrics.meteor import meteor as meteor_of
 from metrics.ngrams import bleu, cider_d, rouge_l
 from metrics.ptb import tokenize
@@ -43,32 +44,30 @@ def questions(data: Path, images: Path | None, *, split: Split = "val2017") -> l
 
     Raises BadInput: the file is missing or of another form, an image has no caption, images are missing.
     """
-    path = find(data, KARPATHY if split == "karpathy" else f"captions_{split}.json", FILES)
-    file = read_json(path)
-    if not isinstance(file, dict):
-        raise BadInput(f"{path}: an object with images is wanted")
-    read = _karpathy if split == "karpathy" else _coco
-    rows = [{"id": str(name), "image": image, "prompt": PROMPT, "references": captions}
-            for name, image, captions in read(path, file)]  # fmt: skip
+    path = find(data, KARPATHY if split == "karpathy" else f"captions_{split}.json", "coco", FILES)
+    rows = unique(path, _karpathy(path) if split == "karpathy" else _coco(path))
     if empty := [row["image"] for row in rows if not row["references"]]:
         raise BadInput(f"{path}: {len(empty):,} images have no caption, as {empty[0]}")
-    refuse_repeats((row["id"] for row in rows), f"{path}: id")
-    return with_files(rows, images)
+    return with_files(rows, images, "coco")
 
 
-def _coco(path: Path, file: Mapping) -> list[tuple[int, str, list[str]]]:
+def _row(number: int, image: str, references: list[str]) -> dict:
+    return {"id": str(number), "image": image, "prompt": PROMPT, "references": references}
+
+
+def _coco(path: Path) -> list[dict]:
     captions: dict[int, list[str]] = {}
-    for item in checked(path, file.get("annotations"), image_id=int, caption=str):
-        captions.setdefault(item["image_id"], []).append(item["caption"])
-    shown = checked(path, file.get("images"), id=int, file_name=str)
-    return [(image["id"], image["file_name"], captions.get(image["id"], [])) for image in shown]
+    notes = each(read_list(path, "annotations"), lambda note: (field(note, "image_id", int), field(note, "caption")))
+    for image, caption in notes:
+        captions.setdefault(image, []).append(caption)
+    return each(read_list(path, "images"), lambda image: _row(
+        field(image, "id", int), field(image, "file_name"), captions.get(image["id"], [])))  # fmt: skip
 
 
-def _karpathy(path: Path, file: Mapping) -> list[tuple[int, str, list[str]]]:
-    shown = checked(path, file.get("images"), cocoid=int, filename=str, split=str, sentences=list)
-    return [(image["cocoid"], image["filename"],
-             [item["raw"] for item in checked(path, image["sentences"], raw=str)])
-            for image in shown if image["split"] == "test"]  # fmt: skip
+def _karpathy(path: Path) -> list[dict]:
+    tested = [(where, image) for where, image in read_list(path, "images") if field(image, "split") == "test"]
+    return each(tested, lambda image: _row(field(image, "cocoid", int), field(image, "filename"), [
+        field(sentence, "raw") for sentence in field(image, "sentences", list)]))  # fmt: skip
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, meteor: Path | None = None,

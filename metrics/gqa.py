@@ -8,8 +8,9 @@ Also over binary questions (structural type verify, logical, choose or compare) 
 and semantic type. What else the released script prints (consistency, validity, plausibility, distribution, grounding)
 needs files that testdev lacks.
 
-rules  "official" or "lmms"  official: the strings are equal, as LLaVA converts and GQA compares them.
-                             lmms: equal without case and punctuation, as lmms-eval has it
+Options
+    rules  official: equal strings, as LLaVA converts and GQA compares them; lmms: equal but for case and punctuation,
+           as in lmms-eval
 
 Answers are joined by questionId, id or question_id: GQA's prediction files and LLaVA's answers are both read.
 """
@@ -21,10 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from common import BadInput
-from metrics.answers import checked, given, join, with_files
+from metrics.answers import with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_json
+from metrics.files import each, field, read_table
 from metrics.vqa import SUFFIX, mean, mean_by
 
 QUESTIONS = "testdev_balanced_questions.json"
@@ -37,14 +37,13 @@ def questions(data: Path, images: Path | None) -> list[dict]:
 
     Raises BadInput: the file is missing or of another form, images are missing.
     """
-    path = find(data, QUESTIONS, FILES)
-    file = read_json(path)
-    if not isinstance(file, dict):
-        raise BadInput(f"{path}: an object of questions is wanted")
-    items = checked(path, list(file.values()), imageId=str, question=str, answer=str)
-    rows = [{"id": name, "image": f"{item['imageId']}.jpg", "prompt": item["question"] + SUFFIX,
-             "label": item["answer"], **_types(item.get("types"))} for name, item in zip(file, items)]  # fmt: skip
-    return with_files(rows, images)
+    return with_files(each(read_table(find(data, QUESTIONS, "gqa", FILES)), _row), images, "gqa")
+
+
+def _row(entry: tuple[str, object]) -> dict:
+    name, item = entry
+    return {"id": name, "image": f"{field(item, 'imageId')}.jpg", "prompt": field(item, "question") + SUFFIX,
+            "label": field(item, "answer"), **_types(item.get("types"))}  # fmt: skip
 
 
 def _types(types: object) -> dict[str, str]:
@@ -52,11 +51,6 @@ def _types(types: object) -> dict[str, str]:
         return {}
     kind = "open" if types.get("structural") == "query" else "binary"
     return {"kind": kind, "structural": types.get("structural"), "semantic": types.get("semantic")}
-
-
-def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """{question id: text}. Raises BadInput as metrics.answers.join."""
-    return join(path, rows, lambda answer: given(answer, ("questionId", "id", "question_id")), subset=subset)
 
 
 def is_right(said: str, label: str, rules: Literal["official", "lmms"] = "official") -> bool:
@@ -89,6 +83,5 @@ BENCHMARK = Benchmark(
     table=table,
     max_new_tokens=16,
     files=FILES,
-    read_answers=read_answers,
     figures={"accuracy": "rounded.accuracy"},
 )

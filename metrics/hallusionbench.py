@@ -37,12 +37,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from common import BadInput, brief, refuse
+from common import BadInput, brief
 from data.names import as_id
-from metrics.answers import given, join, numbered, with_files
+from metrics.answers import id_of, join, with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
-from metrics.files import examples, read_json, refuse_repeats
+from metrics.files import each, field, read_jsonl, read_list, unique
 
 FILES = {"HallusionBench.json": "https://github.com/tianyi-lab/HallusionBench"}
 PLACE = ("category", "subcategory", "set_id", "figure_id", "question_id")  # together the id
@@ -72,27 +72,16 @@ def questions(
 
     Raises BadInput that lists bad entries.
     """
-    path = find(data, "HallusionBench.json", FILES)
-    entries = read_json(path)
-    if not isinstance(entries, list) or not entries:
-        raise BadInput(f"{path}: want a filled JSON list")
-    problems, rows = [], []
-    for number, entry in enumerate(entries, start=1):
-        try:
-            rows.append(_row(entry, by))
-        except BadInput as error:
-            problems.append(f"{path}:{number}: {error}")
-    refuse(problems)
-    refuse_repeats((row["id"] for row in rows), f"{path}: question")
-    rows = [row for row in rows if items == "all" or row["image"] is not None]
-    return with_files(rows, images, "hallusion_bench")
+    path = find(data, "HallusionBench.json", "hallusionbench", FILES)
+    rows = unique(path, each(read_list(path), lambda entry: _row(entry, by)))
+    return with_files([row for row in rows if items == "all" or row["image"] is not None], images, "hallusionbench")
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> text, of the official list with `model_prediction`, or of answers by `id`.
 
     Answers to questions without an image do not count where those are not asked. Raises BadInput as
-    `metrics.answers.join` does.
+    `metrics.answers.join`.
     """
     return join(path, rows, _key(rows), subset=subset)
 
@@ -103,12 +92,13 @@ def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
     Raises BadInput as `metrics.answers.join` does, and for a verdict that is none.
     """
     files = sorted(path.glob("hallusion_output_v?_model.json")) if path.is_dir() else [path]
-    lines = [line for file in files for line in numbered(file)]
-    refuse(f"{where}: {CHECK} {brief(line.get(CHECK))}: want '0', '1' or '2'"
-           for where, line in lines if as_id(line.get(CHECK)) not in VERDICTS)  # fmt: skip
-    answers = [(where, {**{key: line.get(key) for key in (*PLACE, "visual_input")},
-                        "text": VERDICTS[as_id(line[CHECK])]}) for where, line in lines]  # fmt: skip
-    return [join(path, rows, _key(rows), answers=answers)]
+    return [join(path, rows, _key(rows), _verdict, entries=[line for file in files for line in read_jsonl(file)])]
+
+
+def _verdict(entry: dict) -> str:
+    if (found := as_id(entry.get(CHECK))) not in VERDICTS:
+        raise BadInput(f"{CHECK} {brief(entry.get(CHECK))}: want '0', '1' or '2'")
+    return VERDICTS[found]
 
 
 def requests(rows: Sequence[dict], said: Mapping[str, str]) -> dict[str, tuple[None, str]]:
@@ -188,7 +178,7 @@ def _key(rows: Sequence[dict]) -> Callable[[dict], str | None]:
         if as_id(answer.get("visual_input")) == "0" and not blind:
             return None
         places = [as_id(answer.get(part)) for part in PLACE]
-        return given(answer) if None in places else "/".join(places)
+        return id_of(answer) if None in places else "/".join(places)
 
     return key
 
@@ -200,10 +190,7 @@ def _blind(row: dict) -> bool:
 
 def _row(entry: object, by: str) -> dict:
     """An entry as a row. BadInput says what it lacks."""
-    if not isinstance(entry, dict):
-        raise BadInput(f"want a JSON object, found {type(entry).__name__}")
-    if odd := [key for key in TEXTS if not isinstance(entry.get(key), str)]:
-        raise BadInput(f"want strings in {examples(odd)}")
+    texts = {key: field(entry, key) for key in TEXTS}
     image = entry.get("filename")
     if not isinstance(image, str | None) or (image is None) != (entry["visual_input"] == "0"):
         raise BadInput(f"filename {brief(image)}: want a string, or null where visual_input is '0'")
@@ -211,7 +198,7 @@ def _row(entry: object, by: str) -> dict:
         if entry[key] not in known:
             raise BadInput(f"{key} {brief(entry[key])}: want {' or '.join(map(repr, known))}")
     return {"id": "/".join(entry[key] for key in PLACE), "image": image and image.removeprefix("./"),
-            "prompt": entry["question"], "by": by, **{key: entry[key] for key in TEXTS}}  # fmt: skip
+            "prompt": entry["question"], "by": by, **texts}  # fmt: skip
 
 
 BENCHMARK = Benchmark(

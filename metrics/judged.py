@@ -1,4 +1,4 @@
-"""What the benchmarks with a judge share: prompts, files of replies, several runs of the judge.
+"""What the benchmarks with a judge share: prompts, and figures over several runs of the judge.
 
 A scorer never asks: it reads a verdict from each reply by the released rule. A reply without one scores as the rule
 says and is counted as `unparsed`. Several runs of the judge give the mean of each figure and its deviation, that of
@@ -10,16 +10,12 @@ version. `requests` takes the released template as `prompt`.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean, pstdev
 
-from common import BadInput, brief, refuse
-from data.names import as_id
-from metrics.answers import TEXT_KEYS
-from metrics.files import examples, read_json
+from common import BadInput
+from metrics.files import examples
 
 
 def fill(prompt: str, **values: str) -> str:
@@ -38,106 +34,6 @@ def fill(prompt: str, **values: str) -> str:
     if missing := [f"{{{name}}}" for name in values if name not in used]:
         raise BadInput(f"the judge prompt has no {', '.join(missing)}")
     return text
-
-
-def field(row: object, key: str, kind: type = str):
-    """row[key], a `kind`; BadInput says what it is instead."""
-    if not isinstance(row, dict):
-        raise BadInput(f"an object is wanted, found {brief(row)}")
-    if key not in row:
-        raise BadInput(f"has no {key!r}")
-    if not isinstance(row[key], kind):
-        raise BadInput(f"{key!r} must be a {kind.__name__}, found {brief(row[key])}")
-    return row[key]
-
-
-def table(path: Path) -> dict:
-    """A filled JSON object."""
-    if not isinstance(found := read_json(path), dict) or not found:
-        raise BadInput(f"{path}: want a filled JSON object")
-    return found
-
-
-def numbered(path: Path, key: str | None = None) -> list[tuple]:
-    """(number, item) of a JSON list, or of the list `key` of a JSON object."""
-    found = read_json(path)
-    items = found.get(key) if key and isinstance(found, dict) else found
-    if not isinstance(items, list) or not items:
-        raise BadInput(f"{path}: want a filled JSON list{f' {key!r}' if key else ''}")
-    return list(enumerate(items, start=1))
-
-
-def texts(row: object, key: str) -> list[str]:
-    """row[key], a list of texts."""
-    if wrong := [item for item in field(row, key, list) if not isinstance(item, str)]:
-        raise BadInput(f"{key!r} must hold texts, found {brief(wrong[0])}")
-    return row[key]
-
-
-def key_of(row: object, keys: Sequence[str] = ("id", "question_id")) -> str:
-    """The id under the first of these keys that the row has."""
-    given = next((row[key] for key in keys if isinstance(row, dict) and row.get(key) is not None), None)
-    if (name := as_id(given)) is None:
-        raise BadInput(f"no id ({', '.join(keys)})" if given is None else f"{brief(given)} is no id")
-    return name
-
-
-def text_of(row: dict, keys: Sequence[str] = TEXT_KEYS) -> str:
-    """The one text under these keys."""
-    found = {row[key] for key in keys if isinstance(row.get(key), str)}
-    if len(found) != 1:
-        raise BadInput(f"want one text ({', '.join(keys)}), found {len(found)}")
-    return found.pop()
-
-
-def each(path: Path, items: Iterable[tuple], make: Callable) -> list:
-    """make(item) of every (line, item). One BadInput lists all that `make` refuses as FILE:LINE."""
-    made, problems = [], []
-    for line, item in items:
-        try:
-            made.append(make(item))
-        except BadInput as error:
-            problems.append(f"{path}:{line}: {error}")
-    refuse(problems)
-    return made
-
-
-def join(path: Path, items: Iterable[tuple], ids: Sequence[str], read: Callable, *, subset: bool = False) -> dict:
-    """id -> value, in the order of `ids`, of (line, item) pairs; read(item) -> (id, value).
-
-    subset: some ids may be missing, not all. Raises one BadInput with a line for each item that `read` refuses and
-    each unknown or repeated id, and one for those that are missing.
-    """
-    known, first = set(ids), {}
-
-    def value(numbered: tuple) -> tuple:
-        line, item = numbered
-        key, value = read(item)
-        if key not in known:
-            raise BadInput(f"unknown id {brief(key)} (known: {examples(ids)})")
-        if key in first:
-            raise BadInput(f"id {brief(key)} was already given at {first[key]}")
-        first[key] = line
-        return key, value
-
-    found = dict(each(path, ((line, (line, item)) for line, item in items), value))
-    missing = [key for key in ids if key not in found]
-    if missing and not (subset and found):
-        raise BadInput(f"{path}: {len(missing):,} of {len(ids):,} ids are missing: {examples(missing)}")
-    return {key: found[key] for key in ids if key in found}
-
-
-def unique(path: Path, rows: Sequence[dict]) -> list[dict]:
-    """The rows, whose ids must differ."""
-    join(path, enumerate(rows, start=1), list(dict.fromkeys(row["id"] for row in rows)), lambda row: (row["id"], row))
-    return list(rows)
-
-
-def check_images(rows: Iterable[dict], images: Path | None) -> None:
-    """BadInput lists the rows' images that the folder lacks; None: no model is asked."""
-    if images is not None:
-        names = dict.fromkeys(row["image"] for row in rows)
-        refuse(f"{images / name}: no such image" for name in names if not os.path.isfile(images / name))
 
 
 def check_runs(replies: Sequence[Mapping[str, str]], wanted: Collection[str]) -> None:

@@ -30,8 +30,9 @@ from statistics import fmean
 
 from common import BadInput, brief
 from metrics import judged
+from metrics.answers import id_of, join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_jsonl
+from metrics.files import each, field, read_jsonl, texts, unique
 
 CATEGORIES = ("complex", "conv", "detail")
 PREFIX = "llava_bench_"  # of a category in the reviews
@@ -65,22 +66,21 @@ From the second line on, explain your ratings. Favour neither side, and do not l
 def questions(data: Path, images: Path | None = None) -> list[dict]:
     """The 60 questions: `id`, `image`, `prompt`, `category`, and `context` and `reference` for the judge."""
     if data.is_file():
-        return judged.unique(data, judged.each(data, read_jsonl(data), _question))
-    path, contexts, answers = (find(data, name, FILES) for name in FILES)
-    context = dict(judged.each(contexts, read_jsonl(contexts), lambda row: (judged.field(row, "image"), _caption(row))))
-    reference = dict(judged.each(answers, read_jsonl(answers), lambda row: (_id(row), judged.field(row, "text"))))
+        return unique(data, each(read_jsonl(data), _question))
+    path, contexts, answers = (find(data, name, "llavabench", FILES) for name in FILES)
+    context = dict(each(read_jsonl(contexts), lambda row: (field(row, "image"), _caption(row))))
+    reference = dict(each(read_jsonl(answers), lambda row: (_id(row), field(row, "text"))))
 
     def row(entry: dict) -> dict:
-        key, image = _id(entry), judged.field(entry, "image")
+        key, image = _id(entry), field(entry, "image")
         for place, table, name in ((contexts, context, image), (answers, reference, key)):
             if name not in table:
                 raise BadInput(f"{place.name} has nothing for {brief(name)}")
-        return {**_question(entry), "image": image, "prompt": judged.field(entry, "text"),
+        return {**_question(entry), "image": image, "prompt": field(entry, "text"),
                 "context": context[image], "reference": reference[key]}
 
-    rows = judged.unique(path, judged.each(path, read_jsonl(path), row))
-    judged.check_images(rows, images)
-    return rows
+    rows = unique(path, each(read_jsonl(path), row))
+    return with_files(rows, images, "llavabench")
 
 
 def _question(row: dict) -> dict:
@@ -88,15 +88,15 @@ def _question(row: dict) -> dict:
 
 
 def _id(row: dict) -> str:
-    return judged.key_of(row, ("question_id",))
+    return id_of(row, ("question_id",))
 
 
 def _caption(row: dict) -> str:
-    return row["caption"] if isinstance(row.get("caption"), str) else "\n".join(judged.texts(row, "caption"))
+    return row["caption"] if isinstance(row.get("caption"), str) else "\n".join(texts(row, "caption"))
 
 
 def _category(row: dict) -> str:
-    name = judged.field(row, "category").removeprefix(PREFIX)
+    name = field(row, "category").removeprefix(PREFIX)
     if name not in CATEGORIES:
         raise BadInput(f"category {brief(name)} is none of {', '.join(CATEGORIES)}")
     return name
@@ -106,16 +106,16 @@ def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
     """A file of reviews -> one run. The `tuple` counts: where `content` says otherwise, it is the reply."""
     wanted = {row["id"]: row["category"] for row in rows}
 
-    def review(entry: dict) -> tuple[str, str]:
-        key, text = _id(entry), judged.field(entry, "content")
+    def review(entry: dict) -> str:
+        key, text = _id(entry), field(entry, "content")
         if _category(entry) != wanted.get(key, entry["category"].removeprefix(PREFIX)):
             raise BadInput(f"category {brief(entry['category'])}, the question's is {brief(wanted[key])}")
-        pair = judged.field(entry, "tuple", list)
+        pair = field(entry, "tuple", list)
         if len(pair) != 2 or not {type(rating) for rating in pair} <= {int, float}:
             raise BadInput(f"'tuple' must be two numbers, found {brief(pair)}")
-        return key, text if list(read_ratings(text) or (-1, -1)) == pair else f"{pair[0]} {pair[1]}"
+        return text if list(read_ratings(text) or (-1, -1)) == pair else f"{pair[0]} {pair[1]}"
 
-    return [judged.join(path, read_jsonl(path), list(wanted), review)]
+    return [join(path, rows, _id, review)]
 
 
 def requests(rows: Sequence[dict], said: Mapping[str, str], prompt: str = PROMPT) -> dict[str, tuple[None, str]]:

@@ -17,7 +17,7 @@ Options
     rounds     file: the orders that are in the file (copy k of a question has index + k 1,000,000); all: each row in
                all rotations of its choices as well, LLaVA's --all-rounds
     unmatched  wrong: an answer without a letter is wrong; random: a letter A-E is drawn, as released
-    seed       of these draws
+    seed       of the letters that `unmatched random` draws
 
 Rules of the released code, which only then asks ChatGPT: the letter is the only one of A-E among the words of an
 answer (a lone "A" not in more than three words); or the only one with the same punctuation around it, e.g. "B." or
@@ -44,11 +44,11 @@ from typing import Literal, get_args
 from common import BadInput, brief, refuse
 from data.formats import Images
 from data.names import as_id
-from metrics.answers import given, join, read_text
+from metrics.answers import id_of, join
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
 from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice
-from metrics.files import refuse_repeats
+from metrics.files import each, read_text, refuse_repeats
 
 Edition = Literal["mmbench_dev_20230712", "mmbench_dev_en_20231003", "MMBench_DEV_EN"]
 FILES = {f"{name}.tsv": "https://github.com/open-compass/MMBench" for name in get_args(Edition)}
@@ -71,17 +71,15 @@ def questions(
 
     Raises BadInput that lists bad lines.
     """
-    path = find(data, f"{edition}.tsv", FILES)
+    path = find(data, f"{edition}.tsv", "mmbench", FILES)
     lines = _read(path)
     encoded = {line["index"]: line.get("image", "") for _, line in lines}
-    problems, rows = [], []
-    for where, line in lines:
-        try:
-            image = None if images is None else _image(where, line["index"], encoded, images)
-            rows += _rounds(line, image, rounds == "all")
-        except BadInput as error:
-            problems.append(f"{where}: {error}")
-    refuse(problems)
+
+    def rounds_of(line: dict) -> list[dict]:
+        image = None if images is None else _image(f"{path}:{line['index']}", line["index"], encoded, images)
+        return _rounds(line, image, rounds == "all")
+
+    rows = [row for found in each(lines, rounds_of) for row in found]
     refuse_repeats((row["id"] for row in rows), f"{path}: index")
     return rows
 
@@ -89,11 +87,11 @@ def questions(
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> text, of LLaVA's answers (`question_id`, `round_id`, `text`) or of answers by `id`.
 
-    Raises BadInput as `metrics.answers.join` does, and for choices in another order than that of their round.
+    Raises BadInput as `metrics.answers.join`, and for choices in another order than that of their round.
     """
 
     def key(answer: dict) -> str:
-        name, turn, order = given(answer), as_id(answer.get("round_id", 0)), answer.get("option_char")
+        name, turn, order = id_of(answer), as_id(answer.get("round_id", 0)), answer.get("option_char")
         if turn not in ROUNDS:
             raise BadInput(f"{brief(answer['round_id'])} is no round_id")
         letters = list(LETTERS[: len(order)]) if isinstance(order, list) else None

@@ -33,9 +33,10 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from common import BadInput, brief, refuse
-from metrics.answers import given, join, read_text
+from metrics.answers import id_of, join
 from metrics.benchmark import Benchmark
 from metrics.chair import ratio
+from metrics.files import below, pick, read_lines
 
 GROUPS = {
     "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
@@ -80,14 +81,14 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
     """id -> text, of a folder of official results (TASK.txt: image, question, ground truth, reply), of LLaVA's JSONL
     (`question_id` TASK/IMAGE, `prompt`, `text`) or of answers by `id`.
 
-    Raises BadInput as `metrics.answers.join` does.
+    Raises BadInput as `metrics.answers.join`.
     """
     ids, asked, times = {row["id"] for row in rows}, defaultdict(list), Counter()
     for row in rows:
         asked[row["id"].rpartition("#")[0], _plain(row["question"])].append(row["id"])
 
     def key(answer: dict) -> str:
-        if (name := given(answer)) in ids:
+        if (name := id_of(answer)) in ids:
             return name
         prompt = answer.get("prompt")
         question = f"{name.split('/')[0]}/{_stem(name)}", _plain(prompt) if isinstance(prompt, str) else ""
@@ -96,7 +97,7 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
         times[question] += 1  # where an image has the same question twice, in the order of the file
         return asked[question][min(times[question], len(asked[question])) - 1]
 
-    return join(path, rows, key, subset=subset, answers=_results(path) if path.is_dir() else None)
+    return join(path, rows, key, subset=subset, entries=_results(path) if path.is_dir() else None)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
@@ -139,17 +140,17 @@ def _score_task(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
 
 
 def _with_tasks(data: Path) -> Path:
-    """The least deep folder that holds tasks: folders of the release or, where there are none, TASK.txt."""
-    if not data.is_dir():
-        raise BadInput(f"{data}: no such folder")
-    found = [path for path in data.rglob("*") if path.name.removesuffix(".txt") in TASKS]
-    folders = {path.parent for path in found if path.is_dir()} or {path.parent for path in found}
-    if not folders:
+    """The folder that holds most tasks: folders of the release or, where there are none, TASK.txt."""
+    files = list(below(data))
+    release = {folder for path in files for folder in path.parents[:2] if folder.name in TASKS and folder != data}
+    tasks = Counter(place.parent for place in release or
+                    [path for path in files if path.suffix == ".txt" and path.stem in TASKS])  # fmt: skip
+    if not tasks:
         raise BadInput(f"{data}: has no {RELEASE}; published at {FILES[RELEASE]}")
-    first, *others = sorted(folders, key=lambda path: (len(path.parts), path))
-    if others and len(others[0].parts) == len(first.parts):
-        raise BadInput(f"{data}: {first} or {others[0]}? one folder with the tasks of MME is wanted")
-    return first
+    most = [folder for folder, n in tasks.items() if n == max(tasks.values())]
+    if len(folders := pick(most, data, "mme")) > 1:
+        raise BadInput(f"{data}: {folders[0]} or {folders[1]}? one folder with the tasks of MME is wanted")
+    return folders[0]
 
 
 def _lines(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -177,8 +178,7 @@ def _results(folder: Path) -> list[tuple[str, dict]]:
 
 def _cells(file: Path) -> list[tuple[str, list[str]]]:
     """(FILE:LINE, cells) of each line that is not blank."""
-    lines = enumerate(read_text(file).split("\n"), start=1)
-    return [(f"{file}:{number}", line.rstrip("\r").split("\t")) for number, line in lines if line.strip()]
+    return [(where, line.split("\t")) for where, line in read_lines(file)]
 
 
 def _images(folder: Path, root: Path) -> dict[str, str]:

@@ -31,9 +31,9 @@ from statistics import fmean
 
 from common import BadInput, brief, refuse
 from metrics import judged
-from metrics.answers import TEXT_KEYS
+from metrics.answers import id_of, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_jsonl
+from metrics.files import below, each, field, read_list, texts, unique
 
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 FIGURES = ("score", "hallucination_rate", "informativeness")
@@ -85,33 +85,24 @@ Response: {answer}
 
 def questions(data: Path, images: Path | None = None) -> list[dict]:
     """The 96 questions: `id` (image_id), `image`, `prompt`, `type`, and `contents` and `reference` for the judge."""
-    path = find(data, next((name for name in FILES if any(data.rglob(name))), next(iter(FILES))), FILES)
-    files = {key: file for file in sorted(images.iterdir()) for key in (file.stem, file.name)} if images else {}
+    here = {path.name for path in below(data)}
+    path = find(data, next((name for name in FILES if name in here), next(iter(FILES))), "mmhal", FILES)
 
     def row(entry: dict) -> dict:
-        if (kind := judged.field(entry, "question_type")) not in TYPES:
+        if (kind := field(entry, "question_type")) not in TYPES:
             raise BadInput(f"question_type {brief(kind)} is none of {', '.join(TYPES)}")
-        key, name = judged.key_of(entry, ("image_id",)), PurePosixPath(judged.field(entry, "image_src")).name
-        image = next((files[name].name for name in (key, name) if name in files), name)
-        return {"id": key, "image": image, "prompt": judged.field(entry, "question"), "type": kind,
-                "contents": ", ".join(judged.texts(entry, "image_content")),
-                "reference": judged.field(entry, "gt_answer")}
+        image = PurePosixPath(field(entry, "image_src")).name
+        return {"id": id_of(entry, ("image_id",)), "image": image, "prompt": field(entry, "question"), "type": kind,
+                "contents": ", ".join(texts(entry, "image_content")),
+                "reference": field(entry, "gt_answer")}
 
-    rows = judged.unique(path, judged.each(path, judged.numbered(path), row))
-    judged.check_images(rows, images)
-    return rows
-
-
-def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """id -> answer: the filled-in template, or an id and a text. BadInput lists bad lines and ids."""
-    keys, texts = ("image_id", "id", "question_id"), ("model_answer", *TEXT_KEYS)
-    return judged.join(path, read_jsonl(path), [row["id"] for row in rows],
-                       lambda row: (judged.key_of(row, keys), judged.text_of(row, texts)), subset=subset)
+    rows = unique(path, each(read_list(path), row))
+    return with_files(rows, images, "mmhal", other="id")
 
 
 def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
     """A file of reviews, in the order of the questions -> one run."""
-    found = judged.each(path, judged.numbered(path), _content)
+    found = each(read_list(path), _content)
     refuse([f"{path}: {len(found)} reviews of {len(rows)} answers"] if len(found) != len(rows) else [])
     return [dict(zip([row["id"] for row in rows], found))]
 
@@ -120,10 +111,10 @@ def _content(review: object) -> str:
     """The text of a completion."""
     if isinstance(review, str):
         return review
-    choices = judged.field(review, "choices", list)
+    choices = field(review, "choices", list)
     if not choices:
         raise BadInput("'choices' is empty")
-    return judged.field(judged.field(choices[0], "message", dict), "content")
+    return field(field(choices[0], "message", dict), "content")
 
 
 def requests(rows: Sequence[dict], said: Mapping[str, str], prompt: str = PROMPT, *, sees: bool = False) -> dict:
@@ -179,7 +170,7 @@ def table(scores: Mapping) -> list[tuple]:
 
 BENCHMARK = Benchmark(
     rules="MMHal-Bench as released, judge prompt 1", questions=questions, score=score, table=table,
-    max_new_tokens=1024, files=FILES, read_answers=read_answers, requests=requests, read_replies=read_replies,
+    max_new_tokens=1024, files=FILES, requests=requests, read_replies=read_replies,
     figures={name: f"rounded.mean.{name}" for name in FIGURES},
 )  # fmt: skip
 BENCHMARK_V = BENCHMARK._replace(

@@ -28,10 +28,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common import BadInput, brief
+from common import BadInput, brief, read_json
 from metrics import judged
+from metrics.answers import join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_json, read_jsonl
+from metrics.files import each, field, read_jsonl, read_table, texts
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 FILES = {"mm-vet.json": "https://github.com/yuweihao/MM-Vet (release v1, mm-vet.zip)"}
@@ -55,50 +56,41 @@ contradicts its own purpose. | The sign announces that a library is closed. | 0.
 
 def questions(data: Path, images: Path | None = None) -> list[dict]:
     """The 218 questions: `id`, `image`, `prompt`, `reference` and `capabilities`."""
-    path = find(data, "mm-vet.json", FILES)
+    path = find(data, "mm-vet.json", "mmvet", FILES)
 
     def row(item: tuple) -> dict:
         key, entry = item
-        if not set(judged.texts(entry, "capability")) <= set(CAPABILITIES) or not entry["capability"]:
+        if not set(texts(entry, "capability")) <= set(CAPABILITIES) or not entry["capability"]:
             raise BadInput(f"'capability' {brief(entry['capability'])} must name some of {', '.join(CAPABILITIES)}")
-        return {"id": key, "image": judged.field(entry, "imagename"), "prompt": judged.field(entry, "question"),
-                "reference": judged.field(entry, "answer"),
+        return {"id": key, "image": field(entry, "imagename"), "prompt": field(entry, "question"),
+                "reference": field(entry, "answer"),
                 "capabilities": [name for name in CAPABILITIES if name in entry["capability"]]}
 
-    rows = judged.each(path, _items(path), row)
-    judged.check_images(rows, images)
-    return rows
-
-
-def _items(path: Path) -> list[tuple]:
-    """(key, (key, value)) of a JSON object; errors name the key."""
-    return [(brief(key), (key, value)) for key, value in judged.table(path).items()]
+    return with_files(each(read_table(path), row), images, "mmvet")
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> answer. Raises BadInput listing bad lines and unknown, repeated or missing ids."""
-    ids = [row["id"] for row in rows]
-    if path.suffix == ".json" and isinstance(read_json(path), dict):
-        items = [(key, {"id": item[0], "text": item[1]}) for key, item in _items(path)]
+    if path.suffix == ".json" and isinstance(read_json(path, object), dict):
+        entries = [(where, {"id": key, "text": text}) for where, (key, text) in read_table(path)]
     else:
-        items = read_jsonl(path)
-    return judged.join(path, items, ids, lambda row: (judged.key_of(row), judged.text_of(row)), subset=subset)
+        entries = read_jsonl(path)
+    return join(path, rows, entries=entries, subset=subset)
 
 
 def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
     """A file of grades -> one {id: reply} a run. The `score` counts: where `content` says otherwise, as after five
     vain tries, it is the reply."""
 
-    def grades(item: tuple) -> tuple[str, list[str]]:
-        key, entry = item
-        scores = judged.field(entry, "score", list)
+    def grades(item: tuple[str, object]) -> list[str]:
+        scores = field(item[1], "score", list)
         if wrong := [score for score in scores if type(score) not in (int, float) or not 0 <= score <= 1]:
             raise BadInput(f"score {brief(wrong[0])} is no number from 0 to 1")
-        if len(contents := judged.texts(entry, "content")) != len(scores):
+        if len(contents := texts(item[1], "content")) != len(scores):
             raise BadInput(f"{len(scores)} scores of {len(contents)} replies")
-        return key, [text if (read_grade(text) or 0) == score else str(score) for text, score in zip(contents, scores)]
+        return [text if (read_grade(text) or 0) == score else str(score) for text, score in zip(contents, scores)]
 
-    found = judged.join(path, _items(path), [row["id"] for row in rows], grades)
+    found = join(path, rows, lambda item: item[0], grades, entries=read_table(path))
     runs = {len(replies) for replies in found.values()}
     if len(runs) != 1 or 0 in runs:
         raise BadInput(f"{path}: all answers need equally many grades, found {' and '.join(map(str, sorted(runs)))}")

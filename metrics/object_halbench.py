@@ -44,13 +44,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from common import BadInput, brief, parse_json
+from common import BadInput, brief, parse_json, read_json
 from data.coco import read_instances
-from data.names import Names, as_id
+from data.names import as_id
 from metrics import judged
+from metrics.answers import id_of, join, text_of, with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import TWO_WORDS, load_synonyms, ratio, tokenize
-from metrics.files import read_json, read_jsonl
+from metrics.files import each, field, read_jsonl, read_list, read_table, texts, unique
 
 QUESTIONS = "obj_halbench_300_with_image.jsonl"
 COCO = [f"{kind}_{split}2014.json" for kind in ("instances", "captions") for split in ("train", "val")]
@@ -93,50 +94,44 @@ names no visible object.
 
 def questions(data: Path, images: Path | None = None) -> list[dict]:
     """The 300 questions: `id` (COCO's number), `image`, `prompt` and `objects` (classes shown)."""
-    path = find(data, QUESTIONS, FILES)
-    rows = judged.unique(path, judged.each(path, read_jsonl(path), lambda row: {
-        "id": _number(row), "prompt": judged.field(row, "question")}))  # fmt: skip
-    shown = _shown(data, [row["id"] for row in rows])
-    files = Names(images, sorted(file.name for file in images.iterdir())) if images else None
-    for row in rows:
-        name = f"COCO_val2014_{row['id']:0>12}.jpg"
-        row |= {"image": files and files.find(row["id"]) or name, "objects": sorted(shown[row["id"]])}
-    judged.check_images(rows, images)
-    return rows
+    path = find(data, QUESTIONS, "halbench", FILES)
+    rows = unique(path, each(read_jsonl(path), lambda row: {"id": _number(row), "prompt": field(row, "question")}))
+    shown = _shown(data, rows)
+    rows = [{**row, "image": f"COCO_val2014_{row['id']:0>12}.jpg", "objects": sorted(shown[row["id"]])} for row in rows]
+    return with_files(rows, images, "coco", other="id")
 
 
-def _shown(data: Path, ids: Sequence[str]) -> dict[str, set[str]]:
+def _shown(data: Path, rows: Sequence[dict]) -> dict[str, set[str]]:
     """id -> classes, of objects.json, or of COCO's instances and the mentions of its reference captions."""
-    shown: dict[str, set[str]] = {key: set() for key in ids}
-    if (data / "objects.json").is_file():
-        path, known = data / "objects.json", set(refined_synonyms().values())
+    shown: dict[str, set[str]] = {row["id"]: set() for row in rows}
+    if (path := data / "objects.json").is_file():
+        known = set(refined_synonyms().values())
 
-        def classes(item: tuple) -> tuple[str, set[str]]:
-            names = judged.texts(dict([item]), item[0])
+        def classes(item: tuple[str, object]) -> set[str]:
+            names = texts(dict([item]), item[0])
             if odd := [name for name in names if name not in known]:
                 raise BadInput(f"class {brief(odd[0])} is none of the 80")
-            return item[0], set(names)
+            return set(names)
 
-        items = [(brief(key), (key, names)) for key, names in judged.table(path).items() if key in shown]
-        return judged.join(path, items, ids, classes)
+        return join(path, rows, lambda item: item[0] if item[0] in shown else None, classes, entries=read_table(path))
     for name in COCO:
-        path = find(data, name, FILES)
+        path = find(data, name, "coco", FILES)
         for key, classes in (_instances if name.startswith("instances") else _captions)(path, shown):
             shown[key] |= classes
     return shown
 
 
 def _instances(path: Path, wanted: Mapping) -> list[tuple[str, set[str]]]:
-    found = read_instances(judged.table(path), path).annotations
+    found = read_instances(read_json(path), path).annotations
     return [(key, {name for name, _ in found[key]}) for key in wanted if key in found]
 
 
 def _captions(path: Path, wanted: Mapping) -> list[tuple[str, set[str]]]:
     """The classes that each reference caption names."""
-    rows = [(n, row) for n, row in judged.numbered(path, "annotations")
-            if not isinstance(row, dict) or as_id(row.get("image_id")) in wanted]  # fmt: skip
-    return judged.each(path, rows, lambda row: (judged.key_of(row, ("image_id",)), {
-        name for _, name in caption_mentions(judged.field(row, "caption"))}))  # fmt: skip
+    notes = [(where, note) for where, note in read_list(path, "annotations")
+             if not isinstance(note, dict) or as_id(note.get("image_id")) in wanted]  # fmt: skip
+    return each(notes, lambda note: (id_of(note, ("image_id",)), {
+        name for _, name in caption_mentions(field(note, "caption"))}))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- from words to classes
@@ -233,26 +228,26 @@ def read_objects(reply: str) -> list[str] | None:
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> response, of JSONL with an image_id or id, or of the script's hall_*.json; "Assistant:" is dropped."""
-    return judged.join(path, _items(path), [row["id"] for row in rows], lambda row: (
-        _number(row), judged.text_of(row).replace("Assistant:", "").strip()), subset=subset)  # fmt: skip
+    return join(path, rows, _number, lambda row: text_of(row).replace("Assistant:", "").strip(),
+                entries=_entries(path), subset=subset)  # fmt: skip
 
 
 def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
     """A file with the objects of each response -> one run."""
-    return [judged.join(path, _items(path), [row["id"] for row in rows], lambda row: (
-        _number(row), json.dumps(judged.texts(row, "extract_objs" if "extract_objs" in row else "words"))))]
+    return [join(path, rows, _number, lambda row: json.dumps(
+        texts(row, "extract_objs" if "extract_objs" in row else "words")), entries=_entries(path))]  # fmt: skip
 
 
 def _number(row: dict) -> str:
     """An id, which may be COCO's file name."""
-    name = judged.key_of(row, ("image_id", "id", "question_id"))
+    name = id_of(row, ("image_id", "id", "question_id"))
     digits = re.fullmatch(r"(?:.*_)?0*(\d+)(?:\.jpg)?", name)
     return digits[1] if digits else name
 
 
-def _items(path: Path) -> list[tuple]:
-    sentences = path.suffix == ".json" and isinstance(read_json(path), dict)
-    return judged.numbered(path, "sentences") if sentences else read_jsonl(path)
+def _entries(path: Path) -> list[tuple[str, object]]:
+    sentences = path.suffix == ".json" and isinstance(read_json(path, object), dict)
+    return read_list(path, "sentences") if sentences else read_jsonl(path)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], replies: Sequence[Mapping[str, str]]) -> dict:

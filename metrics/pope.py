@@ -50,12 +50,11 @@ from pathlib import Path
 from typing import Literal
 
 from common import BadInput, brief, refuse
-from data.names import as_id
 from data.scenes import exist_question, held_out, pope_questions, reference, sample_scene
-from metrics.answers import given, join, numbered, with_files
+from metrics.answers import id_of, join, with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import percent, ratio
-from metrics.files import read_jsonl, refuse_repeats
+from metrics.files import each, field, read_jsonl, refuse_repeats
 from metrics.objects import sample
 
 RULES = "POPE as released: 'No', 'no' or 'not' in the first sentence means no, everything else yes"
@@ -143,9 +142,9 @@ def questions(
         raise BadInput("--prompt lacks {question}")
     if data is None and not annotations:
         return scene_questions(held_out(split, num or scenes), prompt, seed)
-    paths = annotations or [find(data, name, FILES) for name in LABELS]
+    paths = annotations or [find(data, name, "pope", FILES) for name in LABELS]
     rows = label_questions(paths, num, seed, read_asked(questions) if questions else None)
-    return with_files([{**row, "prompt": prompt.replace("{question}", row["text"])} for row in rows], images)
+    return with_files([{**row, "prompt": prompt.replace("{question}", row["text"])} for row in rows], images, "coco")
 
 
 def scene_questions(seeds: Iterable[int], prompt: str = "{question}", seed: int = 0) -> list[dict]:
@@ -192,18 +191,22 @@ def label_questions(paths: Sequence[Path], num: int | None = None, seed: int = 0
 
 def _read_labels(path: Path, split: str) -> list[dict]:
     """Rows of `id`, `split`, `image`, `text` and `label`."""
-    lines = read_jsonl(path, ("question_id", "image", "text", "label"))
-    refuse_repeats((as_id(row["question_id"]) for _, row in lines), f"{path}: question_id")
-    refuse(f"{path}:{number}: label {brief(row['label'])}: want 'yes' or 'no'"
-           for number, row in lines if row["label"] not in ("yes", "no"))  # fmt: skip
-    return [{"id": as_id(row["question_id"]), "split": split, "label": row["label"],
-             "image": as_id(row["image"]), "text": as_id(row["text"])} for _, row in lines]
+    rows = each(read_jsonl(path), lambda line: _label(line, split))
+    refuse_repeats((row["id"] for row in rows), f"{path}: question_id")
+    return rows
+
+
+def _label(line: dict, split: str) -> dict:
+    if field(line, "label") not in ("yes", "no"):
+        raise BadInput(f"label {brief(line['label'])}: want 'yes' or 'no'")
+    return {"id": id_of(line, ("question_id",)), "split": split, "label": line["label"], "image": field(line, "image"),
+            "text": field(line, "text")}  # fmt: skip
 
 
 def read_asked(path: Path) -> dict[tuple[str, str, str], str]:
     """LLaVA's question file: (category, image, first line of the question) -> id. BadInput naming bad lines."""
-    lines = [row for _, row in read_jsonl(path, ("question_id", "image", "text", "category"))]
-    rows = [{key: as_id(row[key]) for key in ("question_id", "image", "text", "category")} for row in lines]
+    rows = each(read_jsonl(path), lambda line: {"question_id": id_of(line, ("question_id",)), **{
+        key: field(line, key) for key in ("image", "text", "category")}})  # fmt: skip
     keys = [(row["category"], row["image"], row["text"].split("\n")[0]) for row in rows]
     refuse_repeats((row["question_id"] for row in rows), f"{path}: question_id")
     refuse_repeats((" / ".join(key) for key in keys), f"{path}: question")
@@ -228,13 +231,12 @@ def _rename(rows: list[dict], asked: Mapping[tuple[str, str, str], str], split: 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> answer. POPE's own answer files have no id: their order counts, and each `question` must be that of the
     row in its place. Raises BadInput as metrics.answers.join."""
-    answers = numbered(path)
-    keys, ids = ("question_id", "id"), {row["id"] for row in rows}
+    entries, ids = read_jsonl(path), {row["id"] for row in rows}
     also = {name for row in rows for name in row.get("also", ())} - ids
-    if any(key in answer for _, answer in answers for key in keys):
-        return join(path, rows, lambda answer: None if (name := given(answer, keys)) in also else name,
-                    subset=subset, answers=answers)  # fmt: skip
     place = iter(rows)
+
+    def by_id(answer: dict) -> str | None:
+        return None if (name := id_of(answer)) in also else name
 
     def in_order(answer: dict) -> str:
         row = next(place, {})
@@ -242,7 +244,8 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
             raise BadInput("no id, and not the question in the same place")
         return row["id"]
 
-    return join(path, rows, in_order, subset=subset, answers=answers)
+    has_ids = any(key in answer for _, answer in entries for key in ("id", "question_id"))
+    return join(path, rows, by_id if has_ids else in_order, entries=entries, subset=subset)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, parser: Literal["official", "lmms"] = "official") -> dict:

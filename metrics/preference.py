@@ -14,7 +14,8 @@ reward r(y) = beta [log pi(y | x, v) - log pi_ref(y | x, v)] of the chosen y_w a
 | log pi(y_l | x, v)  | said[id]["policy_rejected"]     | float                                                     |
 | log pi_ref(.)       | said[id]["reference_chosen"], .. | float                                                    |
 
-beta  float  scale of the rewards (default 0.1); changes neither accuracy
+Options
+    beta  scale of the rewards; changes neither accuracy
 
 The file is one of pairs, in any format of data/formats.py. The reference is a second model, or the model itself with
 its adapters off, which is what it was before training if nothing but adapters trained.

@@ -30,12 +30,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from common import BadInput, brief, refuse
+from common import BadInput, brief, read_json, refuse
 from metrics.answers import with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
 from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice
-from metrics.files import read_json, refuse_repeats
+from metrics.files import below, each, field, read_list, refuse_repeats, texts, unique
 
 LLAVA = "llava_test_CQM-A.json"
 OFFICIAL = "https://github.com/lupantech/ScienceQA/tree/main/data/scienceqa"
@@ -52,12 +52,12 @@ def questions(data: Path, images: Path | None) -> list[dict]:
 
     Raises BadInput that lists bad entries, and ids that only one of LLaVA's and the official files has.
     """
-    given = {name for name in FILES if any(data.rglob(name))}
-    rows = _llava(find(data, LLAVA, FILES)) if LLAVA in given else None
+    given = {path.name for path in below(data)}
+    rows = _llava(find(data, LLAVA, "scienceqa", FILES)) if LLAVA in given else None
     if rows is None or {"problems.json", "pid_splits.json"} <= given:
-        official = _official(find(data, "problems.json", FILES), find(data, "pid_splits.json", FILES))
+        official = _official(*(find(data, name, "scienceqa", FILES) for name in ("problems.json", "pid_splits.json")))
         rows = official if rows is None else _merged(rows, official, data)
-    return with_files(rows, images, "test")
+    return with_files(rows, images, "scienceqa")
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, headline: Literal["IMG", "total"] = "IMG") -> dict:
@@ -93,64 +93,43 @@ def read_answer(text: str) -> str | None:
 
 def _llava(path: Path) -> list[dict]:
     """Rows of LLaVA's file: id, image or none, conversation of a question and a letter."""
-    entries, problems, rows = read_json(path), [], []
-    if not isinstance(entries, list) or not entries:
-        raise BadInput(f"{path}: want a filled JSON list")
-    for number, entry in enumerate(entries, start=1):
-        try:
-            name, image, (asked, told) = entry["id"], entry.get("image"), entry["conversations"]
-            prompt, label = asked["value"], told["value"]
-            if not all(isinstance(text, str) for text in (name, prompt, image or "")) or label not in tuple(LETTERS):
-                raise TypeError
-        except (AttributeError, KeyError, TypeError, ValueError):
-            problems.append(f"{path}:{number}: want id, perhaps image, and conversations of a question and a letter")
-            continue
-        shown = "<image>" in prompt
-        text = prompt.replace("<image>", "").strip()
-        rows.append({"id": name, "image": (image or f"{name}/image.png") if shown else None, "label": label,
-                     "prompt": f"{text}\n{LETTER_SUFFIX}", "groups": ["IMG"] if shown else []})  # fmt: skip
-    refuse(problems)
-    refuse_repeats((row["id"] for row in rows), f"{path}: id")
-    return rows
+    return unique(path, each(read_list(path), _llava_row))
+
+
+def _llava_row(entry: object) -> dict:
+    name, turns = field(entry, "id"), field(entry, "conversations", list)
+    if len(turns) != 2 or field(turns[1], "value") not in tuple(LETTERS):
+        raise BadInput("want conversations of a question and a letter")
+    prompt = field(turns[0], "value")
+    shown = "<image>" in prompt
+    image = field(entry, "image") if entry.get("image") else f"{name}/image.png"
+    return {"id": name, "image": image if shown else None, "label": turns[1]["value"],
+            "prompt": f"{prompt.replace('<image>', '').strip()}\n{LETTER_SUFFIX}", "groups": ["IMG"] if shown else []}
 
 
 def _official(problems_file: Path, splits_file: Path) -> list[dict]:
     """Rows of the test split."""
-    entries, splits = read_json(problems_file), read_json(splits_file)
-    if not isinstance(entries, dict):
-        raise BadInput(f"{problems_file}: want a JSON object {{id: problem}}")
-    names = splits.get("test") if isinstance(splits, dict) else None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"{splits_file}: want a JSON object whose `test` lists ids")
+    problems = read_json(problems_file)
+    names = each(read_list(splits_file, "test"), lambda name: field({"id": name}, "id"))
     refuse_repeats(names, f"{splits_file}: id")
-    problems, rows = [], []
-    for name in names:
-        try:
-            rows.append(_row(name, entries.get(name)))
-        except BadInput as error:
-            problems.append(f"{problems_file}: problem {brief(name)}: {error}")
-    refuse(problems)
-    return rows
+    return each(((f"{problems_file}:{brief(name)}", (name, problems.get(name))) for name in names), _row)
 
 
-def _row(name: str, entry: object) -> dict:
+def _row(entry: tuple[str, object]) -> dict:
     """A problem as a row. BadInput says what it lacks."""
-    if not isinstance(entry, dict):
-        raise BadInput("missing" if entry is None else "want a JSON object")
-    choices, answer, image = entry.get("choices"), entry.get("answer"), entry.get("image")
-    for key in ("question", "hint", "grade", "subject"):
-        if not isinstance(entry.get(key), str):
-            raise BadInput(f"{key} must be a string")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise BadInput("choices must be a list of strings")
-    if type(answer) is not int or not 0 <= answer < min(len(choices), len(LETTERS)):
-        raise BadInput(f"answer {brief(answer)} is the place of none of the {len(choices)} choices")
+    name, problem = entry
+    if problem is None:
+        raise BadInput("missing")
+    question, hint, grade, subject = (field(problem, key) for key in ("question", "hint", "grade", "subject"))
+    choices, answer, image = texts(problem, "choices"), field(problem, "answer", int), problem.get("image")
+    if not 0 <= answer < min(len(choices), len(LETTERS)):
+        raise BadInput(f"answer {answer} is the place of none of the {len(choices)} choices")
     if not isinstance(image, str | None):
         raise BadInput("image must be a string or null")
-    context = f"Context: {entry['hint']}\n" if entry["hint"] else ""
-    text = (context + multiple_choice(entry["question"], choices)).replace("  ", " ").strip()
-    found = {SUBJECTS.get(entry["subject"]), GRADES.get(entry["grade"]), "TXT" if entry["hint"] else None,
-             "IMG" if image else None, None if entry["hint"] or image else "NO"}  # fmt: skip
+    context = f"Context: {hint}\n" if hint else ""
+    text = (context + multiple_choice(question, choices)).replace("  ", " ").strip()
+    found = {SUBJECTS.get(subject), GRADES.get(grade), "TXT" if hint else None,
+             "IMG" if image else None, None if hint or image else "NO"}  # fmt: skip
     return {"id": name, "image": f"{name}/{image}" if image else None, "prompt": f"{text}\n{LETTER_SUFFIX}",
             "label": LETTERS[answer], "groups": [group for group in GROUPS if group in found]}  # fmt: skip
 

@@ -28,13 +28,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from common import BadInput, brief, refuse
+from common import BadInput, brief, read_json
 from data.names import as_id
-from metrics.answers import given, join, numbered, with_files
+from metrics.answers import id_of, join, with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import ratio
 from metrics.choices import LETTER_SUFFIX, multiple_choice
-from metrics.files import read_json, refuse_repeats
+from metrics.files import as_object, each, field, read_jsonl, read_list, refuse_repeats
 
 FILES = {"SEED-Bench.json": "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"}
 TWICE, SECOND = "49914", "49914-2"
@@ -46,33 +46,25 @@ def questions(data: Path, images: Path | None, *, kinds: Literal["all", "image"]
 
     Raises BadInput that lists bad entries and, with `images`, images and frames without a file.
     """
-    path = find(data, "SEED-Bench.json", FILES)
-    table = read_json(path)
-    entries, names = (table.get("questions"), table.get("question_type")) if isinstance(table, dict) else (None, None)
-    if not isinstance(entries, list) or not entries or not isinstance(names, dict):
-        raise BadInput(f"{path}: want a JSON object with a filled list `questions` and an object `question_type`")
+    path = find(data, "SEED-Bench.json", "seedbench", FILES)
+    entries = read_list(path, "questions")
+    (names,) = each([(str(path), read_json(path))], lambda file: field(file, "question_type", dict))
     dimensions = {as_id(number): name for name, number in names.items()}
-    problems, rows = [], []
-    for number, entry in enumerate(entries, start=1):
-        try:
-            rows.append(_row(entry, dimensions))
-        except BadInput as error:
-            problems.append(f"{path}: question {number}: {error}")
-    refuse(problems)
+    rows = each(entries, lambda entry: _row(entry, dimensions))
     if len(again := [row for row in rows if row["id"] == TWICE]) > 1:
         again[1]["id"] = SECOND
     refuse_repeats((row["id"] for row in rows), f"{path}: question_id")
     rows = [row for row in rows if kinds == "all" or row["kind"] == kinds]
-    return with_files(rows, images)
+    return with_files(rows, images, "seedbench")
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> text, of LLaVA's answers (`text`), its file for upload (`prediction`) or of answers by `id`.
 
     Where only images are asked about, answers about videos (v...) do not count. Raises BadInput as
-    `metrics.answers.join` does.
+    `metrics.answers.join`.
     """
-    ids, answers = {row["id"] for row in rows}, numbered(path)
+    ids, answers = {row["id"] for row in rows}, read_jsonl(path)
     video = any(row["kind"] == "video" for row in rows)
     names = [as_id(answer.get("id", answer.get("question_id"))) for _, answer in answers]
     if SECOND in ids and names.count(TWICE) == 1 and SECOND not in names:
@@ -81,13 +73,13 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
     seen: Counter = Counter()
 
     def key(answer: dict) -> str | None:
-        name = given(answer)
+        name = id_of(answer)
         seen[name] += 1
         if name == TWICE and seen[name] == 2:
             return SECOND if SECOND in ids else None
         return None if name.startswith("v") and not video else name
 
-    return join(path, rows, key, subset=subset, answers=answers)
+    return join(path, rows, key, subset=subset, entries=answers)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, read: Literal["exact", "first"] = "exact") -> dict:
@@ -124,10 +116,8 @@ def read_answer(text: str, read: str = "exact") -> str | None:
 
 def _row(entry: object, dimensions: Mapping[str | None, str]) -> dict:
     """A question as a row. BadInput says what it lacks."""
-    if not isinstance(entry, dict):
-        raise BadInput(f"want a JSON object, found {type(entry).__name__}")
     keys = ("question_id", "question", "data_type", "question_type_id", "data_id", "answer", *CHOICES)
-    if missing := [key for key in keys if not isinstance(entry.get(key), str | int | float)]:
+    if missing := [key for key in keys if not isinstance(as_object(entry).get(key), str | int | float)]:
         raise BadInput(f"has no {', '.join(missing)}")
     name, number, file = (as_id(entry[key]) for key in ("question_id", "question_type_id", "data_id"))
     if name is None or file is None:

@@ -2,11 +2,12 @@
 
 Paper: Singh et al., "Towards VQA Models That Can Read", CVPR 2019, arXiv:1904.08920.
 
-ocr    bool                   show the OCR tokens that LLaVA-1.5 was shown. They decide the score: about ten points for
-                              LLaVA-1.5, whose published figure has them; LLaVA-1.6's and lmms-eval's have not
-rules  "evalai" or "classic"  normalisation of answers; published figures are evalai
-copies "own" or "last"        a question that is asked twice about an image is scored against the answers to this copy,
-                              or to the last copy, as LLaVA's script does
+Options
+    ocr     add the OCR tokens of LLaVA-1.5's prompts, which are worth about ten points: its published figure has them,
+            those of LLaVA-1.6 and lmms-eval do not
+    rules   normalisation of answers: evalai, as in published figures, or classic
+    copies  a question asked twice about an image is scored against the answers to its own copy, or to the last copy as
+            in LLaVA's script
 
 With `ocr` the prompts are those of LLaVA's question file; else lmms-eval's: the question with a capital and the rest in
 lower case. Answers are joined by `id` or the data set's `question_id`. In LLaVA's answer files `question_id` is the
@@ -22,9 +23,9 @@ from typing import Literal
 
 from common import BadInput, brief, refuse
 from data.names import as_id
-from metrics.answers import checked, given, join, with_files
+from metrics.answers import id_of, join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import read_json, read_jsonl, refuse_repeats
+from metrics.files import each, field, read_jsonl, read_list, texts, unique
 from metrics.vqa import SUFFIX, Rules, accuracy, mean
 
 ANNOTATIONS, LLAVA = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
@@ -39,23 +40,22 @@ def questions(data: Path, images: Path | None, *, ocr: bool = False) -> list[dic
 
     Raises BadInput: a file is missing or of another form, images are missing, LLaVA's file lacks a question.
     """
-    path = find(data, ANNOTATIONS, FILES)
-    file = read_json(path)
-    items = checked(path, file.get("data") if isinstance(file, dict) else None,
-                    question_id=int, image_id=str, question=str, answers=list)  # fmt: skip
-    refuse(f"{path}: question {item['question_id']} has not ten answers" for item in items
-           if len(item["answers"]) != 10 or not all(isinstance(answer, str) for answer in item["answers"]))  # fmt: skip
-    rows = [{"id": str(item["question_id"]), "image": f"{item['image_id']}.jpg", "image_id": item["image_id"],
-             "question": item["question"], "prompt": item["question"].capitalize() + SUFFIX,
-             "answers": item["answers"]} for item in items]  # fmt: skip
-    refuse_repeats((row["id"] for row in rows), f"{path}: id")
-    rows = with_files(rows, images)
-    return _with_ocr(find(data, LLAVA, FILES), rows) if ocr else rows
+    path = find(data, ANNOTATIONS, "textvqa", FILES)
+    rows = with_files(unique(path, each(read_list(path, "data"), _row)), images, "textvqa")
+    return _with_ocr(find(data, LLAVA, "textvqa", FILES), rows) if ocr else rows
+
+
+def _row(item: object) -> dict:
+    if len(answers := texts(item, "answers")) != 10:
+        raise BadInput(f"has {len(answers)} answers, not ten")
+    question, image = field(item, "question"), field(item, "image_id")
+    return {"id": str(field(item, "question_id", int)), "image": f"{image}.jpg", "image_id": image,
+            "question": question, "prompt": question.capitalize() + SUFFIX, "answers": answers}  # fmt: skip
 
 
 def _with_ocr(path: Path, rows: Sequence[dict]) -> list[dict]:
-    prompts = {(str(line["question_id"]), question_of(str(line["text"]))): str(line["text"])
-               for _, line in read_jsonl(path, ("question_id", "text"))}  # fmt: skip
+    prompts = dict(each(read_jsonl(path), lambda line: (
+        (id_of(line, ("question_id",)), question_of(field(line, "text"))), line["text"])))  # fmt: skip
     refuse(f"{path}: has no question {row['id']}, {brief(row['question'])}" for row in rows
            if _asked(row) not in prompts)  # fmt: skip
     return [{**row, "prompt": prompts[_asked(row)]} for row in rows]
@@ -82,10 +82,10 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
 
     def key(answer: dict) -> str:
         if answer.get("id") is not None or as_id(answer.get("question_id")) not in images:
-            return given(answer)
+            return id_of(answer)
         if not isinstance(answer.get("prompt"), str):
             raise BadInput("has no prompt that tells which question about the image it answers")
-        asked = given(answer, ("question_id",)), question_of(answer["prompt"])
+        asked = id_of(answer, ("question_id",)), question_of(answer["prompt"])
         if asked not in waiting:
             raise BadInput(f"image {asked[0]} has no question {brief(asked[1])}")
         ids = waiting[asked]

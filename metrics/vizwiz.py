@@ -2,9 +2,10 @@
 
 Paper: Gurari et al., "VizWiz Grand Challenge", CVPR 2018, arXiv:1802.08218.
 
-split  "val" or "test"        the answers of test are hidden, and LLaVA's published figures are of its server: the score
-                              is then `upload`, the list {image, answer} that the server takes, normalised
-rules  "evalai" or "classic"  normalisation of answers; published figures are evalai
+Options
+    split  val, or test, whose answers are hidden: the result is then `upload`, the normalised list {image, answer} for
+           the evaluation server, from which LLaVA's published figures come
+    rules  normalisation of answers: evalai, as in published figures, or classic
 
 The prompt is LLaVA's. Answers are joined by the image, which `id`, `question_id`, `image_id` or `image` names in any
 way of data/names.py (LLaVA's question_id 7 is VizWiz_test_00000007.jpg); upload files are read as well.
@@ -16,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from common import BadInput, brief, refuse
-from data.names import Names
-from metrics.answers import checked, given, join, with_files
+from common import BadInput
+from metrics.answers import image_of, join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import examples, read_json, refuse_repeats
+from metrics.files import each, field, read_list, unique
 from metrics.vqa import SUFFIX, Rules, accuracy, mean, mean_by, normalise
 
 FILES = {f"{split}.json": "https://vizwiz.org/tasks-and-datasets/vqa (annotations)" for split in ("val", "test")}
@@ -29,34 +29,26 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 
 def questions(data: Path, images: Path | None, *, split: Literal["val", "test"] = "val") -> list[dict]:
     """Rows with id (= image), prompt, and of val the answers and answer_type. Raises BadInput."""
-    path = find(data, f"{split}.json", FILES)
-    kinds = {"image": str, "question": str, **({"answers": list} if split == "val" else {})}
-    items = checked(path, read_json(path), **kinds)
-    rows = [{"id": item["image"], "image": item["image"], "prompt": item["question"] + UNANSWERABLE + SUFFIX}
-            for item in items]  # fmt: skip
-    if split == "val":
-        answers = [[answer.get("answer") if isinstance(answer, dict) else None for answer in item["answers"]]
-                   for item in items]  # fmt: skip
-        refuse(f"{path}: {item['image']} has no answers, or one without text" for item, texts in zip(items, answers)
-               if not texts or not all(isinstance(text, str) for text in texts))  # fmt: skip
-        for row, item, texts in zip(rows, items, answers):
-            row |= {"answers": texts, "answer_type": item.get("answer_type")}
-    refuse_repeats((row["id"] for row in rows), f"{path}: id")
-    return with_files(rows, images)
+    path = find(data, f"{split}.json", "vizwiz", FILES)
+    rows = each(read_list(path), lambda item: _row(item) | (_answers(item) if split == "val" else {}))
+    return with_files(unique(path, rows), images, "vizwiz")
+
+
+def _row(item: object) -> dict:
+    name = field(item, "image")
+    return {"id": name, "image": name, "prompt": field(item, "question") + UNANSWERABLE + SUFFIX}
+
+
+def _answers(item: dict) -> dict:
+    answers = [field(answer, "answer") for answer in field(item, "answers", list)]
+    if not answers:
+        raise BadInput("has no answers")
+    return {"answers": answers, "answer_type": item.get("answer_type")}
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """{image: text}; see above. Raises BadInput as metrics.answers.join."""
-    ids = [row["id"] for row in rows]
-    find_image = Names("questions", ids).find
-
-    def key(answer: dict) -> str:
-        name = given(answer, ("id", "question_id", "image_id", "image"))
-        if (found := find_image(name)) is None:
-            raise BadInput(f"unknown image {brief(name)} (known: {examples(ids)})")
-        return found
-
-    return join(path, rows, key, subset=subset)
+    return join(path, rows, image_of(rows, ("id", "question_id", "image_id", "image")), subset=subset)
 
 
 def upload(rows: Sequence[dict], said: Mapping[str, str], rules: Rules = "evalai") -> list[dict]:

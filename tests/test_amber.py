@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from common import BadInput
-from evaluate import join_by_id
 from metrics import amber
 from metrics.amber import questions, read_answer, score, table
 from metrics.amber_nouns import forms, mentions, tokenize
+from metrics.answers import read_answers
 
 FIXTURES = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="official files are not here")
@@ -165,14 +165,14 @@ def test_answers_file(data, tmp_path):
     """The official answers, a list of id and response, are read as any other's, a subset too."""
     rows, path = questions(data, None, queries="discriminative"), tmp_path / "answers.json"
     write(path, [{"id": int(key), "response": text} for key, text in SAID.items() if int(key) > 2])
-    assert join_by_id(path, rows) == {key: text for key, text in SAID.items() if int(key) > 2}
+    assert read_answers(path, rows) == {key: text for key, text in SAID.items() if int(key) > 2}
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"id": 2}, "annotations.json:1: want id 1, found 2"),
-    ({"type": "other"}, "annotations.json:1: want an object with a type of AMBER"),
-    ({"truth": "yes"}, "annotations.json:1: want lists of words"),
-    ({"hallu": [1]}, "annotations.json:1: want lists of words"),
+    ({"type": "other"}, "annotations.json:1: want a type of AMBER, found 'other'"),
+    ({"truth": "yes"}, "annotations.json:1: 'truth' must be a list"),
+    ({"hallu": [1]}, "annotations.json:1: 'hallu' must hold strings"),
     ({"truth": ["cow"]}, "relation.json: has no 'cow', which annotation 1 names"),
 ])  # fmt: skip
 def test_bad_annotations_are_named(data, change, message):
@@ -187,12 +187,12 @@ def test_bad_files_are_named(data, tmp_path):
     with pytest.raises(BadInput, match=r"(?s)similar.tsv:2: want two words.*similar.tsv:3: want two words"):
         questions(data, None, similar=similar)
     similar.write_bytes(b"\xff\xfe")
-    with pytest.raises(BadInput, match="similar.tsv: cannot be read"):
+    with pytest.raises(BadInput, match="similar.tsv: not UTF-8"):
         questions(data, None, similar=similar)
     similar.write_bytes(b"\xef\xbb\xbfdog\tcat\r\n")  # BOM, CRLF
     assert questions(data, None, similar=similar)[0]["similar"] == {"dog": ["cat"], "cat": ["dog"]}
     write(data / "relation.json", {**RELATION, "sky": "blue"})
-    with pytest.raises(BadInput, match="relation.json: 'sky': want a list of words"):
+    with pytest.raises(BadInput, match="relation.json:'sky': 'sky' must be a list, found 'blue'"):
         questions(data, None)
     (data / "safe_words.txt").unlink()
     with pytest.raises(BadInput, match="has no safe_words.txt|relation.json"):

@@ -205,9 +205,9 @@ def test_karpathy_split(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "an object with images is wanted"),
-        ({"images": []}, "a list of entries is wanted"),
-        ({"annotations": [{"image_id": "7", "caption": "x"}], "images": []}, r"entry 0 has no image_id \(int\)"),
+        ([], "want a filled JSON list 'annotations'"),
+        ({"images": []}, "want a filled JSON list 'annotations'"),
+        ({"annotations": [{"image_id": "7", "caption": "x"}], "images": []}, "val2017.json:1: 'image_id' must be a whole number, found '7'"),
         ({"annotations": [{"image_id": 7, "caption": "x"}], "images": [{"id": 8, "file_name": "8.jpg"}]},
          "1 images have no caption, as 8.jpg"),
     ],

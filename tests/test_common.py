@@ -34,9 +34,14 @@ def test_type_and_absence_are_named(tmp_path):
         read_json(tmp_path)
 
 
-def test_a_byte_order_mark_and_a_hook_are_taken():
+def test_a_byte_order_mark_is_taken_and_keys_and_characters_are_whole():
     assert parse_json('\ufeff{"a": "é"}'.encode()) == {"a": "é"}
-    assert parse_json(b'{"a": 1, "a": 2}', list) == [("a", 1), ("a", 2)]
+    with pytest.raises(ValueError, match="holds the key 'a' twice"):
+        parse_json(b'{"b": 0, "a": 1, "a": 2}')
+    assert parse_json(b'["\\ud83d", "\\ud83d\\ude00"]') == ["\ud83d", "\U0001f600"]
+    assert parse_json(b'["\\ud83d\\ude00"]', surrogates=False) == ["\U0001f600"]
+    with pytest.raises(ValueError, match="half a character, the lone surrogate"):
+        parse_json(b'["\\ud83d"]', surrogates=False)
 
 
 def test_versions_do_without_git(monkeypatch):

@@ -139,7 +139,7 @@ def test_photographs_are_found_by_name_stem_and_coco_number(tmp_path):
     rows = chair_photographs(table, folder)
     assert [row["image"] for row in rows] == ["COCO_val2014_000000040468.jpg", "kitchen.png", "b.jpeg"]
     table.write_text(json.dumps({"40468": ["dog"], "7": [], "8": []}))
-    with pytest.raises(ValueError, match=r"no file for image '7'\n.*no file for image '8'"):
+    with pytest.raises(ValueError, match=r"val2014/7: no such image\n.*val2014/8: no such image"):
         chair_photographs(table, folder)
     (folder / "kitchen.txt").touch()  # is no picture
     table.write_text(json.dumps({"kitchen": []}))
@@ -166,7 +166,7 @@ def test_samples_are_reproducible(tmp_path):
 def test_bad_annotations_are_all_named(tmp_path):
     table = tmp_path / "objects.json"
     table.write_text('{"1": ["dog"], "1": ["cat"], "2": "dog"}')
-    with pytest.raises(ValueError, match="objects.json: '1' given twice"):
+    with pytest.raises(ValueError, match="objects.json: not valid JSON .holds the key '1' twice"):
         chair_photographs(table, None)
     table.write_text('{"1": ["dog"], "2": "dog", "3": [4]}')
     with pytest.raises(ValueError, match=r"image '2': want a list.*\n.*image '3': want a list"):
@@ -206,17 +206,17 @@ def test_answers_are_joined_by_id_or_by_the_question_in_place(tmp_path, rows):
     ("rows", "problems"),
     [
         ([{"id": 1, "text": "a"}],
-         ["a.jsonl: no answer to 1 of 2 ids: '2'; --subset scores the answered ones alone"]),
+         ["a.jsonl: 1 of 2 ids are missing: '2'; --subset scores the answered ones alone"]),
         ([{"id": i, "text": "a"} for i in (1, 2, 3, 4)],
          ["a.jsonl:3: unknown id '3' (known: '1', '2')", "a.jsonl:4: unknown id '4' (known: '1', '2')"]),
         ([{"id": i, "text": "a"} for i in (1, 2, 1, 1.0)],
-         ["a.jsonl:3: id '1' was already answered at a.jsonl:1",
-          "a.jsonl:4: id '1' was already answered at a.jsonl:1"]),
+         ["a.jsonl:3: id '1' was already given at a.jsonl:1",
+          "a.jsonl:4: id '1' was already given at a.jsonl:1"]),
         ([{"id": True, "text": "a"}, {"id": 1.5, "text": "a"}, {"id": [1], "text": "a"}],
          ["a.jsonl:1: True is no id", "a.jsonl:2: 1.5 is no id", "a.jsonl:3: [1] is no id"]),
         (['{"id": 1, "text": "\\ud83d"}', '{"id": 1, "id": 2, "text": "a"}', '{"id": 1, "text": NaN}',
           '{"id": 1, "text": "\\ud83d\\ude00"}'],
-         ["a.jsonl:1: holds half a character, the lone surrogate '\\ud83d'", "a.jsonl:2: 'id' given twice",
+         ["a.jsonl:1: holds half a character, the lone surrogate '\\ud83d'", "a.jsonl:2: not valid JSON (holds the key 'id' twice)",
           "a.jsonl:3: not valid JSON (holds NaN)"]),
         (["[", '{"id": 1}'], ["a.jsonl: not valid JSON (Expecting ',' delimiter at line 3, column 1)"]),
         (["["] + ["1,"] * 30 + ["1]"],
@@ -225,9 +225,9 @@ def test_answers_are_joined_by_id_or_by_the_question_in_place(tmp_path, rows):
          ["a.jsonl:1: not valid JSON (Expecting property name enclosed in double quotes at column 2)",
           "a.jsonl:2: want a JSON object, found list"]),
         ([{"id": 1}, {"text": "a"}, {"id": 2, "text": "Is there a dog?", "answer": "No"}],
-         ["a.jsonl:1: want one text (text, answer, response, caption, model_prediction, prediction), found 0",
-          "a.jsonl:2: no id (question_id, id)",
-          "a.jsonl:3: want one text (text, answer, response, caption, model_prediction, prediction), found 2"]),
+         ["a.jsonl:1: want one text (text, answer, response, caption, model_prediction, prediction, model_answer), found 0",
+          "a.jsonl:2: no id (id, question_id, questionId, image_id)",
+          "a.jsonl:3: want one text (text, answer, response, caption, model_prediction, prediction, model_answer), found 2"]),
         ([{"question": "Is there a cat?", "answer": "No"}, {"question": "Is there a cat?", "answer": "No"}],
          ["a.jsonl:1: no id, and not the question in the same place"]),
         ([], ["a.jsonl: has no lines"]),
@@ -301,11 +301,11 @@ def test_bad_input_ends_with_one_line_a_problem_and_no_file(tmp_path):
     table.write_text(json.dumps({"1": ["dog"], "2": []}))
     for call, rows, expected in (
         (shell, [{"id": "1", "text": "x"}],
-         ["{}: no answer to 1 of 2 ids: '2'; --subset scores the answered ones alone"]),
+         ["{}: 1 of 2 ids are missing: '2'; --subset scores the answered ones alone"]),
         (Run, [{"id": "1", "text": "x"}, {"id": "2", "text": "x"}, {"id": "2", "text": "x"}, "nonsense"],
          ["{}:4: not valid JSON (Expecting value at column 1)"]),
         (Run, [{"id": "1", "text": "x"}, {"id": "2", "text": "x"}, {"id": "2", "text": "x"}, {"id": "1"}],
-         ["{}:3: id '2' was already answered at {}:2", "{}:4: id '1' was already answered at {}:1"]),
+         ["{}:3: id '2' was already given at {}:2", "{}:4: id '1' was already given at {}:1"]),
     ):  # fmt: skip
         said = jsonl(tmp_path / "said.jsonl", rows)
         done = call("--benchmark", "chair", "--answers", said, "--annotations", table, "--out", out,
@@ -363,7 +363,7 @@ def test_a_subset_is_scored_when_asked(tmp_path):
     common = ("--benchmark", "chair", "--annotations", table, "--answers", said, "--out", out)
     done = Run(*common)
     assert done.returncode == 2
-    assert done.stderr == (f"{said}: no answer to 1 of 4 ids: 'COCO_val2014_000000000776.jpg'; "
+    assert done.stderr == (f"{said}: 1 of 4 ids are missing: 'COCO_val2014_000000000776.jpg'; "
                            "--subset scores the answered ones alone\n")
     assert Run(*common, "--subset", "--save-answers", tmp_path / "again.jsonl").returncode == 0
     first = json.loads(out.read_text())
@@ -441,7 +441,7 @@ def test_llava_layout_through_the_command_line(tmp_path):
     lost = jsonl(tmp_path / "lost.jsonl", rows[:41] + rows[42:])
     done = Run(*common, "--answers", lost)
     assert done.returncode == 2
-    assert f"{lost}: no answer to 1 of 8,910 ids: '{json.loads(rows[41])['question_id']}';" in done.stderr
+    assert f"{lost}: 1 of 8,910 ids are missing: '{json.loads(rows[41])['question_id']}';" in done.stderr
 
 
 @needs_fixtures

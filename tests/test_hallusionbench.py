@@ -109,7 +109,7 @@ def test_answers(tmp_path):
     seen = hallusionbench.questions(tmp_path, None, items="image")
     assert list(read(told, seen)) == IDS[2:] and list(read(told[2:], seen)) == IDS[2:]
     assert read(told[:1], subset=True) == {IDS[0]: "é 0"}
-    with pytest.raises(BadInput, match="no answer to 2 of 6 ids: 'VS/chart/0/0/0', 'VS/chart/0/0/1'"):
+    with pytest.raises(BadInput, match="2 of 6 ids are missing: 'VS/chart/0/0/0', 'VS/chart/0/0/1'"):
         read(told[2:])
     odd = [told[1], {**told[0], "category": "XX"}, {"text": "x"}, {**told[0], "model_prediction": 3}]
     with pytest.raises(BadInput, match=r"(?s):6: id 'VS.*already.*:7: id 'VS.*already.*:8: unknown id 'XX.*:9: no id.*:10: want one text"):
@@ -133,7 +133,7 @@ def test_verdicts_of_the_released_script(tmp_path):
     with pytest.raises(BadInput, match=r"(?s)json:2: gpt4v_output_gpt_check 'correct': want.*json:3: .*None: want"):
         hallusionbench.read_replies(file, rows)
     file.write_text(json.dumps(told[:4]))
-    with pytest.raises(BadInput, match="no answer to 2 of 6 ids"):
+    with pytest.raises(BadInput, match="2 of 6 ids are missing"):
         hallusionbench.read_replies(file, rows)
 
 

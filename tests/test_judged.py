@@ -11,6 +11,7 @@ import pytest
 
 from common import BadInput
 from metrics import judged, llavabench, mmhal, mmvet
+from metrics.answers import join
 
 FIXTURES = Path(__file__).resolve().parents[1].parent / "shared" / "fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="official reviews are not here")
@@ -125,7 +126,7 @@ def test_mmvet_answers(vet, tmp_path):
     with pytest.raises(BadInput, match="2 of 3 ids are missing"):
         mmvet.read_answers(path, vet)
     with pytest.raises(BadInput, match="2 of 2 ids are missing"):
-        judged.join(path, [], ["a", "b"], tuple, subset=True)
+        join(path, [{"id": "a"}, {"id": "b"}], entries=[], subset=True)
     with pytest.raises(BadInput) as error:
         mmvet.read_answers(write(path, {"v1_0": 1, "v9": "a", "v1_1": "b", "v1_2": "c"}), vet)
     assert str(error.value).count("\n") == 1 and "want one text" in str(error.value) and "unknown id" in str(error.value)
@@ -184,7 +185,7 @@ def test_llavabench_tuple_counts(tmp_path):
     with pytest.raises(BadInput) as error:
         llavabench.read_replies(path, rows)
     assert str(error.value).count("r.jsonl:") == 6
-    with pytest.raises(BadInput, match="r.jsonl:2: id '0' was already given at 1"):
+    with pytest.raises(BadInput, match="r.jsonl: id '0' is given 2 times"):
         llavabench.questions(write(path, [row, row]))
 
 
@@ -254,7 +255,7 @@ def test_mmhal_files(hal, tmp_path):
     """The filled-in template, reviews as completions or texts, images by id or by the name of their source."""
     template = json.loads((tmp_path / "response_template.json").read_text())
     answers = write(tmp_path / "a.json", [{**row, "model_answer": row["question"] + "!"} for row in template])
-    assert mmhal.read_answers(answers, hal) == {f"i{n}": f"q{n}?!" for n in range(8)}
+    assert mmhal.BENCHMARK.read_answers(answers, hal) == {f"i{n}": f"q{n}?!" for n in range(8)}
     completions = [{"choices": [{"message": {"content": f"Rating: {n % 7}"}}]} for n in range(8)]
     for reviews in (completions, [f"Rating: {n % 7}" for n in range(8)]):
         (run,) = mmhal.read_replies(write(tmp_path / "r.json", reviews), hal)

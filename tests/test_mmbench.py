@@ -120,9 +120,9 @@ def test_answers_of_llava(tmp_path):
         mmbench.read_answers(file, rows)
     assert [text.split(": ", 1)[1] for text in str(error.value).splitlines()] == [
         "option_char ['A', 'B'] is not the order of round 1", "unknown id '7-2' (known: '7', '7-1')",
-        f"'{'9' * 37}...{'9' * 38}' is no round_id", f"id '7' was already answered at {file}:2"]
+        f"'{'9' * 37}...{'9' * 38}' is no round_id", f"id '7' was already given at {file}:2"]
     file.write_text(json.dumps(told[1]))
-    with pytest.raises(BadInput, match="no answer to 1 of 2 ids: '7-1'"):
+    with pytest.raises(BadInput, match="1 of 2 ids are missing: '7-1'"):
         mmbench.read_answers(file, rows)
     assert mmbench.read_answers(file, rows, subset=True) == {"7": "A"}
 

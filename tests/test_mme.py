@@ -125,7 +125,7 @@ def test_refused_answers(tmp_path):
     rows = mme.questions(release(tmp_path / "data"), None)
     lines = llava(rows, {row["id"]: "Yes" for row in rows})
     short = write(tmp_path / "short.jsonl", lines[:-2])
-    with pytest.raises(BadInput, match="no answer to 2 of 12 ids: 'code_reasoning/0002#1'"):
+    with pytest.raises(BadInput, match="2 of 12 ids are missing: 'code_reasoning/0002#1'"):
         mme.read_answers(short, rows)
     assert len(mme.read_answers(short, rows, subset=True)) == 10
     bad = [*lines, lines[0], {**lines[0], "question_id": "count/0009.png"}, {**lines[1], "prompt": "What?"},
@@ -133,7 +133,7 @@ def test_refused_answers(tmp_path):
     with pytest.raises(BadInput) as error:
         mme.read_answers(write(tmp_path / "bad.jsonl", bad), rows)
     told = str(error.value).splitlines()
-    assert len(told) == 4 and "jsonl:13: id 'count/0001#1' was already answered at" in told[0]
+    assert len(told) == 4 and "jsonl:13: id 'count/0001#1' was already given at" in told[0]
     assert "jsonl:14: no question 'Is é" in told[1] and "'count/0009.png'" in told[1] and "What?" in told[2]
     bad = [{**lines[0], "text": None}, {"id": rows[1]["id"], "text": "a", "answer": "b"}, *lines[2:]]
     with pytest.raises(BadInput, match=r"(?s):1: want one text.*found 0\n.*:2: want one text.*found 2$"):
@@ -150,7 +150,7 @@ def test_the_same_question_twice(tmp_path):
     lines = [{"question_id": "count/a.png", "prompt": "Is it?", "text": text} for text in ("x", "y", "z")]
     said = mme.read_answers(write(tmp_path / "answers.jsonl", lines[:2]), rows)
     assert said == {"count/a#1": "x", "count/a#2": "y"}
-    with pytest.raises(BadInput, match="id 'count/a#2' was already answered"):
+    with pytest.raises(BadInput, match="id 'count/a#2' was already given"):
         mme.read_answers(write(tmp_path / "answers.jsonl", lines), rows)
 
 

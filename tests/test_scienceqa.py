@@ -117,13 +117,13 @@ def test_refused(tmp_path):
         scienceqa.questions(data, None)
     assert len(str(error.value).splitlines()) == 7 and "'7': missing" in str(error.value)
     for splits in ([], {"test": "4"}, {"test": [4]}, {"test": []}):
-        with pytest.raises(BadInput, match=r"pid_splits.json: want"):
+        with pytest.raises(BadInput, match="pid_splits.json:"):
             scienceqa.questions(write(tmp_path, splits=splits), None)
     (tmp_path / "x").mkdir()
     for llava in ({}, [3], [{"id": "1"}], [{"id": 1, "conversations": [{"value": "a"}, {"value": "A"}]}],
                   [{"id": "1", "conversations": [{"value": "a"}, {"value": "yes"}]}],
                   [{"id": "1", "conversations": [{"value": 3}, {"value": "A"}]}]):  # fmt: skip
-        with pytest.raises(BadInput, match=r"CQM-A.json.*: want"):
+        with pytest.raises(BadInput, match=r"CQM-A.json"):
             scienceqa.questions(write(tmp_path / "x", llava=llava), None)
 
 

@@ -77,7 +77,7 @@ def test_the_id_that_occurs_twice(tmp_path):
     assert read(first, second) == ("B", "D") and read(second, first) == ("D", "B")
     assert read(first) == ("B", "B")
     assert read({"id": "49914-2", "text": "y"}, {"id": "49914", "text": "x"}) == ("x", "y")
-    with pytest.raises(BadInput, match="id '49914' was already answered at"):
+    with pytest.raises(BadInput, match="id '49914' was already given at"):
         read(first, first, first)
     alone = seedbench.questions(write(tmp_path, ENTRIES[:3]), None)
     assert seedbench.read_answers(answers(tmp_path, [*others, first, second]), alone)["49914"] == "B"
@@ -87,12 +87,12 @@ def test_answers_about_videos_do_not_count_where_images_are_asked_about(tmp_path
     lines = [{"question_id": entry["question_id"], "prediction": "A"} for entry in ENTRIES]
     rows = seedbench.questions(write(tmp_path), None, kinds="image")
     assert len(seedbench.read_answers(answers(tmp_path, lines), rows)) == len(rows) == 4
-    with pytest.raises(BadInput, match="no answer to 4 of 4 ids"):
+    with pytest.raises(BadInput, match="4 of 4 ids are missing"):
         seedbench.read_answers(answers(tmp_path, lines[-1:]), rows, subset=True)
     rows = seedbench.questions(tmp_path, None)
     with pytest.raises(BadInput, match="unknown id 'v4'"):
         seedbench.read_answers(answers(tmp_path, [*lines, {"question_id": "v4", "text": "A"}]), rows)
-    with pytest.raises(BadInput, match="no answer to 1 of 5 ids: 'v3'"):
+    with pytest.raises(BadInput, match="1 of 5 ids are missing: 'v3'"):
         seedbench.read_answers(answers(tmp_path, lines[:-1]), rows)
     assert len(seedbench.read_answers(answers(tmp_path, lines[:-1]), rows, subset=True)) == 4
 
@@ -114,7 +114,7 @@ def test_missing_images_and_frames_are_listed(tmp_path):
 ])  # fmt: skip
 def test_refused_questions(tmp_path, bad):
     data = write(tmp_path, [ENTRIES[0], {**entry("7", "A"), **bad} if bad and bad != 3 else bad])
-    with pytest.raises(BadInput, match=r"SEED-Bench.json: question 2: "):
+    with pytest.raises(BadInput, match=r"SEED-Bench.json:2: "):
         seedbench.questions(data, None)
 
 
@@ -122,7 +122,7 @@ def test_refused_files(tmp_path):
     with pytest.raises(BadInput, match=r"has no SEED-Bench.json; published at https"):
         seedbench.questions(tmp_path, None)
     for entries, types in ((None, TYPES), ([], TYPES), (ENTRIES, None)):
-        with pytest.raises(BadInput, match=r"SEED-Bench.json: want"):
+        with pytest.raises(BadInput, match=r"SEED-Bench.json: (want a filled JSON list|'question_type' must be an object|has no|a JSON object)"):
             seedbench.questions(write(tmp_path, entries, types), None)
     with pytest.raises(BadInput, match="question_id '1' is given 2 times"):
         seedbench.questions(write(tmp_path, [ENTRIES[0], ENTRIES[0]]), None)
