@@ -4,12 +4,12 @@ The released code tokenises, tags and lemmatises with NLTK (Treebank tokens, ave
 the nouns that are words of relation.json, 418 in all. The vocabulary is closed, so rules for its words do:
 
     tokenize    symbols alone, clitics ('s, n't) detached, words joined by - / ' . whole; case is kept
-    forms       word and plural -> word, as NLTK's lemmatiser has it with WordNet 3.0. Case counts: "Trees" at the start
+    forms       word and plural -> word, as in NLTK's lemmatiser with WordNet 3.0. Case counts: "Trees" at the start
                 of a sentence is no lemma, so it is not counted. Oddities are kept, since published figures contain them
     is_noun     a form is a noun, unless it can be something else and the words around it say so
 
 The lemmas agree with WordNet 3.0 on every noun and plural. The tagger's weights could not be had: `is_noun` is
-reconstructed. On 2,000 captions of LLaVA-1.5 it leaves out 97 of 19,701 forms, besides can and hot.
+reconstructed. On 2,000 captions of LLaVA-1.5 it rejects 97 of 19,701 forms, not counting can and hot.
 """
 
 from __future__ import annotations

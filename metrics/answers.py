@@ -73,7 +73,8 @@ def join(path: Path, rows: Sequence[dict], key: Callable[[object], str | None] =
                 raise BadInput(f"unknown id {brief(name)} (known: {examples(ids)})")
             if name in first:
                 raise BadInput(f"id {brief(name)} was already given at {first[name]}")
-            first[name], found[name] = where, value(entry)
+            first[name] = where
+            found[name] = value(entry)
         except BadInput as error:
             problems.append(f"{where}: {error}")
     missing = [name for name in ids if name not in found]

@@ -1,5 +1,5 @@
-"""What a benchmark is: questions, answers, scores, a table. Each of its files ends with one `Benchmark`; evaluate.py
-lists them in one table and knows nothing else of any.
+"""What a benchmark is: questions, answers, scores, a table. Each benchmark's file ends with a `Benchmark`; evaluate.py
+lists them in one table and knows nothing else about them.
 
     questions(data, images, **options) -> rows     read the official files, or sample scenes
     read_answers(path, rows, subset)   -> said     an answers file, joined with the rows by id
@@ -15,7 +15,7 @@ A judged benchmark has `requests`, and its `score` takes the replies:
 
     requests(rows, said)                    -> asked     {key: (image reference or None, text for the judge)}
     score(rows, said, replies, **options)   -> scores    replies: one {key: text} for each run of the judge
-    read_replies(path, rows)                -> replies   of a judge who was asked elsewhere, in the official format
+    read_replies(path, rows)                -> replies   of a judge run elsewhere, in the official format
 
 What is measured without a generated text has `measure`, whose `said` holds numbers:
 

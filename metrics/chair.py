@@ -5,7 +5,7 @@ For captions c with mentions m(c) (list of COCO classes, repeats kept) and image
 
     CHAIRs = #{c : some mention not in g(c)} / #captions
     CHAIRi = #{mentions not in g(c)} / #{mentions}              pooled over all captions
-    Recall = sum_c |set(m(c)) & g(c)| / sum_c |g(c)|            not in the paper; usually printed beside it
+    Recall = sum_c |set(m(c)) & g(c)| / sum_c |g(c)|            not in the paper; usually reported as well
 
 | symbol | argument                | type                                |
 |--------|-------------------------|-------------------------------------|
@@ -14,7 +14,7 @@ For captions c with mentions m(c) (list of COCO classes, repeats kept) and image
 | m(c)   | mentions(captions[...]) | list of (word as found, COCO class) |
 
 A caption becomes mentions by the rules of the released code: lower-case -> word tokens -> singular of
-every token -> two-word names joined from left to right -> "seat" dropped beside "toilet" -> tokens in the
+every token -> two-word names joined from left to right -> "seat" dropped where "toilet" occurs -> tokens in the
 synonym list -> class. Ground truth for COCO: the instance classes and those that the five reference
 captions name.
 
@@ -115,7 +115,7 @@ def singularize(word: str) -> str:
 def load_synonyms(path: str | Path = SYNONYMS) -> dict[str, str]:
     """word -> COCO class, from a file with one class a line: "class, synonym, synonym" (first word = class).
 
-    Entries are split at ", " only: one that starts with a blank never matches, as in the released code.
+    Entries are split at ", " only: one that starts with a space never matches, as in the released code.
     Raises BadInput naming the file and line of an empty line.
     """
     table: dict[str, str] = {}

@@ -11,7 +11,7 @@ Options
     cap_val  BLEU in the mean: bleu4 alone, or bleu1-4, all four as a figure each (reconstructed)
 
 CIDEr weighs words by the references of the images scored: figures of a subset are not comparable with those of all.
-Answers are joined by the image's number in COCO; the official results list {image_id, caption} is read as it is.
+Answers are joined by the image's number in COCO; an answers file may be the official list of {image_id, caption}.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ Options
     rules  official: equal strings, as LLaVA converts and GQA compares them; lmms: equal but for case and punctuation,
            as in lmms-eval
 
-Answers are joined by questionId, id or question_id: GQA's prediction files and LLaVA's answers are both read.
+Answers are joined by id, question_id or questionId: GQA's prediction files and LLaVA's answers are both read.
 """
 
 from __future__ import annotations

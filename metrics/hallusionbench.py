@@ -25,7 +25,7 @@ Rules of the released code: "incorrect" in the judge's words, in any case, is wr
 the verdict is unclear; unclear is wrong, but right for a question of category VS without an image. Of several runs of
 the judge the mean is given. With yes_no, an answer is unclear unless it holds exactly one of the words.
 
-Departures: the judge's prompt is worded anew; its second question (is the answer the same without the image?),
+Departures: the judge prompt is our own; its second question (is the answer the same without the image?),
 which only sorts the errors, is not asked. Nothing is added to the questions, as in the paper.
 """
 
@@ -89,7 +89,7 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
 def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
     """One run of a judge: the verdicts in the released script's output, one list or a folder with its two files.
 
-    Raises BadInput as `metrics.answers.join` does, and for a verdict that is none.
+    Raises BadInput as `metrics.answers.join` does, and for an invalid verdict.
     """
     files = sorted(path.glob("hallusion_output_v?_model.json")) if path.is_dir() else [path]
     return [join(path, rows, _key(rows), _verdict, entries=[line for file in files for line in read_jsonl(file)])]

@@ -4,7 +4,7 @@ A scorer never asks: it reads a verdict from each reply by the released rule. A 
 says and is counted as `unparsed`. Several runs of the judge give the mean of each figure and its deviation, that of
 the runs themselves (divided by their number, as numpy does by default).
 
-Judge prompts are written here, after the released rules; another wording is another judge, so `rules` names their
+Judge prompts are our own, following the released rules; another wording is another judge, so `rules` names their
 version. `requests` takes the released template as `prompt`.
 """
 

@@ -10,9 +10,9 @@ two ratings from 1 to 10, r(i) to the reference answer and m(i) to the model's:
 | i          | rows[i]["category"]| conv, detail or complex                                         |
 | r(i), m(i) | replies[run][id]   | str; the first line of the judge's reply has both ratings       |
 
-Rules of the released script: the first line, commas as blanks, must be two numbers with one blank between them. Else
-both ratings are -1 and stay in the means, which lowers every score; such replies are counted as `unparsed`. Each mean
-is rounded to three decimals before the division; `rounded` follows that, the other figures are exact.
+Rules of the released script: the first line, with commas read as spaces, must be two numbers separated by one space.
+Else both ratings are -1 and stay in the means, which lowers every score; such replies are counted as `unparsed`. Each
+mean is rounded to three decimals before the division; `rounded` follows that, the other figures are exact.
 
 Official files: questions.jsonl, context.jsonl, answers_gpt4.jsonl and the images. Where only reviews are at hand,
 `data` may be a file of reviews (JSONL of question_id, category, content, tuple): it names the questions.

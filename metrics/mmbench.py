@@ -207,7 +207,7 @@ def _rounds(line: dict, image: str | None, rotate: bool) -> list[dict]:
 def _image(where: str, index: str, encoded: Mapping[str, str], images: Path) -> str:
     """The image of a row as a file, relative to `images`."""
     cell = encoded[index]
-    if len(cell) <= 64:  # no image is as short: it is the index of the row that has it
+    if len(cell) <= 64:  # too short for an image: the index of the row that has it
         cell = encoded.get(cell, "")
     try:
         data = base64.b64decode(cell, validate=True)

@@ -199,7 +199,7 @@ def _stem(image: str) -> str:
 
 
 def _plain(question: str) -> str:
-    """A question without any request for the form of the answer, and with single blanks."""
+    """A question without any request for the form of the answer, and with single spaces."""
     return " ".join(question.replace(WORD_SUFFIX, " ").replace(YES_NO, " ").split())
 
 

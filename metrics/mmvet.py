@@ -79,8 +79,8 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
 
 
 def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
-    """A file of grades -> one {id: reply} a run. The `score` counts: where `content` says otherwise, as after five
-    vain tries, it is the reply."""
+    """A file of grades -> one {id: reply} a run. The `score` counts: it replaces a `content` that says otherwise, as
+    after five failed tries."""
 
     def grades(item: tuple[str, object]) -> list[str]:
         scores = field(item[1], "score", list)

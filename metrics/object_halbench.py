@@ -30,7 +30,7 @@ the latter, objects.json ({image id: [classes]}) holds what they say. The images
 Reviews: the script's hall_*.json, or JSONL of image_id and extract_objs.
 
 Departures, all reconstructed
-- Nouns: spaCy's en_core_web_trf is replaced by a list, OTHER, of words that are no nouns and end a run.
+- Nouns: spaCy's en_core_web_trf is replaced by a list, OTHER, of words that are not nouns and end a run.
 - Lemmas: WordNet's (spaCy's for the judge's names) are replaced by `lemma`, which is about the words of the list alone.
 - The released script asks up to 100 times until a reply can be read, and fails. Here the judge is asked once; a reply
   that cannot be read counts as an empty list and as `unparsed`.
@@ -139,7 +139,7 @@ def _captions(path: Path, wanted: Mapping) -> list[tuple[str, set[str]]]:
 
 @lru_cache
 def refined_synonyms() -> dict[str, str]:
-    """word -> COCO class: CHAIR's list without stray blanks, and a few words more."""
+    """word -> COCO class: CHAIR's list without stray spaces, and a few more words."""
     table = {word.strip(): name for word, name in load_synonyms().items()}
     return table | {word: name for name, words in ADDED.items() for word in words}
 
@@ -170,7 +170,7 @@ def caption_mentions(text: str) -> list[tuple[str, str]]:
 
 
 def name_mentions(names: Iterable[str], *, other: Collection[str] = OTHER) -> list[tuple[str, str]]:
-    """(word, class) of each different name that a judge lists. other: words that are no nouns (reconstructed)."""
+    """(word, class) of each different name that a judge lists. other: words that are not nouns (reconstructed)."""
     found: list[str] = []
     for name in names:
         words = [lemma(word) for word in tokenize(name)]
@@ -189,7 +189,7 @@ def _joined(words: Sequence[str], keep: bool) -> list[str]:
 
 
 def _noun_runs(words: Sequence[str], other: Collection[str]) -> list[str]:
-    """What stands between words that are no nouns."""
+    """The words between those that are not nouns."""
     runs = " ".join("|" if word in other else word for word in words).split("|")
     return [run.strip() for run in runs if run.strip()]
 

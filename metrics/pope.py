@@ -12,7 +12,7 @@ arXiv:2305.10355. "yes" is the positive class:
 | label  | labels[question_id]  | "yes" (image shows the object) or "no"                    |
 
 An answer is read by the released rule (`read_answer`): whatever is not recognised as "no" counts as "yes".
-That is kept, but answers that only became "yes" for want of a "no" are counted as `other`. A ratio with
+That is kept, but answers that are "yes" only because they contain no "no" are counted as `other`. A ratio with
 nothing to divide by is 0.0 (the released code fails). Answers are joined with labels by id, never by order.
 The one figure usually printed is the mean F1 of the splits random, popular and adversarial (`mean_of`).
 
@@ -35,7 +35,7 @@ Options
     split        of the scenes: test or dev
     seed         draws the sample, and what is asked about scenes
     prompt       what the model is asked; {question} is the question
-    parser       how an answer is read: official (above), lmms (exactly yes or no, of any case; else `other` and wrong)
+    parser       how an answer is read: official (above), lmms (exactly yes or no, in any case; else `other` and wrong)
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def is_other(text: str) -> bool:
 
 
 def read_exactly(text: str) -> str:
-    """The rule of lmms-eval: "yes" or "no" and nothing else, of any case; "" for all other answers."""
+    """The rule of lmms-eval: "yes" or "no" and nothing else, in any case; "" for all other answers."""
     word = text.strip().lower()
     return word if word in ("yes", "no") else ""
 
@@ -264,7 +264,7 @@ def table(scores: Mapping) -> list[tuple]:
     counts = ("n", "TP", "FP", "TN", "FN", "other")
     lines = [("", *FIGURES, *counts)]
     for name, row in {**scores["splits"], "mean": scores["mean"], **scores["controls"]}.items():
-        blank = ("precision", "recall", "f1") if name == "removed" else ()  # it has no "yes" to find
+        blank = ("precision", "recall", "f1") if name == "removed" else ()  # no label is "yes"
         figures = ["" if key in blank else f"{100 * row[key]:.2f}" for key in FIGURES]
         lines.append((name, *figures, *(str(row.get(key, "")) for key in counts)))
     return lines

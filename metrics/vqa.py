@@ -12,11 +12,11 @@ Paper: Antol et al., "VQA: Visual Question Answering", ICCV 2015, arXiv:1505.004
 | r      | rules    | "evalai" or "classic": the normalisation   |
 
 Normalisation (`normalise`), oddities included, for published figures contain them:
-- evalai, as Pythia, LLaVA's m4c_evaluator and lmms-eval have it: lower case; commas and question marks go; 's is
-  detached; a punctuation mark goes if it touches a blank anywhere in the answer, else it becomes a blank; the first 32
-  full stops that no digit follows go (the look-behind of the released pattern is mistyped and tests nothing, and its
-  flag is taken for a count); number words up to ten become digits ("none" is 0); articles go; apostrophes of
-  contractions return.
+- evalai, as Pythia, LLaVA's m4c_evaluator and lmms-eval do: lower case; commas and question marks removed; 's
+  detached; a punctuation mark removed if it touches a space anywhere in the answer, else replaced by a space; the
+  first 32 full stops not followed by a digit removed (the look-behind of the released pattern is mistyped and tests
+  nothing, and its flag is taken for a count); number words up to ten become digits ("none" is 0); articles go;
+  apostrophes of contractions return.
 - classic, as the VQA tool: commas, question marks and 's are not treated first, so that a number with a comma makes
   all marks go; and where all annotators agree nothing is normalised, on neither side.
 """

@@ -169,7 +169,7 @@ def test_bad_annotations_are_all_named(tmp_path):
     with pytest.raises(ValueError, match="objects.json: not valid JSON .holds the key '1' twice"):
         chair_photographs(table, None)
     table.write_text('{"1": ["dog"], "2": "dog", "3": [4]}')
-    with pytest.raises(ValueError, match=r"image '2': want a list.*\n.*image '3': want a list"):
+    with pytest.raises(ValueError, match=r"json:'2': '2' must be a list.*\n.*json:'3': '3' must hold strings"):
         chair_photographs(table, None)
     table.write_text('{"1": ["dog"], "2": ["dgo"]}')
     with pytest.raises(ValueError, match="objects.json: class 'dgo' is none of the 80 that CHAIR knows"):

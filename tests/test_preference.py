@@ -27,8 +27,8 @@ ROWS = [
 def policy():
     """The embedded model with adapters that matter."""
     model = load_llava(DEFAULT_MODEL)
+    torch.manual_seed(0)  # of lora_A, too
     add_lora(model.language_model.model, rank=2, alpha=4.0)
-    torch.manual_seed(0)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return model.eval()
