@@ -42,11 +42,11 @@ def read_runs(paths: Sequence[Path], benchmarks: Mapping[str, Benchmark]) -> lis
     paths = list(dict.fromkeys(paths))
     stems, runs, problems = Counter(path.stem for path in paths), {}, []
     for path in paths:
-        for number, result in read_jsonl(path):
+        for where, result in read_jsonl(path):
             if reason := _wrong(result, benchmarks):
-                problems.append(f"{path}:{number}: no result of evaluate.py: {reason}")
+                problems.append(f"{where}: no result of evaluate.py: {reason}")
             elif (path, result["benchmark"]) in runs:
-                problems.append(f"{path}:{number}: {result['benchmark']} is there twice")
+                problems.append(f"{where}: {result['benchmark']} is there twice")
             else:
                 name = path.stem if stems[path.stem] == 1 else str(path)
                 runs[path, result["benchmark"]] = Run(name, result)

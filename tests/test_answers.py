@@ -62,12 +62,12 @@ def test_two_benchmarks_in_one_folder(tmp_path):
 
 def test_tasks_of_mme_are_where_most_of_them_are(tmp_path):
     for task in ("count", "color"):
-        folder = tmp_path / "MME_Benchmark_release_version" / task
+        folder = tmp_path / "release" / task
         touch(folder / "1.jpg")
         (folder / "1.txt").write_text("Is it?\tYes\nIs it not?\tNo\n")
     touch(tmp_path / "places" / "scene" / "1.jpg")
     rows = mme.questions(tmp_path, tmp_path)
-    assert len(rows) == 4 and rows[0]["image"] == "MME_Benchmark_release_version/count/1.jpg"
+    assert len(rows) == 4 and rows[0]["image"] == "release/count/1.jpg"
 
 
 def test_images_below_end_in_the_official_name(tmp_path):
