@@ -220,11 +220,12 @@ def prepare(name: str, args: argparse.Namespace) -> Task:
     if args.data is None and "None" not in str(inspect.signature(benchmark.questions).parameters["data"].annotation):
         wanted = f"a folder with {', '.join(benchmark.files)}" if benchmark.files else "a file"
         raise BadInput(f"{name} needs --data, {wanted}")
-    images = None if args.answers else image_folder(args)
+    asks = not (args.answers or args.replies)
+    images = image_folder(args) if asks else None
     rows = benchmark.questions(args.data, images, **kwargs_of(benchmark.questions, args))
-    if not (args.answers or images) and any(row["image"] and ":" not in row["image"] for row in rows):
+    if asks and not images and any(row["image"] and ":" not in row["image"] for row in rows):
         raise BadInput(f"{name}: --images DIR with the image files, or --answers FILE")
-    said = None
+    said = None if asks else {}  # a judge's replies may be all that the scores need
     if args.answers:
         said = benchmark.read_answers(args.answers, rows, subset=args.subset)
         rows = [row for row in rows if row["id"] in said]
@@ -301,7 +302,7 @@ def measure(model, processor: Processor, name: str, *, said: Mapping | None = No
 
 def protocol(task: Task, args: argparse.Namespace) -> dict:
     """What two results must share to be compared, and where the answers came from."""
-    listed = "\n".join(f"{row['id']}\t{row['image']}" for row in task.rows)
+    listed = "\n".join(f"{row['id']}\t{row.get('image')}" for row in task.rows)
     options = {name: [str(p) for p in value] if isinstance(value, tuple | list) else
                str(value) if isinstance(value, Path) else value
                for f in functions_of(task.benchmark) for name, value in kwargs_of(f, args).items()}
@@ -312,8 +313,8 @@ def protocol(task: Task, args: argparse.Namespace) -> dict:
         entries |= {"judge": args.judge_model or args.judge or [str(path) for path in args.replies or ()],
                     "judge_runs": args.judge_runs,
                     "judge_prompts": str(args.judge_prompts) if args.judge_prompts else None}
-    if args.answers:
-        return {**entries, "answers": str(args.answers)}
+    if args.answers or args.replies:
+        return {**entries, "answers": str(args.answers) if args.answers else None}
     model = args.model.resolve()
     name = model.relative_to(HOME) if model.is_relative_to(HOME) else args.model
     return {**entries, "model": str(name), "template": args.template, "aspect": args.aspect,
@@ -387,7 +388,7 @@ def result_of(task: Task, said: Mapping, args: argparse.Namespace, judges: list[
         scores = benchmark.score(task.rows, said, **options)
     else:
         replies = [run for path in args.replies or () for run in benchmark.read_replies(path, task.rows)]
-        replies += ask_judges(task, said, judges, prompts.get(task.name))
+        replies += ask_judges(task, said, judges, prompts.get(task.name)) if judges else []
         scores = benchmark.score(task.rows, said, replies, **options)
     return {"benchmark": task.name, "protocol": protocol(task, args), "scores": scores, "versions": versions()}
 

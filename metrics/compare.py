@@ -136,7 +136,7 @@ def _fits(run: Run, path: str, value: object) -> bool:
 
 def _cell(value: float | None) -> str:
     """Figures come rounded as the benchmark's script does; others get one decimal."""
-    return "-" if value is None else str(value) if value == round(value, 4) else f"{value:.1f}"
+    return "-" if value is None else str(value) if value == round(value, 2) else f"{value:.1f}"
 
 
 def read_published(name: str, path: Path = PUBLISHED) -> list[dict]:

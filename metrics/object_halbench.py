@@ -253,6 +253,8 @@ def _entries(path: Path) -> list[tuple[str, object]]:
 def score(rows: Sequence[dict], said: Mapping[str, str], replies: Sequence[Mapping[str, str]]) -> dict:
     """`mean` and `deviation` over the runs of FIGURES, as fractions (`words`: a number), and `rounded`, in percent with
     two decimals. Also `counts` and `unparsed` of each run."""
+    if len(said) < len(rows):
+        raise BadInput("Object HalBench needs the responses next to the judge's replies: --answers FILE")
     judged.check_runs(replies, [row["id"] for row in rows if not is_short(said[row["id"]])])
     lists = [{row["id"]: [] if is_short(said[row["id"]]) else read_objects(run[row["id"]]) for row in rows}
              for run in replies]  # fmt: skip

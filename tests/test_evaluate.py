@@ -700,3 +700,16 @@ def test_a_judge_is_asked_once_a_run(tmp_path, monkeypatch):
     assert asked == [(0, [None]), (1, [None])]
     assert result["scores"]["mean"]["all"] == pytest.approx(100 * (2 / 8 + 4 / 8) / 2)
     assert (result["protocol"]["judge"], result["protocol"]["judge_runs"]) == ("J", 2)
+
+
+@needs_fixtures
+@pytest.mark.parametrize(("name", "data", "replies", "total", "expected"), [
+    ("mmvet", "mmvet", "mmvet/grades_llava-v1.5-13b.json", "total", 36.1),
+    ("llavabench", "llavabench/reviews_llava-v1.5-13b.jsonl", "llavabench/reviews_llava-v1.5-13b.jsonl", "all", 72.8),
+])
+def test_official_reviews_are_scored_without_answers(tmp_path, monkeypatch, name, data, replies, total, expected):
+    """Neither a model nor a judge is asked."""
+    monkeypatch.setattr(evaluate, "load_llava", None)
+    done = Run("--benchmark", name, "--data", FIXTURES / data, "--replies", FIXTURES / replies, "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "o").read_text())["scores"]["rounded"]["mean"][total] == expected
