@@ -1,5 +1,6 @@
 """A few broken files of every kind; `python -m tests.fuzz` tries thousands."""
 
+from common import BadInput
 from tests import fuzz
 
 
@@ -20,7 +21,8 @@ def test_faults_are_seen(tmp_path):
         return fuzz.outcome(kind, b"{}", tmp_path)
 
     assert outcome(fail(KeyError("k"))).startswith("KeyError in test_fuzz.py")
-    assert outcome(fail(ValueError("oh"))) == "names no file: oh"
-    assert outcome(fail(ValueError(f"{tmp_path}: oh"))) == "refused"
+    assert outcome(fail(BadInput("oh"))) == "names no file: oh"
+    assert outcome(fail(ValueError("oh"))).startswith("ValueError in test_fuzz.py")
+    assert outcome(fail(BadInput(f"{tmp_path}: oh"))) == "refused"
     assert outcome(fail(fuzz.TooLong())) == "takes more than 10 s"
     assert outcome(fuzz.Kind("x.json", {}, lambda path: path.read_bytes())) == "read"
