@@ -75,7 +75,7 @@ from metrics import (
     textvqa,
     vizwiz,
 )
-from metrics.benchmark import Benchmark
+from metrics.benchmark import CONTROLS, Benchmark
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import answers
 from model.training import ranks, start_processes
@@ -292,7 +292,7 @@ def measure(model, processor: Processor, name: str, *, said: Mapping | None = No
     """(scores, answers) of a benchmark about scenes; `said` spares the asking. With `controls`, control rows too."""
     benchmark = BENCHMARKS[name]
     rows = [row for row in benchmark.questions(None, None, **options)
-            if controls or row.get("split", row.get("part")) not in pope.CONTROLS]
+            if controls or row.get("split", row.get("part")) not in CONTROLS]
     said = said or ask(model, processor, rows, benchmark.max_new_tokens, progress=name)
     return benchmark.score(rows, said), said
 

@@ -32,6 +32,8 @@ from common import BadInput
 from metrics.answers import read_answers
 from metrics.files import below, pick
 
+CONTROLS = ("other_picture", "removed")  # splits of questions about scenes that tell looking from guessing
+
 
 class Benchmark(NamedTuple):
     """One benchmark; see above."""

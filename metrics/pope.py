@@ -52,14 +52,13 @@ from typing import Literal
 from common import BadInput, brief, refuse
 from data.scenes import exist_question, held_out, pope_questions, reference, sample_scene
 from metrics.answers import id_of, join, with_files
-from metrics.benchmark import Benchmark, find
+from metrics.benchmark import CONTROLS, Benchmark, find
 from metrics.chair import percent, ratio
 from metrics.files import each, field, read_jsonl, refuse_repeats
 from metrics.objects import sample
 
 RULES = "POPE as released: 'No', 'no' or 'not' in the first sentence means no, everything else yes"
 SPLITS = ("random", "popular", "adversarial")
-CONTROLS = ("other_picture", "removed")
 LABELS = [f"coco_pope_{split}.json" for split in SPLITS]
 FILES = {name: f"github.com/RUCAIBox/POPE, output/coco/{name}" for name in LABELS}
 FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
