@@ -12,7 +12,7 @@ import re
 import reprlib
 import subprocess
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from itertools import takewhile
@@ -170,18 +170,28 @@ def meaning(option: str, *functions: Callable) -> str:
     return ""
 
 
-def add_options(group, *functions: Callable, suppress: bool = False) -> None:
+def add_options(group, *functions: Callable, suppress: bool = False, skip: Collection[str] = (),
+                tuned: Mapping[str, str] = {}) -> None:
     """The options of functions on a command line: type, choices and default from the signature, the help from the
-    header's table. suppress: what is not given is absent, for functions whose defaults differ."""
+    header's table.
+
+    Args:
+        suppress: what is not given is absent, for functions whose defaults differ.
+        skip: keyword arguments that are no options.
+        tuned: what the help says of a default that is set elsewhere.
+    """
     for name, (kind, default) in options_of(*functions).items():
+        if name in skip:
+            continue
         kind = next((k for k in typing.get_args(kind) if type(None) in typing.get_args(kind)), kind)  # of `kind | None`
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
         several = typing.get_origin(kind) is tuple  # tuple[X, ...]
         kind = typing.get_args(kind)[0] if several else type(choices[0]) if choices else kind
         how = {"action": "store_true"} if kind is bool else {"type": kind, "choices": choices}
         how |= {"nargs": "+"} if several else {}
-        shown = default.relative_to(HOME) if isinstance(default, Path) else default
-        text = meaning(name, *functions) + ("" if default in (None, False, ()) else f" (default: {shown})")
+        shown = tuned.get(name, default.relative_to(HOME) if isinstance(default, Path) else default)
+        unset = shown is None or shown is False or shown == ()  # 0 equals False, and is a default to show
+        text = meaning(name, *functions) + ("" if unset else f" (default: {shown})")
         default = argparse.SUPPRESS if suppress else default
         group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text.replace("%", "%%"), **how)
 

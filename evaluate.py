@@ -78,6 +78,7 @@ from metrics import (
 from metrics.benchmark import CONTROLS, Benchmark
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.generate import answers
+from model.reference import identity
 from model.training import ranks, start_processes
 from pairs.progress import forget, in_chunks
 
@@ -135,6 +136,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     functions = dict.fromkeys(f for name in known.benchmark for f in functions_of(BENCHMARKS[name]))
     add_options(group, *functions, suppress=True)
     args = parser.parse_args(argv)
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     check(args, parser)
     return args
 
@@ -217,7 +219,8 @@ def _unwritable(path: Path) -> str:
 def prepare(name: str, args: argparse.Namespace) -> Task:
     """Questions, and answers if they are in a file. Raises BadInput."""
     benchmark = BENCHMARKS[name]
-    if args.data is None and "None" not in str(inspect.signature(benchmark.questions).parameters["data"].annotation):
+    data = inspect.signature(benchmark.questions).parameters["data"]
+    if args.data is None and data.default is data.empty:
         wanted = f"a folder with {', '.join(benchmark.files)}" if benchmark.files else "a file"
         raise BadInput(f"{name} needs --data, {wanted}")
     asks = not (args.answers or args.replies)
@@ -318,7 +321,8 @@ def protocol(task: Task, args: argparse.Namespace) -> dict:
     model = args.model.resolve()
     name = model.relative_to(HOME) if model.is_relative_to(HOME) else args.model
     return {**entries, "model": str(name), "template": args.template, "aspect": args.aspect,
-            "decoding": "greedy", "max_new_tokens": task.length,
+            "precision": args.precision, "decoding": "greedy", "max_new_tokens": task.length,
+            "first_prompt": task.rows[0]["prompt"] if task.rows else None,
             **({"reference": str(args.reference)} if args.reference else {})}
 
 
@@ -336,8 +340,7 @@ def run(args: argparse.Namespace) -> list[tuple[Task, Mapping, dict]] | None:
     check_judges(tasks, args, prompts)
     rank, world = ranks()
     device = start_processes(world)
-    half = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     root = image_folder(args)
     model = processor = None
     if any(task.said is None for task in tasks):
@@ -368,7 +371,7 @@ def answer(task: Task, model, processor: Processor, args: argparse.Namespace, ro
         return said if ranks()[0] == 0 else None
     out = args.out and args.out.with_name(f"{args.out.name}.{task.name}")
     return ask(model, processor, task.rows, task.length, args.batch_size, root, task.name, out,
-               {**protocol(task, args), "precision": str(dtype)})
+               {**protocol(task, args), **identity(args.model, [], processor)})  # another model of this name is refused
 
 
 def check_judges(tasks: Sequence[Task], args: argparse.Namespace, prompts: Mapping) -> None:

@@ -100,6 +100,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     suffix = {"plumbline": ".jsonl", "trl": ".parquet"}[args.format]
     args.out = args.out or Path("runs") / f"pairs-{args.method}{suffix}"
     args.cache = args.cache or args.out.parent / "cache"
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     return args
 
 
@@ -123,7 +124,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         help="embeddings and servers' replies (default: cache, next to --out)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--precision", choices=PRECISION, default="fp32", help="(default: %(default)s)")
+    add("--precision", choices=PRECISION, help="(default: bf16 on CUDA, else fp32)")
     add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
     add("--bad-records", choices=("stop", "skip"), default="stop",
         help="when an image turns out to be damaged: stop, keeping what is done, or leave the record out"

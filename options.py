@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import tempfile
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 import common
-from common import BadInput, check_ranges, is_url, meaning, read_json, refuse
+from common import BadInput, add_options, check_ranges, is_url, read_json, refuse
 from data.batch import scored
 from data.templates import TEMPLATES
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
@@ -112,7 +111,9 @@ def read_arguments(losses: dict[str, Recipe], argv: list[str] | None = None, abo
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_general_options(parser)
     group = parser.add_argument_group(f"options of {known.loss}")
-    add_own_options(group, recipe, tuned)
+    own = options_of(*recipe.functions)
+    add_options(group, *recipe.functions, skip=MEASURED,
+                tuned={name: f"{tuned[name]} by {TUNED}, else {own[name][1]}" for name in own.keys() & tuned.keys()})
     if recipe.samples:
         add_sampling_options(group, recipe)
     parser.set_defaults(**tuned)
@@ -165,16 +166,6 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--bad-records", choices=("stop", "skip"), default="stop",
         help="when an image turns out to be damaged: save a checkpoint and stop, or put another record in its"
              " place (default: %(default)s)")
-
-
-def add_own_options(group, recipe: Recipe, tuned: dict[str, float]) -> None:
-    """The keyword arguments of the loss's functions."""
-    for name, (kind, default) in options_of(*recipe.functions).items():
-        shown = f"{tuned[name]} by {TUNED}, else {default}" if name in tuned else default
-        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
-        says = meaning(name, *recipe.functions).replace("%", "%%")
-        group.add_argument(f"--{name.replace('_', '-')}", type=type(default) if choices else kind,
-                           default=default, choices=choices, help=f"{says} (default: {shown})")
 
 
 def add_sampling_options(group, recipe: Recipe) -> None:

@@ -177,8 +177,8 @@ def chair(
 
 
 def questions(
-    data: Path | None,
-    images: Path | None,
+    data: Path | None = None,
+    images: Path | None = None,
     *,
     annotations: tuple[Path, ...] = (),
     scenes: int = 300,

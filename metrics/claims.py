@@ -164,8 +164,8 @@ def sayable(record: Record) -> set[tuple[str, str | None]]:
 
 
 def questions(
-    data: Path | None,
-    images: Path | None,
+    data: Path | None = None,
+    images: Path | None = None,
     *,
     scenes: int = 300,
     split: Literal["test", "dev"] = "test",

@@ -50,8 +50,8 @@ TYPICAL = 0.6
 
 
 def questions(
-    data: Path | None,
-    images: Path | None,
+    data: Path | None = None,
+    images: Path | None = None,
     *,
     scenes: int = 300,
     split: Literal["test", "dev"] = "test",

@@ -122,8 +122,8 @@ def mean_of(splits: Iterable[Mapping[str, float]]) -> dict:
 
 
 def questions(
-    data: Path | None,
-    images: Path | None,
+    data: Path | None = None,
+    images: Path | None = None,
     *,
     annotations: tuple[Path, ...] = (),
     questions: Path | None = None,

@@ -616,7 +616,7 @@ def letters(rows, said, *, letter: str = "d") -> dict:
     return counted([said[row["id"]] for row in rows], letter=letter)
 
 
-def scenes_of(data: Path | None, images: Path | None) -> list[dict]:
+def scenes_of(data: Path | None = None, images: Path | None = None) -> list[dict]:
     return LETTERS.questions(data, images)
 
 
@@ -654,6 +654,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, rand
         Run(*common, "--out", out)
     stop[0] = 10**6
     done = Run(*common[:-2], "--out", out, "--max-new-tokens", 5)
+    assert done.returncode == 2 and "run with other settings" in done.stderr
+    weights = (random_folder / "model.safetensors").read_bytes()
+    (random_folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    done = Run(*common[:-2], "--out", out)
+    (random_folder / "model.safetensors").write_bytes(weights)
     assert done.returncode == 2 and "run with other settings" in done.stderr
     assert Run(*common, "--out", out).returncode == 0 and not list(tmp_path.glob("o.pope.part*"))
     resumed, calls = said.read_bytes(), len(asked)
