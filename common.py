@@ -118,6 +118,7 @@ def refuse(problems: Iterable[str]) -> None:
 
 
 def is_url(text: str) -> bool:
+    """Whether a name is the address of a server."""
     return text.startswith(("http://", "https://"))
 
 

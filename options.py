@@ -259,6 +259,7 @@ def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
 
 
 def resume_problems(args: argparse.Namespace) -> Iterator[str]:
+    """A run that cannot go on, or that must not be replaced."""
     if args.resume and args.overwrite:
         yield "--resume goes on with what --out holds, --overwrite replaces it: which of them?"
     if args.resume and not any((args.out / name).is_file() for name in (CHECKPOINT, PREVIOUS)):
@@ -266,6 +267,7 @@ def resume_problems(args: argparse.Namespace) -> Iterator[str]:
 
 
 def cache_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
+    """Losses whose reference log-probs cannot be kept."""
     if args.reference_cache and not recipe.compares:
         yield f"--reference-cache: {args.loss} has no reference"
     elif args.reference_cache and recipe.drawn:

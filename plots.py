@@ -51,6 +51,7 @@ def panels(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[svg.Panel]
 
 
 def is_finite(value: object) -> bool:
+    """Whether a value can be drawn."""
     return type(value) in (int, float) and math.isfinite(value)
 
 

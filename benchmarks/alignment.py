@@ -104,6 +104,7 @@ def chair_figures(scores: dict) -> dict[str, float]:
 
 
 def pairs_file(method: str, seed: int, out: Path) -> Path:
+    """The pairs of a method and a seed, made once and kept."""
     return out / f"pairs-{method}-{seed}" / "pairs.jsonl"
 
 
@@ -164,6 +165,7 @@ def own_rewards(row: str, seeds: list[int], out: Path) -> str:
 
 
 def lines_of(folder: Path) -> list[str]:
+    """The lines of a run's metrics."""
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 

@@ -50,6 +50,8 @@ SMALL = {
 
 
 class Example(NamedTuple):
+    """A prompt with its image, and where its sentences begin."""
+
     view: View
     prompt: list[int]
     hidden: Tensor  # (len(prompt),) bool
@@ -123,6 +125,7 @@ def ways(model: Llava, examples: list[Example], eos_id: int, steps: int) -> dict
 
 
 def main() -> None:
+    """Time the three ways on the same examples and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("tiny", "small"), default="tiny")
     parser.add_argument("--examples", type=int, default=16)

@@ -158,6 +158,7 @@ def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, f
 
 
 def main() -> None:
+    """Rehearse one step at full size and print seconds and memory of its parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="keep the checkpoint there (default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=32, help="decoder layers (default: all %(default)s)")

@@ -37,6 +37,7 @@ def timed(name: str, compute, *inputs):
 
 
 def main() -> None:
+    """Time the scorers asked for, on one core, and print seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=10_000)
     parser.add_argument("--amber", type=Path, metavar="FOLDER")

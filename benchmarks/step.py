@@ -99,6 +99,8 @@ SIZES = {
 
 
 class Pair(NamedTuple):
+    """Token ids of one preference pair."""
+
     prompt: tuple[int, ...]  # with its image tokens
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
@@ -249,6 +251,7 @@ def trl_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool, 
 
 
 def cpu_seconds(step: Step) -> float:
+    """CPU seconds that one step takes."""
     gc.collect()
     start = time.process_time()
     step()
@@ -335,6 +338,7 @@ def memory_alone(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Time the ways asked for, in rounds, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

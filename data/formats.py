@@ -321,6 +321,8 @@ def _trl(row: dict, image_of: Images) -> dict:
 
 
 class Format(NamedTuple):
+    """How a row is recognised, and how it becomes a record."""
+
     fits: Callable[[dict], bool]  # do the (filled) keys of a row belong to this format?
     convert: Callable[[dict, Images], dict]
 

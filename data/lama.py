@@ -55,6 +55,8 @@ def conv(inputs: int, outputs: int, side: int, stride: int = 1) -> nn.Conv2d:
 
 
 class FourierUnit(nn.Module):
+    """F of the header: a convolution of the spectrum, (B, C, H, W) -> (B, C, H, W)."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv_layer = conv(2 * channels, 2 * channels, 1)
@@ -70,6 +72,8 @@ class FourierUnit(nn.Module):
 
 
 class Spectral(nn.Module):
+    """spectral(x) of the header: (B, C, H, W) -> (B, C, H, W)."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv1 = nn.Sequential(conv(channels, channels // 2, 1), nn.BatchNorm2d(channels // 2), nn.ReLU())
@@ -116,6 +120,8 @@ class Layer(nn.Module):
 
 
 class Block(nn.Module):
+    """Two layers with a residual around them, for local and global channels alike."""
+
     def __init__(self, channels: tuple[int, int]):
         super().__init__()
         self.conv1, self.conv2 = Layer(channels, channels, 3), Layer(channels, channels, 3)
@@ -133,6 +139,8 @@ class Start(nn.ReflectionPad2d):
 
 
 class Join(nn.Module):
+    """(local, global) -> their channels one after the other."""
+
     def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
         return torch.cat(x, 1)
 

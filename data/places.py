@@ -30,6 +30,8 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
+    """What one image shows: everything follows from the seed."""
+
     seed: int
     place: str
     objects: tuple[Object, ...]

@@ -58,6 +58,7 @@ def horizontal(item: Object) -> str:
 
 
 def vertical(item: Object) -> str:
+    """Whether the centre lies in the top or the bottom third, "" in between."""
     centre = item.row + item.size / 2
     return "at the top" if centre < GRID / 3 else "at the bottom" if centre > 2 * GRID / 3 else ""
 

@@ -98,6 +98,8 @@ def sentence_config(raw: dict, where: str = "config.json") -> SentenceConfig:
 
 
 class Embeddings(nn.Module):
+    """Tokens, positions and, in BERT, the first token type, normalised."""
+
     def __init__(self, config: SentenceConfig):
         super().__init__()
         width = config.hidden_size
@@ -116,6 +118,8 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -129,6 +133,8 @@ class SelfAttention(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention, the residual and its LayerNorm."""
+
     def __init__(self, config: SentenceConfig):
         super().__init__()
         self.attn = SelfAttention(config.hidden_size, config.num_attention_heads)
@@ -163,6 +169,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The blocks, and MPNet's bias by relative position."""
+
     def __init__(self, config: SentenceConfig):
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))

@@ -210,6 +210,7 @@ def requests(rows: Sequence[dict], said: Mapping[str, str], prompt: str = PROMPT
 
 
 def is_short(response: str) -> bool:
+    """Whether a response is too short to be judged."""
     return len(response.split()) <= SHORT
 
 

@@ -27,6 +27,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention with biases: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -45,6 +47,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Linear, quick GELU, linear: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -71,6 +75,8 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The blocks one after the other: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: VisionConfig | ClipTextConfig, layers: int):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(layers))
@@ -82,6 +88,8 @@ class Encoder(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
+    """pixels (B, 3, S, S) -> class token and patches with their positions (B, 1+P, D)."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         width = config.hidden_size
@@ -112,7 +120,7 @@ class VisionTransformer(nn.Module):
             self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> hidden states (B, 1+P, D), class token first. BadInput on another size."""
+        """pixels (B, 3, S, S) -> hidden states (B, 1+P, D), class token first. ValueError on another size."""
         size = self.config.image_size
         if tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(f"images are {tuple(pixels.shape[1:])}, the vision tower takes (3, {size}, {size})")
@@ -120,6 +128,8 @@ class VisionTransformer(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
+    """ids (B, T) -> tokens with their positions (B, T, D)."""
+
     def __init__(self, config: ClipTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)

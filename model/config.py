@@ -190,6 +190,7 @@ def llama_config(raw: dict, where: str = "config.json") -> LlamaConfig:
 
 
 def vision_config(raw: dict, where: str, **fixed) -> VisionConfig:
+    """Read a CLIP vision section. Raises BadInput naming the file and the field."""
     refuse(raw, where, model_type=("clip_vision_model",), hidden_act=("quick_gelu",))
     config = take(VisionConfig, raw, where, **fixed)
     shared(config.hidden_size, config.num_attention_heads, where)

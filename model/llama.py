@@ -61,6 +61,8 @@ def _drop(x: Tensor, skip: int) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary embedding: x (T, D) -> (T - skip, D); `attend` holds the attention mask."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, d = config.hidden_size, config.head_dim
@@ -80,6 +82,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): (T, D) -> (T, D)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -98,6 +102,8 @@ def recomputed_in_parts(function: Callable, x: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
+    """Pre-norm block: attention, then the MLP, each added to its input."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.self_attn = Attention(config)

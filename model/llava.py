@@ -84,6 +84,8 @@ class VisionTower(nn.Module):
 
 
 class Llava(VLM):
+    """Vision tower, projector and decoder of LLaVA-1.5 and 1.6."""
+
     CONNECTOR, TOWER = "multi_modal_projector", "vision_tower"
 
     def __init__(self, config: LlavaConfig):

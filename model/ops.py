@@ -27,6 +27,8 @@ ROWS = 64  # query rows whose attention weights are alive at a time in the backw
 
 
 class RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight; keeps x and one number a row for the backward pass."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x (.., D), weight (D,) -> (.., D); the mean square is taken in fp32."""
@@ -49,6 +51,8 @@ class RMSNorm(torch.autograd.Function):
 
 
 class Rotate(torch.autograd.Function):
+    """Rotary embedding; keeps cos and sin, as its backward pass is the opposite rotation."""
+
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (T, H, d), cos and sin (T, 1, d) of x's dtype -> (T, H, d)."""
@@ -72,6 +76,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up; keeps its inputs, and the product is recomputed."""
+
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         """gate and up (.., F) -> silu(gate) * up (.., F)."""
@@ -87,6 +93,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
+    """Scaled dot-product attention whose backward pass recomputes the weights a few query rows at a time."""
+
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
         """q (G, H, n, d), k and v (G, H, m, d), mask (G, 1, n, m) bool -> (G, H, n, d).

@@ -106,6 +106,7 @@ def size_of(raw: dict, key: str, where: str) -> int | tuple[int, int] | None:
 
 
 def channels_of(raw: dict, key: str, default: tuple[float, ...], where: str) -> tuple[float, ...]:
+    """Three numbers from 0 to 1 under `key`, one for each channel. Raises BadInput naming the file."""
     value = raw.get(key, default)
     fits = isinstance(value, (list, tuple)) and len(value) == 3 and all(type(x) in (int, float) for x in value)
     if not fits or not all(0 <= x <= 1 for x in value):

@@ -44,6 +44,8 @@ class Call:
 
 
 class Storage(NamedTuple):
+    """A tensor's data in the archive, not read yet."""
+
     key: str
     dtype: torch.dtype
     length: int

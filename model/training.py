@@ -143,6 +143,7 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 

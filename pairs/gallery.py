@@ -135,6 +135,7 @@ def _source(source: dict) -> str:
 
 
 def main() -> None:
+    """The command line; exit status 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path, metavar="PAIRS.jsonl")

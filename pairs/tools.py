@@ -193,16 +193,19 @@ def processor(setting: Setting, *, model: Path = DEFAULT_MODEL, template: str | 
 
 
 def model(processor, setting: Setting, used: dict, *, model: Path = DEFAULT_MODEL) -> Llava:
+    """The policy, loaded after all records' texts were checked."""
     processor()
     used["model"] = named(model)
     return load_llava(resolve(model), dtype=setting.dtype, device=setting.device)
 
 
 def clip_processor(*, clip_model: Path | None = None) -> ClipProcessor:
+    """Texts and images for CLIP."""
     return ClipProcessor(resolve(clip_model or DEFAULT_CLIP))
 
 
 def clip(setting: Setting, used: dict, *, clip_model: Path | None = None) -> CLIP:
+    """The CLIP model. Raises BadInput where the embedded one would look at photographs."""
     if clip_model is None and not all(record["image"].startswith("scene:") for record in setting.records):
         raise BadInput("photographs need --clip-model DIR: the embedded CLIP knows scenes only")
     used["clip"] = named(clip_model or DEFAULT_CLIP)
@@ -211,6 +214,7 @@ def clip(setting: Setting, used: dict, *, clip_model: Path | None = None) -> CLI
 
 def similarity(clip, clip_processor, setting: Setting, used: dict, *,
                sentence_model: Path | None = None) -> Similarity:
+    """What compares two responses."""
     if sentence_model is None:
         return clip_similarity(clip(), clip_processor())
     used["sentence_model"] = named(sentence_model)
@@ -222,6 +226,7 @@ def similarity(clip, clip_processor, setting: Setting, used: dict, *,
 
 def sample(model, processor, setting: Setting, used: dict, *, samples: int = 4, temperature: float = 1.0,
            max_new_tokens: int = 96, seed: int = 0) -> Sample:
+    """Several responses of the policy to each record; record i of the run uses seed + i."""
     used.update(seed=seed, temperature=temperature)
     seeds = {record["id"]: seed + row for row, record in enumerate(setting.records)}
     return partial(sample_responses, model=model(), processor=processor(), seeds=seeds, samples=samples,
@@ -231,6 +236,7 @@ def sample(model, processor, setting: Setting, used: dict, *, samples: int = 4, 
 
 def judge(model, processor, clip, clip_processor, setting: Setting, used: dict, *, judge: str = "scene",
           judge_model: str | None = None, seed: int = 0) -> Judge:
+    """Who ranks the samples. Raises BadInput where the scenes' judge does not know an image."""
     if judge == "scene":
         for record in setting.records:
             judge_scene(record, [])  # raises now, not after hours, when it does not know an image
@@ -243,6 +249,7 @@ def judge(model, processor, clip, clip_processor, setting: Setting, used: dict, 
 
 def writer(model, processor, setting: Setting, used: dict, *, writer: str = "scene",
            writer_model: str | None = None, seed: int = 0) -> Writer:
+    """Who writes errors. Raises BadInput where rules do not know an image."""
     if writer == "scene":
         used.update(seed=seed, writer="rules")
         write = scene_corrupt(seed)
@@ -255,6 +262,7 @@ def writer(model, processor, setting: Setting, used: dict, *, writer: str = "sce
 
 def author(sample, judge, model, processor, setting: Setting, used: dict, *, author: str = "policy",
            author_model: str | None = None) -> Author:
+    """Who writes the chosen responses that are not given."""
     if author == "policy":
         return partial(best_responses, judge=judge(), sample=sample())
     used["author"] = author_model or author
@@ -278,6 +286,7 @@ def _asked(who: str, name: str | None, model, processor, setting: Setting, used:
 
 def candidates(setting: Setting, used: dict, *, detector: str = "scene", detector_weights: Path | None = None,
                lama: Path | None = None, dilation: int = 15, max_area: float = 0.8) -> Candidates:
+    """Images without one of their objects. Raises BadInput where nothing finds objects in an image."""
     if detector == "scene":
         for record in setting.records:
             scene_candidates(record)  # raises now when it does not know an image
@@ -344,10 +353,12 @@ def _embed(images: list[str], clip: CLIP, processor: ClipProcessor, setting: Set
 
 
 def models(used: dict) -> dict:
+    """The networks in use, by name."""
     return {key: used[key] for key in ("model", "clip", "sentence_model", "detector", "fill") if key in used}
 
 
 def source(used: dict) -> dict:
+    """How the texts came about: networks, seed, temperature, judge, author and writer in use."""
     keys = ("model", "clip", "sentence_model", "seed", "temperature", "judge", "author", "writer")
     return {key: used[key] for key in keys if key in used}
 

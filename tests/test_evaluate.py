@@ -380,6 +380,16 @@ def test_a_subset_is_scored_when_asked(tmp_path):
     assert whole["questions_sha256"] != first["protocol"]["questions_sha256"] and whole["subset"] is False
 
 
+def test_a_subset_without_the_first_question(tmp_path):
+    (tmp_path / "objects.json").write_text(json.dumps({"1": ["dog"], "2": ["cup"]}))
+    said = jsonl(tmp_path / "a", [{"image_id": 2, "caption": "A cup."}])
+    done = Run("--benchmark", "chair", "--annotations", tmp_path / "objects.json", "--answers", said, "--subset",
+               "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "o").read_text())["scores"]
+    assert (scores["n"], scores["chair_s"], scores["recall"]) == (1, 0, 1)
+
+
 def test_llavas_questions_with_the_labels_of_one_split(tmp_path):
     """Answers to that split or to all are scored alike; a question of it without label, or a label without
     question, is named, and so is a file whose name tells no split."""

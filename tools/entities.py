@@ -135,6 +135,7 @@ def expand(entities: dict[str, list[set[str]]], irregular: dict[str, str]) -> di
 
 
 def main() -> None:
+    """Write data/entities.txt from LVIS and WordNet."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--lvis", type=Path, required=True, metavar="FILE", help="categories of LVIS v1")

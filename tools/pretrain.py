@@ -363,6 +363,7 @@ def _endless(n: int, seed: int):
 
 
 def main() -> None:
+    """The command line: one stage of the pretraining."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tokenizer", "clip", *STAGES))
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder that all stages share")
