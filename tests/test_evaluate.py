@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import evaluate
+from common import BadInput
 from data import scenes
 from judges.ask import Model, Reply
 from judges.known import KnownObjects
@@ -151,6 +152,39 @@ def test_photographs_are_found_by_name_stem_and_coco_number(tmp_path):
     for read, source in ((chair_photographs, table), (pope_photographs, [labels])):
         with pytest.raises(ValueError, match="no: no such folder"):
             read(source, tmp_path / "no")
+
+
+def test_objects_of_cocos_own_files(tmp_path):
+    """Instances and what the reference captions name count as shown; an image without either shows nothing."""
+    instances = {"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
+                 "categories": [{"id": 1, "name": "dog"}], "annotations": [{"image_id": 7, "category_id": 1}]}
+    (tmp_path / "instances_val2014.json").write_text(json.dumps(instances))
+    with pytest.raises(BadInput, match="has no captions_val2014.json; published at cocodataset.org"):
+        chair.questions(tmp_path)
+    captions = {"annotations": [{"image_id": 7, "caption": "Two cats."}, {"image_id": 7, "caption": "A cup, a dog."}]}
+    (tmp_path / "captions_val2014.json").write_text(json.dumps(captions))
+    assert [row["objects"] for row in chair.questions(tmp_path)] == [["cat", "cup", "dog"], []]
+    (tmp_path / "captions_val2014.json").write_text('{"annotations": [{"image_id": 7}]}')
+    with pytest.raises(BadInput, match="captions_val2014.json:1: has no 'caption'"):
+        chair.questions(tmp_path)
+
+
+def test_scenes_are_those_of_the_split():
+    for split, first in (("test", scenes.TEST), ("dev", scenes.DEV)):
+        rows = chair.questions(split=split, scenes=3)
+        assert [row["image"] for row in rows] == [scenes.reference(first + i) for i in range(3)]
+        asked = {row["image"] for row in pope.questions(split=split, num=2) if row["split"] == "random"}
+        assert asked == {scenes.reference(first), scenes.reference(first + 1)}
+
+
+def test_the_parsers_of_pope():
+    """Yes | no | Maybe | Yes, it is, where yes, no, yes and no are right: official TP 2, FP 1, TN 1; lmms reads the
+    first two alone: TP 1, TN 1, accuracy 1/2, recall 1."""
+    said = {"1": "Yes", "2": " no", "3": "Maybe", "4": "Yes, it is"}
+    rows = [{"id": key, "split": "random", "label": label} for key, label in zip(said, ("yes", "no", "yes", "no"))]
+    official, lmms = (pope.score(rows, said, parser=parser)["splits"]["random"] for parser in ("official", "lmms"))
+    assert [official[key] for key in ("TP", "FP", "TN", "FN", "other", "accuracy")] == [2, 1, 1, 0, 1, 0.75]
+    assert [lmms[key] for key in ("TP", "FP", "TN", "FN", "other", "accuracy", "recall")] == [1, 0, 1, 0, 2, 0.5, 1]
 
 
 def test_samples_are_reproducible(tmp_path):
