@@ -1,7 +1,12 @@
-"""Strict JSON: every way of being broken is one line that names the file."""
+"""Strict JSON: every way of being broken is one line that names the file. Options from signatures; whole files."""
+
+import argparse
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
+import common
 from common import parse_json, read_json, versions
 
 BROKEN = {
@@ -50,3 +55,39 @@ def test_versions_do_without_git(monkeypatch):
         "", "-dirty")
     monkeypatch.setenv("PATH", "")
     assert versions() == {**found, "commit": None}
+
+
+# ---- options from signatures, whole files ----------------------------------------------------------------------------
+
+
+def function(data, *, share: float = 0.5, first: int = 0, whole: bool = False, way: Literal["a", "b"] = "a",
+             files: tuple[Path, ...] = (), name: str | None = None, measured: float = 2.0):
+    """Options of every kind."""
+
+
+def test_options_of_a_signature():
+    """Types, choices, defaults and lists; 0 is a default to show, False and None are not; what is skipped is unknown."""
+    parser = argparse.ArgumentParser()
+    common.add_options(parser, function, skip=("measured",), tuned={"share": "0.7 by a file"})
+    args = parser.parse_args(["--files", "x", "y", "--whole", "--way", "b"])
+    assert vars(args) == {"share": 0.5, "first": 0, "whole": True, "way": "b", "files": [Path("x"), Path("y")],
+                          "name": None}
+    shown = " ".join(parser.format_help().split())
+    assert "(default: 0.7 by a file)" in shown and "(default: 0)" in shown and "(default: a)" in shown
+    assert "False" not in shown and "None" not in shown and "()" not in shown
+    for wrong in (["--way", "c"], ["--first", "1.5"], ["--measured", "1"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+    parser = argparse.ArgumentParser()
+    common.add_options(parser, function, suppress=True)
+    assert vars(parser.parse_args(["--first", "3"])) == {"first": 3}
+
+
+def test_a_file_that_could_not_be_written_leaves_the_former_one(tmp_path):
+    with common.written_whole(tmp_path / "deep" / "a.txt") as temporary:
+        temporary.write_text("one")
+    with pytest.raises(KeyError), common.written_whole(tmp_path / "deep" / "a.txt") as temporary:
+        temporary.write_text("tw")
+        raise KeyError
+    (path,) = (tmp_path / "deep").iterdir()
+    assert (path.name, path.read_text()) == ("a.txt", "one")

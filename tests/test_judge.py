@@ -18,7 +18,7 @@ from PIL import Image
 from data import scenes
 from data.places import PLACES
 from data.processor import Processor
-from judges.ask import CUT, Model, Reply, Request, Server, local_model, read_reply, server_model
+from judges.ask import CUT, Model, Reply, Request, Server, kept_model, local_model, read_reply, server_model
 from judges.clip import clip_judge
 from judges.compare import model_judge, verdict
 from judges.scene import judge_scene
@@ -415,3 +415,19 @@ def test_a_model_corrupts():
     assert (pair["chosen"], pair["rejected"]) == ("A red bus.", "A blue bus.")
     assert pair["source"] == {"method": "corrupt", "model": "writer", "how": "model", "text": None}
     assert dropped == {"the corruption changes nothing": 1, CUT: 1, "the corruption has another length": 1}
+
+
+def test_a_kept_model_is_asked_once(tmp_path):
+    """A request is the image and the text; what was answered before, a problem too, is read from the disk."""
+    asked = []
+
+    def ask(requests):
+        asked.extend(requests)
+        return [Reply(f"{r.image} {r.text}") if r.text != "bad" else Reply("", "no") for r in requests]
+
+    one, two, bad = Request("a", "x"), Request(None, "x"), Request("a", "bad")
+    model = kept_model(Model("m", ask), tmp_path)
+    assert model.ask([one, two, one, bad]) == [Reply("a x"), Reply("None x"), Reply("a x"), Reply("", "no")]
+    assert asked == [one, two, bad]
+    assert kept_model(Model("m", ask), tmp_path).ask([bad, two]) == [Reply("", "no"), Reply("None x")]
+    assert len(asked) == 3 and kept_model(Model("other", ask), tmp_path).ask([one]) == [Reply("a x")] and len(asked) == 4
