@@ -1,6 +1,6 @@
 """Seconds and memory of a DPO step: Plumbline, the naive way and TRL's DPOTrainer on the same weights and pairs.
 
-    python benchmarks/step.py --size small --dtype bfloat16 --measure seconds
+    python benchmarks/step.py --size small --precision bf16 --measure seconds
 
 A step is: policy forward, reference forward (every step, adapters off), DPO loss, backward, clipping, AdamW.
 All sides start from pixels on the CPU that are already preprocessed, so reading and resizing images is not
@@ -90,6 +90,7 @@ class Size:
     response: tuple[int, int] = (90, 109)
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {
     "tiny": Size(160, 4, 5, 432, 128, 5, image=96, patch=12, vocabulary=256, rank=32, pairs=16,
                  prompt=(14, 20), response=(35, 55)),
@@ -311,7 +312,7 @@ def seconds(args: argparse.Namespace, only: list[str]) -> dict[tuple[str, bool],
     """CPU seconds of every (variant, checkpointing), taking turns."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(SIZES[args.size], folder)
-        steps = build(folder, SIZES[args.size], getattr(torch, args.dtype), only, (False, True))
+        steps = build(folder, SIZES[args.size], DTYPES[args.precision], only, (False, True))
         turns = [{key: cpu_seconds(step) for key, step in steps.items()} for _ in range(args.rounds)]
     return {key: statistics.median(turn[key] for turn in turns) for key in steps}
 
@@ -320,7 +321,7 @@ def memory(args: argparse.Namespace, only: list[str]) -> dict[tuple[str, bool], 
     """Peak MiB of every (variant, checkpointing), each in a process of its own."""
     values = {}
     for key in ((name, mode) for mode in (False, True) for name in only):
-        command = [sys.executable, __file__, "--size", args.size, "--dtype", args.dtype,
+        command = [sys.executable, __file__, "--size", args.size, "--precision", args.precision,
                    "--alone", key[0], str(key[1])]
         console = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         values[key] = float(console.splitlines()[-1])
@@ -333,7 +334,7 @@ def memory_alone(args: argparse.Namespace) -> None:
     name, mode = args.alone[0], args.alone[1] == "True"
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(SIZES[args.size], folder)
-        steps = build(folder, SIZES[args.size], getattr(torch, args.dtype), [name], (mode,))
+        steps = build(folder, SIZES[args.size], DTYPES[args.precision], [name], (mode,))
         print(peak_mebibytes(steps[name, mode]))
 
 
@@ -341,7 +342,7 @@ def main() -> None:
     """Time the ways asked for, in rounds, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--measure", choices=("seconds", "memory"), default="seconds")
     parser.add_argument("--rounds", type=int, default=3, help="of seconds; memory is measured once")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help=f"always with {OURS}")
@@ -356,7 +357,7 @@ def main() -> None:
     values = {"seconds": seconds, "memory": memory}[args.measure](
         args, [v for v in VARIANTS if v in {OURS, *args.only}])
     unit, digits = ("peak MiB", 0) if args.measure == "memory" else ("CPU s", 2)
-    print(f"\n{args.size}, {args.dtype}, torch {torch.__version__}, transformers {transformers.__version__}, "
+    print(f"\n{args.size}, {args.precision}, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"trl {trl.__version__}, peft {peft.__version__}\n")
     print(f"| step | checkpointing | {unit} | vs {OURS} |\n|---|---|---|---|")
     for (name, checkpointing), value in values.items():
