@@ -24,7 +24,7 @@ from common import BadInput, add_options, check_ranges, is_url, read_json, refus
 from data.batch import scored
 from data.templates import TEMPLATES
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
-from model.training import CHECKPOINT, PREVIOUS
+from model.resume import CHECKPOINT, PREVIOUS
 from pairs.methods import METHODS
 
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}

@@ -41,9 +41,10 @@ from data.processor import Processor
 from judges.scores import Judge
 from judges.words import Verifier
 from losses import fisao, ppo
+from model.log import Log
 from model.logprobs import Packed
 from model.lora import Reference
-from model.training import Log, Policy, named, pick
+from model.training import Policy, named, pick
 from pairs import online
 
 CALIBRATION = 256  # records whose responses by the untrained model set the scale of scores

@@ -58,13 +58,15 @@ from common import BadInput, remove_unfinished, versions
 from data.batch import BadRecord, Batch, MicroBatches, collate, with_seeds, without_bad
 from data.processor import Processor
 from losses import adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic
-from model import reference, training
+from model import reference, resume, training
 from model.adapters import save_adapters
 from model.checkpoint import save_json, save_llava
 from model.llava import Llava
+from model.log import Log
 from model.logprobs import Packed
+from model.resume import CHECKPOINT, PREVIOUS
 from model.reward import save_reward_head
-from model.training import CHECKPOINT, PREVIOUS, Log, Policy, StopRequest, learning_rate, named, pick, set_learning_rate
+from model.training import Policy, StopRequest, learning_rate, named, pick, set_learning_rate
 from options import Recipe, check, check_places, kwargs_of, read_arguments
 from pairs import online
 from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records
@@ -184,7 +186,7 @@ def make_learner(run: Run) -> reinforce.Reinforcement:
 def begin(run: Run, saved: dict | None) -> int:
     """Take over what a checkpoint holds, else measure what reinforcement needs. Returns the number of steps done."""
     if saved:
-        training.restore(saved, run.policy)
+        resume.restore(saved, run.policy)
         run.bad_records = saved["bad_records"]
         if run.learner:
             run.learner.memory = reinforce.Memory(**saved["reinforcement"])
@@ -278,7 +280,7 @@ def save(run: Run, done: int, norm: Tensor | None, log: Log) -> None:
                        " state")
     unfinished = log.unfinished()
     if run.rank == 0:
-        training.save_checkpoint(
+        resume.save_checkpoint(
             run.args.out, run.policy, step=done, config=run.config, identity=run.identity, log=unfinished,
             bad_records=run.bad_records, reinforcement=asdict(run.learner.memory) if run.learner else {})
 
@@ -412,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     check_places(args)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite")}
-    saved = training.read_checkpoint(args.out, config, rank) if args.resume else None
+    saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     device = training.start_processes(world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
     if args.data:  # bad records are named before a large model is loaded
@@ -425,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
     run.learner = make_learner(run) if recipe.advantages else None
     run.identity = reference.identity(args.model, run.records, processor)
     if saved:
-        training.refuse_other(saved, run.policy, run.identity)
+        resume.refuse_other(saved, run.policy, run.identity)
     if args.reference_cache:
         run.cache = reference_cache(run)
     if rank == 0:

@@ -5,7 +5,7 @@ They are kept in a safetensors file, one tensor of token log-probs for each sequ
 fingerprint of all that they depend on: the model's files, the records, the sequences that the loss asks for,
 template, tokenizer and image handling. A file with another fingerprint is refused, never used.
 
-A resumed run must start from the same as well: `identity` has a hash of each part (model/training.py).
+A resumed run must start from the same as well: `identity` has a hash of each part (model/resume.py).
 
     reference.safetensors    "chosen/ID" -> (tokens,) fp32, ...; metadata: fingerprint
 """

@@ -113,7 +113,7 @@ def one_step(monkeypatch, folder: Path, run: train.Run, *batches: Batch) -> tupl
 
 
 class Notes:
-    """Stands for model.training.Log: keeps what it is given."""
+    """Stands for model.log.Log: keeps what it is given."""
 
     def __init__(self):
         self.added: list[dict] = []

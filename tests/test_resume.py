@@ -23,7 +23,7 @@ from common import check_ranges, versions
 from data import scenes
 from data.processor import Processor
 from data.records import write_jsonl
-from model import reference, training
+from model import reference, resume, training
 from model.checkpoint import DEFAULT_MODEL
 from options import RANGES, check, read_arguments
 
@@ -71,7 +71,7 @@ def copied(folder, tmp_path) -> Path:
     """The finished run once more, as `run`, to be damaged; its last checkpoints are of steps 7 and 6."""
     write_pairs(tmp_path / "pairs.jsonl")
     shutil.copytree(folder / "whole", tmp_path / "run")
-    for name in (training.CHECKPOINT, training.PREVIOUS):
+    for name in (resume.CHECKPOINT, resume.PREVIOUS):
         edit(tmp_path / "run" / name, lambda saved: saved["config"].update(data=str(tmp_path / "pairs.jsonl")))
     return tmp_path
 
@@ -214,14 +214,14 @@ def test_a_damaged_log_is_no_hindrance(copied, capsys):
 
 def test_no_flipped_bit_goes_unnoticed(copied):
     """A flip is detected, or it lies between the members of the archive and changes nothing."""
-    path = copied / "run" / training.CHECKPOINT
-    whole, good = training.load_whole(path), path.read_bytes()
+    path = copied / "run" / resume.CHECKPOINT
+    whole, good = resume.load_whole(path), path.read_bytes()
     draw, detected = random.Random(0), 0
     for _ in range(60):
         path.write_bytes(good)
         flip(path, draw.randrange(len(good)))
         try:
-            found = training.load_whole(path)
+            found = resume.load_whole(path)
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             detected += 1
@@ -231,15 +231,15 @@ def test_no_flipped_bit_goes_unnoticed(copied):
 
 
 def test_the_checkpoint_before_a_damaged_one_is_taken(folder, copied, capsys):
-    for name in (training.CHECKPOINT, training.PREVIOUS):
+    for name in (resume.CHECKPOINT, resume.PREVIOUS):
         assert (copied / "run" / name).is_file()
-    current, previous = copied / "run" / training.CHECKPOINT, copied / "run" / training.PREVIOUS
+    current, previous = copied / "run" / resume.CHECKPOINT, copied / "run" / resume.PREVIOUS
     flip(current, current.stat().st_size // 2)
     assert train.main(command(copied, "run", "--resume")) == 0
     said = capsys.readouterr().err
     assert f"{current}: damaged" in said and f"from step 6 in {previous}" in said
     assert lines(copied / "run") == lines(folder / "whole") and weights(copied / "run") == weights(folder / "whole")
-    assert training.load_whole(current)["step"] == 7 and training.load_whole(previous)["step"] == 6
+    assert resume.load_whole(current)["step"] == 7 and resume.load_whole(previous)["step"] == 6
     current.write_bytes(current.read_bytes()[:-1000])
     flip(previous, previous.stat().st_size // 2)
     with pytest.raises(ValueError) as error:
@@ -256,7 +256,7 @@ def test_what_a_kill_left_half_written_is_removed(copied):
 
 
 def test_killed_between_two_names(folder, copied):
-    (copied / "run" / training.CHECKPOINT).unlink()
+    (copied / "run" / resume.CHECKPOINT).unlink()
     assert train.main(command(copied, "run", "--resume")) == 0
     assert weights(copied / "run") == weights(folder / "whole")
 
@@ -277,8 +277,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_checkpoint_that_does_not_fit_is_named(copied, change):
-    (copied / "run" / training.PREVIOUS).unlink()
-    path = copied / "run" / training.CHECKPOINT
+    (copied / "run" / resume.PREVIOUS).unlink()
+    path = copied / "run" / resume.CHECKPOINT
     edit(path, CHANGES[change])
     with pytest.raises(ValueError, match="of another model|no checkpoint of this version") as error:
         train.main(command(copied, "run", "--resume"))
