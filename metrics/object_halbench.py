@@ -50,7 +50,7 @@ from data.names import as_id
 from metrics import judged
 from metrics.answers import id_of, join, text_of, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.chair import TWO_WORDS, load_synonyms, ratio, tokenize
+from metrics.chair import TWO_WORDS, load_synonyms, pooled, ratio, tokenize
 from metrics.files import each, field, read_jsonl, read_list, read_table, texts, unique
 
 QUESTIONS = "obj_halbench_300_with_image.jsonl"
@@ -282,21 +282,14 @@ def _scores(rows: Sequence[dict], said: Mapping[str, str], runs: Sequence[Mappin
 def count(rows: Sequence[dict], mentions: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, int]:
     """Responses, mentions and objects of one run."""
     names = ("responses", "with_objects", "hallucinated_responses", "mentions", "hallucinated", "found", "shown")
-    total = dict.fromkeys(names, 0)
-    for row in rows:
-        named, shown = [name for _, name in mentions[row["id"]]], set(row["objects"])
-        wrong = sum(name not in shown for name in named)
-        numbers = (1, bool(named), wrong > 0, len(named), wrong, len(shown & set(named)), len(shown))
-        total = {name: total[name] + number for name, number in zip(names, numbers)}
-    return total
+    return dict(zip(names, (len(rows), *pooled((mentions[row["id"]], row["objects"]) for row in rows))))
 
 
 def _figures(counts: Mapping[str, int], words: float) -> dict[str, float]:
-    response = ratio(counts["hallucinated_responses"], counts["with_objects"])
-    mention = ratio(counts["hallucinated"], counts["mentions"])
-    chair_s, recall = (ratio(counts[part], counts[whole])
-                       for part, whole in (("hallucinated_responses", "responses"), ("found", "shown")))
-    return dict(zip(FIGURES, (response, mention, 1 - response, 1 - mention, chair_s, recall, words)))
+    responses, named, hallucinated, mentions, wrong, found, shown = counts.values()
+    response, mention = ratio(hallucinated, named), ratio(wrong, mentions)
+    return dict(zip(FIGURES, (response, mention, 1 - response, 1 - mention, ratio(hallucinated, responses),
+                              ratio(found, shown), words)))  # fmt: skip
 
 
 def table(scores: Mapping) -> list[tuple]:
