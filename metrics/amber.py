@@ -68,7 +68,7 @@ FILES = {
 
 
 def questions(data: Path, images: Path | None, *, queries: Literal["all", "generative", "discriminative"] = "all",
-              instruction: Literal["yes_no", "none"] = "yes_no", similar: Path | None = None) -> list[dict]:  # fmt: skip
+              instruction: Literal["yes_no", "none"] = "yes_no", similar: Path | None = None) -> list[dict]:
     """Rows of `id`, `image`, `prompt`, `kind`, and `label`, or `truth`, `hallu`, `words`, `safe` and `similar`."""
     generative = {"all": (True, False), "generative": (True,), "discriminative": (False,)}[queries]
     notes = [note for note in _annotations(find(data, "annotations.json", "amber", FILES))
