@@ -124,12 +124,21 @@ def load_synonyms(path: str | Path = SYNONYMS) -> dict[str, str]:
 
 def mentions(text: str, synonyms: Mapping[str, str]) -> list[tuple[str, str]]:
     """Objects a text mentions, in order, repeats kept: list of (word as found, COCO class)."""
-    tokens = [singularize(token) for token in tokenize(text)]
-    words, i = [], 0
-    while i < len(tokens):
-        pair = " ".join(tokens[i : i + 2])
-        words.append(TWO_WORDS.get(pair, tokens[i]))
-        i += 2 if pair in TWO_WORDS else 1
+    return classes_of(joined([singularize(token) for token in tokenize(text)], TWO_WORDS), synonyms)
+
+
+def joined(words: Sequence[str], names: Mapping[str, str], *, others: bool = True) -> list[str]:
+    """Two-word names, from left to right, as what they are looked up; with `others` the other words, too."""
+    found, i = [], 0
+    while i < len(words):
+        name = names.get(" ".join(words[i : i + 2]))
+        found += [name] if name else [words[i]] if others else []
+        i += 2 if name else 1
+    return found
+
+
+def classes_of(words: Sequence[str], synonyms: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(word, COCO class) of the words that have one."""
     if "toilet" in words:  # a toilet seat is not a chair
         words = [word for word in words if word != "seat"]
     return [(word, synonyms[word]) for word in words if word in synonyms]
