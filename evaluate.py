@@ -406,8 +406,7 @@ def compare_results(argv: Sequence[str]) -> None:
     runs = compare.read_runs(args.compare, BENCHMARKS)
     if args.plot:
         svg.write(args.plot, compare.picture(runs, BENCHMARKS))
-    for name in dict.fromkeys(run.result["benchmark"] for run in runs):
-        mine = [run for run in runs if run.result["benchmark"] == name]
+    for name, mine in compare.by_benchmark(runs).items():
         cells, notes = compare.compare(mine, BENCHMARKS[name], compare.read_published(name))
         print("\n".join([name, table(cells), *notes, ""]))
 
