@@ -25,7 +25,7 @@ What is measured without a generated text has `measure`, whose `said` holds numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,14 @@ class Benchmark(NamedTuple):
     requests: Callable | None = None  # judged benchmarks only
     read_replies: Callable | None = None  # judged benchmarks only
     measure: Callable | None = None  # None: the model answers, greedily
+
+
+def lines(parts: Iterable[tuple[str, Mapping]], columns: Sequence[str], digits: int = 2) -> list[tuple[str, ...]]:
+    """A table's lines, one a part: its name and its columns. Fractions are given in percent, what it lacks is blank."""
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.{digits}f}" if isinstance(value, float) else str(value)
+
+    return [(name, *(cell(part.get(column)) for column in columns)) for name, part in parts]
 
 
 def find(data: Path, name: str, benchmark: str, files: Mapping[str, str]) -> Path:

@@ -3,7 +3,7 @@ and the shares of right answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from metrics.chair import ratio
 
@@ -20,9 +20,3 @@ def share(right: Iterable[bool]) -> dict:
     """{n, right, accuracy}."""
     right = list(right)
     return {"n": len(right), "right": sum(right), "accuracy": ratio(sum(right), len(right))}
-
-
-def share_lines(parts: Mapping[str, Mapping], digits: int = 2) -> list[tuple[str, ...]]:
-    """A table's lines of name, n, right and accuracy in percent."""
-    return [(name, str(part["n"]), str(part["right"]), f"{100 * part['accuracy']:.{digits}f}")
-            for name, part in parts.items()]

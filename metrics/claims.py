@@ -43,7 +43,7 @@ from data.places import REMARKS
 from data.scene_text import SIZE_OF_CELLS, horizontal, plural, relation, vertical
 from data.scenes import held_out, reference
 from data.sentences import sentences
-from metrics.benchmark import Benchmark
+from metrics.benchmark import Benchmark, lines
 from metrics.chair import percent, ratio
 
 GROUPS = {"existence": ("existence",), "attribute": ("count", "size"), "count": ("count",), "size": ("size",),
@@ -209,14 +209,10 @@ def _figures(count: Mapping[str, int], ratios: Mapping[str, tuple[str, str]]) ->
 
 def table(scores: Mapping) -> list[tuple]:
     """A line for each kind, in percent; then one for the captions as a whole."""
-    lines = [("", "hallucinated", "coverage", "claims", "false")]
-    for group in GROUPS:
-        part = scores[group]
-        lines.append((group, *(f"{100 * part[key]:.1f}" for key in FRACTIONS), str(part["claims"]), str(part["false"])))
-    whole = scores["captions"]
+    columns, whole = ("hallucinated", "coverage", "claims", "false"), []
     for name, (figure, (part, total)) in zip(("captions", "sentences", f"{scores['n_gram']}-grams"), WHOLE.items()):
-        lines.append((f"{name}: {figure}", f"{100 * whole[figure]:.1f}", "", str(whole[total]), str(whole[part])))
-    return lines
+        whole += lines([(f"{name}: {figure}", scores["captions"])], (figure, "", total, part), 1)
+    return [("", *columns), *lines([(group, scores[group]) for group in GROUPS], columns, 1), *whole]
 
 
 BENCHMARK = Benchmark(

@@ -39,7 +39,7 @@ from typing import Literal
 from data.places import CATEGORIES, PLACES, pick
 from data.scene_text import COUNT_WORDS, exist_question, plural
 from data.scenes import held_out, parse_reference, reference
-from metrics.benchmark import CONTROLS, Benchmark
+from metrics.benchmark import CONTROLS, Benchmark, lines
 from metrics.chair import percent, ratio
 from metrics.claims import Record, read_record, thirds
 from metrics.pope import same_place
@@ -134,10 +134,9 @@ def _part(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
 
 def table(scores: Mapping) -> list[tuple]:
     """A line for each kind, their mean, and the control rows, in percent."""
-    parts = {name: scores[name] for name in (*LABELS, "kinds", *CONTROLS) if name in scores}
-    return [("", "accuracy", "chance", "n", "right", "other"),
-            *((name, f"{100 * part['accuracy']:.1f}", f"{100 * part['chance']:.1f}",
-               *(str(part.get(key, "")) for key in ("n", "right", "other"))) for name, part in parts.items())]
+    columns = ("accuracy", "chance", "n", "right", "other")
+    parts = [(name, scores[name]) for name in (*LABELS, "kinds", *CONTROLS) if name in scores]
+    return [("", *columns), *lines(parts, columns, 1)]
 
 
 BENCHMARK = Benchmark(

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Literal
 
 from metrics.answers import with_files
-from metrics.benchmark import Benchmark, find
+from metrics.benchmark import Benchmark, find, lines
 from metrics.files import each, field, read_table
-from metrics.vqa import SUFFIX, lines, mean, mean_by
+from metrics.vqa import SUFFIX, mean, mean_by
 
 QUESTIONS = "testdev_balanced_questions.json"
 FILES = {QUESTIONS: "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions 1.2)"}
@@ -66,7 +66,7 @@ def score(rows: Sequence[dict], said: Mapping[str, str], *, rules: Literal["offi
 def table(scores: Mapping) -> list[tuple]:
     """Accuracy in percent, of all questions and by their kind."""
     parts = {**scores["by_kind"], **scores["by_structural"], **scores["by_semantic"], "all": scores}
-    return [("questions", "accuracy", "number"), *lines(parts)]
+    return [("questions", "accuracy", "number"), *lines(parts.items(), ("accuracy", "n"))]
 
 
 BENCHMARK = Benchmark(

@@ -45,8 +45,8 @@ from common import BadInput, brief, refuse
 from data.formats import Images
 from data.names import as_id
 from metrics.answers import id_of, join
-from metrics.benchmark import Benchmark, find
-from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice, share, share_lines
+from metrics.benchmark import Benchmark, find, lines
+from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice, share
 from metrics.files import each, read_text, refuse_repeats
 
 Edition = Literal["mmbench_dev_20230712", "mmbench_dev_en_20231003", "MMBench_DEV_EN"]
@@ -115,8 +115,8 @@ def score(rows: Sequence[dict], said: Mapping[str, str], *, unmatched: Literal["
 
 def table(scores: Mapping) -> list[tuple[str, ...]]:
     """All questions, then each l2-category and category."""
-    lines = [line for kind in ("l2-category", "category") for line in share_lines(scores[kind], 1)]
-    return [("", "questions", "right", "accuracy"), *share_lines({"all": scores}, 1), *lines,
+    parts = [("all", scores), *scores["l2-category"].items(), *scores["category"].items()]
+    return [("", "questions", "right", "accuracy"), *lines(parts, ("n", "right", "accuracy"), 1),
             ("unmatched rows", str(scores["rows"]), str(scores["unmatched"]), "")]  # fmt: skip
 
 

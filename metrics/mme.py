@@ -34,7 +34,7 @@ from typing import Literal
 
 from common import BadInput, brief, refuse
 from metrics.answers import id_of, join
-from metrics.benchmark import Benchmark
+from metrics.benchmark import Benchmark, lines
 from metrics.chair import ratio
 from metrics.files import below, pick, read_lines
 
@@ -109,11 +109,10 @@ def score(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
 
 def table(scores: Mapping) -> list[tuple[str, ...]]:
     """One line a task, then the two sums ("-": tasks are missing)."""
-    lines = [("task", "questions", "other", "acc", "acc+", "score")]
-    lines += [(task, str(one["n"]), str(one["other"]), f"{100 * one['acc']:.2f}", f"{100 * one['acc_plus']:.2f}",
-               f"{one['score']:.2f}") for task, one in scores["tasks"].items()]  # fmt: skip
-    return lines + [(group, "", "", "", "", "-" if scores[group] is None else f"{scores[group]:.2f}")
-                    for group in GROUPS]  # fmt: skip
+    tasks = lines(scores["tasks"].items(), ("n", "other", "acc", "acc_plus"))
+    return [("task", "questions", "other", "acc", "acc+", "score"),
+            *((*line, f"{scores['tasks'][line[0]]['score']:.2f}") for line in tasks),
+            *((group, "", "", "", "", "-" if scores[group] is None else f"{scores[group]:.2f}") for group in GROUPS)]
 
 
 def read_answer(text: str) -> str:

@@ -52,7 +52,7 @@ from typing import Literal
 from common import BadInput, brief, refuse
 from data.scenes import exist_question, held_out, pope_questions, reference, sample_scene
 from metrics.answers import id_of, join, with_files
-from metrics.benchmark import CONTROLS, Benchmark, find
+from metrics.benchmark import CONTROLS, Benchmark, find, lines
 from metrics.chair import percent, ratio
 from metrics.files import each, field, read_jsonl, refuse_repeats
 from metrics.objects import sample
@@ -241,13 +241,11 @@ def score(rows: Sequence[dict], said: Mapping[str, str], *, parser: Literal["off
 
 def table(scores: Mapping) -> list[tuple]:
     """A line for each split, the mean, and the control rows."""
-    counts = ("n", "TP", "FP", "TN", "FN", "other")
-    lines = [("", *FIGURES, *counts)]
-    for name, row in {**scores["splits"], "mean": scores["mean"], **scores["controls"]}.items():
-        blank = ("precision", "recall", "f1") if name == "removed" else ()  # no label is "yes"
-        figures = ["" if key in blank else f"{100 * row[key]:.2f}" for key in FIGURES]
-        lines.append((name, *figures, *(str(row.get(key, "")) for key in counts)))
-    return lines
+    columns, controls = (*FIGURES, "n", "TP", "FP", "TN", "FN", "other"), dict(scores["controls"])
+    if "removed" in controls:  # no label is "yes"
+        controls["removed"] = controls["removed"] | dict.fromkeys(("precision", "recall", "f1"))
+    return [("", *columns),
+            *lines([*scores["splits"].items(), ("mean", scores["mean"]), *controls.items()], columns)]
 
 
 BENCHMARK = Benchmark(

@@ -32,8 +32,8 @@ from typing import Literal
 
 from common import BadInput, brief, read_json, refuse
 from metrics.answers import with_files
-from metrics.benchmark import Benchmark, find
-from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice, share, share_lines
+from metrics.benchmark import Benchmark, find, lines
+from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice, share
 from metrics.files import below, each, field, read_list, refuse_repeats, texts, unique
 
 LLAVA = "llava_test_CQM-A.json"
@@ -72,8 +72,8 @@ def score(rows: Sequence[dict], said: Mapping[str, str], *, headline: Literal["I
 
 def table(scores: Mapping) -> list[tuple[str, ...]]:
     """One line a group, * at the headline."""
-    groups = {name + " *" * (name == scores["headline"]): group for name, group in scores["groups"].items()}
-    return [("group", "questions", "right", "accuracy"), *share_lines(groups)]
+    groups = [(name + " *" * (name == scores["headline"]), group) for name, group in scores["groups"].items()]
+    return [("group", "questions", "right", "accuracy"), *lines(groups, ("n", "right", "accuracy"))]
 
 
 def read_answer(text: str) -> str | None:

@@ -31,8 +31,8 @@ from typing import Literal
 from common import BadInput, brief, read_json
 from data.names import as_id
 from metrics.answers import id_of, join, with_files
-from metrics.benchmark import Benchmark, find
-from metrics.choices import LETTER_SUFFIX, multiple_choice, share, share_lines
+from metrics.benchmark import Benchmark, find, lines
+from metrics.choices import LETTER_SUFFIX, multiple_choice, share
 from metrics.files import as_object, each, field, read_jsonl, read_list, refuse_repeats
 
 FILES = {"SEED-Bench.json": "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"}
@@ -90,8 +90,9 @@ def score(rows: Sequence[dict], said: Mapping[str, str], *, read: Literal["exact
 
 def table(scores: Mapping) -> list[tuple[str, ...]]:
     """All questions, each kind, each dimension."""
-    return [("", "questions", "right", "accuracy"), *share_lines({"all": scores}), *share_lines(scores["kinds"]),
-            *share_lines(scores["dimensions"]), ("no letter", str(scores["n"]), str(scores["other"]), "")]
+    parts = [("all", scores), *scores["kinds"].items(), *scores["dimensions"].items()]
+    return [("", "questions", "right", "accuracy"), *lines(parts, ("n", "right", "accuracy")),
+            ("no letter", str(scores["n"]), str(scores["other"]), "")]
 
 
 def read_answer(text: str, read: str = "exact") -> str | None:

@@ -19,9 +19,9 @@ from typing import Literal
 
 from common import BadInput
 from metrics.answers import image_of, join, with_files
-from metrics.benchmark import Benchmark, find
+from metrics.benchmark import Benchmark, find, lines
 from metrics.files import each, field, read_list, unique
-from metrics.vqa import SUFFIX, Rules, accuracy, lines, mean, mean_by, normalise
+from metrics.vqa import SUFFIX, Rules, accuracy, mean, mean_by, normalise
 
 FILES = {f"{split}.json": "https://vizwiz.org/tasks-and-datasets/vqa (annotations)" for split in ("val", "test")}
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -70,7 +70,8 @@ def table(scores: Mapping) -> list[tuple]:
     """Accuracy in percent, of all questions and by type of answer."""
     if "upload" in scores:
         return [("accuracy", "questions"), ("hidden: `upload` is the server's file", str(scores["n"]))]
-    return [("answer type", "accuracy", "questions"), *lines({**scores["by_type"], "all": scores})]
+    return [("answer type", "accuracy", "questions"),
+            *lines([*scores["by_type"].items(), ("all", scores)], ("accuracy", "n"))]
 
 
 BENCHMARK = Benchmark(

@@ -94,8 +94,3 @@ def mean_by(rows: Iterable[Mapping], values: Iterable[float], key: str) -> dict[
         if row.get(key) is not None:
             groups.setdefault(row[key], []).append(value)
     return {name: {"n": len(groups[name]), "accuracy": mean(groups[name])} for name in sorted(groups)}
-
-
-def lines(parts: Mapping[str, Mapping]) -> list[tuple]:
-    """A table's lines of name, accuracy in percent and n."""
-    return [(name, f"{100 * part['accuracy']:.2f}", str(part["n"])) for name, part in parts.items()]
