@@ -381,13 +381,11 @@ def check_judges(tasks: Sequence[Task], args: argparse.Namespace, prompts: Mappi
 
 def result_of(task: Task, said: Mapping, args: argparse.Namespace, judges: list[Model], prompts: Mapping) -> dict:
     """{benchmark, protocol, scores, versions}."""
-    options, benchmark = kwargs_of(task.benchmark.score, args), task.benchmark
-    if not benchmark.requests:
-        scores = benchmark.score(task.rows, said, **options)
-    else:
+    benchmark, inputs = task.benchmark, [task.rows, said]
+    if benchmark.requests:
         replies = [run for path in args.replies or () for run in benchmark.read_replies(path, task.rows)]
-        replies += ask_judges(task, said, judges, prompts.get(task.name)) if judges else []
-        scores = benchmark.score(task.rows, said, replies, **options)
+        inputs += [replies + (ask_judges(task, said, judges, prompts.get(task.name)) if judges else [])]
+    scores = benchmark.score(*inputs, **kwargs_of(benchmark.score, args))
     return {"benchmark": task.name, "protocol": protocol(task, args), "scores": scores, "versions": versions()}
 
 

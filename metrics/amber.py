@@ -137,9 +137,8 @@ def _similar(path: Path, words: Sequence[str]) -> dict[str, list[str]]:
             raise BadInput(f"want two words of relation.json and a tab between them, found {brief(found)}")
         return found
 
-    pairs = each(read_lines(path), pair)
     alike: dict[str, list[str]] = {}
-    for one, other in pairs:
+    for one, other in each(read_lines(path), pair):
         alike.setdefault(one, []).append(other)
         alike.setdefault(other, []).append(one)
     return alike

@@ -144,8 +144,7 @@ def classes_of(words: Sequence[str], synonyms: Mapping[str, str]) -> list[tuple[
     return [(word, synonyms[word]) for word in words if word in synonyms]
 
 
-def chair(captions: Mapping[str, str], objects: Mapping[str, Iterable[str]],
-          synonyms: Mapping[str, str] | None = None) -> dict:  # fmt: skip
+def chair(captions: Mapping[str, str], objects: Mapping[str, Iterable[str]]) -> dict:
     """CHAIRs, CHAIRi and Recall of captions (id -> text), joined with the classes shown (image id -> COCO classes,
     of these captions and maybe others).
 
@@ -153,7 +152,7 @@ def chair(captions: Mapping[str, str], objects: Mapping[str, Iterable[str]],
     and `percent` (one decimal, as usual). Raises BadInput naming the ids without objects, and the classes the synonym
     list does not know.
     """
-    synonyms = load_synonyms() if synonyms is None else synonyms
+    synonyms = load_synonyms()
     if missing := [key for key in captions if key not in objects]:
         raise BadInput(f"no objects given for {len(missing)} images: {', '.join(map(str, missing))}")
     known = set(synonyms.values())

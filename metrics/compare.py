@@ -140,9 +140,9 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else str(value) if value == round(value, 2) else f"{value:.1f}"
 
 
-def read_published(name: str, path: Path = PUBLISHED) -> list[dict]:
+def read_published(name: str) -> list[dict]:
     """The published rows of a benchmark."""
-    return [row for row in read_json(path, list) if row["benchmark"] == name]
+    return [row for row in read_json(PUBLISHED, list) if row["benchmark"] == name]
 
 
 def picture(runs: Sequence[Run], benchmarks: Mapping[str, Benchmark]) -> str:

@@ -50,7 +50,6 @@ TEXTS = (*PLACE, "visual_input", "question", "gt_answer", "gt_answer_details")
 CHECK = "gpt4v_output_gpt_check"  # where the released script keeps a verdict
 VERDICTS = {"0": "incorrect", "1": "correct", "2": "unclear"}
 FIGURES = ("aAcc", "qAcc", "fAcc", "easy", "hard")
-PROMPT_VERSION = 1
 PROMPT = """You grade answers to questions about images. Compare the answer with the reference.
 
 Question: {question}
@@ -183,7 +182,7 @@ def _row(entry: object, by: str) -> dict:
 
 
 BENCHMARK = Benchmark(
-    rules=f"HallusionBench as released; judge's prompt reconstructed, version {PROMPT_VERSION}",
+    rules="HallusionBench as released; judge's prompt reconstructed, version 1",
     questions=questions, score=score, table=table, max_new_tokens=512, files=FILES, read_answers=read_answers,
     requests=requests, read_replies=read_replies,
     figures={name: f"rounded.{name}" for name in FIGURES},

@@ -1,4 +1,4 @@
-"""What images show: annotation files, and samples of them.
+"""What images show: annotation files, captions files, and samples of them.
 
 An annotation file is one JSON object {image id: [classes]} or an instances file of COCO. How ids and names of image
 files are matched: data/names.py.
