@@ -165,9 +165,9 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--save-answers", type=Path, metavar="FILE", help="write questions and answers here (JSONL), for --answers")
 
 
-def functions_of(benchmark: Benchmark) -> list[Callable]:
+def functions_of(benchmark: Benchmark) -> tuple[Callable, Callable]:
     """Those whose keyword arguments are options."""
-    return [function for function in (benchmark.questions, benchmark.score) if function]
+    return benchmark.questions, benchmark.score
 
 
 def kwargs_of(function: Callable, args: argparse.Namespace) -> dict:
@@ -254,19 +254,15 @@ def ask(model, processor: Processor, rows: Sequence[dict], max_new_tokens: int, 
     def work(places: list[int]) -> tuple[list[dict], Counter]:
         images, prompts = zip(*(asked[place] for place in places))
         texts = answers(model, processor, list(images), list(prompts), batch_size=batch_size,
-                        max_new_tokens=max_new_tokens, root=root, progress="" if out else progress)
+                        max_new_tokens=max_new_tokens, root=root)
         return [{"id": keys[place], "text": text} for place, (text,) in zip(places, texts)], Counter()
 
-    if out is None:
-        made, _ = work(list(range(len(asked))))
-    else:
-        rank, world = ranks()
-        found = in_chunks(keys, work, out, dict(settings or {}), chunk=batch_size, rank=rank, world=world,
-                          barrier=dist.barrier if world > 1 else lambda: None, progress=progress)
-        if found is None:
-            return None
-        made, _ = found
-    texts = {pair: row["text"] for pair, row in zip(asked, made, strict=True)}
+    rank, world = ranks()
+    found = in_chunks(keys, work, out, dict(settings or {}), chunk=batch_size, rank=rank, world=world,
+                      barrier=dist.barrier if world > 1 else lambda: None, progress=progress)
+    if found is None:
+        return None
+    texts = {pair: row["text"] for pair, row in zip(asked, found[0], strict=True)}
     return {row["id"]: texts[row["image"], row["prompt"]] for row in rows}
 
 
@@ -303,21 +299,24 @@ def measure(model, processor: Processor, name: str, *, said: Mapping | None = No
 # ------------------------------------------------------------------------------------------------- results
 
 
+def text(value: object) -> object:
+    """A setting as it is written: paths as texts."""
+    if isinstance(value, tuple | list):
+        return [str(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def protocol(task: Task, args: argparse.Namespace) -> dict:
     """What two results must share to be compared, and where the answers came from."""
     listed = "\n".join(f"{row['id']}\t{row.get('image')}" for row in task.rows)
-    options = {name: [str(p) for p in value] if isinstance(value, tuple | list) else
-               str(value) if isinstance(value, Path) else value
-               for f in functions_of(task.benchmark) for name, value in kwargs_of(f, args).items()}
-    entries = {"rules": task.benchmark.rules, "data": str(args.data) if args.data else None, "options": options,
-               "subset": args.subset, "questions": len(task.rows),
-               "questions_sha256": hashlib.sha256(listed.encode()).hexdigest()}
+    options = {name: text(value) for f in functions_of(task.benchmark) for name, value in kwargs_of(f, args).items()}
+    entries = {"rules": task.benchmark.rules, "data": text(args.data), "options": options, "subset": args.subset,
+               "questions": len(task.rows), "questions_sha256": hashlib.sha256(listed.encode()).hexdigest()}
     if task.benchmark.requests:
-        entries |= {"judge": args.judge_model or args.judge or [str(path) for path in args.replies or ()],
-                    "judge_runs": args.judge_runs,
-                    "judge_prompts": str(args.judge_prompts) if args.judge_prompts else None}
+        entries |= {"judge": args.judge_model or args.judge or text(args.replies or []), "judge_runs": args.judge_runs,
+                    "judge_prompts": text(args.judge_prompts)}
     if args.answers or args.replies:
-        return {**entries, "answers": str(args.answers) if args.answers else None}
+        return {**entries, "answers": text(args.answers)}
     model = args.model.resolve()
     name = model.relative_to(HOME) if model.is_relative_to(HOME) else args.model
     return {**entries, "model": str(name), "template": args.template, "aspect": args.aspect,
@@ -349,16 +348,12 @@ def run(args: argparse.Namespace) -> list[tuple[Task, Mapping, dict]] | None:
             check_records([row for row in task.rows if row["image"]], processor, root, task.name,
                           new_tokens=task.length)
         model = load_llava(args.model, dtype, device).eval()
-    results = []
-    for task in tasks:
-        said = task.said if task.said is not None else answer(task, model, processor, args, root, dtype)
-        if rank == 0:
-            results.append((task, said))
+    said = [answer(task, model, processor, args, root, dtype) if task.said is None else task.said for task in tasks]
     model = None  # frees the device for a judge
     if rank:
         return None
     judges = make_judges(args, device, dtype, root)
-    return [(task, said, result_of(task, said, args, judges, prompts)) for task, said in results]
+    return [(task, its, result_of(task, its, args, judges, prompts)) for task, its in zip(tasks, said)]
 
 
 def answer(task: Task, model, processor: Processor, args: argparse.Namespace, root: Path | None,
@@ -386,13 +381,11 @@ def check_judges(tasks: Sequence[Task], args: argparse.Namespace, prompts: Mappi
 
 def result_of(task: Task, said: Mapping, args: argparse.Namespace, judges: list[Model], prompts: Mapping) -> dict:
     """{benchmark, protocol, scores, versions}."""
-    options, benchmark = kwargs_of(task.benchmark.score, args), task.benchmark
-    if not benchmark.requests:
-        scores = benchmark.score(task.rows, said, **options)
-    else:
+    benchmark, inputs = task.benchmark, [task.rows, said]
+    if benchmark.requests:
         replies = [run for path in args.replies or () for run in benchmark.read_replies(path, task.rows)]
-        replies += ask_judges(task, said, judges, prompts.get(task.name)) if judges else []
-        scores = benchmark.score(task.rows, said, replies, **options)
+        inputs += [replies + (ask_judges(task, said, judges, prompts.get(task.name)) if judges else [])]
+    scores = benchmark.score(*inputs, **kwargs_of(benchmark.score, args))
     return {"benchmark": task.name, "protocol": protocol(task, args), "scores": scores, "versions": versions()}
 
 
@@ -406,8 +399,7 @@ def compare_results(argv: Sequence[str]) -> None:
     runs = compare.read_runs(args.compare, BENCHMARKS)
     if args.plot:
         svg.write(args.plot, compare.picture(runs, BENCHMARKS))
-    for name in dict.fromkeys(run.result["benchmark"] for run in runs):
-        mine = [run for run in runs if run.result["benchmark"] == name]
+    for name, mine in compare.by_benchmark(runs).items():
         cells, notes = compare.compare(mine, BENCHMARKS[name], compare.read_published(name))
         print("\n".join([name, table(cells), *notes, ""]))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import svg
 from common import BadInput
-from model.training import lines_until
+from model.log import lines_until
 
 PANELS = {"loss": "loss", "reward": "reward", "margin": "margin to the chosen response", "accuracy": "accuracy",
           "weight": "weights of the negatives (AdaViP, Eq. 13)", "score": "score", "kl": "KL to the reference",

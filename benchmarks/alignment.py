@@ -25,7 +25,6 @@ console and to --out/table.md: mean over seeds, +- standard deviation. --out/tab
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -42,6 +41,7 @@ import torch  # noqa: E402
 import prepare  # noqa: E402
 import svg  # noqa: E402
 import train  # noqa: E402
+from common import read_json  # noqa: E402
 from data.batch import collate  # noqa: E402
 from data.processor import Processor  # noqa: E402
 from data.records import write_jsonl  # noqa: E402
@@ -50,6 +50,7 @@ from model.checkpoint import DEFAULT_MODEL, load_llava, save_json  # noqa: E402
 from model.logprobs import Scorer  # noqa: E402
 from options import read_arguments  # noqa: E402
 from pairs.online import sample  # noqa: E402
+from plots import read_log  # noqa: E402
 
 OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo_released", "mdpo", "adavip",
            "povid", "povid_released")
@@ -65,7 +66,7 @@ AXES = ("recall: share of the present objects that a caption names, percent (rig
 def measure(folder: Path, split: str, number: int, out: Path) -> dict:
     """Figures of a checkpoint on held-out scenes and its captions, computed once and kept in `out`."""
     if out.is_file():
-        kept = json.loads(out.read_text())
+        kept = read_json(out)
         if (kept["split"], kept["scenes"]) == (split, number):
             return kept
     model, processor = load_llava(folder), Processor(folder)
@@ -93,19 +94,15 @@ def kl_to_start(model, processor: Processor, rows: list[dict]) -> float:
     return total / len(rows)
 
 
-def chair_figures(scores: dict) -> dict[str, float]:
-    """The CHAIR columns, in percent; words as they are."""
-    return {
-        "CHAIR_s": 100 * scores["chair_s"],
-        "CHAIR_i": 100 * scores["chair_i"],
-        "recall": 100 * scores["recall"],
-        "words": scores["words"],
-    }
-
-
 def pairs_file(method: str, seed: int, out: Path) -> Path:
     """The pairs of a method and a seed, made once and kept."""
     return out / f"pairs-{method}-{seed}" / "pairs.jsonl"
+
+
+def parts(row: str) -> tuple[str, str | None]:
+    """The loss of a row, and the method of its pairs if it has some."""
+    loss, _, method = row.partition("/")
+    return loss, method or train.LOSSES[loss].pairs
 
 
 def make_pairs(method: str, seed: int, args: argparse.Namespace) -> None:
@@ -124,8 +121,7 @@ def make_pairs(method: str, seed: int, args: argparse.Namespace) -> None:
 
 def run(row: str, seed: int, args: argparse.Namespace) -> Path:
     """Train one row with one seed, unless that was done; the folder of the run."""
-    loss, _, method = row.partition("/")
-    method = method or train.LOSSES[loss].pairs
+    loss, method = parts(row)
     out = args.out / f"{row.replace('/', '-')}-{seed}"
     if not (out / "result.json").is_file():  # written last
         out.mkdir(parents=True, exist_ok=True)
@@ -146,42 +142,36 @@ def figures_of(row: str, seed: int, cuts: list[dict], args: argparse.Namespace) 
     """Train and measure one row with one seed."""
     out = run(row, seed, args)
     figures = dict(measure(out / "model", args.split, args.scenes, out / "measured.json")["figures"])
-    figures["cut"] = cut_to(figures["words"], cuts)["CHAIR_s"]
-    figures["minutes"] = json.loads((out / "result.json").read_text())["minutes"]
-    loss, _, method = row.partition("/")
-    method = method or train.LOSSES[loss].pairs
+    figures["cut"] = cut_to(figures["words"], cuts)
+    figures["minutes"] = read_json(out / "result.json")["minutes"]
+    _, method = parts(row)
     if method and not (out / "pairs.jsonl").is_file():  # it did not make its own
-        minutes = pairs_file(method, seed, args.out).with_name("minutes.json")
-        figures["minutes"] += json.loads(minutes.read_text())["minutes"]
+        figures["minutes"] += read_json(pairs_file(method, seed, args.out).with_name("minutes.json"))["minutes"]
     return figures
 
 
 def own_rewards(row: str, seeds: list[int], out: Path) -> str:
     """How the reward that a reinforced row maximises went, from its first to its last logged interval."""
     name = "reward" if row == "fisao" else "score"
-    ends = [[json.loads(text)[name] for text in lines_of(out / f"{row}-{seed}")] for seed in seeds]
+    ends = [[line[name] for line in read_log(out / f"{row}-{seed}")] for seed in seeds]
     first, last = (statistics.mean(values[i] for values in ends) for i in (0, -1))
     return f"{row}: its own reward went from {first:.3f} to {last:.3f}"
 
 
-def lines_of(folder: Path) -> list[str]:
-    """The lines of a run's metrics."""
-    return (folder / "metrics.jsonl").read_text().splitlines()
-
-
 def cut_captions(start: dict) -> list[dict[str, float]]:
-    """CHAIR of the start's captions cut after 1, 2, .. 8 sentences."""
+    """CHAIR of the start's captions cut after 1, 2, .. 8 sentences, in percent; words as they are."""
     rows = chair.questions(None, None, scenes=start["scenes"], split=start["split"])
-    return [chair_figures(chair.score(rows, start["captions"], max_sentences=k)) for k in range(1, 9)]
+    cuts = [chair.score(rows, start["captions"], max_sentences=k) for k in range(1, 9)]
+    return [{"CHAIR_s": 100 * cut["chair_s"], "recall": 100 * cut["recall"], "words": cut["words"]} for cut in cuts]
 
 
-def cut_to(words: float, cuts: list[dict[str, float]]) -> dict[str, float]:
-    """CHAIR of captions cut to a mean length of `words`: a mixture of K and K + 1 sentences (`cut_captions`)."""
+def cut_to(words: float, cuts: list[dict[str, float]]) -> float:
+    """CHAIR_s of captions cut to a mean length of `words`: a mixture of K and K + 1 sentences (`cut_captions`)."""
     longer = next((i for i, cut in enumerate(cuts) if cut["words"] >= words), len(cuts) - 1)
     below, above = cuts[max(0, longer - 1)], cuts[longer]
     span = above["words"] - below["words"]
     share = min(1.0, (words - below["words"]) / span) if span > 0 else 1.0
-    return {name: below[name] + share * (above[name] - below[name]) for name in below}
+    return below["CHAIR_s"] + share * (above["CHAIR_s"] - below["CHAIR_s"])
 
 
 def line(name: str, results: list[dict[str, float]]) -> str:
@@ -220,18 +210,17 @@ def main() -> None:
     cuts = cut_captions(start)
     jobs = [(row, seed) for seed in args.seeds for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
-        methods = dict.fromkeys(row.partition("/")[2] or train.LOSSES[row].pairs for row in args.rows)
-        methods |= {"rank": None} if {"ppo", "rloo"} & set(args.rows) else {}
+        rewarded = ["reward_model"] if {"ppo", "rloo"} & set(args.rows) else []
+        methods = dict.fromkeys(parts(row)[1] for row in [*args.rows, *rewarded])
         list(pool.map(lambda job: make_pairs(*job, args), [(m, s) for m in methods if m for s in args.seeds]))
-        needed = args.seeds if {"ppo", "rloo"} & set(args.rows) else []
-        rewards = list(pool.map(lambda seed: run("reward_model", seed, args), needed))
+        rewards = list(pool.map(lambda seed: run("reward_model", seed, args), args.seeds if rewarded else []))
         results = dict(zip(jobs, pool.map(lambda job: figures_of(*job, cuts, args), jobs)))
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|",
              line("start", [start["figures"]])]
     lines += [line(row, [results[row, seed] for seed in args.seeds]) for row in args.rows]
-    accuracies = [json.loads((out / "result.json").read_text())["after"]["accuracy"] for out in rewards]
-    lines += ([f"\nreward_model: accuracy on held-out pairs {statistics.mean(accuracies):.1f} %"]
-              if accuracies else [])
+    if rewards:
+        accuracy = statistics.mean(read_json(out / "result.json")["after"]["accuracy"] for out in rewards)
+        lines.append(f"\nreward_model: accuracy on held-out pairs {accuracy:.1f} %")
     lines += [own_rewards(row, args.seeds, args.out) for row in ("ppo", "rloo", "fisao") if row in args.rows]
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text)

@@ -7,9 +7,9 @@ An example is an image, a prompt, a mask over the image tokens and the beginning
     batched        all sentences in one batch, each with a prompt of its own
     one at a time  each sentence by itself
 
-All must give the same tokens, else the benchmark ends with an error. Sizes: "tiny" is the embedded model on
-captions of the scene world, stopped at the ends of sentences; "small" has random weights, 576 image tokens
-and a fixed number of new tokens.
+All must give the same tokens, else the benchmark ends with an error. Sizes: "tiny" is the embedded model on captions of
+the scene world, stopped at the ends of sentences; "small" has random weights, 576 image tokens and a fixed number of
+new tokens.
 
     python -m benchmarks.bdhs --size small --examples 4
 """
@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -59,17 +60,13 @@ class Example(NamedTuple):
     finished: Callable[[int, list[int]], bool]  # (sentence, new tokens)
 
 
-Way = Callable[[], list[list[list[int]]]]
-
-
 def tiny_examples(count: int) -> tuple[Llava, list[Example], int]:
     """The embedded model, captions of scenes, and its EOS."""
     model, processor, examples = load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL), []
     for seed in range(PAIRS, PAIRS + count):
         rng = np.random.default_rng(seed)
         cuts = cut_sentences(caption(sample_scene(seed), random.Random(seed)), rng)
-        writings = [Writing.of(processor, cut) for cut in cuts]
-        prompt = processor.prompt(CAPTION_PROMPT)
+        writings, prompt = [Writing.of(processor, cut) for cut in cuts], processor.prompt(CAPTION_PROMPT)
         examples.append(Example(
             processor.image(reference(seed)), prompt, draw_mask(prompt, processor.image_id, RHO, rng),
             [writing.start for writing in writings],
@@ -94,32 +91,28 @@ def small_examples(count: int) -> tuple[Llava, list[Example], int]:
     return model, examples, VOCABULARY
 
 
-def ways(model: Llava, examples: list[Example], eos_id: int, steps: int) -> dict[str, Way]:
+def ways(model: Llava, examples: list[Example], eos_id: int, steps: int) -> dict[str, Callable[[], list]]:
     """Name -> function that completes everything: [example][sentence] new tokens."""
-    options = dict(eos_id=eos_id, max_new_tokens=steps)
     names = [(i, j) for i, example in enumerate(examples) for j in range(len(example.starts))]
-
-    def grouped(flat: list[list[int]]) -> list[list[list[int]]]:
-        rest = iter(flat)
-        return [[next(rest) for _ in example.starts] for example in examples]
+    complete = partial(generate, model, eos_id=eos_id, max_new_tokens=steps)
 
     def shared():
-        return generate(model, [e.view for e in examples], [e.prompt for e in examples],
+        return complete([e.view for e in examples], [e.prompt for e in examples],
                         starts=[e.starts for e in examples], hidden=[e.hidden for e in examples],
-                        stop=lambda i, j, new: examples[i].finished(j, new), **options)
+                        stop=lambda i, j, new: examples[i].finished(j, new))
 
     def batched():
-        out = generate(model, [e.view for e in examples], [examples[i].prompt for i, _ in names],
+        out = complete([e.view for e in examples], [examples[i].prompt for i, _ in names],
                        shows=[i for i, _ in names], starts=[[examples[i].starts[j]] for i, j in names],
                        hidden=[examples[i].hidden for i, _ in names],
-                       stop=lambda n, _, new: examples[names[n][0]].finished(names[n][1], new), **options)
-        return grouped([answer for (answer,) in out])
+                       stop=lambda n, _, new: examples[names[n][0]].finished(names[n][1], new))
+        rest = (answer for (answer,) in out)
+        return [[next(rest) for _ in example.starts] for example in examples]
 
     def one_at_a_time():
-        out = [generate(model, [e.view], [e.prompt], starts=[[start]], hidden=[e.hidden],
-                        stop=lambda _, __, new, e=e, j=j: e.finished(j, new), **options)[0][0]
-               for e in examples for j, start in enumerate(e.starts)]
-        return grouped(out)
+        return [[complete([e.view], [e.prompt], starts=[[start]], hidden=[e.hidden],
+                          stop=lambda _, __, new, e=e, j=j: e.finished(j, new))[0][0]
+                 for j, start in enumerate(e.starts)] for e in examples]
 
     return {"shared": shared, "batched": batched, "one at a time": one_at_a_time}
 
@@ -146,14 +139,12 @@ def main() -> None:
             way()
             seconds[name].append(time.process_time() - start)
     sentences = sum(len(example.starts) for example in examples)
-    print(f"{args.size}: {len(examples)} examples, {sentences} sentences, "
-          f"prompts of {len(examples[0].prompt)} tokens, "
+    print(f"{args.size}: {len(examples)} examples, {sentences} sentences, prompts of {len(examples[0].prompt)} tokens, "
           f"{sum(len(a) for group in results['shared'] for a in group)} new tokens, the same in all variants\n")
     print("| completion | CPU s | vs shared |\n|---|---|---|")
-    base = statistics.median(seconds["shared"])
-    for name, values in seconds.items():
-        value = statistics.median(values)
-        print(f"| {name} | {value:.2f} | {value / base:.2f}x |")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in medians.items():
+        print(f"| {name} | {value:.2f} | {value / medians['shared']:.2f}x |")
 
 
 if __name__ == "__main__":

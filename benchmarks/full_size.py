@@ -4,16 +4,14 @@
     python benchmarks/full_size.py --layers 2            a quick look; what the layers cost scales with them
     python benchmarks/full_size.py --folder DIR          keep the checkpoint, or use the one that is there
 
-The weights are random: speed and memory do not depend on their values. They are bf16 and written shard by
-shard, so writing needs one shard of memory. The step is what `train.py --loss adavip --precision bf16
---checkpointing` does with one pair: two images, chosen and rejected response, reference = the model with
-its adapters off, LoRA on all linear layers of the decoder in fp32 (rank 128 as in the papers), AdamW. The
-generation goes on with these adapters.
+The weights are random: speed and memory do not depend on their values. They are bf16 and written shard by shard, so
+writing needs one shard of memory. The step is what `train.py --loss adavip --precision bf16 --checkpointing` does with
+one pair: two images, chosen and rejected response, reference = the model with its adapters off, LoRA on all linear
+layers of the decoder in fp32 (rank 128 as in the papers), AdamW. The generation goes on with these adapters.
 
-Peak memory is the kernel's high-water mark of resident memory during each phase (/proc, so Linux only). On a
-CPU the loaded weights are pages of the mapped file, read when they are first used: they count in the peak,
-but the system may drop them and read them again, so what must fit is the anonymous memory and whatever speed
-asks for beyond it.
+Peak memory is the kernel's high-water mark of resident memory during each phase (/proc, so Linux only). On a CPU the
+loaded weights are pages of the mapped file, read when they are first used: they count in the peak, but the system may
+drop them and read them again, so what must fit is the anonymous memory and whatever speed asks for beyond it.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -59,9 +58,8 @@ PROMPT, RESPONSE = 40, 100  # text tokens of the prompt and of each response
 def write_checkpoint(folder: Path, config: LlavaConfig) -> int:
     """A llava-hf folder with random bf16 weights; returns their bytes. Exits when the disk is too full."""
     with torch.device("meta"):
-        shapes = {n: tuple(t.shape) for n, t in Llava(config).state_dict().items()}
-    size = sum(2 * torch.Size(s).numel() for s in shapes.values())
-    free = shutil.disk_usage(folder).free
+        shapes = {name: tensor.shape for name, tensor in Llava(config).state_dict().items()}
+    size, free = sum(2 * shape.numel() for shape in shapes.values()), shutil.disk_usage(folder).free
     if free < 1.05 * size:
         sys.exit(f"{folder} has {free / 1e9:.1f} GB free, the checkpoint takes {size / 1e9:.1f} GB; "
                  "choose another --folder or fewer --layers")
@@ -71,13 +69,12 @@ def write_checkpoint(folder: Path, config: LlavaConfig) -> int:
     return size
 
 
-def random_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+def random_weight(name: str, shape: torch.Size) -> Tensor:
     """Norms are 1, the rest repeats a million numbers (std 0.02): drawing them all takes minutes."""
     if "norm" in name and name.endswith("weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
-    count = torch.Size(shape).numel()
-    block = torch.empty(min(count, BLOCK)).normal_(std=0.02).bfloat16()
-    return block.repeat(-(-count // len(block)))[:count].view(shape)
+    block = torch.empty(min(shape.numel(), BLOCK)).normal_(std=0.02).bfloat16()
+    return block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
 
 
 def draw_pair(image_id: int) -> tuple[list[View], list[Sequence]]:
@@ -129,8 +126,7 @@ def measure(phase: Callable[[], object]) -> tuple[object, float, float, int, int
 
 def status(field: str) -> int:
     """A field of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+    return 1024 * int(re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
 def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, float, int, int]]:

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
@@ -66,55 +67,47 @@ FILES = {
                  "query_discriminative.json")}  # fmt: skip
 
 
-def questions(
-    data: Path,
-    images: Path | None,
-    *,
-    queries: Literal["all", "generative", "discriminative"] = "all",
-    instruction: Literal["yes_no", "none"] = "yes_no",
-    similar: Path | None = None,
-) -> list[dict]:
-    """Rows of `id`, `image`, `prompt`, `kind`, and `label`, or `truth`, `hallu`, `words`, `safe` and `similar`.
-
-    Raises BadInput naming missing files and images, and bad entries.
-    """
+def questions(data: Path, images: Path | None, *, queries: Literal["all", "generative", "discriminative"] = "all",
+              instruction: Literal["yes_no", "none"] = "yes_no", similar: Path | None = None) -> list[dict]:
+    """Rows of `id`, `image`, `prompt`, `kind`, and `label`, or `truth`, `hallu`, `words`, `safe` and `similar`."""
     generative = {"all": (True, False), "generative": (True,), "discriminative": (False,)}[queries]
     notes = [note for note in _annotations(find(data, "annotations.json", "amber", FILES))
              if (note["type"] == "generative") in generative]  # fmt: skip
     asked = _queries(find(data, f"query_{queries}.json", "amber", FILES), notes) if images else {}
     describe, rows = _describe(data, similar), []
     for note in notes:
-        query, suffix = asked.get(note["id"], {"image": None, "query": ""}), INSTRUCTIONS[instruction]
-        row = {"id": str(note["id"]), "image": query["image"], "prompt": query["query"], "kind": KINDS[note["type"]]}
+        image, prompt = asked.get(note["id"], (None, ""))
+        row = {"id": str(note["id"]), "image": image, "prompt": prompt, "kind": KINDS[note["type"]]}
         if note["type"] == "generative":
             rows.append(row | describe(note))
         else:
-            rows.append(row | {"prompt": row["prompt"] + suffix, "label": note["truth"]})
+            rows.append(row | {"prompt": prompt + INSTRUCTIONS[instruction], "label": note["truth"]})
     return with_files(rows, images, "amber")
 
 
 def _annotations(path: Path) -> list[dict]:
     """The entries of annotations.json: id = 1, 2, ..., type, truth, and hallu of the generative ones."""
-    return each(((where, (number, note)) for number, (where, note) in enumerate(read_list(path), start=1)), _note)
+    numbers = count(1)
+
+    def checked(note: object) -> dict:
+        number = next(numbers)
+        if field(note, "type") not in KINDS:
+            raise BadInput(f"want a type of AMBER, found {brief(note['type'])}")
+        if field(note, "id", int) != number:
+            raise BadInput(f"want id {number}, found {note['id']}")
+        if note["type"] == "generative":
+            texts(note, "truth"), texts(note, "hallu")
+        elif field(note, "truth") not in ("yes", "no"):
+            raise BadInput(f"truth {brief(note['truth'])}: want 'yes' or 'no'")
+        return note
+
+    return each(read_list(path), checked)
 
 
-def _note(entry: tuple[int, object]) -> dict:
-    number, note = entry
-    if field(note, "type") not in KINDS:
-        raise BadInput(f"want a type of AMBER, found {brief(note['type'])}")
-    if field(note, "id", int) != number:
-        raise BadInput(f"want id {number}, found {note['id']}")
-    if note["type"] == "generative":
-        texts(note, "truth"), texts(note, "hallu")
-    elif field(note, "truth") not in ("yes", "no"):
-        raise BadInput(f"truth {brief(note['truth'])}: want 'yes' or 'no'")
-    return note
-
-
-def _queries(path: Path, notes: Sequence[dict]) -> dict[int, dict]:
-    """id -> query of each annotation. Raises BadInput naming bad queries, and ids without one."""
-    asked = dict(each(read_list(path), lambda query: (field(query, "id", int), {
-        "image": field(query, "image"), "query": field(query, "query")})))  # fmt: skip
+def _queries(path: Path, notes: Sequence[dict]) -> dict[int, tuple[str, str]]:
+    """id -> (image, query) of each annotation. Raises BadInput naming bad queries, and ids without one."""
+    asked = dict(each(read_list(path), lambda query: (
+        field(query, "id", int), (field(query, "image"), field(query, "query")))))  # fmt: skip
     refuse(f"{path}: has no query {note['id']}" for note in notes if note["id"] not in asked)
     return asked
 
@@ -144,23 +137,17 @@ def _similar(path: Path, words: Sequence[str]) -> dict[str, list[str]]:
             raise BadInput(f"want two words of relation.json and a tab between them, found {brief(found)}")
         return found
 
-    pairs = each(read_lines(path), pair)
     alike: dict[str, list[str]] = {}
-    for one, other in pairs:
+    for one, other in each(read_lines(path), pair):
         alike.setdefault(one, []).append(other)
         alike.setdefault(other, []).append(one)
     return alike
 
 
-def score(
-    rows: Sequence[dict], said: Mapping[str, str], *, reading: Literal["exact", "lenient"] = "exact"
-) -> dict:
-    """Scores of responses (id -> text).
-
-    Returns, as far as there are such rows, generative and discriminative with its kinds: counts, fractions in [0, 1]
-    (unrounded) and `rounded`, percentages as the released code prints them; `amber` where both are there; and how
-    words were matched and answers read.
-    """
+def score(rows: Sequence[dict], said: Mapping[str, str], *, reading: Literal["exact", "lenient"] = "exact") -> dict:
+    """Scores of responses (id -> text), as far as there are such rows: generative, discriminative and its kinds, each
+    with counts, fractions in [0, 1] and `rounded`, percent as released; `amber`, where both are there; and how words
+    were matched and answers read."""
     described = [row for row in rows if row["kind"] == "generative"]
     scores: dict = {"reading": reading}
     if described:
@@ -182,17 +169,21 @@ def _amber(described: Mapping, asked: Mapping) -> dict:
 
 
 def _generative(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
-    count = Counter(n=len(rows))
-    known = forms(rows[0]["words"])
+    counts, known = Counter(n=len(rows)), forms(rows[0]["words"])
     for row in rows:
-        count.update(describe(mentions(said[row["id"]], known), row))
-    keys = dict.fromkeys(key for pair in GENERATIVE.values() for key in reversed(pair))
-    counts = {key: count[key] for key in keys}
-    figures = {name: ratio(count[part], count[whole]) for name, (part, whole) in GENERATIVE.items()}
-    rounded = {name: _percent(count[part], count[whole]) for name, (part, whole) in GENERATIVE.items()}
-    clean = count["n"] - count["hallucinating"]
-    rounded["hal"] = round(100 - 100 * clean / (count["n"] + START), 1)
-    return {**counts, **figures, "rounded": rounded}
+        counts.update(describe(mentions(said[row["id"]], known), row))
+    figures, rounded = _figures(counts, GENERATIVE)
+    clean = counts["n"] - counts["hallucinating"]
+    rounded["hal"] = round(100 - 100 * clean / (counts["n"] + START), 1)
+    keys = (key for pair in GENERATIVE.values() for key in reversed(pair))
+    return {**{key: counts[key] for key in keys}, **figures, "rounded": rounded}
+
+
+def _figures(counts: Mapping[str, int], ratios: Mapping[str, tuple[str, str]]) -> tuple[dict, dict]:
+    """The ratios of counts, exact and in percent as released."""
+    pairs = {name: (counts[part], counts[whole]) for name, (part, whole) in ratios.items()}
+    return ({name: ratio(*pair) for name, pair in pairs.items()},
+            {name: round(part / (whole + START) * 100, 1) for name, (part, whole) in pairs.items()})
 
 
 def describe(nouns: Sequence[str], row: Mapping) -> dict[str, int]:
@@ -213,25 +204,22 @@ def describe(nouns: Sequence[str], row: Mapping) -> dict[str, int]:
 
 def _place(words: Sequence[str], objects: Sequence[Sequence[str]]) -> int | None:
     """The first object with one of the words among its associations, else the first that is one of them."""
-    for i, (_, *associated) in enumerate(objects):
-        if not set(words).isdisjoint(associated):
-            return i
-    return next((i for i, (name, *_) in enumerate(objects) if name in words), None)
+    first = (i for i, (_, *associated) in enumerate(objects) if not set(words).isdisjoint(associated))
+    return next(chain(first, (i for i, (name, *_) in enumerate(objects) if name in words)), None)
 
 
 def _discriminative(rows: Sequence[dict], said: Mapping[str, str], reading: str, below: float) -> dict:
     """Counts and figures; `below` is added to F1's denominator."""
     pairs = Counter((row["label"], read_answer(said[row["id"]], reading)) for row in rows)
-    count = {
+    counts = {
         "n": len(rows), "no": sum(row["label"] == "no" for row in rows), "right_no": pairs["no", "no"],
         "said_no": pairs["yes", "no"] + pairs["no", "no"], "right": pairs["yes", "yes"] + pairs["no", "no"],
         "other": pairs["yes", ""] + pairs["no", ""]}  # fmt: skip
-    figures = {name: ratio(count[part], count[whole]) for name, (part, whole) in DISCRIMINATIVE.items()}
-    figures["f1"] = ratio(2 * count["right_no"], count["said_no"] + count["no"])
-    rounded = {name: _percent(count[part], count[whole]) for name, (part, whole) in DISCRIMINATIVE.items()}
+    figures, rounded = _figures(counts, DISCRIMINATIVE)
+    figures["f1"] = ratio(2 * counts["right_no"], counts["said_no"] + counts["no"])
     precision, recall = rounded["precision"] / 100, rounded["recall"] / 100
     rounded["f1"] = round(2 * precision * recall / (precision + recall + below) * 100, 1)
-    return {**count, **figures, "rounded": rounded}
+    return {**counts, **figures, "rounded": rounded}
 
 
 def read_answer(text: str, reading: str) -> str:
@@ -242,20 +230,13 @@ def read_answer(text: str, reading: str) -> str:
     return first if first in ("yes", "no") else ""
 
 
-def _percent(part: int, whole: int) -> float:
-    return round(part / (whole + START) * 100, 1)
-
-
 def table(scores: Mapping) -> list[tuple]:
     """One row for descriptions, one for each kind of question, as rounded; and the AMBER score."""
     columns = (*GENERATIVE, *DISCRIMINATIVE, "f1", "amber")
-    lines = [("", *columns, "n", "other")]
-    for name in ("generative", *POOLS, "amber"):
-        if name in scores:
-            part = scores[name]
-            figures = (str(part["rounded"].get(column, "")) for column in columns)
-            lines.append((name, *figures, str(part.get("n", "")), str(part.get("other", ""))))
-    return lines
+    parts = {name: scores[name] for name in ("generative", *POOLS, "amber") if name in scores}
+    return [("", *columns, "n", "other"),
+            *((name, *(str(part["rounded"].get(column, "")) for column in columns),
+               *(str(part.get(key, "")) for key in ("n", "other"))) for name, part in parts.items())]  # fmt: skip
 
 
 BENCHMARK = Benchmark(

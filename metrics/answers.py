@@ -41,13 +41,9 @@ def text_of(entry: dict) -> str:
 
 def image_of(rows: Sequence[dict], keys: Sequence[str]) -> Callable[[dict], str]:
     """Entry -> id of its row, whose image these keys of the entry name in any way of data/names.py."""
-    names = Names("questions", [row["id"] for row in rows],
-                  {row["id"]: row["image_id"] for row in rows if "image_id" in row})
-
-    def find(entry: dict) -> str:
-        return names.find(name := id_of(entry, keys)) or name
-
-    return find
+    ids = {row["id"]: row["image_id"] for row in rows if "image_id" in row}
+    names = Names("questions", [row["id"] for row in rows], ids)
+    return lambda entry: names.find(name := id_of(entry, keys)) or name
 
 
 def join(path: Path, rows: Sequence[dict], key: Callable[[object], str | None] = id_of,
@@ -91,13 +87,12 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
 
 
 def with_files(rows: Sequence[dict], images: Path | None, benchmark: str, *, other: str = "image") -> list[dict]:
-    """The rows, each `image` a file in or below the folder `images`, relative to it; as they are without a folder, as
-    no model is asked then.
+    """The rows, each `image` a file in or below the folder `images`, relative to it. As they are without a folder: no
+    model is asked then. Raises BadInput that lists the images without a file, or with several.
 
     Args:
         benchmark: in the path of its images, where there are several of one name.
         other: key of a row that names its image, too.
-    Raises BadInput that lists the images without a file, or with several.
     """
     if images is None:
         return list(rows)

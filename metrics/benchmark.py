@@ -1,15 +1,16 @@
 """What a benchmark is: questions, answers, scores, a table. Each benchmark's file ends with a `Benchmark`; evaluate.py
 lists them in one table and knows nothing else about them.
 
-    questions(data, images, **options) -> rows     read the official files, or sample scenes
-    read_answers(path, rows, subset)   -> said     an answers file, joined with the rows by id
+    questions(data, images, **options) -> rows     read the official files, or sample scenes. BadInput lists what is
+                                                   missing, bad entries and, with `images`, images without a file
+    read_answers(path, rows, subset)   -> said     an answers file, joined with the rows by id: `metrics.answers.join`
     score(rows, said, **options)       -> scores   pure: the official rules
     table(scores)                      -> cells    for the screen, the headings first
 
 A row is a dict: `id` (unique string), `image` (image reference, None for a question without one), `prompt` (what the
 model is asked, suffix included), and what the scoring needs. `said` maps ids to texts. Scores hold every count, every
-figure unrounded, and `rounded`, as the official script prints them. Keyword-only arguments of `questions` and `score`
-are options of the command line; the table `option  meaning` of the file's header is their help.
+figure unrounded, and `rounded` or `percent`, as the official script prints them. Keyword-only arguments of `questions`
+and `score` are options of the command line; the table `option  meaning` of the file's header is their help.
 
 A judged benchmark has `requests`, and its `score` takes the replies:
 
@@ -24,7 +25,7 @@ What is measured without a generated text has `measure`, whose `said` holds numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,12 +53,17 @@ class Benchmark(NamedTuple):
     measure: Callable | None = None  # None: the model answers, greedily
 
 
-def find(data: Path, name: str, benchmark: str, files: Mapping[str, str]) -> Path:
-    """The official file of this name in or below a folder, which may hold the downloads of several benchmarks: see
-    `metrics.files.pick`.
+def lines(parts: Iterable[tuple[str, Mapping]], columns: Sequence[str], digits: int = 2) -> list[tuple[str, ...]]:
+    """A table's lines, one a part: its name and its columns. Fractions are given in percent, what it lacks is blank."""
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.{digits}f}" if isinstance(value, float) else str(value)
 
-    Raises BadInput that says where the file is published, when it is missing or when it may be several.
-    """
+    return [(name, *(cell(part.get(column)) for column in columns)) for name, part in parts]
+
+
+def find(data: Path, name: str, benchmark: str, files: Mapping[str, str]) -> Path:
+    """The official file of this name in or below a folder (`metrics.files.pick`). Raises BadInput if it may be several,
+    or is missing: then it says where it is published."""
     found = pick((path for path in below(data) if path.name == name), data, benchmark)
     if not found:
         raise BadInput(f"{data}: has no {name}; published at {files[name]}")

@@ -13,15 +13,14 @@ For captions c with mentions m(c) (list of COCO classes, repeats kept) and image
 | g(c)   | objects[image_id]       | set of COCO class names             |
 | m(c)   | mentions(captions[...]) | list of (word as found, COCO class) |
 
-A caption becomes mentions by the rules of the released code: lower-case -> word tokens -> singular of
-every token -> two-word names joined from left to right -> "seat" dropped where "toilet" occurs -> tokens in the
-synonym list -> class. Ground truth for COCO: the instance classes and those that the five reference
-captions name.
+A caption becomes mentions by the rules of the released code: lower-case -> word tokens -> singular of every token ->
+two-word names joined from left to right -> "seat" dropped where "toilet" occurs -> tokens in the synonym list -> class.
+Ground truth for COCO: the instance classes and those that the five reference captions name.
 
 Departures from the released code, none of which changes a figure on its data:
-- NLTK's tokeniser and `pattern.en.singularize` are replaced by `tokenize` and `singularize` below, which
-  agree with them on every word that can become a COCO class. Known oddities are kept because published
-  figures contain them: "bus" becomes "bu" and is never counted ("buses" is), "ties" becomes "ty".
+- NLTK's tokeniser and `pattern.en.singularize` are replaced by `tokenize` and `singularize` below, which agree with
+  them on every word that can become a COCO class. Known oddities are kept because published figures contain them: "bus"
+  becomes "bu" and is never counted ("buses" is), "ties" becomes "ty".
 - With no mention at all CHAIRi is 0.0 (the released code divides by zero); so are the other ratios.
 
 Images are one of
@@ -53,8 +52,7 @@ from data.scenes import CAPTION_PROMPT, held_out, objects_present, reference, sa
 from data.sentences import sentences
 from metrics.answers import image_of, join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import each, field, read_list
-from metrics.objects import read_objects, sample
+from metrics.objects import read_captions, read_objects, sample
 
 SYNONYMS = Path(__file__).with_name("chair_synonyms.txt")
 INSTANCES, CAPTIONS = "instances_val2014.json", "captions_val2014.json"
@@ -73,10 +71,8 @@ TWO_WORDS |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal 
 TWO_WORDS |= {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
 TWO_WORDS |= {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}
 
-_CLITIC = r"(?:s|m|d|t|n|ll|re|ve)\b"
-_SYMBOLS = re.compile(
-    r"[\[\](){}<>;@#$%&*?!\"`“”„«»‘’\u2012-\u2015]|--|\.{2,}|[,:](?!\d)|(?<!\w)'(?!" + _CLITIC + ")"
-)
+_SYMBOLS = re.compile(r"[\[\](){}<>;@#$%&*?!\"`“”„«»‘’\u2012-\u2015]|--|\.{2,}|[,:](?!\d)"
+                      r"|(?<!\w)'(?!(?:s|m|d|t|n|ll|re|ve)\b)")
 _FULL_STOP = re.compile(r"(?<![.\s])(?<!\.\w)\.(?=[\s')\]]|$)")  # not in "p.m."
 _CONTRACTION = re.compile(r"(?<=\S)('(?:s|m|d|ll|re|ve)?|n't)(?=\s|$)")
 
@@ -93,8 +89,7 @@ _CONSONANT_IES = re.compile(r"(?:[^aeiouy]|qu)ies$")
 
 def tokenize(text: str) -> list[str]:
     """Lower-case tokens as NLTK's Treebank tokeniser makes them: symbols alone, 's and n't detached."""
-    text = _SYMBOLS.sub(r" \g<0> ", text.lower())
-    text = _FULL_STOP.sub(" . ", text)
+    text = _FULL_STOP.sub(" . ", _SYMBOLS.sub(r" \g<0> ", text.lower()))
     return _CONTRACTION.sub(r" \1 ", text).split()
 
 
@@ -106,7 +101,7 @@ def singularize(word: str) -> str:
             return singular
     for plural, singular in _ENDINGS:
         if word.endswith(plural):
-            return word[: len(word) - len(plural)] + singular
+            return word.removesuffix(plural) + singular
     if _CONSONANT_IES.search(word):
         return word[:-3] + "y"
     return word.removesuffix("s")
@@ -129,44 +124,42 @@ def load_synonyms(path: str | Path = SYNONYMS) -> dict[str, str]:
 
 def mentions(text: str, synonyms: Mapping[str, str]) -> list[tuple[str, str]]:
     """Objects a text mentions, in order, repeats kept: list of (word as found, COCO class)."""
-    tokens = [singularize(token) for token in tokenize(text)]
-    words, i = [], 0
-    while i < len(tokens):
-        pair = " ".join(tokens[i : i + 2])
-        words.append(TWO_WORDS.get(pair, tokens[i]))
-        i += 2 if pair in TWO_WORDS else 1
+    return classes_of(joined([singularize(token) for token in tokenize(text)], TWO_WORDS), synonyms)
+
+
+def joined(words: Sequence[str], names: Mapping[str, str], *, others: bool = True) -> list[str]:
+    """Two-word names, from left to right, as what they are looked up; with `others` the other words, too."""
+    found, i = [], 0
+    while i < len(words):
+        name = names.get(" ".join(words[i : i + 2]))
+        found += [name] if name else [words[i]] if others else []
+        i += 2 if name else 1
+    return found
+
+
+def classes_of(words: Sequence[str], synonyms: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(word, COCO class) of the words that have one."""
     if "toilet" in words:  # a toilet seat is not a chair
         words = [word for word in words if word != "seat"]
     return [(word, synonyms[word]) for word in words if word in synonyms]
 
 
-def chair(
-    captions: Mapping[str, str],
-    objects: Mapping[str, Iterable[str]],
-    synonyms: Mapping[str, str] | None = None,
-) -> dict:
-    """CHAIRs, CHAIRi and Recall of captions, joined with the classes shown by image id.
+def chair(captions: Mapping[str, str], objects: Mapping[str, Iterable[str]]) -> dict:
+    """CHAIRs, CHAIRi and Recall of captions (id -> text), joined with the classes shown (image id -> COCO classes,
+    of these captions and maybe others).
 
-    captions: image id -> text; objects: image id -> COCO classes the image shows. Every caption needs its
-    entry in `objects`; entries without a caption are ignored. Returns counts, the fractions chair_s, chair_i
-    and recall in [0, 1] (unrounded), `words` (mean number per caption) and `percent` (one decimal, as usual).
-    Raises BadInput naming the ids without objects, and the classes the synonym list does not know.
+    Returns counts, the fractions chair_s, chair_i and recall in [0, 1] (unrounded), `words` (mean number per caption)
+    and `percent` (one decimal, as usual). Raises BadInput naming the ids without objects, and the classes the synonym
+    list does not know.
     """
-    synonyms = load_synonyms() if synonyms is None else synonyms
+    synonyms = load_synonyms()
     if missing := [key for key in captions if key not in objects]:
         raise BadInput(f"no objects given for {len(missing)} images: {', '.join(map(str, missing))}")
     known = set(synonyms.values())
     if unknown := {name for key in captions for name in objects[key]} - known:
         raise BadInput(f"object classes missing from the synonym list: {', '.join(sorted(unknown))}")
-    count = dict.fromkeys(("hallucinated_captions", "mentions", "hallucinated", "found", "shown"), 0)
-    for key, text in captions.items():
-        said, shown = [name for _, name in mentions(text, synonyms)], set(objects[key])
-        wrong = sum(name not in shown for name in said)
-        count["hallucinated_captions"] += wrong > 0
-        count["mentions"] += len(said)
-        count["hallucinated"] += wrong
-        count["found"] += len(shown & set(said))
-        count["shown"] += len(shown)
+    _, *counts = pooled((mentions(text, synonyms), objects[key]) for key, text in captions.items())
+    count = dict(zip(("hallucinated_captions", "mentions", "hallucinated", "found", "shown"), counts))
     figures = {
         "chair_s": ratio(count["hallucinated_captions"], len(captions)),
         "chair_i": ratio(count["hallucinated"], count["mentions"]),
@@ -176,21 +169,23 @@ def chair(
     return {"n": len(captions), **count, **figures, "words": words, "percent": percent(figures)}
 
 
-def questions(
-    data: Path | None = None,
-    images: Path | None = None,
-    *,
-    annotations: tuple[Path, ...] = (),
-    scenes: int = 300,
-    num: int | None = None,
-    split: Literal["test", "dev"] = "test",
-    seed: int = 0,
-    prompt: str = CAPTION_PROMPT,
-) -> list[dict]:
-    """Rows of `id`, `image`, `prompt` and `objects` (classes shown), and `image_id` of an instances file.
+def pooled(captions: Iterable[tuple[Sequence[tuple[str, str]], Iterable[str]]]) -> list[int]:
+    """Over captions, each its mentions and the classes shown: captions with a mention, with a wrong one; mentions,
+    wrong ones; classes shown that are mentioned, classes shown."""
+    total = [0] * 6
+    for found, classes in captions:
+        said, shown = [name for _, name in found], set(classes)
+        wrong = sum(name not in shown for name in said)
+        numbers = (bool(said), wrong > 0, len(said), wrong, len(shown & set(said)), len(shown))
+        total = [a + b for a, b in zip(total, numbers)]
+    return total
 
-    Raises BadInput naming bad entries, classes that CHAIR does not know and images without a file.
-    """
+
+def questions(data: Path | None = None, images: Path | None = None, *, annotations: tuple[Path, ...] = (),
+              scenes: int = 300, num: int | None = None, split: Literal["test", "dev"] = "test", seed: int = 0,
+              prompt: str = CAPTION_PROMPT) -> list[dict]:  # fmt: skip
+    """Rows of `id`, `image`, `prompt` and `objects` (classes shown, all of which CHAIR knows), and `image_id` of an
+    instances file."""
     if len(annotations) > 1:
         raise BadInput("chair takes one --annotations file")
     if data is None and not annotations:
@@ -198,38 +193,29 @@ def questions(
                 for number in held_out(split, num or scenes) for name in [reference(number)]]  # fmt: skip
     path = annotations[0] if annotations else find(data, INSTANCES, "coco", FILES)
     rows = sample(read_objects(path), num, seed, path)
+    synonyms = load_synonyms()
     if not annotations:
-        spoken = spoken_objects(find(data, CAPTIONS, "coco", FILES))
-        rows = [{**row, "objects": sorted({*row["objects"], *spoken.get(row["image_id"], ())})} for row in rows]
-    known = set(load_synonyms().values())
+        spoken = read_captions(find(data, CAPTIONS, "coco", FILES))
+        for row in rows:
+            named = {name for text in spoken.get(row["image_id"], ()) for _, name in mentions(text, synonyms)}
+            row["objects"] = sorted({*row["objects"], *named})
+    known = set(synonyms.values())
     shown = dict.fromkeys(name for row in rows for name in row["objects"])
     refuse(f"{path}: class {brief(name)} is none of the 80 that CHAIR knows" for name in shown if name not in known)
     return with_files([{**row, "image": row["id"], "prompt": prompt} for row in rows], images, "coco")
 
 
-def spoken_objects(path: Path) -> dict[str, set[str]]:
-    """Image id -> classes that its reference captions name, of a captions file of COCO."""
-    synonyms, found = load_synonyms(), {}
-    notes = each(read_list(path, "annotations"), lambda note: (field(note, "image_id", int), field(note, "caption")))
-    for image, caption in notes:
-        found.setdefault(str(image), set()).update(name for _, name in mentions(caption, synonyms))
-    return found
-
-
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """id -> caption; an id may name its image in any way of data/names.py. Raises BadInput as metrics.answers.join."""
+    """id -> caption; an id may name its image in any way of data/names.py."""
     return join(path, rows, image_of(rows, ("image_id", "id", "question_id")), subset=subset)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, max_sentences: int | None = None) -> dict:
     """`chair` of the captions (id -> text), each cut to its first `max_sentences` sentences."""
-    texts = {row["id"]: first_sentences(said[row["id"]], max_sentences) for row in rows}
+    texts = {row["id"]: said[row["id"]] for row in rows}
+    if max_sentences is not None:
+        texts = {name: " ".join(sentences(text)[:max_sentences]) for name, text in texts.items()}
     return chair(texts, {row["id"]: row["objects"] for row in rows})
-
-
-def first_sentences(text: str, most: int | None) -> str:
-    """The first `most` sentences of a text; None keeps it as it is."""
-    return text if most is None else " ".join(sentences(text)[:most])
 
 
 def table(scores: Mapping) -> list[tuple]:

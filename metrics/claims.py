@@ -43,12 +43,15 @@ from data.places import REMARKS
 from data.scene_text import SIZE_OF_CELLS, horizontal, plural, relation, vertical
 from data.scenes import held_out, reference
 from data.sentences import sentences
-from metrics.benchmark import Benchmark
-from metrics.chair import ratio
+from metrics.benchmark import Benchmark, lines
+from metrics.chair import percent, ratio
 
 GROUPS = {"existence": ("existence",), "attribute": ("count", "size"), "count": ("count",), "size": ("size",),
           "relation": ("position", "pair"), "position": ("position",), "pair": ("pair",), "place": ("place",),
           "all": ("existence", "count", "size", "position", "pair", "place")}  # fmt: skip
+FRACTIONS = {"hallucinated": ("false", "claims"), "coverage": ("covered", "sayable")}  # name -> part, whole
+WHOLE = {"hal": ("hallucinating", "n"), "unread": ("unread_sentences", "sentences"),
+         "repetition": ("repeated", "n_grams")}  # fmt: skip
 NUMBERS = {"a": 1, "an": 1, **{word: n for n, word in enumerate("one two three four five six seven".split(), start=1)}}
 NAMES = {form: category for category, words in scenes.WORDS.items() for word in words for form in (word, plural(word))}
 
@@ -89,8 +92,7 @@ def read_record(image: str) -> Record:
 
 def read(text: str) -> tuple[list[Claim], int]:
     """The claims of a caption in order, and how many of its sentences make none."""
-    claims: list[Claim] = []
-    unread, it = 0, None
+    claims, unread, it = [], 0, None
     for sentence in filter(None, sentences(text)):
         found, it = _read_sentence(sentence.lower(), it)
         claims += found
@@ -103,16 +105,16 @@ def _read_sentence(sentence: str, it: str | None) -> tuple[list[Claim], str | No
     places = [REMARK[sentence]] if sentence in REMARK else PLACE.findall(sentence)
     claims = [Claim("place", None, place, 1) for place in places]
     nouns = list(NOUN.finditer(sentence))
+    if not nouns:
+        return claims, it
     for noun in nouns:
         claims += _about(noun)
     for found in POSITION.finditer(sentence):
-        if nouns:
-            noun = next((noun for noun in reversed(nouns) if noun.start() < found.start()), nouns[0])
-            claims.append(Claim("position", NAMES[noun[3]], found[1], NUMBERS.get(noun[1], 1)))
-    pair = PAIR.search(sentence)
-    if pair and nouns and it:
+        noun = next((noun for noun in reversed(nouns) if noun.start() < found.start()), nouns[0])
+        claims.append(Claim("position", NAMES[noun[3]], found[1], NUMBERS.get(noun[1], 1)))
+    if it and (pair := PAIR.search(sentence)):
         claims.append(Claim("pair", NAMES[nouns[0][3]], (pair[1], it), 1))
-    return claims, NAMES[nouns[-1][3]] if nouns else it
+    return claims, NAMES[nouns[-1][3]]
 
 
 def _about(noun: re.Match) -> Iterator[Claim]:
@@ -158,43 +160,28 @@ def sayable(record: Record) -> set[tuple[str, str | None]]:
     for name, items in record.objects.items():
         facts |= {("existence", name), ("count", name), ("pair", name)}
         common = set.intersection(*map(_facts, items))
-        facts |= {("size", name)} if common & set(SIZE_OF_CELLS.values()) else set()
-        facts |= {("position", name)} if common - set(SIZE_OF_CELLS.values()) else set()
+        facts |= {("size" if word in SIZE_OF_CELLS.values() else "position", name) for word in common}
     return facts
 
 
-def questions(
-    data: Path | None = None,
-    images: Path | None = None,
-    *,
-    scenes: int = 300,
-    split: Literal["test", "dev"] = "test",
-    prompt: str = scenes.CAPTION_PROMPT,
-) -> list[dict]:
+def questions(data: Path | None = None, images: Path | None = None, *, scenes: int = 300,
+              split: Literal["test", "dev"] = "test", prompt: str = scenes.CAPTION_PROMPT) -> list[dict]:  # fmt: skip
     """One row a scene: `id`, `image`, `prompt`. data and images are None: everything follows from the seeds."""
     names = [reference(seed) for seed in held_out(split, scenes)]
     return [{"id": name, "image": name, "prompt": prompt} for name in names]
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, n: int = 4) -> dict:
-    """Scores of captions (id -> text).
-
-    Returns for each kind and group of kinds the counts and the fractions hallucinated and coverage; captions with a
-    false claim, sentences without any claim, and repeated n-grams; fractions are not rounded, `rounded` is percent.
-    """
-    counts = {kind: Counter() for kind in GROUPS["all"]}
-    total = Counter(n=len(rows))
+    """Scores of captions (id -> text): for each kind and group of kinds the counts and the fractions hallucinated and
+    coverage; captions with a false claim, sentences without any claim, and repeated n-grams; `rounded` is percent."""
+    counts, total = {kind: Counter() for kind in GROUPS["all"]}, Counter(n=len(rows))
     for row in rows:
         text = said[row["id"]]
         total.update(_repeated(text.lower().split(), n))
         total.update(_judge(text, read_record(row["image"]), counts))
     pooled = {group: sum((counts[kind] for kind in kinds), Counter()) for group, kinds in GROUPS.items()}
-    return {
-        "n": len(rows), "n_gram": n,
-        **{group: _figures(count, {"hallucinated": ("false", "claims"), "coverage": ("covered", "sayable")})
-           for group, count in pooled.items()},
-        "captions": _figures(total, {"hal": ("hallucinating", "n"), "unread": ("unread_sentences", "sentences"),
-                                     "repetition": ("repeated", "n_grams")})}  # fmt: skip
+    return {"n": len(rows), "n_gram": n, **{group: _figures(count, FRACTIONS) for group, count in pooled.items()},
+            "captions": _figures(total, WHOLE)}
 
 
 def _judge(text: str, record: Record, counts: Mapping[str, Counter]) -> dict[str, int]:
@@ -202,13 +189,12 @@ def _judge(text: str, record: Record, counts: Mapping[str, Counter]) -> dict[str
     claims, unread = read(text)
     judged = [(claim, truth) for claim in claims if (truth := is_true(claim, record)) is not None]
     facts, covered = sayable(record), {(claim.kind, claim.category) for claim, truth in judged if truth}
-    for kind, count in counts.items():
-        verdicts = [truth for claim, truth in judged if claim.kind == kind]
-        mine = {fact for fact in facts if fact[0] == kind}
-        count.update({"claims": len(verdicts), "false": verdicts.count(False), "sayable": len(mine),
-                      "covered": len(mine & covered)})  # fmt: skip
+    for claim, truth in judged:
+        counts[claim.kind].update(["claims"] if truth else ["claims", "false"])
+    for fact in facts:
+        counts[fact[0]].update(["sayable", "covered"] if fact in covered else ["sayable"])
     return {"hallucinating": not all(truth for _, truth in judged), "unread_sentences": unread,
-            "sentences": len(list(filter(None, sentences(text))))}  # fmt: skip
+            "sentences": sum(map(bool, sentences(text)))}  # fmt: skip
 
 
 def _repeated(words: Sequence[str], n: int) -> dict[str, int]:
@@ -217,24 +203,16 @@ def _repeated(words: Sequence[str], n: int) -> dict[str, int]:
 
 
 def _figures(count: Mapping[str, int], ratios: Mapping[str, tuple[str, str]]) -> dict:
-    counts = {key: count[key] for pair in ratios.values() for key in pair}
     figures = {name: ratio(count[part], count[whole]) for name, (part, whole) in ratios.items()}
-    return {**counts, **figures, "rounded": {name: round(100 * value, 1) for name, value in figures.items()}}
+    return {key: count[key] for pair in ratios.values() for key in pair} | {**figures, "rounded": percent(figures)}
 
 
 def table(scores: Mapping) -> list[tuple]:
     """A line for each kind, in percent; then one for the captions as a whole."""
-    lines = [("", "hallucinated", "coverage", "claims", "false")]
-    for group in GROUPS:
-        part = scores[group]
-        lines.append((group, *(f"{100 * part[key]:.1f}" for key in ("hallucinated", "coverage")),
-                      str(part["claims"]), str(part["false"])))  # fmt: skip
-    whole = scores["captions"]
-    for name, figure, total, part in (("captions", "hal", "n", "hallucinating"),
-                                      ("sentences", "unread", "sentences", "unread_sentences"),
-                                      (f"{scores['n_gram']}-grams", "repetition", "n_grams", "repeated")):  # fmt: skip
-        lines.append((f"{name}: {figure}", f"{100 * whole[figure]:.1f}", "", str(whole[total]), str(whole[part])))
-    return lines
+    columns, whole = ("hallucinated", "coverage", "claims", "false"), []
+    for name, (figure, (part, total)) in zip(("captions", "sentences", f"{scores['n_gram']}-grams"), WHOLE.items()):
+        whole += lines([(f"{name}: {figure}", scores["captions"])], (figure, "", total, part), 1)
+    return [("", *columns), *lines([(group, scores[group]) for group in GROUPS], columns, 1), *whole]
 
 
 BENCHMARK = Benchmark(

@@ -39,8 +39,8 @@ from typing import Literal
 from data.places import CATEGORIES, PLACES, pick
 from data.scene_text import COUNT_WORDS, exist_question, plural
 from data.scenes import held_out, parse_reference, reference
-from metrics.benchmark import Benchmark
-from metrics.chair import ratio
+from metrics.benchmark import CONTROLS, Benchmark, lines
+from metrics.chair import percent, ratio
 from metrics.claims import Record, read_record, thirds
 from metrics.pope import same_place
 
@@ -49,18 +49,10 @@ WORDS = {**LABELS, "position": (*LABELS["position"], "top", "bottom")}  # what a
 TYPICAL = 0.6
 
 
-def questions(
-    data: Path | None = None,
-    images: Path | None = None,
-    *,
-    scenes: int = 300,
-    split: Literal["test", "dev"] = "test",
-    seed: int = 0,
-) -> list[dict]:
-    """Rows of `id`, `image`, `prompt`, `part` (a kind or a control row), `kind`, `label`, and `right` (words).
-
-    At most `scenes` of a kind. data and images are None: everything follows from the seeds.
-    """
+def questions(data: Path | None = None, images: Path | None = None, *, scenes: int = 300,
+              split: Literal["test", "dev"] = "test", seed: int = 0) -> list[dict]:  # fmt: skip
+    """Rows of `id`, `image`, `prompt`, `part` (a kind or a control row), `kind`, `label`, and `right` (words), at most
+    `scenes` of a kind. data and images are None: everything follows from the seeds."""
     rng = random.Random(seed)
     candidates = [row for number in held_out(split, scenes) for row in _candidates(number, rng)]
     asked = [row for kind in LABELS for row in _balanced(candidates, kind, scenes, rng)]
@@ -128,27 +120,23 @@ def score(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
               for part in dict.fromkeys(row["part"] for row in rows)}  # fmt: skip
     kinds = [scores[kind] for kind in LABELS if kind in scores]
     mean = {name: ratio(sum(kind[name] for kind in kinds), len(kinds)) for name in ("accuracy", "chance")}
-    return {**scores, "kinds": {**mean, "rounded": {"accuracy": round(100 * mean["accuracy"], 1)}}}
+    return {**scores, "kinds": {**mean, "rounded": percent({"accuracy": mean["accuracy"]})}}
 
 
 def _part(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
     words = [read_answer(said[row["id"]], row["kind"]) for row in rows]
     right = sum(word in row["right"] for word, row in zip(words, rows))
-    accuracy = ratio(right, len(rows))
+    figures = {"accuracy": ratio(right, len(rows))}
     return {"n": len(rows), "right": right, "other": words.count(""), "said": dict(sorted(Counter(words).items())),
-            "accuracy": accuracy, "chance": ratio(sum(1 / len(LABELS[row["kind"]]) for row in rows), len(rows)),
-            "rounded": {"accuracy": round(100 * accuracy, 1)}}  # fmt: skip
+            **figures, "chance": ratio(sum(1 / len(LABELS[row["kind"]]) for row in rows), len(rows)),
+            "rounded": percent(figures)}  # fmt: skip
 
 
 def table(scores: Mapping) -> list[tuple]:
     """A line for each kind, their mean, and the control rows, in percent."""
-    lines = [("", "accuracy", "chance", "n", "right", "other")]
-    for name in (*LABELS, "kinds", "other_picture", "removed"):
-        if name in scores:
-            part = scores[name]
-            lines.append((name, *(f"{100 * part[key]:.1f}" for key in ("accuracy", "chance")),
-                          *(str(part.get(key, "")) for key in ("n", "right", "other"))))  # fmt: skip
-    return lines
+    columns = ("accuracy", "chance", "n", "right", "other")
+    parts = [(name, scores[name]) for name in (*LABELS, "kinds", *CONTROLS) if name in scores]
+    return [("", *columns), *lines(parts, columns, 1)]
 
 
 BENCHMARK = Benchmark(

@@ -26,6 +26,7 @@ from metrics.benchmark import Benchmark, find
 from metrics.files import each, field, read_list, unique
 from metrics.meteor import meteor as meteor_of
 from metrics.ngrams import bleu, cider_d, rouge_l
+from metrics.objects import read_captions
 from metrics.ptb import tokenize
 from metrics.vqa import mean
 
@@ -40,10 +41,8 @@ Split = Literal["val2017", "val2014", "karpathy"]
 
 
 def questions(data: Path, images: Path | None, *, split: Split = "val2017") -> list[dict]:
-    """Rows with id (number in COCO), image, prompt and references (captions of people).
-
-    Raises BadInput: the file is missing or of another form, an image has no caption, images are missing.
-    """
+    """Rows with id (number in COCO), image, prompt and references (captions of people). Raises BadInput also for images
+    without a caption."""
     path = find(data, KARPATHY if split == "karpathy" else f"captions_{split}.json", "coco", FILES)
     rows = unique(path, _karpathy(path) if split == "karpathy" else _coco(path))
     if empty := [row["image"] for row in rows if not row["references"]]:
@@ -56,12 +55,9 @@ def _row(number: int, image: str, references: list[str]) -> dict:
 
 
 def _coco(path: Path) -> list[dict]:
-    captions: dict[int, list[str]] = {}
-    notes = each(read_list(path, "annotations"), lambda note: (field(note, "image_id", int), field(note, "caption")))
-    for image, caption in notes:
-        captions.setdefault(image, []).append(caption)
+    captions = read_captions(path)
     return each(read_list(path, "images"), lambda image: _row(
-        field(image, "id", int), field(image, "file_name"), captions.get(image["id"], [])))  # fmt: skip
+        field(image, "id", int), field(image, "file_name"), captions.get(str(image["id"]), [])))  # fmt: skip
 
 
 def _karpathy(path: Path) -> list[dict]:
@@ -75,12 +71,12 @@ def score(rows: Sequence[dict], said: Mapping[str, str], *, meteor: Path | None 
     """{n, words (mean length), bleu_1 .. bleu_4, rouge_l, cider, meteor if asked for, cap_val, rounded}."""
     captions = [tokenize(said[row["id"]]) for row in rows]
     references = [[tokenize(text) for text in row["references"]] for row in rows]
-    figures = {f"bleu_{n}": value for n, value in enumerate(bleu(captions, references), start=1)}
-    figures |= {"rouge_l": rouge_l(captions, references), "cider": cider_d(captions, references)}
+    orders = bleu(captions, references)
+    others = {"rouge_l": rouge_l(captions, references), "cider": cider_d(captions, references)}
+    combined = 100 * mean([*(orders if cap_val == "bleu1-4" else orders[-1:]), *others.values()])
+    figures = {f"bleu_{n}": value for n, value in enumerate(orders, start=1)} | others
     if meteor is not None:
         figures["meteor"] = meteor_of(meteor, captions, references)
-    orders = ("bleu_4",) if cap_val == "bleu4" else ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
-    combined = 100 * mean([figures[name] for name in (*orders, "rouge_l", "cider")])
     rounded = {name: round(value, 3) for name, value in figures.items()}
     return {"n": len(rows), "words": mean([len(words) for words in captions]), **figures,
             "cap_val": combined, "rounded": {**rounded, "cap_val": round(combined, 1)}}  # fmt: skip
@@ -96,10 +92,6 @@ def table(scores: Mapping) -> list[tuple]:
 
 BENCHMARK = Benchmark(
     rules="COCO captions, coco-caption's BLEU, ROUGE-L and CIDEr-D, tokens by rules like PTBTokenizer's",
-    questions=questions,
-    score=score,
-    table=table,
-    max_new_tokens=64,
-    files=FILES,
+    questions=questions, score=score, table=table, max_new_tokens=64, files=FILES,
     figures={name: f"rounded.{name}" for name in ("bleu_1", "bleu_4", "meteor", "rouge_l", "cider", "cap_val")},
-)
+)  # fmt: skip

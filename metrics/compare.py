@@ -69,6 +69,12 @@ def _wrong(result: dict, benchmarks: Mapping[str, Benchmark]) -> str:
     return ""
 
 
+def by_benchmark(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Benchmark -> its runs."""
+    names = dict.fromkeys(run.result["benchmark"] for run in runs)
+    return {name: [run for run in runs if run.result["benchmark"] == name] for name in names}
+
+
 def at(tree: object, path: str) -> object:
     """What lies in nested objects at "KEY.KEY", None where there is nothing."""
     for key in path.split("."):
@@ -82,13 +88,13 @@ def compare(runs: Sequence[Run], benchmark: Benchmark, published: Sequence[dict]
     for run in runs:
         if differs := differences(run.result, first.result):
             notes.append(f"* {run.name}: {'; '.join(differs)}")
-        marked.append((label(run, first), _who(run.result), figures_of(run, benchmark)))
+        model = run.result["protocol"].get("model") or run.result["protocol"].get("answers") or ""
+        marked.append((label(run, first), str(model), figures_of(run, benchmark)))
     for row in published:
         source, method = f"{row['paper']}, {row['table']}", row["method"]
-        wanted = {path: value for path, value in row["variant"].items() if not _fits(first, path, value)}
-        if wanted:
-            needs = ", ".join(f"{path} {brief(value)}" for path, value in wanted.items())
-            notes.append(f"{source}: another variant, with {needs}")
+        if needs := [f"{path} {brief(value)}" for path, value in row["variant"].items()
+                     if not _fits(first, path, value)]:  # fmt: skip
+            notes.append(f"{source}: another variant, with {', '.join(needs)}")
         else:
             marked.append((source, row["model"] + f" + {method}" * bool(method), row["figures"]))
             notes += [f"{source}: {row['note']}"] if "note" in row else []
@@ -119,11 +125,6 @@ def _settings(protocol: Mapping) -> dict[str, str]:
     return found | {f"--{name.replace('_', '-')}": brief(value) for name, value in protocol["options"].items()}
 
 
-def _who(result: Mapping) -> str:
-    """The model, or the file of its answers."""
-    return str(result["protocol"].get("model") or result["protocol"].get("answers") or "")
-
-
 def figures_of(run: Run, benchmark: Benchmark) -> dict[str, float | None]:
     """Column -> figure."""
     return {name: at(run.result["scores"], path) for name, path in benchmark.figures.items()}
@@ -139,22 +140,19 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else str(value) if value == round(value, 2) else f"{value:.1f}"
 
 
-def read_published(name: str, path: Path = PUBLISHED) -> list[dict]:
+def read_published(name: str) -> list[dict]:
     """The published rows of a benchmark."""
-    return [row for row in read_json(path, list) if row["benchmark"] == name]
+    return [row for row in read_json(PUBLISHED, list) if row["benchmark"] == name]
 
 
 def picture(runs: Sequence[Run], benchmarks: Mapping[str, Benchmark]) -> str:
     """Hallucination against coverage as SVG, a panel for each benchmark that has both. Raises BadInput if none has."""
     panels = []
-    for name in dict.fromkeys(run.result["benchmark"] for run in runs):
-        mine, axes = [run for run in runs if run.result["benchmark"] == name], benchmarks[name].tradeoff or ()
-        points = {}
-        for run in mine:
-            place = [figures_of(run, benchmarks[name])[axis] for axis in axes]
-            if place and None not in place:
-                points[label(run, mine[0])] = svg.Point(*place)
-        if points:
+    for name, mine in by_benchmark(runs).items():
+        if not (axes := benchmarks[name].tradeoff):
+            continue
+        places = {label(run, mine[0]): [figures_of(run, benchmarks[name])[axis] for axis in axes] for run in mine}
+        if points := {run: svg.Point(*place) for run, place in places.items() if None not in place}:
             panels.append(svg.Scatter(name, f"{axes[0]}, percent (right is better)",
                                       f"{axes[1]}, percent (down is better)", points))  # fmt: skip
     if not panels:

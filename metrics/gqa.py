@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from metrics.answers import with_files
-from metrics.benchmark import Benchmark, find
+from metrics.benchmark import Benchmark, find, lines
 from metrics.files import each, field, read_table
 from metrics.vqa import SUFFIX, mean, mean_by
 
@@ -33,24 +33,18 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def questions(data: Path, images: Path | None) -> list[dict]:
-    """Rows with id, image, prompt, label, and kind (binary or open), structural and semantic where the file has types.
-
-    Raises BadInput: the file is missing or of another form, images are missing.
-    """
+    """Rows with id, image, prompt, label; kind (binary or open), structural and semantic where the file has types."""
     return with_files(each(read_table(find(data, QUESTIONS, "gqa", FILES)), _row), images, "gqa")
 
 
 def _row(entry: tuple[str, object]) -> dict:
     name, item = entry
-    return {"id": name, "image": f"{field(item, 'imageId')}.jpg", "prompt": field(item, "question") + SUFFIX,
-            "label": field(item, "answer"), **_types(item.get("types"))}  # fmt: skip
-
-
-def _types(types: object) -> dict[str, str]:
-    if not isinstance(types, dict):
-        return {}
+    row = {"id": name, "image": f"{field(item, 'imageId')}.jpg", "prompt": field(item, "question") + SUFFIX,
+           "label": field(item, "answer")}  # fmt: skip
+    if not isinstance(types := item.get("types"), dict):
+        return row
     kind = "open" if types.get("structural") == "query" else "binary"
-    return {"kind": kind, "structural": types.get("structural"), "semantic": types.get("semantic")}
+    return row | {"kind": kind, "structural": types.get("structural"), "semantic": types.get("semantic")}
 
 
 def is_right(said: str, label: str, rules: Literal["official", "lmms"] = "official") -> bool:
@@ -71,17 +65,11 @@ def score(rows: Sequence[dict], said: Mapping[str, str], *, rules: Literal["offi
 
 def table(scores: Mapping) -> list[tuple]:
     """Accuracy in percent, of all questions and by their kind."""
-    lines = {**scores["by_kind"], **scores["by_structural"], **scores["by_semantic"], "all": scores}
-    return [("questions", "accuracy", "number"),
-            *((name, f"{100 * part['accuracy']:.2f}", str(part["n"])) for name, part in lines.items())]  # fmt: skip
+    parts = {**scores["by_kind"], **scores["by_structural"], **scores["by_semantic"], "all": scores}
+    return [("questions", "accuracy", "number"), *lines(parts.items(), ("accuracy", "n"))]
 
 
 BENCHMARK = Benchmark(
-    rules="GQA testdev_balanced, equal strings",
-    questions=questions,
-    score=score,
-    table=table,
-    max_new_tokens=16,
-    files=FILES,
-    figures={"accuracy": "rounded.accuracy"},
-)
+    rules="GQA testdev_balanced, equal strings", questions=questions, score=score, table=table, max_new_tokens=16,
+    files=FILES, figures={"accuracy": "rounded.accuracy"},
+)  # fmt: skip

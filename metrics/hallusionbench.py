@@ -32,7 +32,7 @@ which only sorts the errors, is not asked. Nothing is added to the questions, as
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -41,7 +41,7 @@ from common import BadInput, brief
 from data.names import as_id
 from metrics.answers import id_of, join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.chair import ratio
+from metrics.chair import percent, ratio
 from metrics.files import each, field, read_jsonl, read_list, unique
 
 FILES = {"HallusionBench.json": "https://github.com/tianyi-lab/HallusionBench"}
@@ -50,7 +50,6 @@ TEXTS = (*PLACE, "visual_input", "question", "gt_answer", "gt_answer_details")
 CHECK = "gpt4v_output_gpt_check"  # where the released script keeps a verdict
 VERDICTS = {"0": "incorrect", "1": "correct", "2": "unclear"}
 FIGURES = ("aAcc", "qAcc", "fAcc", "easy", "hard")
-PROMPT_VERSION = 1
 PROMPT = """You grade answers to questions about images. Compare the answer with the reference.
 
 Question: {question}
@@ -61,36 +60,22 @@ Reply with one word: correct if the answer agrees with the reference, incorrect 
 unclear if it does not settle the question."""
 
 
-def questions(
-    data: Path,
-    images: Path | None,
-    *,
-    items: Literal["all", "image"] = "all",
-    by: Literal["judge", "yes_no"] = "judge",
-) -> list[dict]:
-    """Rows of `id` (CATEGORY/SUBCATEGORY/SET/FIGURE/QUESTION), `image` or None, `prompt`, `by` and the official keys.
-
-    Raises BadInput that lists bad entries.
-    """
+def questions(data: Path, images: Path | None, *, items: Literal["all", "image"] = "all",
+              by: Literal["judge", "yes_no"] = "judge") -> list[dict]:  # fmt: skip
+    """Rows of `id` (CATEGORY/SUBCATEGORY/SET/FIGURE/QUESTION), `image` or None, `prompt`, `by`, the official keys."""
     path = find(data, "HallusionBench.json", "hallusionbench", FILES)
     rows = unique(path, each(read_list(path), lambda entry: _row(entry, by)))
     return with_files([row for row in rows if items == "all" or row["image"] is not None], images, "hallusionbench")
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """id -> text, of the official list with `model_prediction`, or of answers by `id`.
-
-    Answers to questions without an image do not count where those are not asked. Raises BadInput as
-    `metrics.answers.join`.
-    """
+    """id -> text, of the official list with `model_prediction`, or of answers by `id`. Answers to questions without an
+    image do not count where those are not asked."""
     return join(path, rows, _key(rows), subset=subset)
 
 
 def read_replies(path: Path, rows: Sequence[dict]) -> list[dict[str, str]]:
-    """One run of a judge: the verdicts in the released script's output, one list or a folder with its two files.
-
-    Raises BadInput as `metrics.answers.join` does, and for an invalid verdict.
-    """
+    """One run of a judge: the verdicts in the released script's output, one list or a folder with its two files."""
     files = sorted(path.glob("hallusion_output_v?_model.json")) if path.is_dir() else [path]
     return [join(path, rows, _key(rows), _verdict, entries=[line for file in files for line in read_jsonl(file)])]
 
@@ -109,18 +94,14 @@ def requests(rows: Sequence[dict], said: Mapping[str, str]) -> dict[str, tuple[N
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], replies: Sequence[Mapping[str, str]] = ()) -> dict:
-    """{n, unclear, aAcc, qAcc, fAcc, easy, hard, runs, rounded}: means over the runs of the judge.
-
-    Each of `runs` has the numbers of correct, incorrect and unclear verdicts, the figures, and `groups`: figure ->
-    (right, all).
-    """
+    """{n, unclear, aAcc, qAcc, fAcc, easy, hard, runs, rounded}: means over the runs of the judge. A run has the
+    numbers of correct, incorrect and unclear verdicts, the figures, and `groups`: figure -> (right, all)."""
     if any(row["by"] == "judge" for row in rows) and not replies:
         raise ValueError("the judge's replies are wanted")
     runs = [_score_run(rows, said, verdicts) for verdicts in replies or [{}]]
-    figures = {name: ratio(sum(run[name] for run in runs), len(runs)) for name in FIGURES}
-    unclear = ratio(sum(run["unclear"] for run in runs), len(runs))
-    rounded = {name: round(100 * value, 4) for name, value in figures.items()}
-    return {"n": len(rows), "unclear": unclear, **figures, "runs": runs, "rounded": rounded}
+    unclear, *means = (sum(run[name] for run in runs) / len(runs) for name in ("unclear", *FIGURES))
+    figures = dict(zip(FIGURES, means))
+    return {"n": len(rows), "unclear": unclear, **figures, "runs": runs, "rounded": percent(figures, 4)}
 
 
 def table(scores: Mapping) -> list[tuple[str, ...]]:
@@ -146,15 +127,15 @@ def read_yes_no(text: str, label: str) -> str:
 
 
 def _score_run(rows: Sequence[dict], said: Mapping[str, str], replies: Mapping[str, str]) -> dict:
-    verdicts = {row["id"]: read_reply(replies[row["id"]]) if row["by"] == "judge"
-                else read_yes_no(said[row["id"]], row["gt_answer"]) for row in rows}  # fmt: skip
-    right = {row["id"]: verdicts[row["id"]] == "correct" or verdicts[row["id"]] == "unclear" and _blind(row)
-             for row in rows}  # fmt: skip
+    verdicts = [read_reply(replies[row["id"]]) if row["by"] == "judge"
+                else read_yes_no(said[row["id"]], row["gt_answer"]) for row in rows]  # fmt: skip
 
     def groups(keys: Sequence[str], wanted: Callable[[dict], bool] = lambda row: True) -> tuple[int, int]:
         found: dict[tuple, bool] = defaultdict(lambda: True)
-        for row in filter(wanted, rows):
-            found[tuple(row[key] for key in keys)] &= right[row["id"]]
+        for row, verdict in zip(rows, verdicts):
+            if wanted(row):
+                right = verdict == "correct" or verdict == "unclear" and _blind(row)
+                found[tuple(row[key] for key in keys)] &= right
         return sum(found.values()), len(found)
 
     question, figure = (*PLACE[:3], "question_id"), PLACE[:4]
@@ -165,8 +146,7 @@ def _score_run(rows: Sequence[dict], said: Mapping[str, str], replies: Mapping[s
         "easy": groups(question, lambda row: row["visual_input"] != "2"),
         "hard": groups(question, lambda row: row["visual_input"] == "2"),
     }
-    times = Counter(verdicts.values())
-    return {**{name: times[name] for name in ("correct", "incorrect", "unclear")}, "groups": counts,
+    return {**{name: verdicts.count(name) for name in ("correct", "incorrect", "unclear")}, "groups": counts,
             **{name: ratio(*count) for name, count in counts.items()}}  # fmt: skip
 
 
@@ -202,7 +182,7 @@ def _row(entry: object, by: str) -> dict:
 
 
 BENCHMARK = Benchmark(
-    rules=f"HallusionBench as released; judge's prompt reconstructed, version {PROMPT_VERSION}",
+    rules="HallusionBench as released; judge's prompt reconstructed, version 1",
     questions=questions, score=score, table=table, max_new_tokens=512, files=FILES, read_answers=read_answers,
     requests=requests, read_replies=read_replies,
     figures={name: f"rounded.{name}" for name in FIGURES},

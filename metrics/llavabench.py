@@ -79,8 +79,7 @@ def questions(data: Path, images: Path | None = None) -> list[dict]:
         return {**_question(entry), "image": image, "prompt": field(entry, "text"),
                 "context": context[image], "reference": reference[key]}
 
-    rows = unique(path, each(read_jsonl(path), row))
-    return with_files(rows, images, "llavabench")
+    return with_files(unique(path, each(read_jsonl(path), row)), images, "llavabench")
 
 
 def _question(row: dict) -> dict:

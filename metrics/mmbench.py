@@ -37,7 +37,7 @@ import io
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -45,9 +45,8 @@ from common import BadInput, brief, refuse
 from data.formats import Images
 from data.names import as_id
 from metrics.answers import id_of, join
-from metrics.benchmark import Benchmark, find
-from metrics.chair import ratio
-from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice
+from metrics.benchmark import Benchmark, find, lines
+from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice, share
 from metrics.files import each, read_text, refuse_repeats
 
 Edition = Literal["mmbench_dev_20230712", "mmbench_dev_en_20231003", "MMBench_DEV_EN"]
@@ -60,17 +59,9 @@ AROUND = (("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("
 KINDS = ("category", "l2-category")
 
 
-def questions(
-    data: Path,
-    images: Path | None,
-    *,
-    edition: Edition = "mmbench_dev_20230712",
-    rounds: Literal["file", "all"] = "file",
-) -> list[dict]:
-    """Rows of `id` (index, or index-ROUND), `image`, `prompt`, `group`, `choices`, `label` and `categories`.
-
-    Raises BadInput that lists bad lines.
-    """
+def questions(data: Path, images: Path | None, *, edition: Edition = "mmbench_dev_20230712",
+              rounds: Literal["file", "all"] = "file") -> list[dict]:  # fmt: skip
+    """Rows of `id` (index, or index-ROUND), `image`, `prompt`, `group`, `choices`, `label` and `categories`."""
     path = find(data, f"{edition}.tsv", "mmbench", FILES)
     lines = _read(path)
     encoded = {line["index"]: line.get("image", "") for _, line in lines}
@@ -85,57 +76,48 @@ def questions(
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """id -> text, of LLaVA's answers (`question_id`, `round_id`, `text`) or of answers by `id`.
-
-    Raises BadInput as `metrics.answers.join`, and for choices in another order than that of their round.
-    """
+    """id -> text, of LLaVA's answers (`question_id`, `round_id`, `text`) or of answers by `id`. The order of choices
+    must be that of the round."""
 
     def key(answer: dict) -> str:
         name, turn, order = id_of(answer), as_id(answer.get("round_id", 0)), answer.get("option_char")
         if turn not in ROUNDS:
             raise BadInput(f"{brief(answer['round_id'])} is no round_id")
-        letters = list(LETTERS[: len(order)]) if isinstance(order, list) else None
-        if letters is not None and order != letters[int(turn) :] + letters[: int(turn)]:
+        if isinstance(order, list) and order != _rotated(list(LETTERS[: len(order)]), int(turn)):
             raise BadInput(f"option_char {brief(order)} is not the order of round {turn}")
         return name if turn == "0" else f"{name}-{turn}"
 
     return join(path, rows, key, subset=subset)
 
 
-def score(
-    rows: Sequence[dict],
-    said: Mapping[str, str],
-    *,
-    unmatched: Literal["wrong", "random"] = "wrong",
-    seed: int = 0,
-) -> dict:
+def score(rows: Sequence[dict], said: Mapping[str, str], *, unmatched: Literal["wrong", "random"] = "wrong",
+          seed: int = 0) -> dict:  # fmt: skip
     """{n (questions), rows, right, rows_right, unmatched, accuracy, category, l2-category, rounded}."""
     letters = {row["id"]: read_answer(said[row["id"]], row["choices"]) for row in rows}
     missed = [key for key, letter in letters.items() if letter is None]
     if unmatched == "random":
         letters |= {key: random.Random(f"{seed}-{key}").choice(LETTERS) for key in missed}
-    groups = defaultdict(list)
+    hits = {row["id"]: letters[row["id"]] == row["label"] for row in rows}
+    groups, parts = defaultdict(list), {kind: defaultdict(list) for kind in KINDS}
     for row in rows:
         groups[row["group"]].append(row)
-    right = {key: all(letters[row["id"]] == row["label"] for row in group) for key, group in groups.items()}
-    parts: dict[str, dict] = {kind: defaultdict(list) for kind in KINDS}
-    for key, group in groups.items():
+    right = [all(hits[row["id"]] for row in group) for group in groups.values()]
+    for counts, group in zip(right, groups.values()):
         for kind, name in min(group, key=lambda row: row["copy"])["categories"].items():
-            parts[kind][name].append(right[key])
-    means = {kind: {name: _accuracy(found) for name, found in sorted(parts[kind].items())} for kind in KINDS}
-    accuracy = _accuracy(right.values())
-    rounded = {"accuracy": round(100 * accuracy["accuracy"], 1)}
+            parts[kind][name].append(counts)
+    means = {kind: {name: share(found) for name, found in sorted(parts[kind].items())} for kind in KINDS}
+    total = share(right)
+    rounded = {"accuracy": round(100 * total["accuracy"], 1)}
     rounded |= {kind: {name: round(100 * one["accuracy"], 1) for name, one in means[kind].items()} for kind in KINDS}
-    hits = sum(letters[row["id"]] == row["label"] for row in rows)
-    return {**accuracy, "rows": len(rows), "rows_right": hits, "unmatched": len(missed), **means, "rounded": rounded}
+    return {**total, "rows": len(rows), "rows_right": sum(hits.values()), "unmatched": len(missed), **means,
+            "rounded": rounded}  # fmt: skip
 
 
 def table(scores: Mapping) -> list[tuple[str, ...]]:
     """All questions, then each l2-category and category."""
-    lines = [("", "questions", "right", "accuracy")]
     parts = [("all", scores), *scores["l2-category"].items(), *scores["category"].items()]
-    lines += [(name, str(part["n"]), str(part["right"]), f"{100 * part['accuracy']:.1f}") for name, part in parts]
-    return [*lines, ("unmatched rows", str(scores["rows"]), str(scores["unmatched"]), "")]
+    return [("", "questions", "right", "accuracy"), *lines(parts, ("n", "right", "accuracy"), 1),
+            ("unmatched rows", str(scores["rows"]), str(scores["unmatched"]), "")]  # fmt: skip
 
 
 def read_answer(text: str, choices: Sequence[str]) -> str | None:
@@ -150,9 +132,8 @@ def read_answer(text: str, choices: Sequence[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _accuracy(right: Iterable[bool]) -> dict:
-    right = list(right)
-    return {"n": len(right), "right": sum(right), "accuracy": ratio(sum(right), len(right))}
+def _rotated(order: list[str], turn: int) -> list[str]:
+    return order[turn:] + order[:turn]
 
 
 def _read(path: Path) -> list[tuple[str, dict]]:
@@ -195,13 +176,11 @@ def _rounds(line: dict, image: str | None, rotate: bool) -> list[dict]:
     question = line["question"] if hint.strip().lower() in NOTHING else f"{hint}\n{line['question']}"
     shared = {"image": image, "group": str(int(index) % COPY), "copy": int(index) // COPY,
               "categories": {kind: line[kind] for kind in KINDS if kind in line}}  # fmt: skip
-    rows = []
-    for turn in range(len(choices) if rotate else 1):
-        order = choices[turn:] + choices[:turn]
-        label = LETTERS[(LETTERS.index(answer) - turn) % len(choices)]
-        rows.append({"id": f"{index}-{turn}" if turn else index, **shared, "choices": order, "label": label,
-                     "prompt": f"{multiple_choice(question, order)}\n{LETTER_SUFFIX}"})  # fmt: skip
-    return rows
+    orders = [_rotated(choices, turn) for turn in range(len(choices) if rotate else 1)]
+    return [{"id": f"{index}-{turn}" if turn else index, **shared, "choices": order,
+             "label": LETTERS[(LETTERS.index(answer) - turn) % len(choices)],
+             "prompt": f"{multiple_choice(question, order)}\n{LETTER_SUFFIX}"}
+            for turn, order in enumerate(orders)]  # fmt: skip
 
 
 def _image(where: str, index: str, encoded: Mapping[str, str], images: Path) -> str:

@@ -34,7 +34,7 @@ from typing import Literal
 
 from common import BadInput, brief, refuse
 from metrics.answers import id_of, join
-from metrics.benchmark import Benchmark
+from metrics.benchmark import Benchmark, lines
 from metrics.chair import ratio
 from metrics.files import below, pick, read_lines
 
@@ -52,10 +52,8 @@ IMAGES = (".jpg", ".jpeg", ".png")
 
 
 def questions(data: Path, images: Path | None, *, suffix: Literal["llava", "official"] = "llava") -> list[dict]:
-    """Rows of `id` (TASK/IMAGE#NUMBER), `image`, `prompt`, `task`, `pair`, `question` and `label`.
-
-    Raises BadInput that lists bad lines, images without their two questions and, with `images`, without a file.
-    """
+    """Rows of `id` (TASK/IMAGE#NUMBER), `image`, `prompt`, `task`, `pair`, `question` and `label`. Raises BadInput also
+    for images without their two questions."""
     folder = _with_tasks(data)
     files = _images(folder if images is None else _with_tasks(images), images or data)
     problems, rows, times = [], [], Counter()
@@ -79,10 +77,7 @@ def questions(data: Path, images: Path | None, *, suffix: Literal["llava", "offi
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> text, of a folder of official results (TASK.txt: image, question, ground truth, reply), of LLaVA's JSONL
-    (`question_id` TASK/IMAGE, `prompt`, `text`) or of answers by `id`.
-
-    Raises BadInput as `metrics.answers.join`.
-    """
+    (`question_id` TASK/IMAGE, `prompt`, `text`) or of answers by `id`."""
     ids, asked, times = {row["id"] for row in rows}, defaultdict(list), Counter()
     for row in rows:
         asked[row["id"].rpartition("#")[0], _plain(row["question"])].append(row["id"])
@@ -102,11 +97,8 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
 
 def score(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
     """{n, other, tasks: {task: n, images, right, both, other, acc, acc_plus, score}, perception, cognition, rounded}.
-
-    A sum is None while one of its tasks is missing.
-    """
-    tasks = {task: _score_task([row for row in rows if row["task"] == task], said)
-             for task in TASKS if any(row["task"] == task for row in rows)}  # fmt: skip
+    A sum is None while one of its tasks is missing."""
+    tasks = {task: _score_task(mine, said) for task in TASKS if (mine := [row for row in rows if row["task"] == task])}
     sums = {group: sum(tasks[task]["score"] for task in names) if set(names) <= tasks.keys() else None
             for group, names in GROUPS.items()}  # fmt: skip
     rounded = {name: round(value, 2) for name, value in sums.items() if value is not None}
@@ -117,11 +109,10 @@ def score(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
 
 def table(scores: Mapping) -> list[tuple[str, ...]]:
     """One line a task, then the two sums ("-": tasks are missing)."""
-    lines = [("task", "questions", "other", "acc", "acc+", "score")]
-    lines += [(task, str(one["n"]), str(one["other"]), f"{100 * one['acc']:.2f}", f"{100 * one['acc_plus']:.2f}",
-               f"{one['score']:.2f}") for task, one in scores["tasks"].items()]  # fmt: skip
-    return lines + [(group, "", "", "", "", "-" if scores[group] is None else f"{scores[group]:.2f}")
-                    for group in GROUPS]  # fmt: skip
+    tasks = lines(scores["tasks"].items(), ("n", "other", "acc", "acc_plus"))
+    return [("task", "questions", "other", "acc", "acc+", "score"),
+            *((*line, f"{scores['tasks'][line[0]]['score']:.2f}") for line in tasks),
+            *((group, "", "", "", "", "-" if scores[group] is None else f"{scores[group]:.2f}") for group in GROUPS)]
 
 
 def read_answer(text: str) -> str:
@@ -131,10 +122,10 @@ def read_answer(text: str) -> str:
 
 
 def _score_task(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
-    right = Counter(row["pair"] for row in rows if read_answer(said[row["id"]]) == row["label"])
+    answers = [read_answer(said[row["id"]]) for row in rows]
+    right = Counter(row["pair"] for row, answer in zip(rows, answers) if answer == row["label"])
     counts = {"n": len(rows), "images": len({row["pair"] for row in rows}), "right": right.total(),
-              "both": sum(n == 2 for n in right.values()),
-              "other": sum(read_answer(said[row["id"]]) == "other" for row in rows)}  # fmt: skip
+              "both": sum(n == 2 for n in right.values()), "other": answers.count("other")}
     acc, acc_plus = ratio(counts["right"], counts["n"]), ratio(counts["both"], counts["images"])
     return {**counts, "acc": acc, "acc_plus": acc_plus, "score": 100 * (acc + acc_plus)}
 
@@ -157,8 +148,7 @@ def _lines(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
     """(FILE:LINE, task, [image, question, label, ...]) of the release or of results."""
     for task in TASKS:
         if (folder / task).is_dir():
-            inner = folder / task / "questions_answers_YN"
-            for file in sorted((inner if inner.is_dir() else folder / task).glob("*.txt")):
+            for file in _files(folder / task, "questions_answers_YN", "*.txt"):
                 yield from ((where, task, [file.stem, *cells]) for where, cells in _cells(file))
         elif (file := folder / f"{task}.txt").is_file():
             yield from ((where, task, cells) for where, cells in _cells(file))
@@ -183,13 +173,13 @@ def _cells(file: Path) -> list[tuple[str, list[str]]]:
 
 def _images(folder: Path, root: Path) -> dict[str, str]:
     """TASK/STEM -> image file relative to `root`."""
-    found = {}
-    for task in TASKS:
-        inner = folder / task / "images"
-        for path in sorted((inner if inner.is_dir() else folder / task).glob("*")):
-            if path.suffix.lower() in IMAGES:
-                found[f"{task}/{path.stem}"] = path.relative_to(root).as_posix()
-    return found
+    return {f"{task}/{path.stem}": path.relative_to(root).as_posix() for task in TASKS
+            for path in _files(folder / task, "images", "*") if path.suffix.lower() in IMAGES}
+
+
+def _files(folder: Path, inner: str, pattern: str) -> list[Path]:
+    """The files of a task, in its inner folder if there is one."""
+    return sorted((folder / inner if (folder / inner).is_dir() else folder).glob(pattern))
 
 
 def _stem(image: str) -> str:

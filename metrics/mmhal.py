@@ -119,11 +119,9 @@ def _content(review: object) -> str:
 
 def requests(rows: Sequence[dict], said: Mapping[str, str], prompt: str = PROMPT, *, sees: bool = False) -> dict:
     """id -> (image or None, text). sees: the judge sees the image (MMHal-Bench-V)."""
-    def text(row: dict) -> str:
-        return judged.fill(prompt, contents=row["contents"], question=row["prompt"], reference=row["reference"],
-                           answer=said[row["id"]])  # fmt: skip
-
-    return {row["id"]: (row["image"] if sees else None, text(row)) for row in rows}
+    return {row["id"]: (row["image"] if sees else None, judged.fill(
+        prompt, contents=row["contents"], question=row["prompt"], reference=row["reference"], answer=said[row["id"]]))
+        for row in rows}  # fmt: skip
 
 
 def read_rating(reply: str) -> int | None:
@@ -139,27 +137,25 @@ def score(rows: Sequence[dict], said: Mapping[str, str], replies: Sequence[Mappi
     (two decimals; there `informativeness` is in percent, as printed).
     """
     judged.check_runs(replies, [row["id"] for row in rows])
-    counts = {name: sum(row["type"] == name for row in rows) for name in TYPES}
-    runs = [{row["id"]: read_rating(run[row["id"]]) for row in rows} for run in replies]
-    figures = judged.over_runs([_figures(rows, run) for run in runs])
+    runs = [[read_rating(run[row["id"]]) for row in rows] for run in replies]
+    scored = [[rating or 0 for rating in run] for run in runs]
+    groups = {name: found for name in TYPES if (found := [i for i, row in enumerate(rows) if row["type"] == name])}
+    figures = judged.over_runs([_figures(ratings, groups) for ratings in scored])
     percent = {part: {**found, "informativeness": 100 * found["informativeness"]} for part, found in figures.items()}
     return {
-        "n": len(rows), "runs": len(replies), "counts": {name: n for name, n in counts.items() if n},
-        "hallucinated": [sum((rating or 0) < 3 for rating in run.values()) for run in runs],
-        "unparsed": [sum(rating is None for rating in run.values()) for run in runs],
-        **figures, "rounded": judged.rounded(percent, 2),
+        "n": len(rows), "runs": len(replies), "counts": {name: len(found) for name, found in groups.items()},
+        "hallucinated": [sum(rating < 3 for rating in ratings) for ratings in scored],
+        "unparsed": [run.count(None) for run in runs], **figures, "rounded": judged.rounded(percent, 2),
     }  # fmt: skip
 
 
-def _figures(rows: Sequence[dict], ratings: Mapping[str, int | None]) -> dict[str, float]:
-    found = {row["id"]: ratings[row["id"]] or 0 for row in rows}
-    types = {row["type"] for row in rows}
+def _figures(ratings: Sequence[int], groups: Mapping[str, Sequence[int]]) -> dict[str, float]:
     return {
-        "score": fmean(found.values()),
-        "hallucination_rate": fmean(rating < 3 for rating in found.values()),
-        "informativeness": fmean(rating - 3 if rating >= 3 else rating for rating in found.values()) / 3,
-        **{name: fmean(found[row["id"]] for row in rows if row["type"] == name) for name in TYPES if name in types},
-    }  # fmt: skip
+        "score": fmean(ratings),
+        "hallucination_rate": fmean(rating < 3 for rating in ratings),
+        "informativeness": fmean(rating - 3 if rating >= 3 else rating for rating in ratings) / 3,
+        **{name: fmean(ratings[i] for i in group) for name, group in groups.items()},
+    }
 
 
 def table(scores: Mapping) -> list[tuple]:

@@ -32,7 +32,7 @@ from common import BadInput, brief, read_json
 from metrics import judged
 from metrics.answers import join, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.files import each, field, read_jsonl, read_table, texts
+from metrics.files import each, field, read_table, texts
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 FILES = {"mm-vet.json": "https://github.com/yuweihao/MM-Vet (release v1, mm-vet.zip)"}
@@ -70,11 +70,10 @@ def questions(data: Path, images: Path | None = None) -> list[dict]:
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """id -> answer. Raises BadInput listing bad lines and unknown, repeated or missing ids."""
+    """id -> answer."""
+    entries = None
     if path.suffix == ".json" and isinstance(read_json(path, object), dict):
         entries = [(where, {"id": key, "text": text}) for where, (key, text) in read_table(path)]
-    else:
-        entries = read_jsonl(path)
     return join(path, rows, entries=entries, subset=subset)
 
 

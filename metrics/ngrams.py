@@ -27,7 +27,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import reduce
 from math import exp, fsum, log, sqrt
+from operator import or_
+
+from metrics.vqa import mean
 
 Words = Sequence[str]
 MAX_N = 4
@@ -40,29 +44,25 @@ def count(words: Words, n: int) -> Counter:
 
 def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
     """BLEU-1 to BLEU-4 of the corpus."""
-    found, made = [0] * MAX_N, [0] * MAX_N
-    for caption, refs in zip(captions, references):
-        for n in range(1, MAX_N + 1):
-            most: Counter = Counter()
-            for ref in refs:
-                most |= count(ref, n)  # maximum of the counts
-            found[n - 1] += sum((count(caption, n) & most).values())
-            made[n - 1] += max(0, len(caption) - n + 1)
-    length = sum(map(len, captions))
-    closest = sum(min((abs(len(ref) - len(caption)), len(ref)) for ref in refs)[1]
-                  for caption, refs in zip(captions, references))  # fmt: skip
-    q = (length + 1e-15) / (closest + 1e-9)
+    pairs = list(zip(captions, references))
+    closest = sum(min((abs(len(ref) - len(caption)), len(ref)) for ref in refs)[1] for caption, refs in pairs)
+    q = (sum(map(len, captions)) + 1e-15) / (closest + 1e-9)
     brevity = exp(1 - 1 / q) if q < 1 else 1.0
     scores, product = [], 1.0
     for n in range(1, MAX_N + 1):
-        product *= (found[n - 1] + 1e-15) / (made[n - 1] + 1e-9)
+        found = made = 0
+        for caption, refs in pairs:
+            most = reduce(or_, (count(ref, n) for ref in refs))  # maximum of the counts
+            found += (count(caption, n) & most).total()
+            made += max(0, len(caption) - n + 1)
+        product *= (found + 1e-15) / (made + 1e-9)
         scores.append(product ** (1 / n) * brevity)
     return scores
 
 
 def rouge_l(captions: Sequence[Words], references: Sequence[Sequence[Words]], beta: float = 1.2) -> float:
     """Mean ROUGE-L."""
-    return _mean([_rouge(caption, refs, beta) for caption, refs in zip(captions, references)])
+    return mean(_rouge(caption, refs, beta) for caption, refs in zip(captions, references))
 
 
 def _rouge(caption: Words, refs: Sequence[Words], beta: float) -> float:
@@ -95,7 +95,7 @@ def cider_d(captions: Sequence[Words], references: Sequence[Sequence[Words]], si
         vectors = [_weighted(grams, idf, rare) for grams in _counts(caption)]
         similar = fsum(_similarity(vectors, [_weighted(grams, idf, rare) for grams in ref], sigma) for ref in refs)
         scores.append(10 * similar / MAX_N / len(refs))
-    return _mean(scores)
+    return mean(scores)
 
 
 def _counts(words: Words) -> list[Counter]:
@@ -115,7 +115,3 @@ def _similarity(caption: list[tuple], ref: list[tuple], sigma: float) -> float:
         dot = sum(min(weight, others[gram]) * others[gram] for gram, weight in weights.items() if gram in others)
         total += dot / (norm * other_norm) if norm and other_norm else 0.0
     return total * exp(-((caption[1][2] - ref[1][2]) ** 2) / (2 * sigma**2))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return fsum(values) / len(values) if values else 0.0

@@ -41,6 +41,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -50,7 +51,7 @@ from data.names import as_id
 from metrics import judged
 from metrics.answers import id_of, join, text_of, with_files
 from metrics.benchmark import Benchmark, find
-from metrics.chair import TWO_WORDS, load_synonyms, ratio, tokenize
+from metrics.chair import TWO_WORDS, classes_of, joined, load_synonyms, pooled, ratio, tokenize
 from metrics.files import each, field, read_jsonl, read_list, read_table, texts, unique
 
 QUESTIONS = "obj_halbench_300_with_image.jsonl"
@@ -158,7 +159,7 @@ def _vocabulary() -> frozenset[str]:
 @lru_cache(maxsize=65536)
 def lemma(word: str) -> str:
     """Singular of a lower-case word: the shortest form that some name of the lists has, else the word."""
-    forms = [word[: len(word) - len(plural)] + singular for plural, singular in PLURALS if word.endswith(plural)]
+    forms = [word.removesuffix(plural) + singular for plural, singular in PLURALS if word.endswith(plural)]
     known = [form for form in (word, *forms) if form in _vocabulary()]
     return IRREGULAR.get(word) or min(known, key=len, default=word)
 
@@ -166,7 +167,7 @@ def lemma(word: str) -> str:
 def caption_mentions(text: str) -> list[tuple[str, str]]:
     """(word, class) of each mention in a text, repeats kept. "men" is a lemma of WordNet, and never counted."""
     words = [word if word == "men" else lemma(word) for word in tokenize(text)]
-    return _classes(_joined(words, keep=True))
+    return classes_of(joined(words, two_words()), refined_synonyms())
 
 
 def name_mentions(names: Iterable[str], *, other: Collection[str] = OTHER) -> list[tuple[str, str]]:
@@ -174,30 +175,14 @@ def name_mentions(names: Iterable[str], *, other: Collection[str] = OTHER) -> li
     found: list[str] = []
     for name in names:
         words = [lemma(word) for word in tokenize(name)]
-        found += _joined(words, keep=False) or _noun_runs(words, other)
-    return _classes(list(dict.fromkeys(found)))
-
-
-def _joined(words: Sequence[str], keep: bool) -> list[str]:
-    """Two-word names, from left to right, and with `keep` the other words."""
-    found, i = [], 0
-    while i < len(words):
-        pair = two_words().get(" ".join(words[i : i + 2]))
-        found += [pair] if pair else [words[i]] if keep else []
-        i += 2 if pair else 1
-    return found
+        found += joined(words, two_words(), others=False) or _noun_runs(words, other)
+    return classes_of(list(dict.fromkeys(found)), refined_synonyms())
 
 
 def _noun_runs(words: Sequence[str], other: Collection[str]) -> list[str]:
     """The words between those that are not nouns."""
     runs = " ".join("|" if word in other else word for word in words).split("|")
     return [run.strip() for run in runs if run.strip()]
-
-
-def _classes(words: Sequence[str]) -> list[tuple[str, str]]:
-    if "toilet" in words:  # a toilet seat is not a chair
-        words = [word for word in words if word != "seat"]
-    return [(word, refined_synonyms()[word]) for word in words if word in refined_synonyms()]
 
 
 # --------------------------------------------------------------------------------------------------- judge and scores
@@ -219,11 +204,9 @@ def read_objects(reply: str) -> list[str] | None:
     block = BLOCK.search(reply)
     tries = [block[1]] if block else [reply, reply.strip().split("\n")[-1]] if '["' in reply else [reply]
     for text in tries:
-        try:
+        with suppress(BadInput):
             names = parse_json(text.encode("utf-8", "replace"))
-        except BadInput:
-            continue
-        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+            return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
     return None
 
 
@@ -259,9 +242,8 @@ def score(rows: Sequence[dict], said: Mapping[str, str], replies: Sequence[Mappi
     judged.check_runs(replies, [row["id"] for row in rows if not is_short(said[row["id"]])])
     lists = [{row["id"]: [] if is_short(said[row["id"]]) else read_objects(run[row["id"]]) for row in rows}
              for run in replies]  # fmt: skip
-    unparsed = [sum(names is None for names in run.values()) for run in lists]
     return _scores(rows, said, [{key: name_mentions(names or ()) for key, names in run.items()} for run in lists],
-                   unparsed)  # fmt: skip
+                   unparsed=[list(run.values()).count(None) for run in lists])  # fmt: skip
 
 
 def score_rules(rows: Sequence[dict], said: Mapping[str, str]) -> dict:
@@ -282,21 +264,14 @@ def _scores(rows: Sequence[dict], said: Mapping[str, str], runs: Sequence[Mappin
 def count(rows: Sequence[dict], mentions: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, int]:
     """Responses, mentions and objects of one run."""
     names = ("responses", "with_objects", "hallucinated_responses", "mentions", "hallucinated", "found", "shown")
-    total = dict.fromkeys(names, 0)
-    for row in rows:
-        named, shown = [name for _, name in mentions[row["id"]]], set(row["objects"])
-        wrong = sum(name not in shown for name in named)
-        numbers = (1, bool(named), wrong > 0, len(named), wrong, len(shown & set(named)), len(shown))
-        total = {name: total[name] + number for name, number in zip(names, numbers)}
-    return total
+    return dict(zip(names, (len(rows), *pooled((mentions[row["id"]], row["objects"]) for row in rows))))
 
 
 def _figures(counts: Mapping[str, int], words: float) -> dict[str, float]:
-    response = ratio(counts["hallucinated_responses"], counts["with_objects"])
-    mention = ratio(counts["hallucinated"], counts["mentions"])
-    chair_s, recall = (ratio(counts[part], counts[whole])
-                       for part, whole in (("hallucinated_responses", "responses"), ("found", "shown")))
-    return dict(zip(FIGURES, (response, mention, 1 - response, 1 - mention, chair_s, recall, words)))
+    responses, named, hallucinated, mentions, wrong, found, shown = counts.values()
+    response, mention = ratio(hallucinated, named), ratio(wrong, mentions)
+    return dict(zip(FIGURES, (response, mention, 1 - response, 1 - mention, ratio(hallucinated, responses),
+                              ratio(found, shown), words)))  # fmt: skip
 
 
 def table(scores: Mapping) -> list[tuple]:

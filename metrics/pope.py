@@ -52,7 +52,7 @@ from typing import Literal
 from common import BadInput, brief, refuse
 from data.scenes import exist_question, held_out, pope_questions, reference, sample_scene
 from metrics.answers import id_of, join, with_files
-from metrics.benchmark import CONTROLS, Benchmark, find
+from metrics.benchmark import CONTROLS, Benchmark, find, lines
 from metrics.chair import percent, ratio
 from metrics.files import each, field, read_jsonl, refuse_repeats
 from metrics.objects import sample
@@ -94,11 +94,8 @@ def pope(answers: Mapping[str, str], labels: Mapping[str, str], parser: str = "o
         raise BadInput(f"{len(odd)} question ids without answer or without label: {', '.join(odd)}")
     if bad := [f"{key}: {label!r}" for key, label in labels.items() if label not in ("yes", "no")]:
         raise BadInput(f"labels must be 'yes' or 'no': {', '.join(bad)}")
-    said = {key: PARSERS[parser](text) for key, text in answers.items()}
-    tp = sum(said[key] == "yes" for key, label in labels.items() if label == "yes")
-    fp = sum(said[key] == "yes" for key, label in labels.items() if label == "no")
-    fn = sum(said[key] == "no" for key, label in labels.items() if label == "yes")
-    tn = sum(said[key] == "no" for key, label in labels.items() if label == "no")
+    said = Counter((PARSERS[parser](answers[key]), label) for key, label in labels.items())
+    tp, fp, tn, fn = said["yes", "yes"], said["yes", "no"], said["no", "no"], said["no", "yes"]
     figures = {
         "accuracy": ratio(tp + tn, len(labels)),
         "precision": ratio(tp, tp + fp),
@@ -106,7 +103,7 @@ def pope(answers: Mapping[str, str], labels: Mapping[str, str], parser: str = "o
         "f1": ratio(2 * tp, 2 * tp + fp + fn),
         "yes_ratio": ratio(tp + fp, len(labels)),
     }
-    other = sum(not said[key] or parser == "official" and is_other(text) for key, text in answers.items())
+    other = sum(map(is_other if parser == "official" else lambda text: not read_exactly(text), answers.values()))
     counts = {"n": len(labels), "TP": tp, "FP": fp, "TN": tn, "FN": fn, "other": other}
     return {**counts, **figures, "percent": percent(figures, 2)}
 
@@ -121,22 +118,10 @@ def mean_of(splits: Iterable[Mapping[str, float]]) -> dict:
 # ------------------------------------------------------------------------------------------------- questions
 
 
-def questions(
-    data: Path | None = None,
-    images: Path | None = None,
-    *,
-    annotations: tuple[Path, ...] = (),
-    questions: Path | None = None,
-    scenes: int = 300,
-    num: int | None = None,
-    split: Literal["test", "dev"] = "test",
-    seed: int = 0,
-    prompt: str = "{question}",
-) -> list[dict]:
-    """Rows of `id`, `image`, `prompt`, `split` and `label`; of label files also `text`, the question.
-
-    Raises BadInput naming bad lines, lines without their partner and images without a file.
-    """
+def questions(data: Path | None = None, images: Path | None = None, *, annotations: tuple[Path, ...] = (),
+              questions: Path | None = None, scenes: int = 300, num: int | None = None,
+              split: Literal["test", "dev"] = "test", seed: int = 0, prompt: str = "{question}") -> list[dict]:
+    """Rows of `id`, `image`, `prompt`, `split` and `label`; of label files also `text`, the question."""
     if "{question}" not in prompt:
         raise BadInput("--prompt lacks {question}")
     if data is None and not annotations:
@@ -152,10 +137,9 @@ def scene_questions(seeds: Iterable[int], prompt: str = "{question}", seed: int 
     for row in pope_questions([sample_scene(s) for s in seeds], random.Random(seed)):
         ref, category = reference(row["seed"]), row["category"]
         asked = {"prompt": prompt.replace("{question}", exist_question(category)), "label": row["label"]}
-        name = f"{row['split']}-{ref}-{category}"
-        rows.append({"id": name, "image": ref, "split": row["split"], **asked})
-        rows.append({"id": f"other_picture-{name}", "image": reference(same_place(row["seed"])),
-                     "split": "other_picture", **asked})  # fmt: skip
+        name, other = f"{row['split']}-{ref}-{category}", reference(same_place(row["seed"]))
+        rows += [{"id": name, "image": ref, "split": row["split"], **asked},
+                 {"id": f"other_picture-{name}", "image": other, "split": "other_picture", **asked}]
         if row["label"] == "yes":  # the same ones in all splits
             key, without = f"removed-{ref}-{category}", reference(row["seed"], (category,))
             removed[key] = {"id": key, "image": without, "split": "removed", **asked, "label": "no"}
@@ -190,26 +174,25 @@ def label_questions(paths: Sequence[Path], num: int | None = None, seed: int = 0
 
 def _read_labels(path: Path, split: str) -> list[dict]:
     """Rows of `id`, `split`, `image`, `text` and `label`."""
-    rows = each(read_jsonl(path), lambda line: _label(line, split))
+    def row(line: dict) -> dict:
+        if (label := field(line, "label")) not in ("yes", "no"):
+            raise BadInput(f"label {brief(label)}: want 'yes' or 'no'")
+        return {"id": id_of(line, ("question_id",)), "split": split, "label": label, "image": field(line, "image"),
+                "text": field(line, "text")}
+
+    rows = each(read_jsonl(path), row)
     refuse_repeats((row["id"] for row in rows), f"{path}: question_id")
     return rows
 
 
-def _label(line: dict, split: str) -> dict:
-    if field(line, "label") not in ("yes", "no"):
-        raise BadInput(f"label {brief(line['label'])}: want 'yes' or 'no'")
-    return {"id": id_of(line, ("question_id",)), "split": split, "label": line["label"], "image": field(line, "image"),
-            "text": field(line, "text")}  # fmt: skip
-
-
 def read_asked(path: Path) -> dict[tuple[str, str, str], str]:
     """LLaVA's question file: (category, image, first line of the question) -> id. BadInput naming bad lines."""
-    rows = each(read_jsonl(path), lambda line: {"question_id": id_of(line, ("question_id",)), **{
-        key: field(line, key) for key in ("image", "text", "category")}})  # fmt: skip
-    keys = [(row["category"], row["image"], row["text"].split("\n")[0]) for row in rows]
-    refuse_repeats((row["question_id"] for row in rows), f"{path}: question_id")
+    rows = each(read_jsonl(path), lambda line: (
+        id_of(line, ("question_id",)), *(field(line, key) for key in ("image", "text", "category"))))  # fmt: skip
+    keys = [(category, image, text.split("\n")[0]) for _, image, text, category in rows]
+    refuse_repeats((name for name, *_ in rows), f"{path}: question_id")
     refuse_repeats((" / ".join(key) for key in keys), f"{path}: question")
-    return {key: row["question_id"] for key, row in zip(keys, rows)}
+    return {key: name for key, (name, *_) in zip(keys, rows)}
 
 
 def _rename(rows: list[dict], asked: Mapping[tuple[str, str, str], str], split: str, path: Path) -> list[dict]:
@@ -229,22 +212,20 @@ def _rename(rows: list[dict], asked: Mapping[tuple[str, str, str], str], split: 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
     """id -> answer. POPE's own answer files have no id: their order counts, and each `question` must be that of the
-    row in its place. Raises BadInput as metrics.answers.join."""
-    entries, ids = read_jsonl(path), {row["id"] for row in rows}
-    also = {name for row in rows for name in row.get("also", ())} - ids
-    place = iter(rows)
+    row in its place."""
+    entries, place = read_jsonl(path), iter(rows)
+    also = {name for row in rows for name in row.get("also", ())} - {row["id"] for row in rows}
+    has_ids = any(key in answer for _, answer in entries for key in ("id", "question_id"))
 
-    def by_id(answer: dict) -> str | None:
-        return None if (name := id_of(answer)) in also else name
-
-    def in_order(answer: dict) -> str:
+    def key(answer: dict) -> str | None:
+        if has_ids:
+            return None if (name := id_of(answer)) in also else name
         row = next(place, {})
         if answer.get("question", "") != row.get("text"):
             raise BadInput("no id, and not the question in the same place")
         return row["id"]
 
-    has_ids = any(key in answer for _, answer in entries for key in ("id", "question_id"))
-    return join(path, rows, by_id if has_ids else in_order, entries=entries, subset=subset)
+    return join(path, rows, key, entries=entries, subset=subset)
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, parser: Literal["official", "lmms"] = "official") -> dict:
@@ -260,13 +241,11 @@ def score(rows: Sequence[dict], said: Mapping[str, str], *, parser: Literal["off
 
 def table(scores: Mapping) -> list[tuple]:
     """A line for each split, the mean, and the control rows."""
-    counts = ("n", "TP", "FP", "TN", "FN", "other")
-    lines = [("", *FIGURES, *counts)]
-    for name, row in {**scores["splits"], "mean": scores["mean"], **scores["controls"]}.items():
-        blank = ("precision", "recall", "f1") if name == "removed" else ()  # no label is "yes"
-        figures = ["" if key in blank else f"{100 * row[key]:.2f}" for key in FIGURES]
-        lines.append((name, *figures, *(str(row.get(key, "")) for key in counts)))
-    return lines
+    columns, controls = (*FIGURES, "n", "TP", "FP", "TN", "FN", "other"), dict(scores["controls"])
+    if "removed" in controls:  # no label is "yes"
+        controls["removed"] = controls["removed"] | dict.fromkeys(("precision", "recall", "f1"))
+    return [("", *columns),
+            *lines([*scores["splits"].items(), ("mean", scores["mean"]), *controls.items()], columns)]
 
 
 BENCHMARK = Benchmark(

@@ -32,9 +32,8 @@ from typing import Literal
 
 from common import BadInput, brief, read_json, refuse
 from metrics.answers import with_files
-from metrics.benchmark import Benchmark, find
-from metrics.chair import ratio
-from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice
+from metrics.benchmark import Benchmark, find, lines
+from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice, share
 from metrics.files import below, each, field, read_list, refuse_repeats, texts, unique
 
 LLAVA = "llava_test_CQM-A.json"
@@ -48,27 +47,24 @@ STATED = re.compile(r"The answer is ([A-Z]).")  # the dot is any character, as r
 
 
 def questions(data: Path, images: Path | None) -> list[dict]:
-    """Rows of `id`, `image` (ID/image.png or None), `prompt`, `label` and `groups`.
-
-    Raises BadInput that lists bad entries, and ids that only one of LLaVA's and the official files has.
-    """
-    given = {path.name for path in below(data)}
-    rows = _llava(find(data, LLAVA, "scienceqa", FILES)) if LLAVA in given else None
-    if rows is None or {"problems.json", "pid_splits.json"} <= given:
+    """Rows of `id`, `image` (ID/image.png or None), `prompt`, `label` and `groups`. Raises BadInput also for ids that
+    only one of LLaVA's and the official files has."""
+    given, rows = {path.name for path in below(data)}, []
+    if LLAVA in given:
+        path = find(data, LLAVA, "scienceqa", FILES)
+        rows = unique(path, each(read_list(path), _llava_row))
+    if not rows or {"problems.json", "pid_splits.json"} <= given:
         official = _official(*(find(data, name, "scienceqa", FILES) for name in ("problems.json", "pid_splits.json")))
-        rows = official if rows is None else _merged(rows, official, data)
+        rows = _merged(rows, official, data) if rows else official
     return with_files(rows, images, "scienceqa")
 
 
 def score(rows: Sequence[dict], said: Mapping[str, str], *, headline: Literal["IMG", "total"] = "IMG") -> dict:
     """{n, right, failed, groups: {name: n, right, accuracy}, headline, accuracy, rounded}; total is a group, too."""
     letters = {row["id"]: read_answer(said[row["id"]]) for row in rows}
-    members = {"total": list(rows)} | {name: found for name in GROUPS
-                                       if (found := [row for row in rows if name in row["groups"]])}  # fmt: skip
-    groups = {}
-    for name, found in members.items():
-        right = sum(letters[row["id"]] == row["label"] for row in found)
-        groups[name] = {"n": len(found), "right": right, "accuracy": ratio(right, len(found))}
+    right = [(row["groups"], letters[row["id"]] == row["label"]) for row in rows]
+    groups = {"total": share(hit for _, hit in right)}
+    groups |= {name: found for name in GROUPS if (found := share(hit for mine, hit in right if name in mine))["n"]}
     return {"n": len(rows), "right": groups["total"]["right"], "failed": list(letters.values()).count(None),
             "groups": groups, "headline": headline, "accuracy": groups.get(headline, {}).get("accuracy"),
             "rounded": {name: round(100 * group["accuracy"], 2) for name, group in groups.items()}}  # fmt: skip
@@ -76,9 +72,8 @@ def score(rows: Sequence[dict], said: Mapping[str, str], *, headline: Literal["I
 
 def table(scores: Mapping) -> list[tuple[str, ...]]:
     """One line a group, * at the headline."""
-    lines = [("group", "questions", "right", "accuracy")]
-    return lines + [(name + " *" * (name == scores["headline"]), str(group["n"]), str(group["right"]),
-                     f"{100 * group['accuracy']:.2f}") for name, group in scores["groups"].items()]  # fmt: skip
+    groups = [(name + " *" * (name == scores["headline"]), group) for name, group in scores["groups"].items()]
+    return [("group", "questions", "right", "accuracy"), *lines(groups, ("n", "right", "accuracy"))]
 
 
 def read_answer(text: str) -> str | None:
@@ -91,12 +86,8 @@ def read_answer(text: str) -> str | None:
     return stated[0] if len(stated) == 1 else None
 
 
-def _llava(path: Path) -> list[dict]:
-    """Rows of LLaVA's file: id, image or none, conversation of a question and a letter."""
-    return unique(path, each(read_list(path), _llava_row))
-
-
 def _llava_row(entry: object) -> dict:
+    """A row of LLaVA's file: id, image or none, conversation of a question and a letter."""
     name, turns = field(entry, "id"), field(entry, "conversations", list)
     if len(turns) != 2 or field(turns[1], "value") not in tuple(LETTERS):
         raise BadInput("want conversations of a question and a letter")
@@ -136,16 +127,16 @@ def _row(entry: tuple[str, object]) -> dict:
 
 def _merged(rows: list[dict], official: list[dict], data: Path) -> list[dict]:
     """LLaVA's rows with the official groups."""
-    known = {row["id"]: row for row in official}
-    own = {row["id"] for row in rows}
-    problems = [f"{data}: id {brief(row['id'])} is in {LLAVA}, not in the test split"
-                for row in rows if row["id"] not in known]  # fmt: skip
-    problems += [f"{data}: id {brief(name)} of the test split is not in {LLAVA}" for name in known if name not in own]
-    problems += [f"{data}: id {brief(row['id'])}: {LLAVA} and problems.json differ in the answer or the image"
-                 for row in rows if row["id"] in known and (
-                     row["label"], "IMG" in row["groups"]) != (
-                     known[row["id"]]["label"], "IMG" in known[row["id"]]["groups"])]  # fmt: skip
-    refuse(problems)
+    known, own = ({row["id"]: row for row in file} for file in (official, rows))
+
+    def says(row: dict) -> tuple[str, bool]:
+        return row["label"], "IMG" in row["groups"]
+
+    problems = [f"id {brief(name)} is in {LLAVA}, not in the test split" for name in own if name not in known]
+    problems += [f"id {brief(name)} of the test split is not in {LLAVA}" for name in known if name not in own]
+    problems += [f"id {brief(name)}: {LLAVA} and problems.json differ in the answer or the image"
+                 for name in own if name in known and says(own[name]) != says(known[name])]  # fmt: skip
+    refuse(f"{data}: {problem}" for problem in problems)
     return [{**row, "groups": known[row["id"]]["groups"]} for row in rows]
 
 

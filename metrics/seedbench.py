@@ -31,21 +31,17 @@ from typing import Literal
 from common import BadInput, brief, read_json
 from data.names import as_id
 from metrics.answers import id_of, join, with_files
-from metrics.benchmark import Benchmark, find
-from metrics.chair import ratio
-from metrics.choices import LETTER_SUFFIX, multiple_choice
+from metrics.benchmark import Benchmark, find, lines
+from metrics.choices import LETTER_SUFFIX, multiple_choice, share
 from metrics.files import as_object, each, field, read_jsonl, read_list, refuse_repeats
 
 FILES = {"SEED-Bench.json": "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"}
 TWICE, SECOND = "49914", "49914-2"
-CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+CHOICES = {"A": "choice_a", "B": "choice_b", "C": "choice_c", "D": "choice_d"}
 
 
 def questions(data: Path, images: Path | None, *, kinds: Literal["all", "image"] = "all") -> list[dict]:
-    """Rows of `id`, `image`, `prompt`, `kind`, `dimension` and `label`.
-
-    Raises BadInput that lists bad entries and, with `images`, images and frames without a file.
-    """
+    """Rows of `id`, `image`, `prompt`, `kind`, `dimension` and `label`."""
     path = find(data, "SEED-Bench.json", "seedbench", FILES)
     entries = read_list(path, "questions")
     (names,) = each([(str(path), read_json(path))], lambda file: field(file, "question_type", dict))
@@ -59,11 +55,8 @@ def questions(data: Path, images: Path | None, *, kinds: Literal["all", "image"]
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """id -> text, of LLaVA's answers (`text`), its file for upload (`prediction`) or of answers by `id`.
-
-    Where only images are asked about, answers about videos (v...) do not count. Raises BadInput as
-    `metrics.answers.join`.
-    """
+    """id -> text, of LLaVA's answers (`text`), its file for upload (`prediction`) or of answers by `id`. Where only
+    images are asked about, answers about videos (v...) do not count."""
     ids, answers = {row["id"] for row in rows}, read_jsonl(path)
     video = any(row["kind"] == "video" for row in rows)
     names = [as_id(answer.get("id", answer.get("question_id"))) for _, answer in answers]
@@ -85,38 +78,32 @@ def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> d
 def score(rows: Sequence[dict], said: Mapping[str, str], *, read: Literal["exact", "first"] = "exact") -> dict:
     """{n, right, other, accuracy, kinds: {name: n, right, accuracy}, dimensions: the same, rounded}."""
     letters = {row["id"]: read_answer(said[row["id"]], read) for row in rows}
-    right = {row["id"]: letters[row["id"]] == row["label"] for row in rows}
-
-    def part(key: str, name: str) -> dict:
-        found = [right[row["id"]] for row in rows if row[key] == name]
-        return {"n": len(found), "right": sum(found), "accuracy": ratio(sum(found), len(found))}
-
-    parts = {f"{key}s": {name: part(key, name) for name in sorted({row[key] for row in rows})}
-             for key in ("kind", "dimension")}  # fmt: skip
-    accuracy = ratio(sum(right.values()), len(rows))
-    rounded = {"all": round(100 * accuracy, 2)}
-    rounded |= {name: round(100 * one["accuracy"], 2) for found in parts.values() for name, one in found.items()}
-    return {"n": len(rows), "right": sum(right.values()), "other": list(letters.values()).count(None),
-            "accuracy": accuracy, **parts, "rounded": rounded}  # fmt: skip
+    right = [(row, letters[row["id"]] == row["label"]) for row in rows]
+    parts = {f"{key}s": {name: share(hit for row, hit in right if row[key] == name)
+                         for name in sorted({row[key] for row in rows})} for key in ("kind", "dimension")}  # fmt: skip
+    total = share(hit for _, hit in right)
+    rounded = {name: round(100 * one["accuracy"], 2)
+               for name, one in {"all": total, **parts["kinds"], **parts["dimensions"]}.items()}  # fmt: skip
+    return {"n": len(rows), "right": total["right"], "other": list(letters.values()).count(None),
+            "accuracy": total["accuracy"], **parts, "rounded": rounded}  # fmt: skip
 
 
 def table(scores: Mapping) -> list[tuple[str, ...]]:
     """All questions, each kind, each dimension."""
     parts = [("all", scores), *scores["kinds"].items(), *scores["dimensions"].items()]
-    lines = [("", "questions", "right", "accuracy")]
-    lines += [(name, str(part["n"]), str(part["right"]), f"{100 * part['accuracy']:.2f}") for name, part in parts]
-    return [*lines, ("no letter", str(scores["n"]), str(scores["other"]), "")]
+    return [("", "questions", "right", "accuracy"), *lines(parts, ("n", "right", "accuracy")),
+            ("no letter", str(scores["n"]), str(scores["other"]), "")]
 
 
 def read_answer(text: str, read: str = "exact") -> str | None:
     """The letter, None if there is none."""
     letter = text.strip()[:1].upper() if read == "first" else text
-    return letter if letter in ("A", "B", "C", "D") else None
+    return letter if letter in CHOICES else None
 
 
 def _row(entry: object, dimensions: Mapping[str | None, str]) -> dict:
     """A question as a row. BadInput says what it lacks."""
-    keys = ("question_id", "question", "data_type", "question_type_id", "data_id", "answer", *CHOICES)
+    keys = ("question_id", "question", "data_type", "question_type_id", "data_id", "answer", *CHOICES.values())
     if missing := [key for key in keys if not isinstance(as_object(entry).get(key), str | int | float)]:
         raise BadInput(f"has no {', '.join(missing)}")
     name, number, file = (as_id(entry[key]) for key in ("question_id", "question_type_id", "data_id"))
@@ -125,11 +112,10 @@ def _row(entry: object, dimensions: Mapping[str | None, str]) -> dict:
     kind = entry["data_type"]
     if kind not in ("image", "video") or number not in dimensions:
         raise BadInput(f"unknown data_type {brief(kind)} or question_type_id {brief(number)}")
-    if entry["answer"] not in ("A", "B", "C", "D"):
+    if entry["answer"] not in CHOICES:
         raise BadInput(f"answer {brief(entry['answer'])}: want A, B, C or D")
-    image = (f"SEED-Bench-video-image/{number}_{name}.png" if kind == "video"
-             else f"SEED-Bench-image/{file}")  # fmt: skip
-    text = multiple_choice(str(entry["question"]), (str(entry[key]) for key in CHOICES))
+    image = f"SEED-Bench-video-image/{number}_{name}.png" if kind == "video" else f"SEED-Bench-image/{file}"
+    text = multiple_choice(str(entry["question"]), (str(entry[key]) for key in CHOICES.values()))
     return {"id": name, "image": image, "prompt": f"{text}\n{LETTER_SUFFIX}", "kind": kind,
             "dimension": dimensions[number], "label": entry["answer"]}  # fmt: skip
 

@@ -36,10 +36,7 @@ FILES = {
 
 
 def questions(data: Path, images: Path | None, *, ocr: bool = False) -> list[dict]:
-    """Rows with id, image, image_id, question, prompt and the ten answers.
-
-    Raises BadInput: a file is missing or of another form, images are missing, LLaVA's file lacks a question.
-    """
+    """Rows with id, image, image_id, question, prompt and the ten answers."""
     path = find(data, ANNOTATIONS, "textvqa", FILES)
     rows = with_files(unique(path, each(read_list(path, "data"), _row)), images, "textvqa")
     return _with_ocr(find(data, LLAVA, "textvqa", FILES), rows) if ocr else rows
@@ -74,7 +71,7 @@ def question_of(prompt: str) -> str:
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """{question id: text} of our answers or LLaVA's; see above. Raises BadInput as metrics.answers.join."""
+    """{question id: text} of our answers or LLaVA's; see above."""
     images = {row["image_id"] for row in rows}
     waiting: dict[tuple[str, str], list[str]] = {}
     for row in reversed(rows):
@@ -110,11 +107,6 @@ def table(scores: Mapping) -> list[tuple]:
 
 BENCHMARK = Benchmark(
     rules="TextVQA v0.5.1 validation, VQA accuracy with the answer processing of EvalAI",
-    questions=questions,
-    score=score,
-    table=table,
-    max_new_tokens=16,
-    files=FILES,
-    read_answers=read_answers,
+    questions=questions, score=score, table=table, max_new_tokens=16, files=FILES, read_answers=read_answers,
     figures={"accuracy": "rounded.accuracy"},
-)
+)  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Literal
 
 from common import BadInput
 from metrics.answers import image_of, join, with_files
-from metrics.benchmark import Benchmark, find
+from metrics.benchmark import Benchmark, find, lines
 from metrics.files import each, field, read_list, unique
 from metrics.vqa import SUFFIX, Rules, accuracy, mean, mean_by, normalise
 
@@ -28,7 +28,7 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 
 
 def questions(data: Path, images: Path | None, *, split: Literal["val", "test"] = "val") -> list[dict]:
-    """Rows with id (= image), prompt, and of val the answers and answer_type. Raises BadInput."""
+    """Rows with id (= image), prompt, and of val the answers and answer_type."""
     path = find(data, f"{split}.json", "vizwiz", FILES)
     rows = each(read_list(path), lambda item: _row(item) | (_answers(item) if split == "val" else {}))
     return with_files(unique(path, rows), images, "vizwiz")
@@ -47,7 +47,7 @@ def _answers(item: dict) -> dict:
 
 
 def read_answers(path: Path, rows: Sequence[dict], *, subset: bool = False) -> dict[str, str]:
-    """{image: text}; see above. Raises BadInput as metrics.answers.join."""
+    """{image: text}; see above."""
     return join(path, rows, image_of(rows, ("id", "question_id", "image_id", "image")), subset=subset)
 
 
@@ -70,18 +70,12 @@ def table(scores: Mapping) -> list[tuple]:
     """Accuracy in percent, of all questions and by type of answer."""
     if "upload" in scores:
         return [("accuracy", "questions"), ("hidden: `upload` is the server's file", str(scores["n"]))]
-    lines = {**scores["by_type"], "all": scores}
     return [("answer type", "accuracy", "questions"),
-            *((name, f"{100 * part['accuracy']:.2f}", str(part["n"])) for name, part in lines.items())]  # fmt: skip
+            *lines([*scores["by_type"].items(), ("all", scores)], ("accuracy", "n"))]
 
 
 BENCHMARK = Benchmark(
     rules="VizWiz-VQA, VQA accuracy with the answer processing of EvalAI",
-    questions=questions,
-    score=score,
-    table=table,
-    max_new_tokens=16,
-    files=FILES,
-    read_answers=read_answers,
+    questions=questions, score=score, table=table, max_new_tokens=16, files=FILES, read_answers=read_answers,
     figures={"accuracy": "rounded.accuracy"},
-)
+)  # fmt: skip

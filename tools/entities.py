@@ -27,11 +27,10 @@ None is in DENIED. Departure from the paper: there the words of every sense and 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 
-from common import written_whole
+from common import read_json, written_whole
 
 HOME = Path(__file__).resolve().parents[1]
 COCO = HOME / "metrics" / "chair_synonyms.txt"
@@ -64,21 +63,14 @@ def normal(name: str) -> str:
 
 def read_wordnet(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, str]]:
     """(noun -> its synsets, most frequent first; synset -> its nouns; singular -> irregular plural)."""
-    senses, members, plurals = {}, {}, {}
-    for line in (folder / "index.noun").read_text(encoding="utf-8").splitlines():
-        if not line.startswith(" "):  # the licence
-            noun, _, count, *rest = line.split()
-            senses[noun] = rest[-int(count):]
-    for line in (folder / "data.noun").read_text(encoding="utf-8").splitlines():
-        if not line.startswith(" "):
-            synset, _, _, count, *rest = line.split()
-            members[synset] = rest[: 2 * int(count, 16) : 2]
-    for line in (folder / "noun.exc").read_text(encoding="utf-8").splitlines():
-        plural, *singulars = line.split()
-        for singular in singulars:
-            plurals.setdefault(singular, plural)
-    plurals["bus"] = "buses"  # the file has "busses" only
-    return senses, members, plurals
+    def lines(name: str) -> list[list[str]]:
+        text = (folder / name).read_text(encoding="utf-8")
+        return [line.split() for line in text.splitlines() if not line.startswith(" ")]  # but the licence
+
+    senses = {noun: rest[-int(count):] for noun, _, count, *rest in lines("index.noun")}
+    members = {synset: rest[: 2 * int(count, 16) : 2] for synset, _, _, count, *rest in lines("data.noun")}
+    plurals = {singular: plural for plural, *singulars in reversed(lines("noun.exc")) for singular in singulars}
+    return senses, members, plurals | {"bus": "buses"}  # the file has "busses" only
 
 
 def pluralize(name: str, irregular: dict[str, str]) -> str:
@@ -102,7 +94,7 @@ def pluralize(name: str, irregular: dict[str, str]) -> str:
 
 def categories(lvis: list[dict], coco: list[str], senses, members) -> dict[str, list[set[str]]]:
     """Entity -> its words of the kinds 1, 2 and 3 of the header."""
-    entities: dict[str, list[set[str]]] = {name: [{name}, set(), set()] for name in coco}
+    entities = {name: [{name}, set(), set()] for name in coco}
     names = {normal(category["name"]) for category in lvis}
     for category in lvis:
         name, (noun, _, sense) = normal(category["name"]), category["synset"].rsplit(".", 2)
@@ -114,8 +106,7 @@ def categories(lvis: list[dict], coco: list[str], senses, members) -> dict[str, 
         every = first | {normal(word) for word in category["synonyms"]}
         same = [word for word in coco if word == name or (word in every and word not in names)]
         entity = SAME.get(name) or (same[0] if same else name)
-        kinds = entities.setdefault(entity, [set(), set(), set()])
-        for kind, words in zip(kinds, ({name}, synonyms, first)):
+        for kind, words in zip(entities.setdefault(entity, [set(), set(), set()]), ({name}, synonyms, first)):
             kind |= words
     for word, entity in MORE.items():
         entities[entity][0].add(word)
@@ -136,16 +127,14 @@ def expand(entities: dict[str, list[set[str]]], irregular: dict[str, str]) -> di
 
 def main() -> None:
     """Write data/entities.txt from LVIS and WordNet."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lvis", type=Path, required=True, metavar="FILE", help="categories of LVIS v1")
     parser.add_argument("--wordnet", type=Path, required=True, metavar="DIR", help="folder with data.noun")
     parser.add_argument("--out", type=Path, default=HOME / "data" / "entities.txt", metavar="FILE")
     args = parser.parse_args()
     senses, members, irregular = read_wordnet(args.wordnet)
     coco = [line.partition(",")[0].strip() for line in COCO.read_text(encoding="utf-8").splitlines()]
-    entities = categories(json.loads(args.lvis.read_text(encoding="utf-8")), coco, senses, members)
-    table = expand(entities, irregular)
+    table = expand(categories(read_json(args.lvis, list), coco, senses, members), irregular)
     lines = "".join(f"{word}\t{entity}\n" for word, entity in table.items())
     with written_whole(args.out) as temporary:
         temporary.write_text(HEADER + lines, encoding="utf-8")

@@ -27,7 +27,6 @@ import argparse
 import json
 import random
 import time
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from common import read_json
 from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.templates import TEMPLATES
@@ -53,8 +53,7 @@ from model.training import learning_rate, ranks, set_learning_rate, start_proces
 from model.views import Preprocessing, preprocess
 
 SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
-# "</s>" is not 2: in a CLIP config, eos_token_id = 2 signals an old bug that pools at the largest id
-# instead.
+# "</s>" is not 2: in a CLIP config, eos_token_id = 2 signals an old bug that pools at the largest id instead.
 SPECIAL = ("<unk>", "<s>", "<pad>", "</s>", "<image>")
 
 
@@ -64,16 +63,13 @@ SPECIAL = ("<unk>", "<s>", "<pad>", "</s>", "<image>")
 def train_tokenizer(out: Path) -> None:
     """Byte-fallback BPE as in LLaMA, small enough that every word of the world becomes one token."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("\n"), "isolated"),
-            pre_tokenizers.Metaspace(prepend_scheme="always"),
-            pre_tokenizers.Punctuation("isolated"),
-        ]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always"), decoders.Fuse()]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex("\n"), "isolated"),
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        pre_tokenizers.Punctuation("isolated"),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.Sequence([
+        decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always"), decoders.Fuse()])  # fmt: skip
     tokenizer.normalizer = normalizers.NFC()
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=[*SPECIAL, *bytes_], show_progress=False)
@@ -114,18 +110,17 @@ def phrase(category: str) -> str:
 
 def write_configs(out: Path, vocabulary: int) -> None:
     """config.json and preprocessor_config.json of both folders, in the fields that `transformers` reads."""
+    special = dict(bos_token_id=1, eos_token_id=SPECIAL.index("</s>"), pad_token_id=SPECIAL.index("<pad>"))
     vision = dict(model_type="clip_vision_model", hidden_size=128, intermediate_size=512, num_hidden_layers=5,
                   num_attention_heads=4, image_size=SIDE, patch_size=PATCH, hidden_act="quick_gelu",
                   layer_norm_eps=1e-5, projection_dim=128)
     clip_text = dict(model_type="clip_text_model", vocab_size=vocabulary, hidden_size=128, intermediate_size=512,
                      num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TEXT_LIMIT,
-                     hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=128, bos_token_id=1,
-                     eos_token_id=SPECIAL.index("</s>"), pad_token_id=SPECIAL.index("<pad>"))
+                     hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=128, **special)
     llama = dict(model_type="llama", vocab_size=vocabulary, hidden_size=160, intermediate_size=432,
                  num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5, head_dim=32,
                  rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=1024, tie_word_embeddings=False,
-                 hidden_act="silu", bos_token_id=1, eos_token_id=SPECIAL.index("</s>"),
-                 pad_token_id=SPECIAL.index("<pad>"))
+                 hidden_act="silu", **special)
     llava = dict(model_type="llava", architectures=["LlavaForConditionalGeneration"], vision_config=vision,
                  text_config=llama, image_token_index=SPECIAL.index("<image>"), projector_hidden_act="gelu",
                  vision_feature_layer=-2, vision_feature_select_strategy="default",
@@ -147,8 +142,7 @@ def write_configs(out: Path, vocabulary: int) -> None:
 def train_clip(out: Path, steps: int, batch: int, seed: int, lr: float = 1e-3) -> None:
     """Train both towers and write out/clip."""
     torch.manual_seed(seed)
-    config = clip_config(json.loads((out / "clip" / "config.json").read_text()))
-    processor = ClipProcessor(out / "clip")
+    config, processor = clip_config(read_json(out / "clip" / "config.json")), ClipProcessor(out / "clip")
     clip = CLIP(config)
     _init_clip(clip)
     patch_head = nn.Linear(config.vision.hidden_size, len(scenes.CATEGORIES) + 1)
@@ -156,11 +150,10 @@ def train_clip(out: Path, steps: int, batch: int, seed: int, lr: float = 1e-3) -
     optimizer = torch.optim.AdamW([*clip.parameters(), *patch_head.parameters(), bias], lr=lr, weight_decay=0.05,
                                   betas=(0.9, 0.98))
     phrases = [processor.text(phrase(c)) for c in scenes.CATEGORIES]
-    stream = (scenes.sample_scene(scenes.TRAIN + i) for i in count())
     bar = tqdm(range(steps), desc="clip")
     for step in bar:
         set_learning_rate(optimizer, learning_rate(lr, step, steps, warmup=100))
-        group = [next(stream) for _ in range(batch)]
+        group = [scenes.sample_scene(scenes.TRAIN + step * batch + i) for i in range(batch)]
         with torch.autocast("cpu", torch.bfloat16):
             loss, metrics = _clip_loss(clip, patch_head, bias, processor, phrases, group, step)
         _update(optimizer, loss)
@@ -170,9 +163,8 @@ def train_clip(out: Path, steps: int, batch: int, seed: int, lr: float = 1e-3) -
 
 
 def _clip_loss(clip, patch_head, bias, processor, phrases, group, step) -> tuple[Tensor, dict[str, float]]:
-    pixels = torch.stack([preprocess(scenes.render(s), processor.preprocessing) for s in group])  # (B, 3, S, S)
     tower = clip.vision_model
-    states = tower.pre_layrnorm(tower.embeddings(pixels))
+    states = tower.pre_layrnorm(tower.embeddings(_pixels(group, processor)))
     for layer in tower.encoder.layers[:-1]:
         states = layer(states, False)  # penultimate: what LLaVA reads
     patches = patch_head(states[:, 1:]).flatten(0, 1)  # (B P, classes + 1)
@@ -242,7 +234,7 @@ def train_llava(out: Path, stage: Stage, batch: int, seed: int, cached: int, res
     if resume:
         model = load_llava(out).train()
     else:
-        model = Llava(llava_config(json.loads((out / "config.json").read_text())))
+        model = Llava(llava_config(read_json(out / "config.json")))
         _init_llava(model)
         tower = model.vision_tower.vision_model
         tower.load_state_dict({k: v for k, v in vision.items() if k in tower.state_dict()})
@@ -254,8 +246,7 @@ def train_llava(out: Path, stage: Stage, batch: int, seed: int, cached: int, res
     wrapped = DistributedDataParallel(scorer) if world > 1 else scorer
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.02)
-    order = _endless(len(pool), seed + rank)
-    rng = random.Random(1000 * seed + rank)
+    order, rng = _endless(len(pool), seed + rank), random.Random(1000 * seed + rank)
     started = time.time()
     bar = tqdm(range(stage.steps), desc="steps", disable=rank > 0)
     for step in bar:
@@ -277,9 +268,8 @@ def train_llava(out: Path, stage: Stage, batch: int, seed: int, cached: int, res
 def segments(scene, processor: Processor, rng: random.Random, stage: Stage) -> list[tuple]:
     """Captions and questions in exactly `stage.room` tokens: (ids, kind of each token) of each segment.
 
-    kinds: 0 not trained (questions, filling), 1 caption, 2 the Yes or No, 3 other answer tokens. The longest
-    segment is filled or cut, because matrix libraries prepare for every new shape, and equal steps spare that
-    that.
+    kinds: 0 not trained (questions, filling), 1 caption, 2 the Yes or No, 3 other answer tokens. The longest segment is
+    filled or cut, because matrix libraries prepare for every new shape, and equal steps spare that.
     """
     prompt, count = scenes.CAPTION_PROMPT, stage.captions + stage.questions
     texts = [(prompt, scenes.caption(scene, rng, stage.noise), "caption") for _ in range(stage.captions)]
@@ -289,16 +279,13 @@ def segments(scene, processor: Processor, rng: random.Random, stage: Stage) -> l
     for question, answer, kind in texts[:count]:
         head = processor.prompt(question)[len(shared_prefix(processor)) :]
         tail = processor.response(answer)
-        if kind == "exist":
-            kinds = [2] + [3] * (len(tail) - 1)
-        else:
-            kinds = [1 if kind == "caption" else 3] * len(tail)
-        result.append((head + tail, [0] * len(head) + kinds))
+        decides, rest = {"caption": (1, 1), "exist": (2, 3)}.get(kind, (3, 3))
+        result.append((head + tail, [0] * len(head) + [decides] + [rest] * (len(tail) - 1)))
     longest = max(range(count), key=lambda i: len(result[i][0]))
     ids, kinds = result[longest]
     size = len(ids) + stage.room - sum(len(segment) for segment, _ in result)
-    filling = [processor.eos_id] * max(0, size - len(ids))
-    result[longest] = ((ids + filling)[:size], (kinds + [0] * len(filling))[:size])
+    filling = max(0, size - len(ids))
+    result[longest] = ((ids + [processor.eos_id] * filling)[:size], (kinds + [0] * filling)[:size])
     return result
 
 
@@ -317,21 +304,20 @@ def _llava_loss(scorer, processor, rows, features) -> tuple[Tensor, dict[str, st
     kinds = torch.zeros_like(mask, dtype=torch.long)
     for n, (_, kind) in enumerate(s for row in rows for s in row):
         kinds[n, : len(kind)] = torch.tensor(kind)
-    caption, decisive, other = (-(logps * (kinds == k)).sum() / (kinds == k).sum().clamp(min=1)
-                                for k in (1, 2, 3))
-    parts = {"caption": f"{caption.item():.3f}", "yes/no": f"{decisive.item():.3f}",
-             "other": f"{other.item():.3f}"}
-    return 2 * caption + decisive + other, parts
+    parts = [-(logps * (kinds == k)).sum() / (kinds == k).sum().clamp(min=1) for k in (1, 2, 3)]
+    shown = {name: f"{part.item():.3f}" for name, part in zip(("caption", "yes/no", "other"), parts)}
+    return 2 * parts[0] + parts[1] + parts[2], shown
 
 
 def _cache_features(model: Llava, processor: Processor, seeds, show: bool) -> tuple[list, Tensor]:
-    pool = [scenes.sample_scene(scenes.TRAIN + s) for s in seeds]
-    features = []
+    pool, features = [scenes.sample_scene(scenes.TRAIN + s) for s in seeds], []
     for start in tqdm(range(0, len(pool), 64), desc="features", disable=not show):
-        part = pool[start : start + 64]
-        pixels = torch.stack([preprocess(scenes.render(s), processor.preprocessing) for s in part])
-        features.append(model.vision_features(pixels).bfloat16())
+        features.append(model.vision_features(_pixels(pool[start : start + 64], processor)).bfloat16())
     return pool, torch.cat(features)  # (scenes, P, C)
+
+
+def _pixels(group: list, processor: Processor | ClipProcessor) -> Tensor:
+    return torch.stack([preprocess(scenes.render(s), processor.preprocessing) for s in group])  # (B, 3, S, S)
 
 
 def _init_llava(model: Llava) -> None:
@@ -371,8 +357,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="images a step over all processes (clip 32, others 16)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=14_000, help="images whose features are kept (230 MB)")
-    parser.add_argument("--caption-noise", type=float,
-                        help="share of captions with an absent object (.5, then .6)")
+    parser.add_argument("--caption-noise", type=float, help="share of captions with an absent object (.5, then .6)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.stage == "tokenizer":
@@ -384,8 +369,7 @@ def main() -> None:
         stage = STAGES[args.stage]
         noise = stage.noise if args.caption_noise is None else args.caption_noise
         stage = stage._replace(steps=args.steps or stage.steps, noise=noise)
-        train_llava(args.out, stage, args.batch_size or 16, args.seed, args.scenes,
-                    resume=args.stage == "captions")
+        train_llava(args.out, stage, args.batch_size or 16, args.seed, args.scenes, resume=args.stage == "captions")
 
 
 if __name__ == "__main__":

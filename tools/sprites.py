@@ -8,10 +8,9 @@ Unpack both archives into FOLDER/emoji-datasource-google and FOLDER/@lobehub/flu
 
     python tools/sprites.py FOLDER
 
-The result, in data/sprites: `atlas_12.png`, `atlas_24.png`, `atlas_36.png` (RGBA, COLUMNS tiles a row,
-the same order in all three) and `index.json` (category, package and code point of every tile). Every size
-is stored rather than scaled at run time, so a rendered scene is the same bytes with every version of
-Pillow. Licences: data/sprites/LICENSE.
+The result, in data/sprites: `atlas_12.png`, `atlas_24.png`, `atlas_36.png` (RGBA, COLUMNS tiles a row, the same order
+in all three) and `index.json` (category, package and code point of every tile). Every size is stored rather than scaled
+at run time, so a rendered scene is the same bytes with every version of Pillow. Licences: data/sprites/LICENSE.
 """
 
 from __future__ import annotations
