@@ -63,7 +63,7 @@ def from_windows(x: Tensor, H: int, W: int, w: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def shift_mask(H: int, W: int, w: int, shift: int) -> Tensor:
+def shift_mask(H: int, W: int, w: int, shift: int, device: torch.device | None = None) -> Tensor:
     """(n, w * w, w * w): -100 between positions of a window that the shift has brought together from opposite edges."""
     def part(side: int) -> Tensor:  # 0 in all windows but the last, there 1 before the seam and 2 after it
         place = torch.arange(side)
@@ -71,7 +71,16 @@ def shift_mask(H: int, W: int, w: int, shift: int) -> Tensor:
 
     parts = part(H)[:, None] * 3 + part(W)  # (H, W)
     parts = to_windows(parts[None, ..., None], w)[0, ..., 0]  # (n, w * w)
-    return (parts[:, None] != parts[:, :, None]) * -100.0
+    return ((parts[:, None] != parts[:, :, None]) * -100.0).to(device)
+
+
+@lru_cache(maxsize=16)
+def distance_index(w: int, device: torch.device | None = None) -> Tensor:
+    """(w * w, w * w): row of the bias table for each query and key of a window."""
+    place = torch.arange(w * w)
+    row, column = place // w, place % w
+    dy, dx = row[:, None] - row, column[:, None] - column  # query minus key
+    return ((dy + w - 1) * (2 * w - 1) + dx + w - 1).to(device)
 
 
 class PatchEmbed(nn.Module):
@@ -93,19 +102,16 @@ class WindowAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, window: int):
         super().__init__()
-        self.heads = heads
+        self.heads, self.window = heads, window
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        row, column = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
-        dy, dx = row[:, None] - row, column[:, None] - column  # (w * w, w * w), query minus key
-        index = (dy + window - 1) * (2 * window - 1) + dx + window - 1
-        self.register_buffer("index", index, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """mask: (n, w * w, w * w), added to the scores."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, n, heads, w * w, d)
-        bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)  # (heads, w * w, w * w)
+        bias = self.relative_position_bias_table[distance_index(self.window, x.device)]  # (w * w, w * w, heads)
+        bias = bias.permute(2, 0, 1)
         if mask is not None:
             bias = bias + mask[:, None].to(bias)  # (n, heads, w * w, w * w)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
@@ -143,7 +149,7 @@ class Block(nn.Module):
         _, H, W, _ = x.shape
         mask = None
         if shift:
-            x, mask = x.roll((-shift, -shift), (1, 2)), shift_mask(H, W, w, shift).to(x.device)
+            x, mask = x.roll((-shift, -shift), (1, 2)), shift_mask(H, W, w, shift, x.device)
         x = from_windows(self.attn(to_windows(x, w), mask), H, W, w)
         x = x.roll((shift, shift), (1, 2)) if shift else x
         return x[:, :height, :width]
