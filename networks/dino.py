@@ -44,8 +44,9 @@ from networks import bert
 from networks.swin import Swin, SwinConfig
 from networks.weights import Tensors, fuse, load_weights
 
-PUBLISHED = ("groundingdino_swint_ogc.pth (0.7 GB) or groundingdino_swinb_cogcoor.pth (0.9 GB, both at"
-             " github.com/IDEA-Research/GroundingDINO; huggingface.co/IDEA-Research/grounding-dino-*), which find boxes")
+PUBLISHED = ("groundingdino_swint_ogc.pth (0.7 GB) or groundingdino_swinb_cogcoor.pth (0.9 GB, both at github.com/"
+             "IDEA-Research/GroundingDINO; huggingface.co/IDEA-Research/grounding-dino-*), which find boxes")
+TOKENIZER = "tokenizer.json of huggingface.co/google-bert/bert-base-uncased (0.5 MB), with which GroundingDINO reads"
 UNUSED = re.compile(r"^label_enc\.|position_ids$|^bert\.pooler\.|relative_position_index$|attn_mask$|swin\.layernorm\."
                     r"|^decoder\.bbox_embed\.|^bbox_embed\.[1-9]")  # the boxes' MLP is one, stored twelve times
 NAMES = (  # as published -> as here
@@ -320,7 +321,7 @@ class Dino(nn.Module):
         width = image.shape[-1]
         places = torch.cat([image_positions(m, width).to(image) + e for m, e in zip(masks, self.level_embed)], 1)
         image, text = self.encode(image, places, self.reference(masks, ratios), shapes, valid, ids, words)
-        states, boxes = self.propose(image, text, masks, valid, words)
+        states, boxes = self.propose(image, text, masks, words)
         for layer in self.decoder["layers"]:
             seen = boxes[:, :, None] * ratios.repeat(1, 1, 2)[:, None]  # (B, Q, L, 4)
             centre_last = seen[:, :, 0, [1, 0, 2, 3]]  # y, x, w, h
@@ -351,8 +352,7 @@ class Dino(nn.Module):
         points = [centres(mask) / ratios[:, None, i] for i, mask in enumerate(masks)]
         return torch.cat(points, 1)[:, :, None] * ratios[:, None]
 
-    def propose(self, image: Tensor, text: Tensor, masks: list[Tensor], valid: Tensor, words: Tensor,
-                ) -> tuple[Tensor, Tensor]:
+    def propose(self, image: Tensor, text: Tensor, masks: list[Tensor], words: Tensor) -> tuple[Tensor, Tensor]:
         """The learned queries (B, Q, D) and the boxes (B, Q, 4) that the image's best positions give them."""
         proposals = []
         for level, mask in enumerate(masks):
@@ -361,7 +361,7 @@ class Dino(nn.Module):
             middle = centres(mask) * full / torch.stack([width, height], -1)[:, None]
             proposals.append(torch.cat([middle, torch.full_like(middle, 0.05 * 2**level)], -1))
         proposals = torch.cat(proposals, 1)  # (B, N, 4)
-        usable = valid & ((proposals > 0.01) & (proposals < 0.99)).all(-1)
+        usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1)  # padding lies beyond 1
         proposals = torch.logit(proposals).masked_fill(~usable[..., None], float("inf"))
         states = self.enc_output_norm(self.enc_output(image.masked_fill(~usable[..., None], 0)))
         scores = (states @ text.transpose(1, 2)).masked_fill(~words[:, None], float("-inf")).amax(-1)  # (B, N)
@@ -501,6 +501,5 @@ def load_dino(path: Path | str, tokenizer: Path | str, device: torch.device | st
     try:
         words = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # the library raises no other class
-        raise BadInput(f"{tokenizer}: not a readable tokenizer.json ({str(error)[:200]}); wanted is that of"
-                       " huggingface.co/google-bert/bert-base-uncased (0.5 MB)") from None
+        raise BadInput(f"{tokenizer}: not a readable tokenizer ({str(error)[:200]}); wanted is {TOKENIZER}") from None
     return Detector(load_weights(lambda found: build(found, **heads), path, PUBLISHED, convert, device), words)
