@@ -23,8 +23,8 @@ as a function that makes it, because the options decide what is needed: `clip()`
     temperature       of the sampling
     max_new_tokens    of a response
     seed              of all that is drawn; the samples of record i use seed + i
-    judge             who ranks the samples: scene, clip, policy (the model itself), another LLaVA (folder or hub id)
-                      or a server's URL
+    judge             who ranks the samples: scene, chair (what --detector finds), clip, policy (the model itself),
+                      another LLaVA (folder or hub id) or a server's URL
     judge_model       name of the model at that server
     author            who writes the chosen responses that are not given: policy (the best of its samples), another
                       LLaVA or a server's URL
@@ -69,6 +69,7 @@ from data.detect import Detect, coco_instances, mask_rcnn, scene_objects
 from data.lama import lama_fill, load_lama
 from data.processor import ClipProcessor, Processor
 from judges.ask import Model, Server, local_model, server_model
+from judges.chair import chair_judge
 from judges.clip import Similarity, clip_judge, clip_similarity
 from judges.compare import model_judge
 from judges.scene import judge_scene
@@ -91,7 +92,7 @@ from retrieval.index import Duplicates, approximate_neighbours
 from retrieval.index import neighbours as exact_neighbours
 
 SHARD = 1024  # images that a process embeds at a time, when several do
-WHO = {"judge": ("scene", "clip", "policy"), "author": ("policy",), "writer": ("scene", "policy")}
+WHO = {"judge": ("scene", "chair", "clip", "policy"), "author": ("policy",), "writer": ("scene", "policy")}
 
 
 class Share(NamedTuple):
@@ -244,7 +245,7 @@ def sample(model, processor, setting: Setting, used: dict, *, samples: int = 4, 
                    root=setting.root)
 
 
-def judge(model, processor, clip, clip_processor, setting: Setting, used: dict, *, judge: str = "scene",
+def judge(model, processor, clip, clip_processor, detect, setting: Setting, used: dict, *, judge: str = "scene",
           judge_model: str | None = None, seed: int = 0) -> Judge:
     """Who ranks the samples. Raises BadInput where the scenes' judge does not know an image."""
     if judge == "scene":
@@ -252,6 +253,8 @@ def judge(model, processor, clip, clip_processor, setting: Setting, used: dict, 
             judge_scene(record, [])  # raises now, not after hours, when it does not know an image
         return one_by_one(judge_scene)
     used["judge"] = judge_model or judge
+    if judge == "chair":
+        return chair_judge(detect(), setting.root)
     if judge == "clip":
         return clip_judge(clip(), clip_processor(), batch_size=setting.batch_size, root=setting.root)
     return model_judge(_asked(judge, judge_model, model, processor, setting, used), seed=seed)
@@ -390,7 +393,7 @@ def models(used: dict) -> dict:
 
 def source(used: dict) -> dict:
     """How the texts came about: networks, seed, temperature, judge, author and writer in use."""
-    keys = ("model", "clip", "sentence_model", "seed", "temperature", "judge", "author", "writer")
+    keys = ("model", "clip", "sentence_model", "seed", "temperature", "judge", "detector", "author", "writer")
     return {key: used[key] for key in keys if key in used}
 
 

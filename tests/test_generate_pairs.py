@@ -374,7 +374,7 @@ def test_pictures_that_are_lists_as_candidates_move_too(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
-    (["--judge", "nobody"], "--judge 'nobody' is none of scene, clip, policy, a LLaVA folder or hub id, or a server's"),
+    (["--judge", "nobody"], "--judge 'nobody' is none of scene, chair, clip, policy, a LLaVA folder or hub id, or a server's"),
     (["--method", "corrupt", "--writer", "clip"], "--writer 'clip' is none of scene, policy, a LLaVA folder"),
     (["--judge", "no/where/at/all"], "no/where/at/all: no such folder, and not a hub id"),
     (["--method", "adavip", "--detector", "cats"], "'cats' is none of scene, ram+dino+sam, maskrcnn or a .json file"),
