@@ -77,7 +77,7 @@ RANGES = {  # what numbers may be: interval -> options
     "[1, 1e9]": "scenes batch_size samples max_new_tokens top_k nprobe iterations dilation",
     "[0, 10]": "temperature",
     "[0, 999]": "noise_step",
-    "[0, 1]": "rho_th max_area",
+    "[0, 1]": "rho_th max_area tag_threshold box_threshold overlap",
     "[-1, 1]": "tau",
     "[-1, 1.1]": "eps_s",  # a cosine; above 1 accepts everything
     "[0, 2]": "same_image",

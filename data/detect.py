@@ -1,13 +1,14 @@
 """What is in an image, and where: AdaViP's tags, boxes and masks with one interface.
 
-A detector is a function (image reference, RGB image) -> detections. Three are here:
+A detector is a function (image reference, RGB image) -> detections:
 
     mask_rcnn(...)          torchvision's Mask R-CNN, the 80 classes of COCO: tag, box and mask at once
     coco_instances(FILE)    ground truth of an instances file of COCO (data/coco.py)
     scene_objects           ground truth of the scene world (data/scenes.py)
 
-Another one (RAM's tags, GroundingDINO's boxes, SAM's masks, as in the paper: Lu et al. 2025, arXiv
-2504.15619, Eq. 5-7) is any function of that kind.
+    ram_dino_sam(...)       RAM's tags, GroundingDINO's boxes, SAM's masks, as in the paper (networks/chain.py)
+
+Another one is any function of that kind.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
 from common import BadInput, read_json
@@ -40,6 +42,21 @@ class Detection(NamedTuple):
 
 
 Detect = Callable[[str, Image.Image], list[Detection]]
+
+
+def overview(image: Image.Image, detections: list[Detection]) -> Image.Image:
+    """The image with each object's mask tinted, its box and its tag."""
+    pixels = np.asarray(image.convert("RGB"), np.float32).copy()  # (H, W, 3)
+    colours = [ImageColor.getrgb(f"hsl({i * 137 % 360}, 90%, 50%)") for i in range(len(detections))]
+    for colour, found in zip(colours, detections):
+        pixels[found.mask.numpy()] *= 0.5
+        pixels[found.mask.numpy()] += np.array(colour, np.float32) / 2
+    shown = Image.fromarray(pixels.round().astype(np.uint8))
+    draw = ImageDraw.Draw(shown)
+    for colour, found in zip(colours, detections):
+        draw.rectangle(found.box, outline=colour, width=2)
+        draw.text((found.box[0] + 3, found.box[1] + 1), found.label, "white", stroke_width=1, stroke_fill="black")
+    return shown
 
 
 def box_of(mask: Tensor) -> Box:

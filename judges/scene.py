@@ -12,6 +12,15 @@ from metrics.chair import load_synonyms, mentions
 synonyms = cache(load_synonyms)
 
 
+def judge_mentions(shown: set[str], answers: list[str]) -> list[Judgement]:
+    """Mentions of objects that are not shown (repeats count), and how many of the shown ones are named."""
+    judgements = []
+    for answer in answers:
+        named = [name for _, name in mentions(answer, synonyms())]
+        judgements.append(Judgement(sum(name not in shown for name in named), len(shown & set(named))))
+    return judgements
+
+
 def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:
     """Annotator of the scene world: mentions of absent objects (repeats count), present objects named.
 
@@ -20,9 +29,4 @@ def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:
     if not record["image"].startswith("scene:"):
         raise BadInput(f"{record['id']}: the contents of {record['image']!r} are unknown, so --judge scene cannot"
                        " rank responses to it; choose another judge, or give pairs that were ranked elsewhere")
-    shown = objects_present(*parse_reference(record["image"]))
-    judgements = []
-    for answer in answers:
-        named = [name for _, name in mentions(answer, synonyms())]
-        judgements.append(Judgement(sum(name not in shown for name in named), len(shown & set(named))))
-    return judgements
+    return judge_mentions(objects_present(*parse_reference(record["image"])), answers)

@@ -4,6 +4,7 @@ Every judge has one signature, `Judge`: (records, responses of each) -> for each
 responses, or None where it came to no verdict.
 
     judges/scene.py      the scene's own record: what the image shows is known exactly
+    judges/chair.py      objects that a detector finds, against those mentioned
     judges/clip.py       mean cosine of CLIP between the image and the sentences of a response
     judges/compare.py    a VLM compares every two responses: the policy itself, another LLaVA, a server
     judges/reward.py     a reward model

@@ -1,13 +1,7 @@
 """Sentence encoders: the BERT and MPNet networks of sentence-transformers folders, mean pooling, unit vectors.
 
-Reimers & Gurevych 2019, "Sentence-BERT", arXiv 1908.10084. BERT: Devlin et al., arXiv 1810.04805. MPNet: Song
-et al., arXiv 2004.09297. Re-Align and BDHS compare answers by the cosine of all-mpnet-base-v2;
-all-MiniLM-L6-v2 is a BERT. Both are post-LayerNorm transformers with exact GELU and differ in three places:
-
-                         BERT                                   MPNet
-    embeddings           word + position + token type 0         word + position
-    first position       row 0 of the position table            row 2 (rows 0 and 1 are for padding)
-    attention scores     q k / sqrt d                           q k / sqrt d + bias[bucket(key - query), head]
+Reimers & Gurevych 2019, "Sentence-BERT", arXiv 1908.10084. Re-Align and BDHS compare answers by the cosine of
+all-mpnet-base-v2; all-MiniLM-L6-v2 is a BERT. The networks are in networks/bert.py.
 
     sentence vector      e = mean over the text's tokens, special ones included, of the last states; e / |e|
 
@@ -16,21 +10,18 @@ pooling and perhaps normalisation: anything else is refused), the pooling's conf
 sentence_bert_config.json with the longest text in tokens. Longer texts are cut, as sentence-transformers
 does: 384 tokens for all-mpnet-base-v2, 256 for all-MiniLM-L6-v2.
 
-Shapes: B texts, T tokens of the longest, D width, H heads, d = D / H; the embedding width E is D.
+Shapes: B texts, T tokens of the longest, D width; the embedding width E is D.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import BadInput, read_json
 from model.checkpoint import fill
@@ -38,183 +29,11 @@ from model.config import read_config
 from model.hub import resolve
 from model.layouts import by_name, unwrapped
 from model.tensors import list_tensors
-
-MAX_DISTANCE = 128  # tokens further apart share MPNet's last buckets
-BERT_NAMES = (  # BERT's tensor names -> MPNet's, which the modules below carry
-    (r"\.attention\.self\.(q|k|v)\w+\.", r".attention.attn.\1."),
-    (r"\.attention\.output\.dense\.", ".attention.attn.o."),
-    (r"\.attention\.output\.LayerNorm\.", ".attention.LayerNorm."),
-)
-UNUSED = re.compile(r"^pooler\.|embeddings\.position_ids$")  # mean pooling does without BERT's pooler
+from networks.bert import UNUSED, Bert, BertConfig, bert_config, canonical
 
 
-@dataclass(frozen=True)
-class SentenceConfig:
-    """Either network; the defaults are those of BERT in `transformers`."""
-
-    model_type: str = "bert"
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    relative_attention_num_buckets: int = 32
-    pad_token_id: int = 0
-
-    @property
-    def mpnet(self) -> bool:
-        return self.model_type == "mpnet"
-
-    @property
-    def first_position(self) -> int:
-        """Row of the position table for a text's first token."""
-        return self.pad_token_id + 1 if self.mpnet else 0
-
-
-def sentence_config(raw: dict, where: str = "config.json") -> SentenceConfig:
-    """Read config.json. Raises BadInput on another network or activation, and on sizes that are none."""
-    required = {"model_type": ("bert", "mpnet"), "hidden_act": ("gelu",),
-                "position_embedding_type": ("absolute",)}
-    for key, allowed in required.items():
-        value = raw.get(key, None if key == "model_type" else allowed[0])
-        if value not in allowed:
-            raise BadInput(f"{where}: {key}={value!r} is not supported (supported: {list(allowed)})")
-    defaults = {"vocab_size": 30527, "pad_token_id": 1} if raw["model_type"] == "mpnet" else {}
-    known = {k: raw[k] for k in SentenceConfig.__dataclass_fields__ if raw.get(k) is not None}
-    config = SentenceConfig(**{**defaults, **known})
-    for key, value in vars(config).items():
-        least, most = int(key != "pad_token_id"), 1000 if key == "num_hidden_layers" else 10**7
-        if key not in ("model_type", "layer_norm_eps") and not (type(value) is int and least <= value <= most):
-            raise BadInput(f"{where}: {key}={value!r} is not a whole number from {least} to {most}")
-    if type(config.layer_norm_eps) not in (int, float) or not 0 < config.layer_norm_eps < 1:
-        raise BadInput(f"{where}: layer_norm_eps={config.layer_norm_eps!r} is not a number between 0 and 1")
-    if config.hidden_size % config.num_attention_heads:
-        raise BadInput(f"{where}: hidden_size={config.hidden_size} is no multiple of"
-                       f" num_attention_heads={config.num_attention_heads}")
-    return config
-
-
-class Embeddings(nn.Module):
-    """Tokens, positions and, in BERT, the first token type, normalised."""
-
-    def __init__(self, config: SentenceConfig):
-        super().__init__()
-        width = config.hidden_size
-        self.first = config.first_position
-        self.word_embeddings = nn.Embedding(config.vocab_size, width)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = None if config.mpnet else nn.Embedding(config.type_vocab_size, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T), padded at the end -> (B, T, D)."""
-        x = self.word_embeddings(ids) + self.position_embeddings.weight[self.first : self.first + ids.shape[1]]
-        if self.token_type_embeddings is not None:
-            x = x + self.token_type_embeddings.weight[0]
-        return self.LayerNorm(x)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, T, D); mask: bool or added to the scores, broadcast to (B, H, T, T)."""
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, d)
-        return self.o(y.transpose(1, 2).flatten(2))
-
-
-class Attention(nn.Module):
-    """Self-attention, the residual and its LayerNorm."""
-
-    def __init__(self, config: SentenceConfig):
-        super().__init__()
-        self.attn = SelfAttention(config.hidden_size, config.num_attention_heads)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self.LayerNorm(x + self.attn(x, mask))
-
-
-class Dense(nn.Module):
-    """A linear layer under the name that checkpoints use; `norm` adds the LayerNorm that follows the residual."""
-
-    def __init__(self, inputs: int, outputs: int, eps: float | None = None):
-        super().__init__()
-        self.dense = nn.Linear(inputs, outputs)
-        if eps is not None:
-            self.LayerNorm = nn.LayerNorm(outputs, eps=eps)
-
-
-class Layer(nn.Module):
-    """Post-LayerNorm block: x = LN(x + attention(x)), then x = LN(x + MLP(x))."""
-
-    def __init__(self, config: SentenceConfig):
-        super().__init__()
-        self.attention = Attention(config)
-        self.intermediate = Dense(config.hidden_size, config.intermediate_size)
-        self.output = Dense(config.intermediate_size, config.hidden_size, config.layer_norm_eps)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.attention(x, mask)
-        return self.output.LayerNorm(x + self.output.dense(F.gelu(self.intermediate.dense(x))))
-
-
-class Encoder(nn.Module):
-    """The blocks, and MPNet's bias by relative position."""
-
-    def __init__(self, config: SentenceConfig):
-        super().__init__()
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.relative_attention_bias = None
-        if config.mpnet:
-            buckets = config.relative_attention_num_buckets
-            self.relative_attention_bias = nn.Embedding(buckets, config.num_attention_heads)
-
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """x (B, T, D); inside (B, T) bool, False at padding."""
-        mask = inside[:, None, None]  # (B, 1, 1, T)
-        if self.relative_attention_bias is not None:
-            place = torch.arange(x.shape[1], device=x.device)
-            table = self.relative_attention_bias.weight  # (buckets, H)
-            bias = table[relative_bucket(place - place[:, None], len(table))].permute(2, 0, 1)  # (H, T, T)
-            mask = bias[None].masked_fill(~mask, float("-inf"))  # (B, H, T, T)
-        elif inside.all():
-            mask = None
-        for layer in self.layer:
-            x = layer(x, mask)
-        return x
-
-
-def relative_bucket(distance: Tensor, buckets: int) -> Tensor:
-    """MPNet's bucket of key position minus query position; any shape, long.
-
-    Half of the buckets is for keys after the query. In each half, half is for single distances and the
-    rest for ranges that widen logarithmically up to MAX_DISTANCE.
-    """
-    half, single = buckets // 2, buckets // 4
-    far = distance.abs()
-    # fp32 throughout: at 16, 32 and 64 the logarithm is a whole number but for rounding.
-    wide = single + ((far.float() / single).log() / math.log(MAX_DISTANCE / single) * (half - single)).long()
-    return (distance > 0) * half + torch.where(far < single, far, wide.clamp_max(half - 1))
-
-
-class SentenceTransformer(nn.Module):
+class SentenceTransformer(Bert):
     """The network alone: token ids to unit vectors."""
-
-    def __init__(self, config: SentenceConfig):
-        super().__init__()
-        self.config = config
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
 
     def forward(self, texts: list[list[int]]) -> Tensor:
         """Token ids of each text, special tokens included -> unit vectors (B, E). BadInput if too long or
@@ -229,7 +48,7 @@ class SentenceTransformer(nn.Module):
         ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)  # (B, T)
         lengths = torch.tensor([len(text) for text in texts], device=device)[:, None]  # (B, 1)
         inside = torch.arange(longest, device=device) < lengths  # (B, T)
-        states = self.encoder(self.embeddings(ids), inside).float()  # (B, T, D)
+        states = super().forward(ids, inside).float()  # (B, T, D)
         return F.normalize((states * inside[..., None]).sum(1) / lengths, dim=-1)
 
 
@@ -247,7 +66,7 @@ class SentenceEncoder:
         if not Path(name).is_dir():  # `resolve` leaves subfolders out
             huggingface_hub.snapshot_download(str(name), allow_patterns=["*_Pooling/config.json"])
         root = _transformer_folder(folder)
-        config = sentence_config(read_config(root), str(root / "config.json"))
+        config = bert_config(read_config(root), str(root / "config.json"))
         self.model = _load(config, root, dtype, device)
         path = root / "tokenizer.json"
         if not path.is_file():
@@ -298,17 +117,11 @@ def _transformer_folder(folder: Path) -> Path:
     return folder / modules[0]["path"]
 
 
-def _load(config: SentenceConfig, folder: Path, dtype: torch.dtype, device) -> SentenceTransformer:
+def _load(config: BertConfig, folder: Path, dtype: torch.dtype, device) -> SentenceTransformer:
     """Strictly: every tensor present, none unknown, all of the right shape."""
     with torch.device("meta"):
         model = SentenceTransformer(config)
 
-    def rename(name: str) -> str:
-        name = unwrapped(name).removeprefix(f"{config.model_type}.")
-        for pattern, replacement in () if config.mpnet else BERT_NAMES:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    found = by_name(list_tensors(folder), rename)
+    found = by_name(list_tensors(folder), lambda name: canonical(unwrapped(name).removeprefix(f"{config.model_type}.")))
     fill(model, found, folder, dtype, device, lambda name: bool(UNUSED.search(name)))
     return model.eval().requires_grad_(False)

@@ -161,8 +161,8 @@ def _safetensors(file: Path):
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
-    """State dict of a torch file, or what it holds under "state_dict"; memory-mapped, but for files of torch
-    before 1.6, which are no zip archives."""
+    """State dict of a torch file, or what it holds under "state_dict" or "model"; memory-mapped, but for files of
+    torch before 1.6, which are no zip archives."""
     try:
         with file.open("rb") as opened:
             mappable = opened.read(4) == b"PK\x03\x04"
@@ -170,7 +170,8 @@ def _pickled(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds: RuntimeError, UnpicklingError, EOFError, KeyError
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines() or [type(error).__name__]
         raise BadInput(f"{file}: not a readable file of weights ({reason[0][:200]})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    for inner in ("state_dict", "model"):  # next to it a training file has optimiser and settings
+        state = state[inner] if isinstance(state, dict) and isinstance(state.get(inner), dict) else state
     if not isinstance(state, dict) or not all(isinstance(n, str) and _plain(t) for n, t in state.items()):
         raise BadInput(f"{file}: is no plain dictionary of tensors")
     return state

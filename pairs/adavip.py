@@ -26,7 +26,8 @@ Departures
 
       photo_candidates(detect, fill, folder)
 
-      detect   Eq. 5-7   data/detect.py: Mask R-CNN, COCO's ground truth; in the paper RAM, GroundingDINO, SAM
+      detect   Eq. 5-7   RAM, GroundingDINO, SAM as in the paper (networks/chain.py), or data/detect.py: Mask R-CNN,
+                         COCO's ground truth
       fill     Eq. 8     LaMa as in the paper (data/lama.py), or data/inpaint.py, which needs no weights
 
 - Eq. 6 gives each tag one box. Where a class has several objects, all of them are removed: with one dog of

@@ -15,12 +15,18 @@ import io
 import json
 import re
 import sys
+from contextlib import suppress
 from difflib import SequenceMatcher
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+
 from common import BadInput, written_whole
+from data.detect import Detection, box_of, overview
 from data.images import open_image
 from data.records import read_pairs
 
@@ -69,9 +75,9 @@ def write_gallery(path: Path | str, pairs: list[dict], *, root: Path | str | Non
     count = min(limit, len(pairs))
     shown = [pairs[i * len(pairs) // count] for i in range(count)]
     note = f"{len(pairs)} pairs" + (f", {count} of them shown, evenly spaced" if count < len(pairs) else "")
-    thumb = lru_cache(64)(lambda reference: thumbnail(reference, root, side))
+    thumb = lru_cache(64)(lambda reference: thumbnail(open_image(reference, root), side))
     page = HEAD.format(title=escape(title), style=STYLE, note=note)
-    page += "".join(_section(pair, thumb) for pair in shown) + "</body></html>\n"
+    page += "".join(_section(pair, thumb, root, side) for pair in shown) + "</body></html>\n"
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -95,9 +101,23 @@ def marked(chosen: str, rejected: str) -> tuple[str, str]:
     return "".join(sides[0]), "".join(sides[1])
 
 
-def thumbnail(reference: str, root: Path | str | None, side: int) -> tuple[str, int, int]:
+def objects(pair: dict, root: Path | str | None) -> Image.Image | None:
+    """The image with what could be removed from it (pairs/adavip.py): where a candidate differs from the image is the
+    mask of the object that it lacks. None where the pair has no candidates, or their images are gone."""
+    source = pair.get("source") or {}
+    if source.get("method") != "adavip":
+        return None
+    image, found = open_image(pair["image"], root), []
+    for candidate in source["candidates"]:
+        with suppress(BadInput):
+            without = np.asarray(open_image(candidate["image"], root))
+            mask = torch.from_numpy((without != np.asarray(image)).any(-1))  # (H, W)
+            found.append(Detection(candidate["removed"], 1.0, box_of(mask), mask))
+    return overview(image, found) if found else None
+
+
+def thumbnail(image: Image.Image, side: int) -> tuple[str, int, int]:
     """An image as small JPEG in a data URL, and the width and height to show it in."""
-    image = open_image(reference, root)
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
     image.thumbnail((2 * side, 2 * side))  # twice as fine, for fine screens
@@ -106,10 +126,12 @@ def thumbnail(reference: str, root: Path | str | None, side: int) -> tuple[str, 
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), width, height
 
 
-def _section(pair: dict, thumb) -> str:
-    images = _figure("image", pair["image"], thumb)
+def _section(pair: dict, thumb, root: Path | str | None, side: int) -> str:
+    images = _figure("image", pair["image"], thumb(pair["image"]))
+    if found := objects(pair, root):
+        images += _figure("objects", "what could be removed", thumbnail(found, side))
     if pair.get("rejected_image"):
-        images += _figure("rejected image", pair["rejected_image"], thumb)
+        images += _figure("rejected image", pair["rejected_image"], thumb(pair["rejected_image"]))
     chosen, rejected = marked(pair["chosen"], pair["rejected"])
     return (f'<section><div class="images">{images}</div><div><h2>{escape(pair["id"])}</h2>'
             f'<h3>Prompt</h3><p>{escape(pair["prompt"])}</p><h3 class="chosen">Chosen</h3><p>{chosen}</p>'
@@ -117,8 +139,8 @@ def _section(pair: dict, thumb) -> str:
             '</section>\n')
 
 
-def _figure(name: str, reference: str, thumb) -> str:
-    url, width, height = thumb(reference)
+def _figure(name: str, reference: str, shown: tuple[str, int, int]) -> str:
+    url, width, height = shown
     return (f'<figure><img src="{url}" width="{width}" height="{height}" alt="{escape(name)}">'
             f'<figcaption>{escape(name)}: {escape(reference)}</figcaption></figure>')
 

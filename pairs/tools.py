@@ -23,8 +23,8 @@ as a function that makes it, because the options decide what is needed: `clip()`
     temperature       of the sampling
     max_new_tokens    of a response
     seed              of all that is drawn; the samples of record i use seed + i
-    judge             who ranks the samples: scene, clip, policy (the model itself), another LLaVA (folder or hub id)
-                      or a server's URL
+    judge             who ranks the samples: scene, chair (what --detector finds), clip, policy (the model itself),
+                      another LLaVA (folder or hub id) or a server's URL
     judge_model       name of the model at that server
     author            who writes the chosen responses that are not given: policy (the best of its samples), another
                       LLaVA or a server's URL
@@ -35,8 +35,17 @@ as a function that makes it, because the options decide what is needed: `clip()`
     same_image        reconstructed: neighbours whose 8 x 8 thumbnails have at least this cosine are the same image
                       under another name and passed over; above 1: those of equal pixels only
     nprobe            cells that an approximate search looks into; None: exact search
-    detector          what finds objects: scene, maskrcnn or a COCO instances FILE.json
+    detector          what finds objects: scene, ram+dino+sam, maskrcnn or a COCO instances FILE.json
     detector_weights  of maskrcnn; None: torchvision downloads them
+    ram               weights of RAM or RAM++
+    dino              weights of GroundingDINO
+    sam               weights of SAM
+    ram_tags          ram_tag_list.txt of RAM's released code
+    ram_thresholds    ram_tag_list_threshold.txt; None: tag_threshold for all
+    dino_tokenizer    tokenizer.json of bert-base-uncased
+    tag_threshold     reconstructed: least probability of a tag
+    box_threshold     reconstructed: least score of a box
+    overlap           reconstructed: boxes of one tag that share more count as one
     lama              weights of LaMa, which fills holes; None: a smooth fill
     dilation          reconstructed: side of the square that masks grow by, odd
     max_area          reconstructed: objects that take a larger share of the image are left in it
@@ -56,10 +65,11 @@ import torch
 from common import HOME, BadInput, arguments_of, is_url, options_of
 from data import inpaint
 from data.check import check_records
-from data.detect import coco_instances, mask_rcnn
+from data.detect import Detect, coco_instances, mask_rcnn, scene_objects
 from data.lama import lama_fill, load_lama
 from data.processor import ClipProcessor, Processor
 from judges.ask import Model, Server, local_model, server_model
+from judges.chair import chair_judge
 from judges.clip import Similarity, clip_judge, clip_similarity
 from judges.compare import model_judge
 from judges.scene import judge_scene
@@ -69,6 +79,7 @@ from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.clip import CLIP
 from model.hub import resolve
 from model.llava import Llava
+from networks.chain import ram_dino_sam
 from pairs.adavip import Candidates, photo_candidates, scene_candidates
 from pairs.corrupt import Writer, model_corrupt, scene_corrupt
 from pairs.progress import readable
@@ -81,7 +92,7 @@ from retrieval.index import Duplicates, approximate_neighbours
 from retrieval.index import neighbours as exact_neighbours
 
 SHARD = 1024  # images that a process embeds at a time, when several do
-WHO = {"judge": ("scene", "clip", "policy"), "author": ("policy",), "writer": ("scene", "policy")}
+WHO = {"judge": ("scene", "chair", "clip", "policy"), "author": ("policy",), "writer": ("scene", "policy")}
 
 
 class Share(NamedTuple):
@@ -167,8 +178,8 @@ def check_options(options: dict) -> None:
         if is_url(who) != bool(name):
             raise BadInput(f"--{role} URL and --{role}-model NAME belong together")
     detector = options.get("detector", "scene")
-    if detector not in ("scene", "maskrcnn") and not detector.endswith(".json"):
-        raise BadInput(f"--detector {detector!r} is none of scene, maskrcnn or a .json file")
+    if detector not in ("scene", "ram+dino+sam", "maskrcnn") and not detector.endswith(".json"):
+        raise BadInput(f"--detector {detector!r} is none of scene, ram+dino+sam, maskrcnn or a .json file")
     if options.get("dilation", 1) % 2 == 0:
         raise BadInput(f"--dilation {options['dilation']}: must be odd, so that the square has a middle")
 
@@ -234,7 +245,7 @@ def sample(model, processor, setting: Setting, used: dict, *, samples: int = 4, 
                    root=setting.root)
 
 
-def judge(model, processor, clip, clip_processor, setting: Setting, used: dict, *, judge: str = "scene",
+def judge(model, processor, clip, clip_processor, detect, setting: Setting, used: dict, *, judge: str = "scene",
           judge_model: str | None = None, seed: int = 0) -> Judge:
     """Who ranks the samples. Raises BadInput where the scenes' judge does not know an image."""
     if judge == "scene":
@@ -242,6 +253,8 @@ def judge(model, processor, clip, clip_processor, setting: Setting, used: dict, 
             judge_scene(record, [])  # raises now, not after hours, when it does not know an image
         return one_by_one(judge_scene)
     used["judge"] = judge_model or judge
+    if judge == "chair":
+        return chair_judge(detect(), setting.root)
     if judge == "clip":
         return clip_judge(clip(), clip_processor(), batch_size=setting.batch_size, root=setting.root)
     return model_judge(_asked(judge, judge_model, model, processor, setting, used), seed=seed)
@@ -284,18 +297,38 @@ def _asked(who: str, name: str | None, model, processor, setting: Setting, used:
 # ---------------------------------------------------------------------------------------- images
 
 
-def candidates(setting: Setting, used: dict, *, detector: str = "scene", detector_weights: Path | None = None,
-               lama: Path | None = None, dilation: int = 15, max_area: float = 0.8) -> Candidates:
-    """Images without one of their objects. Raises BadInput where nothing finds objects in an image."""
+def detect(setting: Setting, used: dict, *, detector: str = "scene", detector_weights: Path | None = None,
+           ram: Path | None = None, ram_tags: Path | None = None, ram_thresholds: Path | None = None,
+           dino: Path | None = None, dino_tokenizer: Path | None = None, sam: Path | None = None,
+           tag_threshold: float = 0.68, box_threshold: float = 0.35, overlap: float = 0.7) -> Detect:
+    """What finds objects (data/detect.py). Raises BadInput naming weights that are missing."""
     if detector == "scene":
+        return scene_objects
+    used["detector"] = detector
+    if detector == "maskrcnn":
+        return _mask_rcnn(detector_weights, setting.device)
+    if detector != "ram+dino+sam":
+        return coco_instances(detector)
+    thresholds = {"tag_threshold": tag_threshold, "box_threshold": box_threshold, "overlap": overlap}
+    used["thresholds"] = {**thresholds, **({"tag_threshold": ram_thresholds.name} if ram_thresholds else {})}
+    files = {"ram": ram, "ram_tags": ram_tags, "ram_thresholds": ram_thresholds, "dino": dino,
+             "dino_tokenizer": dino_tokenizer, "sam": sam}
+    return ram_dino_sam(files, **thresholds, device=setting.device)
+
+
+def candidates(setting: Setting, used: dict, notes: dict, detect: Callable[[], Detect], *, lama: Path | None = None,
+               dilation: int = 15, max_area: float = 0.8) -> Candidates:
+    """Images without one of their objects. Raises BadInput where nothing finds objects in an image."""
+    find = detect()
+    if find is scene_objects:
         for record in setting.records:
             scene_candidates(record)  # raises now when it does not know an image
         return scene_candidates
-    used.update(detector=detector, fill=lama.name if lama else "harmonic")
-    detect = _mask_rcnn(detector_weights, setting.device) if detector == "maskrcnn" else coco_instances(detector)
+    used["fill"] = lama.name if lama else "harmonic, without weights"
+    if not lama:
+        notes["fill"] = "harmonic: no inpainting weights were given (--lama)"
     fill = lama_fill(load_lama(lama, setting.device)) if lama else inpaint.fill
-    return photo_candidates(detect, setting.folder, fill=fill, dilation=dilation, max_area=max_area,
-                            root=setting.root)
+    return photo_candidates(find, setting.folder, fill=fill, dilation=dilation, max_area=max_area, root=setting.root)
 
 
 def _mask_rcnn(weights: Path | None, device: str):
@@ -354,15 +387,16 @@ def _embed(images: list[str], clip: CLIP, processor: ClipProcessor, setting: Set
 
 def models(used: dict) -> dict:
     """The networks in use, by name."""
-    return {key: used[key] for key in ("model", "clip", "sentence_model", "detector", "fill") if key in used}
+    keys = ("model", "clip", "sentence_model", "detector", "thresholds", "fill")
+    return {key: used[key] for key in keys if key in used}
 
 
 def source(used: dict) -> dict:
     """How the texts came about: networks, seed, temperature, judge, author and writer in use."""
-    keys = ("model", "clip", "sentence_model", "seed", "temperature", "judge", "author", "writer")
+    keys = ("model", "clip", "sentence_model", "seed", "temperature", "judge", "detector", "author", "writer")
     return {key: used[key] for key in keys if key in used}
 
 
 TOOLS = {tool.__name__: tool for tool in (
-    clip_processor, similarity, candidates, judge, writer, clip, author, sample, processor, model, neighbours,
+    clip_processor, similarity, detect, candidates, judge, writer, clip, author, sample, processor, model, neighbours,
     models, source)}

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from data.images import open_image
 from data.records import write_jsonl
 from pairs.gallery import main, marked, thumbnail, write_gallery
 
@@ -92,7 +93,7 @@ def test_pictures_are_inside(tmp_path):
 
 def test_size_of_pictures(tmp_path):
     Image.new("RGB", (2000, 500)).save(tmp_path / "p.png")
-    url, width, height = thumbnail("p.png", tmp_path, 240)
+    url, width, height = thumbnail(open_image("p.png", tmp_path), 240)
     assert (width, height) == (240, 60)
     assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size == (480, 120)
 
@@ -125,7 +126,7 @@ def test_in_a_browser(tmp_path):
     subprocess.run([*call, "--window-size=900,500", f"--screenshot={shot}"], capture_output=True, timeout=90,
                    check=True)
     picture = Image.open(shot).convert("RGB")
-    shown = thumbnail("scene:1", None, 240)[0].split(",")[1]
+    shown = thumbnail(open_image("scene:1"), 240)[0].split(",")[1]
     colours = {tuple(c // 32 for c in Image.open(io.BytesIO(base64.b64decode(shown))).getpixel((5, 5)))}
     seen = {tuple(c // 32 for c in picture.getpixel((x, y)))
             for x in range(0, 300, 4) for y in range(0, 400, 4)}

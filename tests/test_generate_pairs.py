@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_formats import ROWS, A, B, Q
 
 from common import BadInput, check_ranges, meaning, options_of
 from data import scenes
+from data.detect import Detection
 from data.formats import read
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
@@ -284,9 +286,38 @@ def test_objects_are_removed_from_photographs(photos, tmp_path):
         assert np.unique(np.array(Image.open(out.parent / pair["rejected_image"]))).tolist() == [200]
         (candidate,) = pair["source"]["candidates"]
         assert candidate["removed"] == "sports ball" and candidate["image"] == pair["rejected_image"]
-        assert pair["source"]["fill"] == "harmonic" and "model" not in pair["source"]
-    assert out.with_suffix(".html").read_text().count("<img") == 4
+        assert pair["source"]["fill"] == "harmonic, without weights" and "model" not in pair["source"]
+    page = out.with_suffix(".html").read_text()
+    assert page.count("<img") == 6 and page.count("what could be removed") == 2  # image, its objects, one without
+    assert report["fill"].startswith("harmonic: no inpainting weights")
     assert not list(out.parent.glob("*.part-*"))
+
+
+def test_the_papers_detector(photos, tmp_path, monkeypatch):
+    """Weights that are missing are all named; what was found and by which thresholds is in the pairs; an image without
+    objects is counted."""
+    command = ["--method", "adavip", "--data", str(photos / "pairs.jsonl"), "--clip-model", str(DEFAULT_CLIP),
+               "--out", str(tmp_path / "p.jsonl"), "--detector", "ram+dino+sam", "--ram-tags", "tags.txt"]
+    with pytest.raises(BadInput) as error:
+        run(read_arguments(command))
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
+        "--ram", "tags.txt", "--dino", "--dino-tokenizer", "--sam"]
+    mask = torch.zeros(60, 80, dtype=torch.bool)
+    mask[20:40, 30:50] = True
+    asked = []
+
+    def made(files, **settings):
+        asked.append((files, settings))
+        return lambda reference, image: [] if "two" in reference else [Detection("ball", 0.9, (30, 20, 50, 40), mask)]
+
+    monkeypatch.setattr("pairs.tools.ram_dino_sam", made)
+    report = run(read_arguments([*command, "--box-threshold", "0.5", "--dilation", "5", "--ram", "r", "--sam", "s"]))
+    (pair,) = read_pairs(tmp_path / "p.jsonl", {"rejected_image"})
+    assert pair["source"]["thresholds"] == {"tag_threshold": 0.68, "box_threshold": 0.5, "overlap": 0.7}
+    assert pair["source"]["detector"] == "ram+dino+sam" and sum(report["dropped"].values()) == 1
+    files, settings = asked[0]
+    assert (files["ram"], files["ram_tags"], files["sam"]) == (Path("r"), Path("tags.txt"), Path("s"))
+    assert settings == {"tag_threshold": 0.68, "box_threshold": 0.5, "overlap": 0.7, "device": "cpu"}
 
 
 def test_what_nobody_knows_about_photographs(photos, tmp_path):
@@ -343,10 +374,10 @@ def test_pictures_that_are_lists_as_candidates_move_too(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
-    (["--judge", "nobody"], "--judge 'nobody' is none of scene, clip, policy, a LLaVA folder or hub id, or a server's"),
+    (["--judge", "nobody"], "--judge 'nobody' is none of scene, chair, clip, policy, a LLaVA folder or hub id, or a server's"),
     (["--method", "corrupt", "--writer", "clip"], "--writer 'clip' is none of scene, policy, a LLaVA folder"),
     (["--judge", "no/where/at/all"], "no/where/at/all: no such folder, and not a hub id"),
-    (["--method", "adavip", "--detector", "cats"], "'cats' is none of scene, maskrcnn or a .json file"),
+    (["--method", "adavip", "--detector", "cats"], "'cats' is none of scene, ram+dino+sam, maskrcnn or a .json file"),
     (["--judge", "http://x/v1"], "--judge URL and --judge-model NAME belong together"),
     (["--method", "povid", "--writer-model", "x"], "--writer URL and --writer-model NAME belong together"),
     (["--method", "adavip", "--dilation", "4"], "--dilation 4: must be odd"),

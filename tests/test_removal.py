@@ -10,12 +10,21 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import save_file
 
 from data import scenes
 from data.corrupt import to_image, to_pixels
-from data.detect import Detection, box_of, coco_instances, decode_mask, mask_rcnn, scene_objects, torchvision_detector
+from data.detect import (
+    Detection,
+    box_of,
+    coco_instances,
+    decode_mask,
+    mask_rcnn,
+    overview,
+    scene_objects,
+    torchvision_detector,
+)
 from data.images import open_image
 from data.inpaint import dilate, fill
 from data.lama import Lama, lama_fill, load_lama, symmetric_pad
@@ -264,6 +273,17 @@ def test_mask_rcnn_names_an_unusable_file(tmp_path):
         mask_rcnn(tmp_path / "w.pth")
     with pytest.raises(ValueError, match="none.pth: not found"):
         mask_rcnn(tmp_path / "none.pth")
+
+
+def test_the_overview_shows_mask_box_and_tag():
+    found = Detection("dog", 0.8, (10.0, 20.0, 60.0, 70.0), hole(80, 90, (30, 60, 20, 50)))
+    image = Image.new("RGB", (90, 80), (100, 100, 100))
+    shown = np.asarray(overview(image, [found])).astype(int)
+    red = ImageColor.getrgb("hsl(0, 90%, 50%)")
+    assert shown[55, 45].tolist() == [round(50 + c / 2) for c in red]  # in the mask
+    assert shown[20, 40].tolist() == list(red) and shown[70, 10].tolist() == list(red)  # on the box
+    assert shown[65, 55].tolist() == [100] * 3 and np.ptp(shown[21:34, 12:40]) > 100  # outside; the tag
+    assert np.asarray(image).max() == 100 and np.array_equal(np.asarray(overview(image, [])), np.asarray(image))
 
 
 def test_scene_detector():

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from small import fill
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from judges.sentence import BERT_NAMES, SentenceEncoder, SentenceTransformer, relative_bucket, sentence_config
+from judges.sentence import SentenceEncoder, SentenceTransformer
+from networks.bert import NAMES, bert_config, relative_bucket
 
 WORDS = [f"w{i}" for i in range(40)]
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, hidden_act="gelu",
@@ -37,7 +38,7 @@ def published_names(name: str) -> str:
 def write(folder: Path, kind: str, limit: int = 158, **fields) -> Path:
     """A sentence-transformers folder with random weights and a tokenizer of whole words."""
     raw = {**RAW[kind], **fields}
-    tensors = fill(SentenceTransformer(sentence_config(raw)).state_dict())
+    tensors = fill(SentenceTransformer(bert_config(raw)).state_dict())
     if kind == "bert":
         tensors = {published_names(name): tensor for name, tensor in tensors.items()}
         tensors["embeddings.position_ids"] = torch.arange(160)[None]
@@ -122,9 +123,9 @@ def test_buckets_by_hand():
 
 def test_bert_names_are_translated():
     """Every tensor of one layer: the published name maps onto a module's, and back."""
-    for name in SentenceTransformer(sentence_config(RAW["bert"])).state_dict():
+    for name in SentenceTransformer(bert_config(RAW["bert"])).state_dict():
         published = published_names(name)
-        for pattern, replacement in BERT_NAMES:
+        for pattern, replacement in NAMES:
             published = re.sub(pattern, replacement, published)
         assert published == name
 
