@@ -96,12 +96,6 @@ def load(path: Path | str, format: str | None = None, root: Path | str | None = 
     return Data(collect(path, records, root, needs, hints), format, root)
 
 
-def read(path: Path | str, format: str | None = None, root: Path | str | None = None,
-         needs: Collection[str] = ()) -> list[dict]:
-    """The records of `load`."""
-    return load(path, format, root, needs).records
-
-
 def write(path: Path | str, records: list[dict], format: str = "plumbline",
           root: Path | str | None = None) -> None:
     """Write records as Plumbline's JSONL or with TRL's columns; the file appears whole or not at all.

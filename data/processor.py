@@ -1,13 +1,9 @@
 """Between people and tensors: texts to token ids, image references to pixels, and back.
 
-The template is the one that the checkpoint was trained with (model/families), for example llava-hf's
-
-    USER: <image>\\n{prompt} ASSISTANT: {answer}</s>
-
-The text is cut at <image> and at special tokens and its pieces are tokenised separately, as LLaVA does, with
-the image tokens put between them, so their count can never depend on the tokenizer. The response's ids
-are those that follow the prompt's when both are tokenised as one text; the prompt's ids are the same whatever
-the response, which prefix sharing relies on.
+The template is the one that the checkpoint was trained with (model/families). The text is cut at <image> and at
+special tokens and its pieces are tokenised separately, as LLaVA does, with the image tokens put between them, so their
+count can never depend on the tokenizer. The response's ids are those that follow the prompt's when both are tokenised
+as one text; the prompt's ids are the same whatever the response, which prefix sharing relies on.
 """
 
 from __future__ import annotations
@@ -38,8 +34,7 @@ class Processor:
     Args:
         template: a name of model.families.TEMPLATES; None: the one that belongs to the checkpoint.
         aspect: of the family's ways to show an image, for example "crop", "pad" or "anyres" of LLaVA; None: what
-            belongs to the checkpoint. "pad" on a LLaVA-1.6 checkpoint shows one tile without a newline, as Re-Align
-            does.
+            belongs to the checkpoint.
     Raises BadInput naming an unusable file, the unknown template or aspect.
     """
 

@@ -11,8 +11,7 @@ buffers that old versions of `transformers` wrote.
 
 Vocabulary rows that no text uses are left in the file; `save_llava` carries them over.
 
-Memory: the model is built without weights, and each tensor goes from the mapped file to its final dtype and
-device by itself. On the CPU, weights that keep their dtype stay in the file's pages (read once, to look for NaN).
+The model is built without weights, and each tensor goes from the mapped file to its final dtype and device by itself.
 """
 
 from __future__ import annotations
