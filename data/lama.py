@@ -114,8 +114,8 @@ class Layer(nn.Module):
         self.bn_l = nn.BatchNorm2d(outputs[0])
         self.bn_g = nn.BatchNorm2d(outputs[1]) if outputs[1] else None
 
-    def forward(self, x: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        near, far = self.ffc(*x)
+    def forward(self, x: Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        near, far = self.ffc(*x) if isinstance(x, tuple) else self.ffc(x, None)
         return F.relu(self.bn_l(near)), None if far is None else F.relu(self.bn_g(far))
 
 
@@ -129,13 +129,6 @@ class Block(nn.Module):
     def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         near, far = self.conv2(self.conv1(x))
         return x[0] + near, x[1] + far
-
-
-class Start(nn.ReflectionPad2d):
-    """The padding before the first layer, which takes (local, no global)."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return super().forward(x), None
 
 
 class Join(nn.Module):
@@ -156,7 +149,7 @@ class Lama(nn.Module):
         up = [layer for a, b in zip(widths[:0:-1], widths[-2::-1]) for layer in
               (nn.ConvTranspose2d(a, b, 3, 2, 1, output_padding=1), nn.BatchNorm2d(b), nn.ReLU())]
         self.model = nn.Sequential(
-            Start(3), Layer((4, 0), (channels, 0), 7), *down, Layer((widths[-2], 0), split, 3, 2),
+            nn.ReflectionPad2d(3), Layer((4, 0), (channels, 0), 7), *down, Layer((widths[-2], 0), split, 3, 2),
             *(Block(split) for _ in range(blocks)), Join(), *up,
             nn.ReflectionPad2d(3), nn.Conv2d(channels, 3, 7), nn.Sigmoid())
 

@@ -1,10 +1,9 @@
 """Tensor files: found, listed and read lazily; written atomically and in shards.
 
-A folder's weights are the files that `transformers` would read: model.safetensors, or the shards of its index,
-or else pytorch_model.bin likewise (read with `weights_only`, so no code in it runs). Whatever else lies there is
-passed over. `list_tensors` looks at headers only. `read` hands out one tensor after another, backed by the
-memory-mapped file: what is converted or moved costs its new size once, and what keeps dtype and device costs no
-memory of its own, only file pages that the system may drop and read again.
+A folder's weights are the files that `transformers` would read (`weight_files`); .bin with `weights_only`, so no code
+in it runs. Whatever else lies there is passed over. `list_tensors` looks at headers only. `read` hands out one tensor
+after another, backed by the memory-mapped file: what is converted or moved costs its new size once, and what keeps
+dtype and device costs no memory of its own, only file pages that the system may drop and read again.
 """
 
 from __future__ import annotations
@@ -187,13 +186,15 @@ def _plain(value: object) -> bool:
 
 def check_tensors(found: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where: Path | str,
                   may_ignore: Callable[[str], bool] = lambda name: False) -> None:
-    """Raise one BadInput that names every tensor in `found` that is not what `wanted` (name -> shape) asks for:
-    missing, unexpected, of another shape, not floating-point."""
+    """Raise one BadInput that names the first eight tensors in `found` that are not what `wanted` (name -> shape) asks
+    for: missing, unexpected, of another shape, not floating-point."""
     problems = [f"missing tensor {n}" for n in wanted if n not in found]
     problems += [f"unexpected tensor {n}" for n in found if n not in wanted and not may_ignore(n)]
     wrong = ((found[n].file, _misfit(found[n], wanted[n])) for n in wanted if n in found)
     problems += [f"{reason} (in {file.name})" for file, reason in wrong if reason]
-    refuse(sorted(problems), f"{where}: ")
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise BadInput(f"{where}: " + " ".join("; ".join(sorted(problems)[:8]).splitlines()) + more)
 
 
 def _misfit(stored: Stored, shape: tuple[int, ...]) -> str:
@@ -203,13 +204,6 @@ def _misfit(stored: Stored, shape: tuple[int, ...]) -> str:
     if stored.shape != shape:
         return f"tensor {stored.name} is {stored.shape}, expected {shape}"
     return f"tensor {stored.name} is {stored.written}, not floating-point" if stored.dtype is None else ""
-
-
-def refuse(problems: list[str], prefix: str = "") -> None:
-    """Raise BadInput with the first eight in one line, if there are any."""
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise BadInput(prefix + " ".join("; ".join(problems[:8]).splitlines()) + more)
 
 
 def finite(tensor: Tensor, where: str) -> Tensor:
@@ -236,12 +230,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | No
         save_file(plain, temporary, metadata={"format": "pt"})
 
 
-def save_shards(
-    tensors: dict[str, Callable[[], Tensor]],
-    folder: Path,
-    shard_bytes: int = SHARD_BYTES,
-    dtype: torch.dtype | None = None,
-) -> None:
+def save_shards(tensors: dict[str, Callable[[], Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES,
+                dtype: torch.dtype | None = None) -> None:
     """Write model.safetensors, or shards and their index when it would be larger than `shard_bytes`.
 
     A tensor is made when its shard is filled, so one shard at a time is in memory. All shards are complete
