@@ -26,7 +26,8 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from common import SHOWN, BadInput, brief, parse_json, written_whole
@@ -77,13 +78,12 @@ def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
         return row | {key: os.path.relpath(root / path, folder) for key, path in paths.items()
                       if not path.startswith("scene:") and not os.path.isabs(path)}
 
-    made = []
-    for record in map(move, records):
+    records = [move(record) for record in records]
+    for record in records:
         listed = (record.get("source") or {}).get("candidates")  # of pairs/adavip.py; others may mean anything
         if isinstance(listed, list) and all(isinstance(candidate, dict) for candidate in listed):
             record["source"] = {**record["source"], "candidates": [move(candidate) for candidate in listed]}
-        made.append(record)
-    return made
+    return records
 
 
 # Files to rows
@@ -148,14 +148,15 @@ def collect(path: Path, rows: Iterable[Row], root: Path, needs: Collection[str] 
     """
     if unknown := set(needs) - set(PAIR_TEXTS + PAIR_OPTIONAL):
         raise BadInput(f"pair records have no field {sorted(unknown)}")
-    records, bad, first, checked, keys, total = [], [], {}, {}, None, 0
+    records, bad, first, keys, total = [], [], {}, None, 0
+    flaw_of = cache(lambda reference: _reference_flaw(reference, root))  # images repeat
     for where, record, reasons in rows:
         total += 1
         if record is not None:
             keys = keys or _keys(record, needs)
             if isinstance(record.get("prompt"), str):
                 record["prompt"] = without_mark(record["prompt"])
-            reasons = reasons + _check_fields(record, *keys, hints) + _check_images(record, root, checked)
+            reasons = reasons + _check_fields(record, *keys, hints) + _check_images(record, flaw_of)
             name = record.get("id")
             if isinstance(name, str) and first.setdefault(name, where) != where:
                 reasons.append(f"id {brief(name)} already used in {first[name]}")
@@ -258,16 +259,10 @@ def _source_flaw(value: object, depth: int = 0) -> str:
     return ""
 
 
-def _check_images(row: dict, root: Path, checked: dict[str, str]) -> list[str]:
-    """`checked` remembers the verdict ("" = good) of each reference, as images repeat."""
-    reasons = []
-    for key in REFERENCES:
-        reference = row.get(key)
-        if isinstance(reference, str) and not _text_flaw(reference, key):
-            if reference not in checked:
-                checked[reference] = _reference_flaw(reference, root)
-            reasons += [f"{key!r}: {checked[reference]}"] if checked[reference] else []
-    return reasons
+def _check_images(row: dict, flaw_of: Callable[[str], str]) -> list[str]:
+    references = {key: row[key] for key in REFERENCES if isinstance(row.get(key), str)}
+    return [f"{key!r}: {flaw}" for key, reference in references.items()
+            if not _text_flaw(reference, key) and (flaw := flaw_of(reference))]
 
 
 def _reference_flaw(reference: str, root: Path) -> str:
