@@ -82,7 +82,7 @@ def _named(row: dict) -> str:
 
 
 def check_masks(found: Instances, path: Path | str, box_masks: bool = True) -> None:
-    """Raises BadInput naming the images without a size and the annotations that `mask_of` would refuse."""
+    """Raises BadInput naming the images without a size and the annotations that `decode_mask` would refuse."""
     problems = []
     for key, image in found.images.items():
         height, width = size = image.get("height"), image.get("width")

@@ -50,17 +50,11 @@ def box_of(mask: Tensor) -> Box:
     return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
 
 
-# ---------------------------------------------------------------------------------------- scene world
-
-
 def scene_objects(reference: str, image: Image.Image) -> list[Detection]:
     """Detector of the scene world: one detection a class, its mask the pixels that its objects change."""
     scene, without = parse_reference(reference)
     masks = [(label, torch.from_numpy(mask)) for label, mask in object_masks(scene) if label not in without]
     return [Detection(label, 1.0, box_of(mask), mask) for label, mask in masks]
-
-
-# ---------------------------------------------------------------------------------------- Mask R-CNN
 
 
 def mask_rcnn(weights: Path | str | None = None, *, min_score: float = 0.5, min_mask: float = 0.5,
@@ -109,9 +103,6 @@ def torchvision_detector(model: torch.nn.Module, categories: list[str], min_scor
                 if score >= min_score]
 
     return detect
-
-
-# ---------------------------------------------------------------------------------------- COCO ground truth
 
 
 def coco_instances(path: Path | str, *, box_masks: bool = True) -> Detect:

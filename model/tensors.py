@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,18 +48,16 @@ class Stored(NamedTuple):
 
 def list_tensors(folder: Path) -> list[Stored]:
     """All tensors of a folder's weight files. BadInput on a missing shard, a broken index or file."""
-    found, seen = [], {}
+    found: dict[str, Stored] = {}
     files, placed = weight_files(folder)
-    for file in files:
-        for tensor in list_file(file):
-            if tensor.name in seen:
-                raise BadInput(f"{file}: tensor {tensor.name} is also in {seen[tensor.name].name}")
-            seen[tensor.name] = file
-            found.append(tensor)
+    for tensor in chain.from_iterable(map(list_file, files)):
+        if tensor.name in found:
+            raise BadInput(f"{tensor.file}: tensor {tensor.name} is also in {found[tensor.name].file.name}")
+        found[tensor.name] = tensor
     for name, file in placed.items():
-        if name not in seen:
+        if name not in found:
             raise BadInput(f"{folder / file}: has no tensor {name}, which the index places there")
-    return found
+    return list(found.values())
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
