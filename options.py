@@ -22,8 +22,8 @@ import torch
 import common
 from common import BadInput, add_options, check_ranges, is_url, read_json, refuse
 from data.batch import scored
-from data.templates import TEMPLATES
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
+from model.families import TEMPLATES
 from model.resume import CHECKPOINT, PREVIOUS
 from pairs.methods import METHODS
 

@@ -33,11 +33,9 @@ def check_records(
         sequences, end, new_tokens: as for `problems_of`.
         progress: label of a progress bar, shown after a few seconds; empty for none.
     """
-    lines = []
-    for record in tqdm(records, desc=progress, disable=None if progress else True, delay=3):
-        reasons = problems_of(record, processor, root, sequences, end=end, new_tokens=new_tokens)
-        lines += [f"{source}: record {record['id']!r}: {reason}" for reason in reasons]
-    refuse(lines)
+    refuse(f"{source}: record {record['id']!r}: {reason}"
+           for record in tqdm(records, desc=progress, disable=None if progress else True, delay=3)
+           for reason in problems_of(record, processor, root, sequences, end=end, new_tokens=new_tokens))
 
 
 def problems_of(
@@ -55,15 +53,14 @@ def problems_of(
     asked = [(how.image, how.response) for how in scored(sequences or {}).values() if how.response in record]
     lengths, found = {}, {}  # a dict: what holds for two images is said once
     for field in dict.fromkeys(["prompt", *(field for _, field in asked)]):
+        encode = processor.prompt if field == "prompt" else processor.response
         try:
-            if field == "prompt":
-                lengths[field] = len(processor.prompt(record[field])) - processor.patches  # without image tokens
-            else:
-                lengths[field] = len(processor.response(record[field]))
+            lengths[field] = len(encode(record[field]))
         except BadInput as error:
             found[f"{field!r}: {error}"] = True
     if found:
         return list(found)
+    lengths["prompt"] -= processor.patches  # image tokens, counted for each image
     counts = {name: processor.image_tokens(record[name], root) for name in {"image", *(name for name, _ in asked)}}
     for name, field in asked:
         total = counts[name] + lengths["prompt"] + lengths[field] + end - 1

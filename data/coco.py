@@ -16,7 +16,6 @@ A file is checked as a whole when it is read, so that no image fails later. A se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,21 +82,20 @@ def _named(row: dict) -> str:
 
 
 def check_masks(found: Instances, path: Path | str, box_masks: bool = True) -> None:
-    """Raises BadInput naming the images without a size and the annotations that `mask_of` would refuse."""
-    refuse(f"{path}: {problem}" for problem in _mask_problems(found, box_masks))
-
-
-def _mask_problems(found: Instances, box_masks: bool) -> Iterator[str]:
+    """Raises BadInput naming the images without a size and the annotations that `decode_mask` would refuse."""
+    problems = []
     for key, image in found.images.items():
         height, width = size = image.get("height"), image.get("width")
         if not all(type(n) in (int, float) and n >= 1 and n % 1 == 0 for n in size):
-            yield f"image {brief(key)}: width {brief(width)}, height {brief(height)}: numbers of pixels are wanted"
+            wrong = f"width {brief(width)}, height {brief(height)}: numbers of pixels are wanted"
+            problems.append(f"image {brief(key)}: {wrong}")
             continue
         for _, row in found.annotations[key]:
             try:
                 _shape(segmentation_of(row, box_masks), height, width)
             except BadInput as error:
-                yield f"{_named(row)}: {error}"
+                problems.append(f"{_named(row)}: {error}")
+    refuse(f"{path}: {problem}" for problem in problems)
 
 
 def segmentation_of(row: dict, box_masks: bool = True) -> object:
@@ -153,21 +151,19 @@ def _runs(segmentation: dict, height: int, width: int) -> list[int]:
     if not isinstance(runs, list) or not set(map(type, runs)) <= {int} or min(runs, default=0) < 0:
         raise BadInput(f"counts {brief(counts)}: no run lengths")
     if size != [height, width] or sum(runs) != height * width:
-        raise BadInput(f"run lengths {brief(size)} of {brief(sum(runs))} pixels for an image of "
-                       f"{height} x {width}")
+        raise BadInput(f"run lengths {brief(size)} of {brief(sum(runs))} pixels for an image of {height} x {width}")
     return runs
 
 
 def _uncompress(counts: str) -> list[int]:
     """COCO's string -> run lengths. BadInput where it is none."""
     bits = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
-    if not len(bits) or bits.min() < 0 or bits.max() > 63 or bits[-1] & 32:
-        raise BadInput(f"counts {brief(counts)}: no run lengths")
     last = np.flatnonzero(bits < 32)  # where numbers end
     first = np.append(0, last[:-1] + 1)
-    place = np.arange(len(bits)) - np.repeat(first, last - first + 1)  # within its number
-    if place.max() > 9:  # no image has as many pixels
+    ended = len(bits) and 0 <= bits.min() and bits.max() < 64 and not bits[-1] & 32
+    if not ended or (last - first).max() > 9:  # no image has as many pixels
         raise BadInput(f"counts {brief(counts)}: no run lengths")
+    place = np.arange(len(bits)) - np.repeat(first, last - first + 1)  # within its number
     runs = np.add.reduceat((bits & 31) << 5 * place, first)
     runs -= (bits[last] & 16) << 5 * place[last] + 1  # negative
     for start in (1, 2):

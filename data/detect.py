@@ -67,17 +67,11 @@ def box_of(mask: Tensor) -> Box:
     return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
 
 
-# ---------------------------------------------------------------------------------------- scene world
-
-
 def scene_objects(reference: str, image: Image.Image) -> list[Detection]:
     """Detector of the scene world: one detection a class, its mask the pixels that its objects change."""
     scene, without = parse_reference(reference)
     masks = [(label, torch.from_numpy(mask)) for label, mask in object_masks(scene) if label not in without]
     return [Detection(label, 1.0, box_of(mask), mask) for label, mask in masks]
-
-
-# ---------------------------------------------------------------------------------------- Mask R-CNN
 
 
 def mask_rcnn(weights: Path | str | None = None, *, min_score: float = 0.5, min_mask: float = 0.5,
@@ -98,9 +92,10 @@ def mask_rcnn(weights: Path | str | None = None, *, min_score: float = 0.5, min_
     if weights is None:
         model = detection.maskrcnn_resnet50_fpn_v2(weights=published)
     else:
-        state = _read_weights(Path(weights))
-        # Only v2 has batch norm in its feature pyramid.
-        second = "backbone.fpn.inner_blocks.0.1.weight" in state
+        state = read_file(Path(weights))
+        for name, tensor in state.items():
+            finite(tensor, f"{weights}: tensor {name}")
+        second = "backbone.fpn.inner_blocks.0.1.weight" in state  # only v2 has batch norm in its feature pyramid
         build = detection.maskrcnn_resnet50_fpn_v2 if second else detection.maskrcnn_resnet50_fpn
         model = build(weights=None, weights_backbone=None)
         try:
@@ -109,10 +104,6 @@ def mask_rcnn(weights: Path | str | None = None, *, min_score: float = 0.5, min_
             reason = " ".join(str(error).split())[:300]
             raise BadInput(f"{weights}: not Mask R-CNN's weights ({reason})") from None
     return torchvision_detector(model.to(device).eval(), published.meta["categories"], min_score, min_mask)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    return {name: finite(tensor, f"{path}: tensor {name}") for name, tensor in read_file(path).items()}
 
 
 def torchvision_detector(model: torch.nn.Module, categories: list[str], min_score: float = 0.5,
@@ -129,9 +120,6 @@ def torchvision_detector(model: torch.nn.Module, categories: list[str], min_scor
                 if score >= min_score]
 
     return detect
-
-
-# ---------------------------------------------------------------------------------------- COCO ground truth
 
 
 def coco_instances(path: Path | str, *, box_masks: bool = True) -> Detect:

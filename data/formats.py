@@ -96,12 +96,6 @@ def load(path: Path | str, format: str | None = None, root: Path | str | None = 
     return Data(collect(path, records, root, needs, hints), format, root)
 
 
-def read(path: Path | str, format: str | None = None, root: Path | str | None = None,
-         needs: Collection[str] = ()) -> list[dict]:
-    """The records of `load`."""
-    return load(path, format, root, needs).records
-
-
 def write(path: Path | str, records: list[dict], format: str = "plumbline",
           root: Path | str | None = None) -> None:
     """Write records as Plumbline's JSONL or with TRL's columns; the file appears whole or not at all.
@@ -126,8 +120,7 @@ def write(path: Path | str, records: list[dict], format: str = "plumbline",
     elif path.suffix == ".parquet":
         _write_parquet(path, records, root)
     else:
-        write_jsonl(path, [_trl_row(record, lambda reference: _absolute(reference, root))
-                           for record in records])
+        write_jsonl(path, [_trl_row(record, lambda reference: _absolute(reference, root)) for record in records])
 
 
 def detect(row: dict, where: str = "row") -> str:
@@ -154,13 +147,11 @@ def _rows(path: Path) -> Iterator[Row]:
 def _parquet_rows(path: Path, batch: int = 64) -> Iterator[Row]:
     if not path.is_file():
         raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
-    parquet = _parquet(path)
-    number = 0
+    parquet, number = _parquet(path), 0
     try:
-        for rows in parquet.ParquetFile(path).iter_batches(batch):
-            for row in rows.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row, []
+        batches = parquet.ParquetFile(path).iter_batches(batch)
+        for number, row in enumerate((row for rows in batches for row in rows.to_pylist()), 1):
+            yield f"{path}:{number}", row, []
     except Exception as error:  # pyarrow's own, Python's on texts that are no UTF-8, and others on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{path}: not a readable Parquet file, after row {number} ({reason})") from None
@@ -170,8 +161,7 @@ def _parquet(path: Path):
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise BadInput(f"{path}: Parquet needs pyarrow, which is not installed "
-                       "(pip install pyarrow)") from None
+        raise BadInput(f"{path}: Parquet needs pyarrow, which is not installed (pip install pyarrow)") from None
     return parquet
 
 

@@ -65,7 +65,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # Pillow's, on sizes checked here and on dropped transparency
             with Image.open(path) as image:
                 _check_size(*image.size)
-                _check_mode(image)
+                if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+                    raise BadInput(f"values of mode {image.mode}, whose range is not known")
                 yield image
     except FileNotFoundError:
         raise BadInput(f"{path}: no such image") from None
@@ -84,11 +85,6 @@ def _check_size(width: int, height: int) -> None:
         raise BadInput(f"{width} x {height} pixels: one side is longer than {MAX_SIDE}")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise BadInput(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
-
-
-def _check_mode(image: Image.Image) -> None:
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-        raise BadInput(f"values of mode {image.mode}, whose range is not known")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

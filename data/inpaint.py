@@ -45,8 +45,7 @@ def fill(pixels: Tensor, hole: Tensor, tolerance: float = 1e-4) -> Tensor:
     """Harmonic fill: (3, H, W), (H, W) -> (3, H, W); pixels outside the hole are returned as they are.
 
     Args:
-        tolerance: largest residual of the equation at any pixel; with 1e-4 the values are right to about
-            1e-3.
+        tolerance: largest residual of the equation at any pixel; with 1e-4 the values are right to about 1e-3.
 
     Raises BadInput when the hole is the whole image.
     """
@@ -65,8 +64,8 @@ def fill(pixels: Tensor, hole: Tensor, tolerance: float = 1e-4) -> Tensor:
 def check(pixels: Tensor, hole: Tensor) -> None:
     """ValueError unless the hole is one of this image and leaves something to be seen."""
     if hole.dtype != torch.bool or pixels.shape[-2:] != hole.shape:
-        raise ValueError(f"hole {tuple(hole.shape)} {hole.dtype}: want bool of the image's size "
-                         f"{tuple(pixels.shape[-2:])}")
+        size = tuple(pixels.shape[-2:])
+        raise ValueError(f"hole {tuple(hole.shape)} {hole.dtype}: want bool of the image's size {size}")
     if hole.all():
         raise BadInput("the hole is the whole image: there is nothing to fill it from")
 
@@ -99,12 +98,12 @@ class _Grid:
         return u + 0.8 * (residual - self.apply(u)) / self.degree
 
 
-def _solve(u: Tensor, hole: Tensor, tolerance: float, most_steps: int = 200) -> Tensor:
+def _solve(u: Tensor, hole: Tensor, tolerance: float) -> Tensor:
     """Flexible conjugate gradients on u (C, H, W) fp32 inside the hole."""
     grid = _Grid(hole)
     residual = -grid.apply(u)
     correction = direction = grid.cycle(residual)
-    for _ in range(most_steps):
+    for _ in range(200):
         if residual.abs().max() <= tolerance:
             break
         across, along = grid.apply(direction), _dot(residual, correction)
@@ -123,9 +122,5 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _neighbours(x: Tensor) -> Tensor:
     """Sum of the up to four neighbours of each pixel, (C, H, W)."""
-    total = torch.zeros_like(x)
-    total[:, 1:] += x[:, :-1]
-    total[:, :-1] += x[:, 1:]
-    total[:, :, 1:] += x[:, :, :-1]
-    total[:, :, :-1] += x[:, :, 1:]
-    return total
+    x = F.pad(x, (1, 1, 1, 1))
+    return x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]

@@ -50,8 +50,8 @@ HALVINGS = 3
 
 def conv(inputs: int, outputs: int, side: int, stride: int = 1) -> nn.Conv2d:
     """Without bias; reflects at the edge, but for the 7 x 7 one, before which a layer of its own does."""
-    return nn.Conv2d(inputs, outputs, side, stride, side // 2 if side == 3 else 0, bias=False,
-                     padding_mode="reflect")
+    padding = 1 if side == 3 else 0
+    return nn.Conv2d(inputs, outputs, side, stride, padding, bias=False, padding_mode="reflect")
 
 
 class FourierUnit(nn.Module):
@@ -114,8 +114,8 @@ class Layer(nn.Module):
         self.bn_l = nn.BatchNorm2d(outputs[0])
         self.bn_g = nn.BatchNorm2d(outputs[1]) if outputs[1] else None
 
-    def forward(self, x: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        near, far = self.ffc(*x)
+    def forward(self, x: Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        near, far = self.ffc(*x) if isinstance(x, tuple) else self.ffc(x, None)
         return F.relu(self.bn_l(near)), None if far is None else F.relu(self.bn_g(far))
 
 
@@ -129,13 +129,6 @@ class Block(nn.Module):
     def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         near, far = self.conv2(self.conv1(x))
         return x[0] + near, x[1] + far
-
-
-class Start(nn.ReflectionPad2d):
-    """The padding before the first layer, which takes (local, no global)."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return super().forward(x), None
 
 
 class Join(nn.Module):
@@ -156,7 +149,7 @@ class Lama(nn.Module):
         up = [layer for a, b in zip(widths[:0:-1], widths[-2::-1]) for layer in
               (nn.ConvTranspose2d(a, b, 3, 2, 1, output_padding=1), nn.BatchNorm2d(b), nn.ReLU())]
         self.model = nn.Sequential(
-            Start(3), Layer((4, 0), (channels, 0), 7), *down, Layer((widths[-2], 0), split, 3, 2),
+            nn.ReflectionPad2d(3), Layer((4, 0), (channels, 0), 7), *down, Layer((widths[-2], 0), split, 3, 2),
             *(Block(split) for _ in range(blocks)), Join(), *up,
             nn.ReflectionPad2d(3), nn.Conv2d(channels, 3, 7), nn.Sigmoid())
 
@@ -199,7 +192,8 @@ def load_lama(path: Path | str, device: torch.device | str = "cpu") -> Lama:
       where it came from: save_file of safetensors on its "state_dict".
     """
     path = Path(path)
-    found = _generator(_read(path), path)
+    tensors = script_tensors(path)
+    found = _generator(read_file(path) if tensors is None else tensors, path)
     if found[FIRST].ndim != 4 or not len(found[FIRST]):
         raise BadInput(f"{path}: tensor {FIRST} is {tuple(found[FIRST].shape)}, expected 4 sizes")
     blocks = {name.split(".")[0] for name in found if ".conv1.ffc." in name}
@@ -216,18 +210,9 @@ def load_lama(path: Path | str, device: torch.device | str = "cpu") -> Lama:
     return model.to(device, torch.float32).eval().requires_grad_(False)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by their names in it."""
-    if not path.is_file():
-        raise BadInput(f"{path}: not found")
-    tensors = script_tensors(path)
-    return read_file(path) if tensors is None else tensors
-
-
 def _generator(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The generator's tensors without their prefix; a training checkpoint holds others besides."""
     for prefix in PREFIXES:
         if prefix + FIRST in tensors:
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                    if name.startswith(prefix)}
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     raise BadInput(f"{path}: no LaMa generator: tensor {FIRST} is not there under {', '.join(PREFIXES)}")

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,13 +60,8 @@ def load_entities(path: str | Path = ENTITIES) -> dict[str, str]:
     return table
 
 
-def mentions(
-    ids: Sequence[int],
-    decode: Callable[[list[int]], str],
-    entities: Mapping[str, str],
-    *,
-    repeats: bool = True,
-) -> list[Mention]:
+def mentions(ids: Sequence[int], decode: Callable[[list[int]], str], entities: Mapping[str, str], *,
+             repeats: bool = True) -> list[Mention]:
     """Mentions of a response in the order of the text.
 
     Args: token ids; `decode` turns a list of ids into text and leaves out special tokens (Processor.decode);
@@ -73,11 +70,8 @@ def mentions(
     ids = list(ids)
     text = decode(ids)
     ends = token_ends(ids, decode, text)
-    found = []
-    for word, first, last in find(text, entities):
-        start = next(t for t, end in enumerate(ends) if end > first)
-        stop = next(t for t, end in enumerate(ends) if end >= last) + 1
-        found.append(Mention(word, entities[word], start, stop))
+    found = [Mention(word, entities[word], bisect_right(ends, first), bisect_left(ends, last) + 1)
+             for word, first, last in find(text, entities)]
     if not repeats:
         earliest = {mention.entity: mention for mention in reversed(found)}
         found = [mention for mention in found if earliest[mention.entity] is mention]
@@ -86,11 +80,8 @@ def mentions(
 
 def token_ends(ids: list[int], decode: Callable[[list[int]], str], text: str) -> list[int]:
     """For each token, how many characters of `text` = decode(ids) are complete with it: never falling."""
-    ends, done = [], 0
-    for count in range(1, len(ids) + 1):
-        done = max(done, len(os.path.commonprefix([decode(ids[:count]), text])))
-        ends.append(done)
-    return ends
+    same = (len(os.path.commonprefix([decode(ids[:count]), text])) for count in range(1, len(ids) + 1))
+    return list(accumulate(same, max))
 
 
 def find(text: str, entities: Mapping[str, str]) -> list[tuple[str, int, int]]:

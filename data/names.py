@@ -15,8 +15,6 @@ from pathlib import Path
 
 from common import BadInput, brief
 
-DIGITS = "0123456789"
-
 
 def as_id(value: object) -> str | None:
     """An id of a JSON file as text, for 7, 7.0 and "7" are the same; None if it is neither number nor text."""
@@ -65,6 +63,6 @@ def _parts(name: str) -> tuple[str, str, str]:
     is none: the stem)."""
     base = name.rpartition("/")[2]
     stem = re.sub(r"\.[A-Za-z][A-Za-z0-9]{2,3}$", "", base)
-    digits = stem[len(stem.rstrip(DIGITS)) :]
+    digits = stem[len(stem.rstrip("0123456789")) :]
     number = (digits.lstrip("0") or "0") if digits else stem
     return number if base == digits else base, stem, number

@@ -1,13 +1,9 @@
 """Between people and tensors: texts to token ids, image references to pixels, and back.
 
-The template is the one that the checkpoint was trained with (model/families), for example llava-hf's
-
-    USER: <image>\\n{prompt} ASSISTANT: {answer}</s>
-
-The text is cut at <image> and at special tokens and its pieces are tokenised separately, as LLaVA does, with
-the image tokens put between them, so their count can never depend on the tokenizer. The response's ids
-are those that follow the prompt's when both are tokenised as one text; the prompt's ids are the same whatever
-the response, which prefix sharing relies on.
+The template is the one that the checkpoint was trained with (model/families). The text is cut at <image> and at
+special tokens and its pieces are tokenised separately, as LLaVA does, with the image tokens put between them, so their
+count can never depend on the tokenizer. The response's ids are those that follow the prompt's when both are tokenised
+as one text; the prompt's ids are the same whatever the response, which prefix sharing relies on.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ from torch import Tensor
 
 from common import BadInput
 from data.images import image_size, open_image
-from data.templates import cut, find_template
 from data.tokenizer import CLIP_SPECIAL, TextTokenizer
 from model.config import clip_config, read_config
 from model.families import family_of
@@ -39,8 +34,7 @@ class Processor:
     Args:
         template: a name of model.families.TEMPLATES; None: the one that belongs to the checkpoint.
         aspect: of the family's ways to show an image, for example "crop", "pad" or "anyres" of LLaVA; None: what
-            belongs to the checkpoint. "pad" on a LLaVA-1.6 checkpoint shows one tile without a newline, as Re-Align
-            does.
+            belongs to the checkpoint.
     Raises BadInput naming an unusable file, the unknown template or aspect.
     """
 
@@ -49,7 +43,10 @@ class Processor:
         self.family = family_of(self.folder)
         self.config = config = self.family.read(self.folder)
         self.tokenizer = TextTokenizer(tokenizer_folder(resolve(folder)))
-        self.template = find_template(template or config.template, self.family.TEMPLATES)
+        name, known = template or config.template, self.family.TEMPLATES
+        if name not in known:
+            raise BadInput(f"no template {name!r} (there are: {', '.join(known)})")
+        self.template = known[name]
         self.aspect = self.family.find_aspect(self.folder, config, aspect)
         self.preprocessing = self.family.preprocessing(self.folder, config, self.aspect)
         self.question = self.family.question_reader(self.folder)  # question -> what `VLM.connect` reads of it
@@ -131,6 +128,11 @@ class Processor:
         return ids[count:]
 
 
+def cut(text: str, special: tuple[str, ...]) -> list[str]:
+    """Special tokens and the texts between them, in order; no part is empty."""
+    return [part for part in re.split(f"({'|'.join(map(re.escape, special))})", text) if part]
+
+
 class ClipProcessor:
     """Tokenizer and image handling of a CLIP folder."""
 
@@ -146,8 +148,7 @@ class ClipProcessor:
         pooled = config.text.vocab_size - 1 if config.text.eos_token_id == 2 else config.text.eos_token_id
         self.tokenizer.check_rows(config.text.vocab_size, [self.bos_id])
         if self.eos_id != pooled:
-            raise BadInput(f"{folder}: the tokenizer ends a text with id {self.eos_id},"
-                           f" the tower pools at {pooled}")
+            raise BadInput(f"{folder}: the tokenizer ends a text with id {self.eos_id}, the tower pools at {pooled}")
 
     def image(self, reference: str, root: Path | str | None = None) -> Tensor:
         """Reference -> (3, S, S) fp32."""

@@ -26,10 +26,11 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
-from common import BadInput, brief, parse_json, written_whole
+from common import SHOWN, BadInput, brief, parse_json, written_whole
 from data.images import image_size
 
 IMAGE_TEXTS = ("id", "image", "prompt")
@@ -39,9 +40,8 @@ PAIR_OPTIONAL = ("rejected_image", "source")
 REFERENCES = ("image", "rejected_image")
 IMAGE = "<image>"
 MARK = re.compile(r"<\|?(?:img|image)\w*\|?>", re.IGNORECASE)  # <image>, <ImageHere>, <|image_pad|>, ...
-TAGS = ("ASSISTANT:", "[/INST]")  # a question that ends so has a template (data/templates.py) around it
+TAGS = ("ASSISTANT:", "[/INST]")  # a question that ends so has a template (model/families) around it
 INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode categories: spaces, controls, zero-width characters
-SHOWN = 20  # bad records that an error names
 DEEPEST = 50  # levels of `source`
 LONGEST = 1024  # characters of a path; an image in base64 has more
 
@@ -78,13 +78,12 @@ def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
         return row | {key: os.path.relpath(root / path, folder) for key, path in paths.items()
                       if not path.startswith("scene:") and not os.path.isabs(path)}
 
-    made = []
-    for record in map(move, records):
+    records = [move(record) for record in records]
+    for record in records:
         listed = (record.get("source") or {}).get("candidates")  # of pairs/adavip.py; others may mean anything
         if isinstance(listed, list) and all(isinstance(candidate, dict) for candidate in listed):
             record["source"] = {**record["source"], "candidates": [move(candidate) for candidate in listed]}
-        made.append(record)
-    return made
+    return records
 
 
 # Files to rows
@@ -97,36 +96,28 @@ def json_rows(path: Path) -> Iterator[Row]:
     """
     try:
         if not path.is_file():
-            raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
+            raise BadInput("not a regular file" if path.exists() else "not found")
         with path.open("rb") as file:
             starts = iter(lambda: file.readline(64), b"")  # a JSON list may be one line of gigabytes
             first = next((line for line in starts if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
             file.seek(0)
             if first[:1] == b"[" or first == b"{":
-                rows = _whole(path, file.read())
-                for number, row in enumerate(rows, 1):
+                rows = parse_json(file.read())
+                for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
                     yield f"{path}:{number}", *_object(row)
             elif first and first[:1] != b"{":
-                raise BadInput(f"{path}: neither JSON nor JSONL, it starts with {first[:20]!r};"
+                raise BadInput(f"neither JSON nor JSONL, it starts with {first[:20]!r};"
                                " Parquet files are named .parquet")
             else:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield f"{path}:{number}", *parse_line(line)
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
+                        yield f"{path}:{number}", *_line(line)
+    except (OSError, BadInput) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadInput(f"{path}: {reason}") from None
 
 
-def _whole(path: Path, data: bytes) -> list:
-    try:
-        rows = parse_json(data)
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
-    return rows if isinstance(rows, list) else [rows]
-
-
-def parse_line(line: bytes) -> tuple[dict | None, list[str]]:
-    """One line -> (object, problems); (None, problems) when there is no object to look into."""
+def _line(line: bytes) -> tuple[dict | None, list[str]]:
     try:
         return _object(parse_json(line.rstrip()))
     except BadInput as error:
@@ -134,6 +125,7 @@ def parse_line(line: bytes) -> tuple[dict | None, list[str]]:
 
 
 def _object(value: object) -> tuple[dict | None, list[str]]:
+    """(object, no problems), or (None, problems) when there is no object to look into."""
     if isinstance(value, dict):
         return value, []
     return None, [f"a JSON object is wanted, found {type(value).__name__}"]
@@ -156,48 +148,36 @@ def collect(path: Path, rows: Iterable[Row], root: Path, needs: Collection[str] 
     """
     if unknown := set(needs) - set(PAIR_TEXTS + PAIR_OPTIONAL):
         raise BadInput(f"pair records have no field {sorted(unknown)}")
-    records, faults, first, checked, keys = [], Faults(path), {}, {}, None
+    records, bad, first, keys, total = [], [], {}, None, 0
+    flaw_of = cache(lambda reference: _reference_flaw(reference, root))  # images repeat
     for where, record, reasons in rows:
+        total += 1
         if record is not None:
             keys = keys or _keys(record, needs)
             if isinstance(record.get("prompt"), str):
                 record["prompt"] = without_mark(record["prompt"])
-            reasons = reasons + _check_fields(record, *keys, hints) + _check_images(record, root, checked)
+            reasons = reasons + _check_fields(record, *keys, hints) + _check_images(record, flaw_of)
             name = record.get("id")
             if isinstance(name, str) and first.setdefault(name, where) != where:
                 reasons.append(f"id {brief(name)} already used in {first[name]}")
             records.append(record)
-        faults.add(where, reasons)
-    if faults.bad or not records:
-        raise BadInput(faults.report() or f"{path}: no records")
+        if reasons:
+            bad.append((where, reasons))
+    if bad or not records:
+        raise BadInput(_report(path, bad, total) or f"{path}: no records")
     return records
 
 
-class Faults:
-    """What is wrong with the rows of a file: all are counted, the first ones are named."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows, self.bad = path, 0, 0
-        self.named: list[tuple[str, str]] = []  # (where, reason)
-        self.common: set[str] = set()  # reasons that all rows share
-
-    def add(self, where: str, reasons: list[str]) -> None:
-        self.rows += 1
-        self.bad += bool(reasons)
-        self.common = self.common & set(reasons) if self.rows > 1 else set(reasons)
-        if reasons and self.bad <= SHOWN:
-            self.named += [(where, reason) for reason in reasons]
-
-    def report(self) -> str:
-        """One line for each named reason; one for a reason that several rows have without exception."""
-        common = self.common if self.rows > 1 else set()
-        shared = dict.fromkeys(reason for _, reason in self.named if reason in common)
-        lines = [f"{self.path}: all {self.rows:,} records: {_short(reason)}" for reason in shared]
-        single = [f"{where}: {_short(reason)}" for where, reason in self.named if reason not in common]
-        if single and self.bad > SHOWN:
-            single.append(f"{self.path}: and {self.bad - SHOWN:,} more bad records"
-                          f" ({self.bad:,} of {self.rows:,} are bad)")
-        return "\n".join(lines + single)
+def _report(path: Path, bad: list[tuple[str, list[str]]], rows: int) -> str:
+    """One line for each reason of the first bad rows; one for a reason that several rows have without exception."""
+    common = set.intersection(*(set(reasons) for _, reasons in bad)) if 1 < rows == len(bad) else set()
+    named = [(where, reason) for where, reasons in bad[:SHOWN] for reason in reasons]
+    shared = dict.fromkeys(reason for _, reason in named if reason in common)
+    lines = [f"{path}: all {rows:,} records: {_short(reason)}" for reason in shared]
+    single = [f"{where}: {_short(reason)}" for where, reason in named if reason not in common]
+    if single and len(bad) > SHOWN:
+        single.append(f"{path}: and {len(bad) - SHOWN:,} more bad records ({len(bad):,} of {rows:,} are bad)")
+    return "\n".join(lines + single)
 
 
 def without_mark(prompt: str) -> str:
@@ -279,29 +259,18 @@ def _source_flaw(value: object, depth: int = 0) -> str:
     return ""
 
 
-def _check_images(row: dict, root: Path, checked: dict[str, str]) -> list[str]:
-    """`checked` remembers the verdict ("" = good) of each reference, as images repeat."""
-    reasons = []
-    for key in REFERENCES:
-        reference = row.get(key)
-        if isinstance(reference, str) and not _text_flaw(reference, key):
-            if reference not in checked:
-                checked[reference] = _no_path(reference) or reference_problem(reference, root)
-            reasons += [f"{key!r}: {checked[reference]}"] if checked[reference] else []
-    return reasons
+def _check_images(row: dict, flaw_of: Callable[[str], str]) -> list[str]:
+    references = {key: row[key] for key in REFERENCES if isinstance(row.get(key), str)}
+    return [f"{key!r}: {flaw}" for key, reference in references.items()
+            if not _text_flaw(reference, key) and (flaw := flaw_of(reference))]
 
 
-def _no_path(reference: str) -> str:
-    """Why an image reference cannot be a path, or ""."""
+def _reference_flaw(reference: str, root: Path) -> str:
+    """Why an image reference cannot be opened, or "". Of a file only the header is read."""
     if re.match(r"[a-z]+://", reference):
         return f"{brief(reference)} is a URL: a path to a file is wanted"
     if len(reference) > LONGEST:
         return f"{len(reference):,} characters are no path: they start with {reference[:20]!r}"
-    return ""
-
-
-def reference_problem(reference: str, root: Path) -> str:
-    """Why an image reference cannot be opened, or "". Of a file only the header is read."""
     try:
         image_size(reference, root)
     except BadInput as error:

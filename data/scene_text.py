@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from data.places import CATEGORIES, CELL, IRREGULAR, PLACES, REMARKS, SIDE, WORDS, Object, Scene, pick
 
 CAPTION_PROMPT = "Describe the image in detail."
-SIZE_WORDS = ("small", "large")
 COUNT_WORDS = ("one", "two", "three")
-POSITION_WORDS = ("left", "middle", "right", "top", "bottom", "next", "above", "below")
 
 GRID = SIDE // CELL
 SIZE_OF_CELLS = {1: "small", 2: "", 3: "large"}

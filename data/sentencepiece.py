@@ -106,9 +106,8 @@ def build(model: Model) -> Tokenizer:
     ids = {piece.text: i for i, piece in enumerate(model.pieces)}
     unknown = next((piece.text for piece in model.pieces if piece.type == UNKNOWN), None)
     byte_fallback = any(piece.type == BYTE for piece in model.pieces)
-    tokenizer = Tokenizer(
-        models.BPE(ids, _merges(model.pieces), unk_token=unknown, byte_fallback=byte_fallback, fuse_unk=True)
-    )
+    merges = _merges(model.pieces)
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, byte_fallback=byte_fallback, fuse_unk=True))
     for piece in model.pieces:
         if piece.type in (CONTROL, UNKNOWN):
             tokenizer.add_special_tokens([AddedToken(piece.text, special=True, normalized=False)])
@@ -154,19 +153,17 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
-        if key & 7 == 0:
+        number, kind = key >> 3, key & 7
+        if kind == 0:
             value, at = _varint(message, at)
-        else:
-            if key & 7 == 2:
-                size, at = _varint(message, at)
-            elif key & 7 in (1, 5):
-                size = 8 if key & 7 == 1 else 4
-            else:
-                raise BadInput(f"wire type {key & 7} at byte {at}")
+        elif kind in (1, 2, 5):
+            size, at = _varint(message, at) if kind == 2 else (8 if kind == 1 else 4, at)
             value, at = message[at : at + size], at + size
-            if at > len(message):
-                raise BadInput(f"cut off at byte {len(message)}")
-        yield key >> 3, value
+        else:
+            raise BadInput(f"wire type {kind} at byte {at}")
+        if at > len(message):
+            raise BadInput(f"cut off at byte {len(message)}")
+        yield number, value
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

@@ -16,8 +16,7 @@ NO_END = re.compile(rf"(?:^|[\s(\"“])(?:{ABBREVIATION})\.$|(?:^|\n)\s*\d+\.$",
 def sentence_end(text: str, start: int, whole: bool) -> int | None:
     """Where the sentence that goes on at `start` ends; None if that cannot be told yet.
 
-    Marks at the very end count only in a `whole` text: "3." may become "3.5". Abbreviations, initials and the
-    numbers of a list end nothing. Reconstructed.
+    Marks at the very end count only in a `whole` text: "3." may become "3.5".
     """
     for found in END.finditer(text, start):
         if not whole and not text[found.end() :].strip():

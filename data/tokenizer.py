@@ -60,15 +60,10 @@ def clip_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
     """CLIP's byte-level BPE: lower case, one blank for any, "</w>" after a word's last piece."""
     options = dict(unk_token=CLIP_SPECIAL[1], end_of_word_suffix="</w>")
     tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges), **options))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    blanks = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in CLIP_SPECIAL])
     return tokenizer
@@ -76,9 +71,8 @@ def clip_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
 
 def _read(folder: Path) -> tuple[Path, Tokenizer, Callable[[str], str]]:
     """The file that decided, the tokenizer, and what turns a text into what it takes."""
-    fast, sentencepiece, vocabulary, merges = (
-        folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-    )
+    names = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
+    fast, sentencepiece, vocabulary, merges = (folder / name for name in names)
     if fast.is_file():
         return fast, _load(Tokenizer.from_file, fast), str
     if sentencepiece.is_file():

@@ -41,12 +41,13 @@ LORA = re.compile(r"(.+)\.(lora_[AB])(?:\.\w+)?\.weight")
 PLAIN = dict(
     peft_type=("LORA",), bias=("none",), use_dora=(False,), fan_in_fan_out=(False,), lora_bias=(False,),
     use_qalora=(False,), rank_pattern=({},), alpha_pattern=({},), layer_replication=(None,),
-    trainable_token_indices=(None,), target_parameters=(None, []), 
+    trainable_token_indices=(None,), target_parameters=(None, []),
     alora_invocation_tokens=(None,), arrow_config=(None,), kasa_config=(None,), monteclora_config=(None,),
     use_bdlora=(None,),
 )
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # init_lora_weights
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
+Pairs = dict[str, dict[str, Stored]]  # layer -> its two factors
 
 
 def load_adapters(model: VLM, folder: Path | str) -> None:
@@ -101,12 +102,9 @@ def read_adapter_config(path: Path, connector: str) -> tuple[int, float]:
     return rank, float(alpha) * (math.sqrt(rank) if raw.get("use_rslora") else 1.0)
 
 
-def _sort(
-    tensors: list[Stored], canonical: Callable[[str], str]
-) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
+def _sort(tensors: list[Stored], canonical: Callable[[str], str]) -> tuple[Pairs, dict[str, Stored]]:
     """Layer -> its two factors; parameter -> its new value."""
-    pairs: dict[str, dict[str, Stored]] = {}
-    plain: dict[str, Stored] = {}
+    pairs, plain = {}, {}
     for name, tensor in by_name(tensors, partial(_place, canonical)).items():
         layer, _, part = name.rpartition(".")
         if part in ("lora_A", "lora_B"):
@@ -123,8 +121,7 @@ def _place(canonical: Callable[[str], str], name: str) -> str:
     return canonical(name)
 
 
-def _check(model: VLM, pairs: dict[str, dict[str, Stored]], plain: dict[str, Stored], rank: int,
-           folder: Path) -> None:
+def _check(model: VLM, pairs: Pairs, plain: dict[str, Stored], rank: int, folder: Path) -> None:
     """Raise BadInput naming everything in the files that does not fit the model."""
     if not pairs and not plain:
         raise BadInput(f"{folder}: the adapter files hold no tensors")
@@ -155,10 +152,8 @@ def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
     trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
     if other := sorted(n for n in trained if not n.startswith(model.CONNECTOR + ".")):
         raise BadInput(f"{other[0]} trains without an adapter; write the whole model instead")
-    tensors = {}
-    for name, layer in layers.items():
-        for part in ("lora_A", "lora_B"):
-            tensors[f"{_peft_name(name)}.{part}.weight"] = getattr(layer, part)
+    tensors = {f"{_peft_name(name)}.{part}.weight": getattr(layer, part)
+               for name, layer in layers.items() for part in ("lora_A", "lora_B")}
     if trained:
         tensors |= {_peft_name(n): p for n, p in model.named_parameters() if n.startswith(model.CONNECTOR + ".")}
     (rank, scale), = kinds

@@ -10,7 +10,7 @@ Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge" (blo
                    it that show only black left out, the newline embedding after each row   (`merge`)
 
 Step 3 moves features and computes nothing, so it is one list of indices, `View.rows`; the model only gathers.
-How many image tokens a image takes follows from its size and the pinpoints alone: with the five published
+How many image tokens an image takes follows from its size and the pinpoints alone: with the five published
 ones at S = 336, 640 x 480 pixels take 2340 and 1024 x 1024 take 2928.
 
 Follows `transformers` (LlavaNextImageProcessorPil, LlavaNextForConditionalGeneration). The original
@@ -20,8 +20,8 @@ pinpoints the file's first is taken: a small square is shown on the wide canvas 
 tall one by original ones, which list (width, height).
 
 A checkpoint that was trained with tiles may also be shown single views, as Re-Align does (`aspect="pad"`): all
-patches of one padded tile and no newline, which is what the original code computes for one view a image.
-`transformers` would put one newline behind a image of a single tile, but its processor never makes one.
+patches of one padded tile and no newline, which is what the original code computes for one view an image.
+`transformers` would put one newline after an image of a single tile, but its processor never makes one.
 
 Sizes and pinpoints are (height, width).
 
@@ -47,7 +47,7 @@ def anyres(image: Image.Image, pinpoints: tuple[Size, ...], how: Preprocessing, 
 
 
 def image_rows(size: Size, pinpoints: tuple[Size, ...], side: int, patches: int) -> Tensor:
-    """What `merge` gives for a image of `size` in tiles of `side` pixels: (image tokens,)."""
+    """What `merge` gives for an image of `size` in tiles of `side` pixels: (image tokens,)."""
     canvas = best_resolution(size, pinpoints)
     return merge(size, (canvas[0] // side, canvas[1] // side), math.isqrt(patches))
 
@@ -75,7 +75,7 @@ def tiles(image: Image.Image, canvas: Size, how: Preprocessing) -> Tensor:
 
 
 def merge(size: Size, grid: Size, p: int) -> Tensor:
-    """Which patch features a image of `size` shows, in order: (image tokens,) long, -1 for the newline.
+    """Which patch features an image of `size` shows, in order: (image tokens,) long, -1 for the newline.
 
     Args:
         grid: tiles (down, across), each of p x p patches.

@@ -11,8 +11,7 @@ buffers that old versions of `transformers` wrote.
 
 Vocabulary rows that no text uses are left in the file; `save_llava` carries them over.
 
-Memory: the model is built without weights, and each tensor goes from the mapped file to its final dtype and
-device by itself. On the CPU, weights that keep their dtype stay in the file's pages (read once, to look for NaN).
+The model is built without weights, and each tensor goes from the mapped file to its final dtype and device by itself.
 """
 
 from __future__ import annotations
@@ -79,15 +78,12 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def load_clip(
-    name: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> CLIP:
+def load_clip(name: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> CLIP:
     """Load a CLIP folder or hub id with both towers. Raises BadInput like `load_llava`."""
     folder = resolve(name)
     with torch.device("meta"), _Unfilled():
         model = CLIP(clip_config(read_config(folder), str(folder / "config.json")))
-    found = by_name(list_tensors(folder), unwrapped)
-    fill(model, found, folder, dtype, device)
+    fill(model, by_name(list_tensors(folder), unwrapped), folder, dtype, device)
     return model.eval().requires_grad_(False)
 
 
@@ -125,13 +121,8 @@ def fill(
 # ----------------------------------------------------------------------------------------------------- saving
 
 
-def save_llava(
-    model: VLM,
-    folder: Path | str,
-    source: Path | str,
-    dtype: torch.dtype | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
+def save_llava(model: VLM, folder: Path | str, source: Path | str, dtype: torch.dtype | None = None,
+               shard_bytes: int = SHARD_BYTES) -> None:
     """Write a folder in the layout of the model's own names (of LLaVA: llava-hf's as first published), adapters
     merged, every file replaced atomically.
 
@@ -170,15 +161,9 @@ def save_llava(
 
 def merged_tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """Name -> function that makes the tensor, LoRA update added; the model itself is left as it is."""
-    layers = lora_layers(model)
-    result = {}
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if leaf in ("lora_A", "lora_B"):
-            continue
-        adapted = layers.get(owner) if leaf == "weight" else None
-        result[name] = partial(_merged, tensor, adapted)
-    return result
+    layers = {f"{name}.weight": layer for name, layer in lora_layers(model).items()}
+    return {name: partial(_merged, tensor, layers.get(name)) for name, tensor in model.state_dict().items()
+            if not name.endswith((".lora_A", ".lora_B"))}
 
 
 @torch.no_grad()

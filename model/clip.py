@@ -38,12 +38,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = (
-            proj(x).view(B, T, self.heads, D // self.heads)  # (B, T, H, d)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(mix(q, k, v, causal).reshape(B, T, D))
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(mix(q, k, v, causal).flatten(2))  # from (B, T, H, d)
 
 
 class MLP(nn.Module):

@@ -1,10 +1,9 @@
 """Tensor files: found, listed and read lazily; written atomically and in shards.
 
-A folder's weights are the files that `transformers` would read: model.safetensors, or the shards of its index,
-or else pytorch_model.bin likewise (read with `weights_only`, so no code in it runs). Whatever else lies there is
-passed over. `list_tensors` looks at headers only. `read` hands out one tensor after another, backed by the
-memory-mapped file: what is converted or moved costs its new size once, and what keeps dtype and device costs no
-memory of its own, only file pages that the system may drop and read again.
+A folder's weights are the files that `transformers` would read (`weight_files`); .bin with `weights_only`, so no code
+in it runs. Whatever else lies there is passed over. `list_tensors` looks at headers only. `read` hands out one tensor
+after another, backed by the memory-mapped file: what is converted or moved costs its new size once, and what keeps
+dtype and device costs no memory of its own, only file pages that the system may drop and read again.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,18 +48,16 @@ class Stored(NamedTuple):
 
 def list_tensors(folder: Path) -> list[Stored]:
     """All tensors of a folder's weight files. BadInput on a missing shard, a broken index or file."""
-    found, seen = [], {}
+    found: dict[str, Stored] = {}
     files, placed = weight_files(folder)
-    for file in files:
-        for tensor in list_file(file):
-            if tensor.name in seen:
-                raise BadInput(f"{file}: tensor {tensor.name} is also in {seen[tensor.name].name}")
-            seen[tensor.name] = file
-            found.append(tensor)
+    for tensor in chain.from_iterable(map(list_file, files)):
+        if tensor.name in found:
+            raise BadInput(f"{tensor.file}: tensor {tensor.name} is also in {found[tensor.name].file.name}")
+        found[tensor.name] = tensor
     for name, file in placed.items():
-        if name not in seen:
+        if name not in found:
             raise BadInput(f"{folder / file}: has no tensor {name}, which the index places there")
-    return found
+    return list(found.values())
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -188,13 +186,15 @@ def _plain(value: object) -> bool:
 
 def check_tensors(found: dict[str, Stored], wanted: dict[str, tuple[int, ...]], where: Path | str,
                   may_ignore: Callable[[str], bool] = lambda name: False) -> None:
-    """Raise one BadInput that names every tensor in `found` that is not what `wanted` (name -> shape) asks for:
-    missing, unexpected, of another shape, not floating-point."""
+    """Raise one BadInput that names the first eight tensors in `found` that are not what `wanted` (name -> shape) asks
+    for: missing, unexpected, of another shape, not floating-point."""
     problems = [f"missing tensor {n}" for n in wanted if n not in found]
     problems += [f"unexpected tensor {n}" for n in found if n not in wanted and not may_ignore(n)]
     wrong = ((found[n].file, _misfit(found[n], wanted[n])) for n in wanted if n in found)
     problems += [f"{reason} (in {file.name})" for file, reason in wrong if reason]
-    refuse(sorted(problems), f"{where}: ")
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise BadInput(f"{where}: " + " ".join("; ".join(sorted(problems)[:8]).splitlines()) + more)
 
 
 def _misfit(stored: Stored, shape: tuple[int, ...]) -> str:
@@ -204,13 +204,6 @@ def _misfit(stored: Stored, shape: tuple[int, ...]) -> str:
     if stored.shape != shape:
         return f"tensor {stored.name} is {stored.shape}, expected {shape}"
     return f"tensor {stored.name} is {stored.written}, not floating-point" if stored.dtype is None else ""
-
-
-def refuse(problems: list[str], prefix: str = "") -> None:
-    """Raise BadInput with the first eight in one line, if there are any."""
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise BadInput(prefix + " ".join("; ".join(problems[:8]).splitlines()) + more)
 
 
 def finite(tensor: Tensor, where: str) -> Tensor:
@@ -237,12 +230,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | No
         save_file(plain, temporary, metadata={"format": "pt"})
 
 
-def save_shards(
-    tensors: dict[str, Callable[[], Tensor]],
-    folder: Path,
-    shard_bytes: int = SHARD_BYTES,
-    dtype: torch.dtype | None = None,
-) -> None:
+def save_shards(tensors: dict[str, Callable[[], Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES,
+                dtype: torch.dtype | None = None) -> None:
     """Write model.safetensors, or shards and their index when it would be larger than `shard_bytes`.
 
     A tensor is made when its shard is filled, so one shard at a time is in memory. All shards are complete

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import pickletools
 import zipfile
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +32,8 @@ STORAGES = {
     "torch ShortStorage": torch.int16, "torch CharStorage": torch.int8, "torch ByteStorage": torch.uint8,
     "torch BoolStorage": torch.bool,
 }
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "EMPTY_DICT": {}, "EMPTY_LIST": []}
 LITERALS = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
-CONTAINERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
 
 
 class Call:
@@ -90,8 +90,7 @@ def _tensors(archive: zipfile.ZipFile, root: str, size: int) -> dict[str, Tensor
             if value.name == REBUILD:
                 storage = value.args[0]
                 if storage not in storages:
-                    data = bytearray(archive.read(f"{root}/data/{storage.key}"))
-                    storages[storage] = _storage(data, storage)
+                    storages[storage] = _storage(bytearray(archive.read(f"{root}/data/{storage.key}")), storage)
                 found[prefix + name] = _view(storages[storage], *value.args[1:4])
             elif value.name.startswith("__torch__"):
                 modules.append((f"{prefix}{name}.", value))
@@ -106,8 +105,7 @@ def _storage(data: bytearray, storage: Storage) -> Tensor:
 
 def _view(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """A tensor in a storage (n,). BadInput unless every element lies inside."""
-    numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
         raise BadInput(f"a tensor of size {size}, stride {stride} and offset {offset}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
@@ -133,9 +131,7 @@ def follow(data: bytes) -> object:
         if name in LITERALS:
             stack.append(arg)
         elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name in CONTAINERS:
-            stack.append(CONTAINERS[name]())
+            stack.append(copy(CONSTANTS[name]))  # a list or dict is filled later
         elif name == "MARK":
             marks.append(len(stack))
         elif name == "TUPLE":

@@ -53,10 +53,6 @@ class VLM(nn.Module):
     def device(self) -> torch.device:
         return self.language_model.lm_head.weight.device
 
-    @property
-    def connector(self) -> nn.Module:
-        return self.get_submodule(self.CONNECTOR)
-
     def embed(self, ids: Tensor, features: Tensor, rows: Tensor, slots: Tensor | None = None,
               questions: list[tuple[int, ...]] | None = None) -> Tensor:
         """Token embeddings with what `connect` gives in place of image tokens.

@@ -15,7 +15,7 @@ as a function that makes it, because the options decide what is needed: `clip()`
 
     option            meaning
     model             LLaVA folder or hub id
-    template          prompt template, a name of data/templates.py; None: the checkpoint's own
+    template          prompt template, a name of model.families.TEMPLATES; None: the checkpoint's own
     aspect            how images are shown; None: the checkpoint's way
     clip_model        CLIP folder or hub id; None: the embedded one, which knows scenes only
     sentence_model    folder or hub id of a sentence encoder that compares responses; None: CLIP does

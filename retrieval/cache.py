@@ -45,7 +45,7 @@ def cached_images(references: list[str], clip: CLIP, processor: ClipProcessor, f
     model = fingerprint(clip, processor)
     keys = {reference: image_key(model, reference, root) for reference in dict.fromkeys(references)}
     width = len(clip.visual_projection.weight)
-    known = {key: row for key, row in _read_shards(folder, width).items() if key in set(keys.values())}
+    known = _read_shards(folder, width)
     missing = [reference for reference, key in keys.items() if key not in known]
     with tqdm(total=len(missing), desc=progress, disable=None if progress else True) as bar:
         for start in range(0, len(missing), shard):
@@ -54,8 +54,7 @@ def cached_images(references: list[str], clip: CLIP, processor: ClipProcessor, f
             _write_shard(folder, [keys[reference] for reference in part], vectors)
             known |= {keys[reference]: vector for reference, vector in zip(part, vectors)}
             bar.update(len(part))
-    return np.stack([known[keys[reference]] for reference in references]) if references else \
-        np.zeros((0, width), np.float32)
+    return np.array([known[keys[reference]] for reference in references], np.float32).reshape(-1, width)
 
 
 def fingerprint(clip: CLIP, processor: ClipProcessor) -> bytes:
@@ -90,8 +89,8 @@ def _read_shards(folder: Path, width: int) -> dict[bytes, np.ndarray]:
             keys, vectors = found["keys"], found["vectors"]
         except (SafetensorError, KeyError, TypeError, OSError) as error:
             raise BadInput(f"{path}: not a shard of embeddings ({error}); delete it") from None
-        if (keys.dtype, vectors.dtype, keys.ndim, vectors.ndim) != (np.uint8, np.float32, 2, 2) or \
-                len(keys) != len(vectors) or not np.isfinite(vectors).all():
+        kinds = keys.dtype, vectors.dtype, keys.ndim, vectors.ndim
+        if kinds != (np.uint8, np.float32, 2, 2) or len(keys) != len(vectors) or not np.isfinite(vectors).all():
             raise BadInput(f"{path}: not a shard of embeddings (keys or vectors of another kind); delete it")
         if vectors.shape[1] == width:
             known |= {key.tobytes(): vector for key, vector in zip(keys, vectors)}

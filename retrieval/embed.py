@@ -27,24 +27,20 @@ def embed_images(references: list[str], clip: CLIP, processor: ClipProcessor, *,
     """
     weight = clip.visual_projection.weight  # (E, D)
     rows = [np.zeros((0, len(weight)), np.float32)]
-    for batch in _batches(references, batch_size, progress):
-        pixels = torch.stack([processor.image(reference, root) for reference in batch])  # (B, 3, S, S)
-        rows.append(clip.image_embeddings(pixels.to(weight.device, weight.dtype)).float().cpu().numpy())
+    with tqdm(total=len(references), desc=progress, disable=None if progress else True) as bar:
+        for start in range(0, len(references), batch_size):
+            batch = references[start : start + batch_size]
+            pixels = torch.stack([processor.image(reference, root) for reference in batch])  # (B, 3, S, S)
+            rows.append(clip.image_embeddings(pixels.to(weight.device, weight.dtype)).float().cpu().numpy())
+            bar.update(len(batch))
     return np.concatenate(rows)
 
 
 @torch.no_grad()
-def embed_texts(texts: list[str], clip: CLIP, processor: ClipProcessor, *, batch_size: int = 256,
-                progress: str = "") -> np.ndarray:
+def embed_texts(texts: list[str], clip: CLIP, processor: ClipProcessor, *, batch_size: int = 256) -> np.ndarray:
     """Texts -> float32 (N, E), rows of length 1. The processor cuts a text that is too long for the tower."""
     rows = [np.zeros((0, len(clip.text_projection.weight)), np.float32)]
-    for batch in _batches(texts, batch_size, progress):
-        rows.append(clip.text_embeddings([processor.text(text) for text in batch]).float().cpu().numpy())
+    for start in range(0, len(texts), batch_size):
+        ids = [processor.text(text) for text in texts[start : start + batch_size]]
+        rows.append(clip.text_embeddings(ids).float().cpu().numpy())
     return np.concatenate(rows)
-
-
-def _batches(items: list[str], size: int, progress: str):
-    with tqdm(total=len(items), desc=progress, disable=None if progress else True) as bar:
-        for start in range(0, len(items), size):
-            yield items[start : start + size]
-            bar.update(len(items[start : start + size]))

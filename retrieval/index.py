@@ -45,8 +45,8 @@ def build_approximate_index(vectors: np.ndarray, nprobe: int, lists: int | None 
     lists = lists or max(1, min(int(4 * len(vectors) ** 0.5), len(vectors) // 39))
     if not 1 <= nprobe <= lists:
         raise BadInput(f"nprobe {nprobe}: must be between 1 and the number of cells, {lists}")
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(vectors.shape[1]), vectors.shape[1], lists,
-                               faiss.METRIC_INNER_PRODUCT)
+    width = vectors.shape[1]
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = 0
     index.train(vectors)
     index.add(vectors)
@@ -88,11 +88,8 @@ def search(index: faiss.Index, queries: np.ndarray, k: int,
         raise ValueError(f"{len(queries)} queries but {len(exclude)} sets of excluded rows")
     deep = min(index.ntotal, k + max((len(rows) for rows in exclude), default=0))
     scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), max(deep, 1))  # (Q, deep)
-    hits = []
-    for row_ids, row_scores, banned in zip(rows.tolist(), scores.tolist(), exclude):
-        found = [(row, score) for row, score in zip(row_ids, row_scores) if row >= 0 and row not in banned]
-        hits.append(found[:k])
-    return hits
+    return [[(row, score) for row, score in zip(*found) if row >= 0 and row not in banned][:k]
+            for *found, banned in zip(rows.tolist(), scores.tolist(), exclude)]
 
 
 class Duplicates:

@@ -11,7 +11,7 @@ from datetime import datetime
 import pytest
 from PIL import Image
 
-from data.formats import FORMATS, detect, load, main, read, write
+from data.formats import FORMATS, detect, load, main, write
 from data.records import read_pairs
 
 Q, A, B = "What is it?", "A red bus.", "A blue bus."
@@ -66,22 +66,22 @@ def save(path, *rows, lines: bool = True):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_becomes_the_same_record(folder, name, lines):
     assert detect(ROWS[name]) == name
-    (record,) = read(save(folder / "data.json", ROWS[name], lines=lines))
+    (record,) = load(save(folder / "data.json", ROWS[name], lines=lines)).records
     assert (record["image"], record["prompt"], record["chosen"]) == ("one.png", Q, A)
     assert isinstance(record["id"], str)
     if name == "llava":
         assert record.keys() == {"id", "image", "prompt", "chosen"}
         write(folder / "own.jsonl", [record])
-        assert read(folder / "own.jsonl", "plumbline") == [record]
+        assert load(folder / "own.jsonl", "plumbline").records == [record]
     else:
         assert record["rejected"] == B
         write(folder / "own.jsonl", [record])
-        assert read_pairs(folder / "own.jsonl") == [record] == read(folder / "own.jsonl", "plumbline")
+        assert read_pairs(folder / "own.jsonl") == [record] == load(folder / "own.jsonl", "plumbline").records
     assert record.get("rejected_image") == ("two.png" if name == "realign" else None)
 
 
 def test_what_a_row_says_about_its_making_is_kept(folder):
-    (record,) = read(save(folder / "d.jsonl", ROWS["rlaif-v"]))
+    (record,) = load(save(folder / "d.jsonl", ROWS["rlaif-v"])).records
     assert record["id"] == "7" and record["source"] == {
         "format": "rlaif-v", "ds_name": "RLAIF-V",
         "origin_split": {"model": "LLaVA-1.5-7B", "type": "detailed description"}}
@@ -90,7 +90,7 @@ def test_what_a_row_says_about_its_making_is_kept(folder):
 def test_ids_become_unique(folder):
     row = ROWS["povid"]
     rows = [row, row, {**row, "id": "a-2"}, {**row, "id": None}, row]
-    assert [record["id"] for record in read(save(folder / "d.jsonl", *rows))] == \
+    assert [record["id"] for record in load(save(folder / "d.jsonl", *rows)).records] == \
         ["a", "a-2", "a-2-2", "row-4", "a-3"]
     found = problems(save(folder / "p.jsonl", ROWS["plumbline"], ROWS["plumbline"]))
     assert found == [f"{folder}/p.jsonl:2: id 'a' already used in {folder}/p.jsonl:1"]
@@ -98,7 +98,7 @@ def test_ids_become_unique(folder):
 
 def problems(path, **options) -> list[str]:
     with pytest.raises(ValueError) as caught:
-        read(path, **options)
+        load(path, **options)
     return str(caught.value).split("\n")
 
 
@@ -145,7 +145,7 @@ def test_pictures_elsewhere(folder):
     (folder / "sub").mkdir()
     path = save(folder / "sub" / "d.jsonl", ROWS["povid"])
     assert "sub/one.png: no such image" in problems(path)[0]
-    assert read(path, root=folder)[0]["image"] == "one.png"
+    assert load(path, root=folder).records[0]["image"] == "one.png"
 
 
 def png(colour: str) -> bytes:
@@ -163,14 +163,14 @@ def test_parquet_with_pictures_inside(folder):
     rows = [{**ROWS["rlaif-v"], "idx": str(i), "image": images[i % 2]} for i in range(150)]
     path = folder / "part_0.parquet"
     pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=40)
-    records = read(path)
+    records = load(path).records
     assert len(records) == 150 and records[149]["id"] == "149"
     saved = sorted((folder / "part_0-images").iterdir())
     assert len(saved) == 2
     assert {record["image"] for record in records} == {f"part_0-images/{file.name}" for file in saved}
     assert (folder / records[1]["image"]).read_bytes() == png("blue")
     times = [file.stat().st_mtime_ns for file in saved]
-    assert read(folder) == records and read(path, root=folder.parent)[0]["image"].startswith(folder.name)
+    assert load(folder).records == records and load(path, root=folder.parent).records[0]["image"].startswith(folder.name)
     assert [file.stat().st_mtime_ns for file in saved] == times
 
     rows[3]["image"] = {"bytes": b"no image", "path": None}
@@ -197,7 +197,7 @@ PAIRS = [{"id": "a", "image": "one.png", "prompt": Q, "chosen": A, "rejected": B
 def test_trl_columns_come_back(folder):
     pytest.importorskip("pyarrow")
     write(folder / "t.parquet", PAIRS, "trl")
-    records = read(folder / "t.parquet")
+    records = load(folder / "t.parquet").records
     for record, pair in zip(records, PAIRS, strict=True):
         assert {key: record[key] for key in ("id", "prompt", "chosen", "rejected")} == \
             {key: pair[key] for key in ("id", "prompt", "chosen", "rejected")}
@@ -205,7 +205,7 @@ def test_trl_columns_come_back(folder):
     assert Image.open(folder / records[1]["image"]).size == (96, 96) and "rejected_image" not in records[1]
 
     write(folder / "t.jsonl", PAIRS[:1], "trl")
-    (record,) = read(folder / "t.jsonl")
+    (record,) = load(folder / "t.jsonl").records
     assert record["image"] == str(folder / "one.png") and record["rejected_image"] == str(folder / "two.png")
     with pytest.raises(ValueError, match="scene:3: a drawn image has no file"):
         write(folder / "t.jsonl", PAIRS, "trl")
@@ -363,7 +363,7 @@ def test_the_command_stores_pictures_beside_its_output(folder, monkeypatch, caps
     stored = [(out.parent / pair["image"]).read_bytes() for pair in read_pairs(out)]
     assert stored == [png("red"), png("blue"), png("red")]
     run(monkeypatch, capsys, out, folder / "t.parquet", "--format", "trl")
-    assert [pair["id"] for pair in read(folder / "t.parquet", "trl")] == ["0", "1", "2"]
+    assert [pair["id"] for pair in load(folder / "t.parquet", "trl").records] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(("words", "reason"), [

@@ -18,7 +18,7 @@ from test_formats import ROWS, A, B, Q
 from common import BadInput, check_ranges, meaning, options_of
 from data import scenes
 from data.detect import Detection
-from data.formats import read
+from data.formats import load
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
 from generate_pairs import RANGES, main, read_arguments, read_input, relocate, run
@@ -335,7 +335,7 @@ def test_the_columns_of_trl(photos, tmp_path):
     out = tmp_path / "p.jsonl"
     run(read_arguments(["--method", "mdpo", "--data", str(photos / "pairs.jsonl"), "--out", str(out),
                         "--format", "trl"]))
-    found = read(out)
+    found = load(out).records
     assert [(p["chosen"], p["rejected"]) for p in found] == [("A red ball.", B)] * 2
     assert all(Path(p["rejected_image"]).parent == tmp_path / "p-images" for p in found)
 
@@ -344,7 +344,7 @@ def test_parquet_with_drawn_pictures(tmp_path):
     pytest.importorskip("pyarrow")
     out = tmp_path / "p.parquet"
     report = run(read_arguments(["--scenes", "4", "--samples", "2", "--format", "trl", "--out", str(out)]))
-    assert len(read(out)) == report["pairs"]
+    assert len(load(out).records) == report["pairs"]
 
 
 @pytest.mark.parametrize("name", ROWS)

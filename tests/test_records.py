@@ -8,7 +8,7 @@ import os
 import pytest
 from PIL import Image
 
-from data.formats import read
+from data.formats import load
 from data.records import SHOWN, read_pairs, relocate, write_jsonl
 
 GOOD = {"id": "a", "image": "scene:1000000", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."}
@@ -108,9 +108,9 @@ def test_no_file_and_no_records(tmp_path):
 
 def test_image_records(tmp_path):
     row = {"id": "a", "image": "scene:0", "prompt": "What?"}
-    assert read(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "chosen": "It."}))[0] == row
+    assert load(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "chosen": "It."})).records[0] == row
     with pytest.raises(ValueError, match="i.jsonl:2: unknown key 'rejected'"):
-        read(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "rejected": "No."}))
+        load(lines(tmp_path / "i.jsonl", row, {**row, "id": "b", "rejected": "No."}))
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):

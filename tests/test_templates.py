@@ -10,9 +10,9 @@ import pytest
 import small
 from tokenizers import normalizers
 
-from data.processor import Processor
+from data.processor import Processor, cut
 from data.sentencepiece import read_sentencepiece
-from data.templates import TEMPLATES, cut, find_template
+from model.families import TEMPLATES
 from model.families import llava as family
 from model.families.llava import SPECIAL
 
@@ -178,8 +178,6 @@ def test_template_comes_from_the_config_unless_named(tmp_path):
     assert Processor(place, "llava_v1").template is TEMPLATES["llava_v1"]
     with pytest.raises(ValueError, match="no template 'v1' .there are: hf, vicuna_v1, "):
         Processor(place, "v1")
-    with pytest.raises(ValueError, match="no template"):
-        find_template("")
 
 
 def test_an_original_folder(tmp_path):

@@ -41,10 +41,10 @@ from tqdm import tqdm
 from common import read_json
 from data import scenes
 from data.processor import ClipProcessor, Processor
-from data.templates import TEMPLATES
 from model.checkpoint import load_clip, load_llava, save_json
 from model.clip import CLIP
 from model.config import clip_config
+from model.families import TEMPLATES
 from model.families.llava import llava_config
 from model.llava import Llava
 from model.logprobs import Scorer, Sequence, pack

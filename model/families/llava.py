@@ -72,7 +72,6 @@ at the start, as in Yi's); "…" leaves tokens out, "|" is where the answer begi
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -144,6 +143,7 @@ RENAMES = (
 )
 COMPANIONS = ()
 PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower.vision_model."
+OF_TOWER = ("vision_model.", "embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")  # in CLIP's files
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -334,14 +334,9 @@ def tensors(folder: Path) -> dict[str, Stored]:
                        " mm_projector.bin or in non_lora_trainables.bin")
     if not any(n.startswith(TOWER) for n in found):
         clip = tower_folder(home, raw) or resolve(raw["mm_vision_tower"])
-        tower = by_name(list_tensors(clip), unwrapped)
-        found |= {TOWER + n.removeprefix("vision_model."): t for n, t in tower.items() if _of_tower(n)}
+        tower = by_name(list_tensors(clip), unwrapped)  # of both towers, or the vision tower alone
+        found |= {TOWER + n.removeprefix("vision_model."): t for n, t in tower.items() if n.startswith(OF_TOWER)}
     return found
-
-
-def _of_tower(name: str) -> bool:
-    """Vision tensors of a CLIP file with both towers, or of the vision tower alone."""
-    return bool(re.match(r"(vision_model\.|embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.)", name))
 
 
 def may_ignore(config: LlavaConfig, name: str) -> bool:
@@ -350,8 +345,7 @@ def may_ignore(config: LlavaConfig, name: str) -> bool:
     if name == "image_newline":
         return not config.anyres
     after = range(config.vision_layers_used, config.vision.num_hidden_layers)
-    numbers = "|".join(map(str, after)) or "none"
-    return bool(re.match(rf"{re.escape(TOWER)}(post_layernorm\.|encoder\.layers\.({numbers})\.)", name))
+    return name.startswith((f"{TOWER}post_layernorm.", *(f"{TOWER}encoder.layers.{i}." for i in after)))
 
 
 def converted_config(config: LlavaConfig, raw: dict) -> dict | None:
