@@ -174,29 +174,28 @@ def server_model(server: Server, *, cache: Path, root: Path | None = None) -> Mo
 
 def _cached(server: Server, request: Request, cache: Path, root: Path | None) -> Reply:
     body = _body(server, request, root)
-    key = hashlib.sha256(json.dumps([server.url, body], sort_keys=True).encode()).hexdigest()
-    path = cache / key[:2] / f"{key}.json"
-    if path.exists():
-        return _kept(path)
-    reply = _answered(_post(server, body))
-    _keep(path, server.model, request, reply)
-    return reply
+    path = _place(cache, [server.url, body])
+    if not path.exists():
+        _keep(path, server.model, request, _post(server, body))
+    return _kept(path)
 
 
 def kept_model(model: Model, cache: Path) -> Model:
     """A local model whose replies are kept on disk like a server's."""
 
-    def path_of(request: Request) -> Path:
-        key = hashlib.sha256(json.dumps([model.name, *request]).encode()).hexdigest()
-        return cache / key[:2] / f"{key}.json"
-
     def ask(requests: list[Request]) -> list[Reply]:
-        new = [request for request in dict.fromkeys(requests) if not path_of(request).exists()]
+        paths = {request: _place(cache, [model.name, *request]) for request in requests}
+        new = [request for request, path in paths.items() if not path.exists()]
         for request, reply in zip(new, model.ask(new), strict=True):
-            _keep(path_of(request), model.name, request, reply)
-        return [_kept(path_of(request)) for request in requests]
+            _keep(paths[request], model.name, request, reply)
+        return [_kept(paths[request]) for request in requests]
 
     return Model(model.name, ask)
+
+
+def _place(cache: Path, asked: list) -> Path:
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return cache / key[:2] / f"{key}.json"
 
 
 def _keep(path: Path, name: str, request: Request, reply: Reply) -> None:
@@ -290,8 +289,8 @@ def _exchange(request: urllib.request.Request, seconds: float, most: int) -> tup
     return found
 
 
-def _post(server: Server, body: dict) -> dict | str:
-    """The completion, or why the server refuses this request. ConnectionError when asking again is no use."""
+def _post(server: Server, body: dict) -> Reply:
+    """What the server says, or why it refuses this request. ConnectionError when asking again is no use."""
     address = f"{server.url.rstrip('/')}/chat/completions"
     key = os.environ.get(server.key_variable, "").strip()
     if not (key.isascii() and key.isprintable()):
@@ -305,61 +304,44 @@ def _post(server: Server, body: dict) -> dict | str:
         except (OSError, http.client.HTTPException, ValueError) as error:  # time-outs are OSErrors
             problem = f"{type(error).__name__}: {error}"
         else:
+            problem = f"status {status}: {data[:300].decode('utf-8', 'replace')}"
             if status < 300:
-                answer, problem = _completion(data, server.max_bytes)
-                if answer is not None:
-                    return answer
-            else:
-                problem = f"status {status}: {data[:300].decode('utf-8', 'replace')}"
+                reply, problem = _completion(data, server.max_bytes)
+                if reply is not None:
+                    return reply
             if status in STOP or 300 <= status < 400:
                 hint = f" (is {server.key_variable} set?)" if status in (401, 403) else ""
                 raise ConnectionError(f"{address}: {_presentable(problem, key)}{hint}")
             if status >= 400 and status not in RETRY and status < 500:
-                return f"refused by the server, status {status}"
-            wait = _seconds(headers.get("Retry-After"))
+                return Reply("", f"refused by the server, status {status}")
+            after = headers.get("Retry-After", "").strip()
+            wait = float(after) if after.isdecimal() else 0.0
         if attempt + 1 < server.tries:  # at random times, so that many do not come back at once
             time.sleep(min(max(wait, server.wait * 2**attempt * random.uniform(0.5, 1.5)), 120))
     problem = _presentable(problem, key)
     raise ConnectionError(f"{address}: no answer after {server.tries} tries; the last one: {problem}")
 
 
-def _completion(data: bytes, most: int) -> tuple[dict | None, str]:
-    """(the completion, "") or (None, what is wrong with the reply)"""
+def _completion(data: bytes, most: int) -> tuple[Reply | None, str]:
+    """(the reply, "") or (None, what is wrong with it)"""
     if len(data) > most:
         return None, f"the reply is longer than {most} bytes"
     try:
-        answer = parse_json(data)
+        choice = parse_json(data)["choices"][0]
+        content = choice["message"]["content"]
     except BadInput as error:
         return None, f"the reply is {error}"
-    return (answer, "") if _choice(answer) is not None else (None, "the reply is no chat completion")
+    except (KeyError, IndexError, TypeError):
+        return None, "the reply is no chat completion"
+    if isinstance(content, list):  # parts: thoughts may be of a type of their own
+        texts = (part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text")
+        content = "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str | None):
+        return None, "the reply is no chat completion"
+    return Reply("", CUT) if choice.get("finish_reason") == "length" else read_reply(content or ""), ""
 
 
 def _presentable(text: str, key: str) -> str:
     """A line for the screen: what a server says may hold the key, line breaks and codes that move the cursor."""
     masked = text.replace(key, "***") if key else text
     return "".join(c if c.isprintable() else " " for c in masked)
-
-
-def _seconds(header: str | None) -> float:
-    return float(header) if header and header.strip().isdecimal() else 0.0
-
-
-def _choice(answer: object) -> dict | None:
-    try:
-        choice = answer["choices"][0]
-        return choice if isinstance(choice["message"]["content"], str | list | None) else None
-    except (KeyError, IndexError, TypeError):
-        return None
-
-
-def _answered(answer: dict | str) -> Reply:
-    if isinstance(answer, str):
-        return Reply("", answer)
-    choice = _choice(answer)
-    if choice.get("finish_reason") == "length":
-        return Reply("", CUT)
-    content = choice["message"]["content"] or ""
-    if isinstance(content, list):  # parts: thoughts may be of a type of their own
-        texts = (part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text")
-        content = "".join(text for text in texts if isinstance(text, str))
-    return read_reply(content)

@@ -73,18 +73,22 @@ class SentenceConfig:
         """Row of the position table for a text's first token."""
         return self.pad_token_id + 1 if self.mpnet else 0
 
+    @property
+    def longest(self) -> int:
+        """Tokens that the position table has room for."""
+        return self.max_position_embeddings - self.first_position
+
 
 def sentence_config(raw: dict, where: str = "config.json") -> SentenceConfig:
     """Read config.json. Raises BadInput on another network or activation, and on sizes that are none."""
-    required = {"model_type": ("bert", "mpnet"), "hidden_act": ("gelu",),
-                "position_embedding_type": ("absolute",)}
+    required = {"model_type": ("bert", "mpnet"), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
     for key, allowed in required.items():
         value = raw.get(key, None if key == "model_type" else allowed[0])
         if value not in allowed:
             raise BadInput(f"{where}: {key}={value!r} is not supported (supported: {list(allowed)})")
     defaults = {"vocab_size": 30527, "pad_token_id": 1} if raw["model_type"] == "mpnet" else {}
-    known = {k: raw[k] for k in SentenceConfig.__dataclass_fields__ if raw.get(k) is not None}
-    config = SentenceConfig(**{**defaults, **known})
+    config = SentenceConfig(**defaults | {
+        key: raw[key] for key in SentenceConfig.__dataclass_fields__ if raw.get(key) is not None})
     for key, value in vars(config).items():
         least, most = int(key != "pad_token_id"), 1000 if key == "num_hidden_layers" else 10**7
         if key not in ("model_type", "layer_norm_eps") and not (type(value) is int and least <= value <= most):
@@ -97,101 +101,26 @@ def sentence_config(raw: dict, where: str = "config.json") -> SentenceConfig:
     return config
 
 
-class Embeddings(nn.Module):
-    """Tokens, positions and, in BERT, the first token type, normalised."""
+class Layer(nn.Module):
+    """Post-LayerNorm block: x = LN(x + attention(x)), then x = LN(x + MLP(x)); parts carry the names of checkpoints."""
 
     def __init__(self, config: SentenceConfig):
         super().__init__()
-        width = config.hidden_size
-        self.first = config.first_position
-        self.word_embeddings = nn.Embedding(config.vocab_size, width)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = None if config.mpnet else nn.Embedding(config.type_vocab_size, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T), padded at the end -> (B, T, D)."""
-        x = self.word_embeddings(ids) + self.position_embeddings.weight[self.first : self.first + ids.shape[1]]
-        if self.token_type_embeddings is not None:
-            x = x + self.token_type_embeddings.weight[0]
-        return self.LayerNorm(x)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.heads = config.num_attention_heads
+        self.attention = nn.ModuleDict({
+            "attn": nn.ModuleDict({name: nn.Linear(width, width) for name in "qkvo"}),
+            "LayerNorm": nn.LayerNorm(width, eps=eps)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(inner, width), "LayerNorm": nn.LayerNorm(width, eps=eps)})
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, T, D); mask: bool or added to the scores, broadcast to (B, H, T, T)."""
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        attn = self.attention.attn
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (attn.q, attn.k, attn.v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, d)
-        return self.o(y.transpose(1, 2).flatten(2))
-
-
-class Attention(nn.Module):
-    """Self-attention, the residual and its LayerNorm."""
-
-    def __init__(self, config: SentenceConfig):
-        super().__init__()
-        self.attn = SelfAttention(config.hidden_size, config.num_attention_heads)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self.LayerNorm(x + self.attn(x, mask))
-
-
-class Dense(nn.Module):
-    """A linear layer under the name that checkpoints use; `norm` adds the LayerNorm that follows the residual."""
-
-    def __init__(self, inputs: int, outputs: int, eps: float | None = None):
-        super().__init__()
-        self.dense = nn.Linear(inputs, outputs)
-        if eps is not None:
-            self.LayerNorm = nn.LayerNorm(outputs, eps=eps)
-
-
-class Layer(nn.Module):
-    """Post-LayerNorm block: x = LN(x + attention(x)), then x = LN(x + MLP(x))."""
-
-    def __init__(self, config: SentenceConfig):
-        super().__init__()
-        self.attention = Attention(config)
-        self.intermediate = Dense(config.hidden_size, config.intermediate_size)
-        self.output = Dense(config.intermediate_size, config.hidden_size, config.layer_norm_eps)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.attention(x, mask)
+        x = self.attention.LayerNorm(x + attn.o(y.transpose(1, 2).flatten(2)))
         return self.output.LayerNorm(x + self.output.dense(F.gelu(self.intermediate.dense(x))))
-
-
-class Encoder(nn.Module):
-    """The blocks, and MPNet's bias by relative position."""
-
-    def __init__(self, config: SentenceConfig):
-        super().__init__()
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.relative_attention_bias = None
-        if config.mpnet:
-            buckets = config.relative_attention_num_buckets
-            self.relative_attention_bias = nn.Embedding(buckets, config.num_attention_heads)
-
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """x (B, T, D); inside (B, T) bool, False at padding."""
-        mask = inside[:, None, None]  # (B, 1, 1, T)
-        if self.relative_attention_bias is not None:
-            place = torch.arange(x.shape[1], device=x.device)
-            table = self.relative_attention_bias.weight  # (buckets, H)
-            bias = table[relative_bucket(place - place[:, None], len(table))].permute(2, 0, 1)  # (H, T, T)
-            mask = bias[None].masked_fill(~mask, float("-inf"))  # (B, H, T, T)
-        elif inside.all():
-            mask = None
-        for layer in self.layer:
-            x = layer(x, mask)
-        return x
 
 
 def relative_bucket(distance: Tensor, buckets: int) -> Tensor:
@@ -212,25 +141,50 @@ class SentenceTransformer(nn.Module):
 
     def __init__(self, config: SentenceConfig):
         super().__init__()
-        self.config = config
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.config, width = config, config.hidden_size
+        self.embeddings = nn.ModuleDict({
+            "word_embeddings": nn.Embedding(config.vocab_size, width),
+            "position_embeddings": nn.Embedding(config.max_position_embeddings, width),
+            "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps)})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        if config.mpnet:
+            self.encoder["relative_attention_bias"] = nn.Embedding(
+                config.relative_attention_num_buckets, config.num_attention_heads)
+        else:
+            self.embeddings["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, width)
 
     def forward(self, texts: list[list[int]]) -> Tensor:
         """Token ids of each text, special tokens included -> unit vectors (B, E). BadInput if too long or
         when a token is unknown."""
         longest = max(len(ids) for ids in texts)
-        limit = self.config.max_position_embeddings - self.config.first_position
-        if longest > limit:
-            raise BadInput(f"a text has {longest} tokens, the encoder takes {limit}")
+        if longest > self.config.longest:
+            raise BadInput(f"a text has {longest} tokens, the encoder takes {self.config.longest}")
         if (last := max((i for ids in texts for i in ids), default=0)) >= self.config.vocab_size:
             raise BadInput(f"tokenizer.json has a token {last}, the encoder {self.config.vocab_size} words")
         device, pad = self.embeddings.word_embeddings.weight.device, self.config.pad_token_id
         ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=device)  # (B, T)
         lengths = torch.tensor([len(text) for text in texts], device=device)[:, None]  # (B, 1)
         inside = torch.arange(longest, device=device) < lengths  # (B, T)
-        states = self.encoder(self.embeddings(ids), inside).float()  # (B, T, D)
-        return F.normalize((states * inside[..., None]).sum(1) / lengths, dim=-1)
+        x, mask = self.embed(ids), self.attention_mask(inside)
+        for layer in self.encoder.layer:
+            x = layer(x, mask)  # (B, T, D)
+        return F.normalize((x.float() * inside[..., None]).sum(1) / lengths, dim=-1)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Tokens, positions and, in BERT, the first token type, normalised: (B, T) -> (B, T, D)."""
+        table, first = self.embeddings, self.config.first_position
+        x = table.word_embeddings(ids) + table.position_embeddings.weight[first : first + ids.shape[1]]
+        return table.LayerNorm(x if self.config.mpnet else x + table.token_type_embeddings.weight[0])
+
+    def attention_mask(self, inside: Tensor) -> Tensor | None:
+        """Which keys count, (B, T) bool, with MPNet's bias by relative position: what `Layer` takes."""
+        mask = inside[:, None, None]  # (B, 1, 1, T)
+        if not self.config.mpnet:
+            return None if inside.all() else mask
+        place = torch.arange(inside.shape[1], device=inside.device)
+        table = self.encoder.relative_attention_bias.weight  # (buckets, H)
+        bias = table[relative_bucket(place - place[:, None], len(table))].permute(2, 0, 1)  # (H, T, T)
+        return bias[None].masked_fill(~mask, float("-inf"))  # (B, H, T, T)
 
 
 class SentenceEncoder:
@@ -257,12 +211,11 @@ class SentenceEncoder:
         except Exception as error:  # the library raises no other class
             raise BadInput(f"{path}: not a readable tokenizer ({str(error)[:200]})") from None
         self.tokenizer.no_padding()  # published files pad every text to 128
-        limit = config.max_position_embeddings - config.first_position
         settings = root / "sentence_bert_config.json"
         chosen = read_json(settings).get("max_seq_length") if settings.is_file() else None
         if chosen is not None and (type(chosen) is not int or chosen < 3):
             raise BadInput(f"{settings}: max_seq_length={chosen!r} is no number of tokens")
-        self.max_length = min(chosen or limit, limit)
+        self.max_length = min(chosen or config.longest, config.longest)
         self.tokenizer.enable_truncation(self.max_length)
 
     @torch.no_grad()
@@ -276,9 +229,9 @@ class SentenceEncoder:
             vectors[rows] = self.model([ids[i] for i in rows]).cpu()
         return vectors
 
-    def similarity(self, left: list[str], right: list[str], batch_size: int = 64) -> list[float]:
-        """Cosine of each text of one list with its partner in the other (a `Similarity` of pairs/)."""
-        return (self.encode(left, batch_size) * self.encode(right, batch_size)).sum(-1).tolist()
+    def similarity(self, left: list[str], right: list[str]) -> list[float]:
+        """Cosine of each text of one list with its partner in the other (a `Similarity` of judges/clip.py)."""
+        return (self.encode(left) * self.encode(right)).sum(-1).tolist()
 
 
 def _transformer_folder(folder: Path) -> Path:
@@ -309,6 +262,5 @@ def _load(config: SentenceConfig, folder: Path, dtype: torch.dtype, device) -> S
             name = re.sub(pattern, replacement, name)
         return name
 
-    found = by_name(list_tensors(folder), rename)
-    fill(model, found, folder, dtype, device, lambda name: bool(UNUSED.search(name)))
+    fill(model, by_name(list_tensors(folder), rename), folder, dtype, device, lambda name: bool(UNUSED.search(name)))
     return model.eval().requires_grad_(False)
