@@ -87,11 +87,8 @@ def marked(chosen: str, rejected: str) -> tuple[str, str]:
     sides: tuple[list[str], list[str]] = ([], [])
     for kind, a, b, c, d in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
         for side, tag, words in ((sides[0], "ins", left[a:b]), (sides[1], "del", right[c:d])):
-            text = "".join(words)
-            inner = escape(text.strip())
-            side.append(escape(text) if kind == "equal" or not inner else
-                        escape(text[: len(text) - len(text.lstrip())]) + f"<{tag}>{inner}</{tag}>"
-                        + escape(text[len(text.rstrip()) :]))
+            text = escape("".join(words))  # white space at its ends stays outside the mark
+            side.append(text if kind == "equal" else re.sub(r"\S(.*\S)?", rf"<{tag}>\g<0></{tag}>", text, flags=re.S))
     return "".join(sides[0]), "".join(sides[1])
 
 
@@ -127,8 +124,7 @@ def _source(source: dict) -> str:
     """Plain values in one line, everything in a fold."""
     if not source:
         return ""
-    plain = " · ".join(f"{key} {value}" for key, value in source.items()
-                       if isinstance(value, str | int | float) and not isinstance(value, bool))
+    plain = " · ".join(f"{key} {value}" for key, value in source.items() if type(value) in (str, int, float))
     whole = json.dumps(source, indent=1, ensure_ascii=False)
     return (f'<details class="note"><summary>{escape(plain) or "source"}</summary>'
             f'<pre>{escape(whole)}</pre></details>')
@@ -140,8 +136,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path, metavar="PAIRS.jsonl")
     parser.add_argument("page", type=Path, nargs="?", metavar="PAGE.html", help="(default: next to the pairs)")
-    parser.add_argument("--limit", type=int, default=200, metavar="N",
-                        help="pairs to show (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=200, metavar="N", help="pairs to show (default: %(default)s)")
     arguments = parser.parse_args()
     page = arguments.page or arguments.pairs.with_suffix(".html")
     try:

@@ -39,6 +39,6 @@ def noise_pairs(pairs: list[dict], folder: Path, root: Path | None = None, model
     for pair in pairs:
         noisy = add_noise(open_image(pair["image"], root), noise_step, sample_seed(pair["id"], seed), overflow)
         made.append({**pair, "rejected_image": store(noisy, folder, f"{pair['id']}.noise", root),
-                     "source": {"method": "povid", **(models or {}), "step": noise_step, "overflow": overflow, "seed": seed,
-                                "text": pair.get("source")}})
+                     "source": {"method": "povid", **(models or {}), "step": noise_step, "overflow": overflow,
+                                "seed": seed, "text": pair.get("source")}})
     return made, Counter()
