@@ -33,7 +33,6 @@ import socket
 import threading
 import time
 import unicodedata
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -161,13 +160,8 @@ def server_model(server: Server, *, cache: Path, root: Path | None = None) -> Mo
     """
 
     def ask(requests: list[Request]) -> list[Reply]:
-        with ThreadPoolExecutor(server.workers) as pool:
-            jobs = [pool.submit(_cached, server, request, cache, root) for request in requests]
-            try:
-                return [job.result() for job in jobs]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with ThreadPoolExecutor(server.workers) as pool:  # `map` cancels what has not begun when one fails
+            return list(pool.map(lambda request: _cached(server, request, cache, root), requests))
 
     return Model(server.model, ask)
 
@@ -215,8 +209,7 @@ def _kept(path: Path) -> Reply:
 def _body(server: Server, request: Request, root: Path | None) -> dict:
     parts: list[dict] = [{"type": "text", "text": request.text}]
     if server.images and request.image is not None:
-        url = data_url(request.image, root, server.side)
-        parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(request.image, root, server.side)}})
     return {"model": server.model, "messages": [{"role": "user", "content": parts}],
             "temperature": server.temperature, "max_tokens": server.max_tokens, "seed": server.seed}
 
@@ -230,9 +223,11 @@ def data_url(reference: str, root: Path | None, side: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_) -> None:  # urllib would send the key along, wherever it leads
-        return None
+class _AsItIs(urllib.request.HTTPErrorProcessor):
+    def http_response(self, request, response):  # following a redirect, urllib would send the key along
+        return response
+
+    https_response = http_response
 
 
 class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -273,11 +268,7 @@ def _exchange(request: urllib.request.Request, seconds: float, most: int) -> tup
     timer.daemon = True
     timer.start()
     try:
-        try:
-            response = urllib.request.build_opener(_NoRedirect, watched).open(request, timeout=seconds)
-        except urllib.error.HTTPError as error:  # a response, too
-            response = error
-        with response:
+        with urllib.request.build_opener(_AsItIs, watched).open(request, timeout=seconds) as response:
             found = response.status, response.headers, response.read(most)
     except (OSError, http.client.HTTPException, ValueError):
         if not watched.late:

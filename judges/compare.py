@@ -98,17 +98,14 @@ def model_judge(model: Model, *, seed: int = 0) -> Judge:
             Request(records[row]["image"], JUDGE_PROMPT.format(
                 question=records[row]["prompt"], first=answers[row][one], second=answers[row][two]))
             for row, one, two in duels])
-        scores = [[0] * len(texts) for texts in answers]
-        decided = [0] * len(records)
+        scores, undecided = [[0] * len(texts) for texts in answers], {row for row, _, _ in duels}
         for (row, one, two), reply in zip(duels, replies, strict=True):
             choice = verdict(reply.text)
             if choice is not None:
-                decided[row] += 1
+                undecided.discard(row)
                 scores[row][one] += 1 - 2 * choice
                 scores[row][two] -= 1 - 2 * choice
-        fought = {row for row, _, _ in duels}
-        return [None if row in fought and not decided[row] else [Score(value) for value in scores[row]]
-                for row in range(len(records))]
+        return [None if row in undecided else list(map(Score, values)) for row, values in enumerate(scores)]
 
     return judge
 

@@ -21,8 +21,5 @@ def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:
         raise BadInput(f"{record['id']}: the contents of {record['image']!r} are unknown, so --judge scene cannot"
                        " rank responses to it; choose another judge, or give pairs that were ranked elsewhere")
     shown = objects_present(*parse_reference(record["image"]))
-    judgements = []
-    for answer in answers:
-        named = [name for _, name in mentions(answer, synonyms())]
-        judgements.append(Judgement(sum(name not in shown for name in named), len(shown & set(named))))
-    return judgements
+    said = [[name for _, name in mentions(answer, synonyms())] for answer in answers]
+    return [Judgement(sum(name not in shown for name in named), len(shown & set(named))) for named in said]

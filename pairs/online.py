@@ -52,8 +52,7 @@ def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[
     """
     training = model.training
     model.eval()
-    views = {record["image"]: None for record in records}
-    views = {reference: processor.image(reference, root) for reference in views}
+    views = {image: processor.image(image, root) for image in dict.fromkeys(record["image"] for record in records)}
     groups = generate(
         model, list(views.values()),
         [processor.prompt(record["prompt"], len(views[record["image"]].rows)) for record in records],

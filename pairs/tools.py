@@ -145,13 +145,10 @@ class Tools:
 
 def with_tools(*functions: Callable) -> list[Callable]:
     """Functions and those that make the tools they may use: all whose options count."""
-    found: list[Callable] = []
-    waiting = list(functions)
-    while waiting:
-        function = waiting.pop(0)
-        if function not in found:
-            found.append(function)
-            waiting += [TOOLS[name] for name in arguments_of(function) if name in TOOLS]
+    found = list(functions)
+    for function in found:  # it grows
+        needs = [TOOLS[name] for name in arguments_of(function) if name in TOOLS]
+        found += [tool for tool in needs if tool not in found]
     return found
 
 
@@ -229,7 +226,7 @@ def sample(model, processor, setting: Setting, used: dict, *, samples: int = 4, 
     """Several responses of the policy to each record; record i of the run uses seed + i."""
     used.update(seed=seed, temperature=temperature)
     seeds = {record["id"]: seed + row for row, record in enumerate(setting.records)}
-    return partial(sample_responses, model=model(), processor=processor(), seeds=seeds, samples=samples,
+    return partial(sample_responses, seeds=seeds, model=model(), processor=processor(), n=samples,
                    temperature=temperature, max_new_tokens=max_new_tokens, batch_size=setting.batch_size,
                    root=setting.root)
 
