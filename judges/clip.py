@@ -16,13 +16,9 @@ from retrieval.embed import embed_images, embed_texts
 Similarity = Callable[[list[str], list[str]], list[float]]  # two lists of texts -> cosines
 
 
-def clip_judge(clip: CLIP, processor: ClipProcessor, *, batch_size: int = 64,
-               root: Path | None = None) -> Judge:
-    """A judge by likeness: mean cosine of a CLIP model between the image and the sentences of an answer.
-
-    The mean, not AdaViP's sum, so that more sentences are no merit. Relative paths of images start at
-    `root`.
-    """
+def clip_judge(clip: CLIP, processor: ClipProcessor, *, batch_size: int = 64, root: Path | None = None) -> Judge:
+    """A judge by likeness: mean cosine between the image and the sentences of an answer. The mean, not AdaViP's sum,
+    so that more sentences are no merit."""
 
     def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score]]:
         images = embed_images([record["image"] for record in records], clip, processor,

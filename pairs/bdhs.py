@@ -67,6 +67,7 @@ from data.corrupt import add_noise, sample_seed
 from data.images import open_image
 from data.processor import Processor
 from data.sentences import sentence_end, split_sentences
+from judges.clip import Similarity
 from model.generate import generate
 from model.llava import Llava
 
@@ -94,7 +95,6 @@ class Attempt(NamedTuple):
 
 
 Complete = Callable[[list[Attempt]], list[str | None]]
-Similarity = Callable[[list[str], list[str]], list[float]]
 Noise = Callable[[Image.Image, int], Image.Image]
 
 
@@ -157,10 +157,7 @@ def complete(attempts: list[Attempt], model: Llava, processor: Processor, *, noi
 
     Args:
         noise: (image, seed) -> image, applied at the image's own resolution, drawn again in every attempt.
-        max_new_tokens: of a sentence, and of a free response.
-        temperature, top_p: reconstructed.
         batch_size: attempts at a time; the texts do not depend on it.
-        root: folder that relative file paths start from.
 
     An attempt for which the decoder's window has no room is not finished: None.
     """

@@ -13,16 +13,11 @@ the order of the records. The number of processes may change between start and c
 
 That the result is the same holds if `work` treats each record on its own: its random numbers must come from
 the record (its id or its row in the whole list), never from its place in the chunk.
-
-    found = in_chunks(ids, work, out, settings, rank=rank, world=world, barrier=torch.distributed.barrier)
-    if rank == 0:
-        made, dropped = found
-        write_jsonl(out, made)
-        forget(out)
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections import Counter
@@ -121,10 +116,8 @@ def _part(out: Path, rank: int) -> Path:
 
 def parts(out: Path) -> list[Path]:
     """The part files of an interrupted run."""
-    if not out.parent.is_dir():
-        return []
-    return sorted(path for path in out.parent.iterdir()
-                  if path.name.startswith(f"{out.name}.part-") and path.name.rpartition("-")[2].isdigit())
+    found = out.parent.glob(f"{glob.escape(out.name)}.part-*")
+    return sorted(path for path in found if path.name.rpartition("-")[2].isdigit())
 
 
 def _lines(part: Path, header: str) -> list[dict]:
