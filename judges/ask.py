@@ -149,11 +149,7 @@ class Server:
 
 
 def server_model(server: Server, *, cache: Path, root: Path | None = None) -> Model:
-    """A model that an OpenAI-compatible server runs.
-
-    Args:
-        cache: folder of the replies, one file each; may be shared by runs and servers.
-        root: folder that relative paths of images start from.
+    """A model that an OpenAI-compatible server runs; `cache` may be shared by runs and servers.
 
     Its `ask` raises ConnectionError when the server stays unreachable after all tries or refuses every request;
     what was answered before is in the cache.

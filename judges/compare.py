@@ -43,7 +43,7 @@ Which response hallucinates less? Begin with "Response 1" or "Response 2", then 
 
 # `{n}`: the number of a response.
 MARKED = r"\[\[\s*(?:response )?{n}\s*\]\]|\\boxed\{+(?:\\text\{)?\s*(?:response )?{n}\b|<answer>\s*(?:response )?{n}\b"
-FIRST = (r"(?:(?:the |my )?(?:final |better |best )?(?:answer|verdict|choice|response)(?: is\b:?|:)\s*)?"
+FIRST = (r"\A(?:(?:the |my )?(?:final |better |best )?(?:answer|verdict|choice|response)(?: is\b:?|:)\s*)?"
          r"(?:(?:response|answer) ?)?{n}(?=\s*(?:$|[.:,;)\n-]|because|since|as\b|is better|is preferable|is more"
          r"|hallucinates less|has fewer))")
 PREFERRED = (r"(?:prefer|choose|pick|select|favou?r) response {n}\b"
@@ -72,19 +72,18 @@ def verdict(text: str) -> int | None:
     answer = read_reply(text).text.strip().lower()
     plain = re.sub(r"[*_#`\"“”]", "", answer).replace("’", "'").strip()
     better, worse = _named(PREFERRED, plain), _named(WORSE, plain)
-    for named in (_named(MARKED, answer), _named(FIRST, plain, begins=True),
+    for named in (_named(MARKED, answer), _named(FIRST, plain),
                   better | {3 - number for number in worse}, _named(RIGHT, plain)):
         if named:
             return named.pop() - 1 if len(named) == 1 else None
     return None
 
 
-def _named(pattern: str, text: str, begins: bool = False) -> set[int]:
-    """Numbers of the responses in the matches of a pattern (with `begins`, only at the start), denied ones left out."""
+def _named(pattern: str, text: str) -> set[int]:
+    """Numbers of the responses in the matches of a pattern, denied ones left out."""
     matches = re.finditer(pattern.replace("{n}", "([12])"), text)
     found = [match for match in matches if not DENIED.search(re.split(r"[.,;:!?\n]", text[: match.start()])[-1])]
-    return {int(number) for match in found if not begins or not match.start()
-            for number in match.groups() if number}
+    return {int(number) for match in found for number in match.groups() if number}
 
 
 def model_judge(model: Model, *, seed: int = 0) -> Judge:

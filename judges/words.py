@@ -43,8 +43,6 @@ class Verifier:
     """Scores answers (token ids of `processor`) to images.
 
     Args:
-        root: folder that relative image paths start from.
-        known: what images show, where that is known.
         scale: 250 is 100 CLIPScore, 100 is CLIP's logit; the unit of everything that is calibrated with it.
     """
 
@@ -70,10 +68,8 @@ class Verifier:
                  for m in mentions(ids, self.processor.decode, self.entities)]
         rows, starts, stops = (torch.tensor(x, dtype=torch.long) for x in (
             [row for row, _ in found], [m.start for _, m in found], [m.stop for _, m in found]))
-        if not found:
-            return Scored(torch.zeros(0), rows, starts, stops, [], rows)
         words = self.words[[self.place[m.word] for _, m in found]]  # (N, E)
-        images = torch.stack([self.image(references[row]) for row, _ in found])  # (N, E)
+        images = torch.stack([self.image(references[row]) for row, _ in found]) if found else words  # (N, E)
         scores = verifier_scores(words, images, scale=self.scale)
         entities = [m.entity for _, m in found]
         return Scored(scores, rows, starts, stops, entities, self.correct(references, rows, entities))

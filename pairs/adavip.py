@@ -84,9 +84,7 @@ def photo_candidates(detect: Detect, folder: Path, *, fill: Fill = fill, root: P
     """A `candidates` for images that cannot be drawn again: find each class, cut it out, fill the hole.
 
     Args:
-        detect: (reference, image) -> detections.
         folder: where the filled images are written, one PNG file for each image and class.
-        fill: (pixels, hole) -> pixels.
         root: folder that relative file paths start from, also those of the filled images.
         options: of `removable`.
     """

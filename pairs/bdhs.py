@@ -94,7 +94,7 @@ class Attempt(NamedTuple):
     seed: int  # of mask, noise and sampling
 
 
-Complete = Callable[[list[Attempt]], list[str | None]]
+Complete = Callable[[list[Attempt]], list[str | None]]  # None: not finished
 Noise = Callable[[Image.Image, int], Image.Image]
 
 
@@ -231,13 +231,7 @@ def bdhs_pairs(answered: list[dict], model: Llava, processor: Processor, similar
 def algorithm_1(answered: list[dict], complete: Complete, similarity: Similarity, *, rho_th: float = 0.99,
                 iterations: int = 5, eps_s: float = 0.97, swap: float = 0.5, seed: int = 0,
                 source: dict | None = None) -> tuple[list[dict], Counter]:
-    """Steps 2 and 4, and the loop around them: (pair records, how many were dropped for which reason).
-
-    Args:
-        complete: attempts -> texts, None for one that is not finished.
-
-    Raises BadInput on settings out of range.
-    """
+    """Steps 2 and 4, and the loop around them. Raises BadInput on settings out of range."""
     if not 0 <= rho_th <= 1 or iterations < 1:
         raise BadInput(f"rho_th {rho_th} and {iterations} iterations: need 0 <= rho_th <= 1 and at least one")
     made: dict[int, dict] = {}

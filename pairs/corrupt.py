@@ -138,7 +138,7 @@ def _exchange_object(text: str, scene: Scene, without: tuple[str, ...], rng: ran
     if not table or not found:
         return ""
     match, name = pick(rng, found), pick(rng, tuple(table), tuple(table.values()))
-    number, size = match.group(1), match.group(2)
+    number, size, _ = match.groups()
     if number.lower() in ("a", "an"):
         number = number[0] + ("n" if (size or name)[0] in "aeiou" else "")
     name = name if number.lower() in ("a", "an", "one") else plural(name)

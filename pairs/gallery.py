@@ -57,15 +57,8 @@ HEAD = """<!DOCTYPE html>
 
 def write_gallery(path: Path | str, pairs: list[dict], *, root: Path | str | None = None,
                   title: str = "Pairs", limit: int = 200, side: int = 240) -> None:
-    """Write the page, whole or not at all.
-
-    Args:
-        pairs: pair records; with more than `limit`, so many of them, evenly spaced.
-        root: folder that relative paths of images start from.
-        side: longest side of a shown image in pixels.
-
-    Raises BadInput naming an image that cannot be opened.
-    """
+    """Write the page, whole or not at all, with up to `limit` of the pairs, evenly spaced; images are up to `side`
+    pixels long. Raises BadInput naming an image that cannot be opened."""
     count = min(limit, len(pairs))
     shown = [pairs[i * len(pairs) // count] for i in range(count)]
     note = f"{len(pairs)} pairs" + (f", {count} of them shown, evenly spaced" if count < len(pairs) else "")
@@ -104,9 +97,8 @@ def thumbnail(reference: str, root: Path | str | None, side: int) -> tuple[str, 
 
 
 def _section(pair: dict, thumb) -> str:
-    images = _figure("image", pair["image"], thumb)
-    if pair.get("rejected_image"):
-        images += _figure("rejected image", pair["rejected_image"], thumb)
+    shown = [key for key in ("image", "rejected_image") if pair.get(key)]
+    images = "".join(_figure(key.replace("_", " "), pair[key], thumb) for key in shown)
     chosen, rejected = marked(pair["chosen"], pair["rejected"])
     return (f'<section><div class="images">{images}</div><div><h2>{escape(pair["id"])}</h2>'
             f'<h3>Prompt</h3><p>{escape(pair["prompt"])}</p><h3 class="chosen">Chosen</h3><p>{chosen}</p>'

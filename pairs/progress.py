@@ -39,8 +39,7 @@ def in_chunks(ids: list[str], work: Work, out: Path | None, settings: dict, *, c
 
     Args:
         ids: unique ids of all records, in order; the same in all processes.
-        work: rows of `ids` -> (records made, each with one of these ids; how many were dropped for which
-            reason).
+        work: rows of `ids` -> (records made, each with one of these ids; how many were dropped for which reason).
         out: the file that will hold the result; the part files lie next to it. None: nothing is kept.
         settings: everything the result depends on, as JSON; part files with other settings are refused.
         chunk: rows for one call of `work`; an interruption loses one chunk of each process.
@@ -67,7 +66,7 @@ def in_chunks(ids: list[str], work: Work, out: Path | None, settings: dict, *, c
     done = {name for part in parts(out) for line in _lines(part, header) for name in line["ids"]}
     barrier()  # all have read before any writes
     rows = [row for row in range(rank, len(ids), world) if ids[row] not in done]
-    with _open(_part(out, rank), header) as file:
+    with _open(out.with_name(f"{out.name}.part-{rank}"), header) as file:
         for line in results(rows):
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()
@@ -108,10 +107,6 @@ def forget(out: Path) -> None:
     """Delete the part files, once the result is written."""
     for part in parts(out):
         part.unlink()
-
-
-def _part(out: Path, rank: int) -> Path:
-    return out.with_name(f"{out.name}.part-{rank}")
 
 
 def parts(out: Path) -> list[Path]:
