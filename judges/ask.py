@@ -20,11 +20,9 @@ variable, is sent to that server only, written nowhere and masked where a server
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import http.client
-import io
 import json
 import os
 import random
@@ -42,7 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import BadInput, parse_json, read_json, written_whole
-from data.images import open_image
+from data.images import data_url, open_image
 from data.processor import Processor
 from model.generate import generate
 from model.llava import Llava
@@ -205,18 +203,11 @@ def _kept(path: Path) -> Reply:
 def _body(server: Server, request: Request, root: Path | None) -> dict:
     parts: list[dict] = [{"type": "text", "text": request.text}]
     if server.images and request.image is not None:
-        parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(request.image, root, server.side)}})
+        image = open_image(request.image, root)
+        image.thumbnail((server.side, server.side))
+        parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(image, "PNG")}})
     return {"model": server.model, "messages": [{"role": "user", "content": parts}],
             "temperature": server.temperature, "max_tokens": server.max_tokens, "seed": server.seed}
-
-
-def data_url(reference: str, root: Path | None, side: int) -> str:
-    """An image as PNG in a URL, at most `side` pixels long."""
-    image = open_image(reference, root)
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 class _AsItIs(urllib.request.HTTPErrorProcessor):

@@ -10,8 +10,6 @@ Content-Security-Policy forbids to load anything. Whatever a record says is esca
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import re
 import sys
@@ -21,7 +19,7 @@ from html import escape
 from pathlib import Path
 
 from common import BadInput, written_whole
-from data.images import open_image
+from data.images import data_url, open_image
 from data.records import read_pairs
 
 COMPARED = 10**7  # words times words: a second or so
@@ -91,9 +89,7 @@ def thumbnail(reference: str, root: Path | str | None, side: int) -> tuple[str, 
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
     image.thumbnail((2 * side, 2 * side))  # twice as fine, for fine screens
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), width, height
+    return data_url(image, "JPEG", quality=85), width, height
 
 
 def _section(pair: dict, thumb) -> str:
