@@ -3,11 +3,6 @@
 Every judge has one signature, `Judge`: (records, responses of each) -> for each record a verdict on each of its
 responses, or None where it came to no verdict.
 
-    judges/scene.py      the scene's own record: what the image shows is known exactly
-    judges/clip.py       mean cosine of CLIP between the image and the sentences of a response
-    judges/compare.py    a VLM compares every two responses: the policy itself, another LLaVA, a server
-    judges/reward.py     a reward model
-
 A `Judgement` counts claims, a `Score` only compares. FiSAO's verifier scores words instead: judges/words.py.
 """
 

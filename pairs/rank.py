@@ -11,7 +11,7 @@ other end is rejected. All responses are the model's own, so a pair differs in i
     annotator     judge        (records, responses of each) -> a `Judgement` or `Score` of each, or None
                                for a record without a verdict
 
-Judges are listed in judges/scores.py; or pass a function that asks a person. Responses that were cut at the token
+Judges are listed in judges/README.md; or pass a function that asks a person. Responses that were cut at the token
 limit are unfinished and come as "": an empty response is never ranked.
 
 Departures: RLAIF-V has claims labelled by another VLM and draws pairs at random among responses whose scores

@@ -4,7 +4,7 @@
                                                       -> the best alone becomes `chosen`
 
 Where only a chosen response is wanted, a stronger model may write it instead: the author of `chosen_responses` is
-`best_responses` of the policy, or `ask_author` of another model.
+`best_responses` of the policy, or another model's reply.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from judges.ask import Model, Reply, Request
+from judges.ask import Reply
 from judges.scores import Judge, order
 from model.generate import answers
 from pairs.rank import Sample
@@ -34,11 +34,6 @@ def best_responses(records: list[dict], sample: Sample, judge: Judge) -> list[Re
                 for texts, verdict in zip(samples, judge(records, samples), strict=True)]
     return [Reply(texts[ranking[0]]) if ranking else Reply("", "no finished answer, or no verdict")
             for texts, ranking in zip(samples, rankings)]
-
-
-def ask_author(records: list[dict], model: Model) -> list[Reply]:
-    """Another model as author: what it says when it is asked once."""
-    return model.ask([Request(record["image"], record["prompt"]) for record in records])
 
 
 def sample_responses(records: list[dict], seeds: Mapping[str, int], **options) -> list[list[str]]:

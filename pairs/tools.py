@@ -59,7 +59,7 @@ from data.check import check_records
 from data.detect import coco_instances, mask_rcnn
 from data.lama import lama_fill, load_lama
 from data.processor import ClipProcessor, Processor
-from judges.ask import Model, Server, local_model, server_model
+from judges.ask import Model, Request, Server, local_model, server_model
 from judges.clip import Similarity, clip_judge, clip_similarity
 from judges.compare import model_judge
 from judges.scene import judge_scene
@@ -74,7 +74,7 @@ from pairs.corrupt import Writer, model_corrupt, scene_corrupt
 from pairs.progress import readable
 from pairs.rank import Sample
 from pairs.realign import Neighbours
-from pairs.texts import Author, ask_author, best_responses, sample_responses
+from pairs.texts import Author, best_responses, sample_responses
 from retrieval.cache import cached_images
 from retrieval.embed import embed_images
 from retrieval.index import Duplicates, approximate_neighbours
@@ -263,7 +263,8 @@ def author(sample, judge, model, processor, setting: Setting, used: dict, *, aut
     if author == "policy":
         return partial(best_responses, judge=judge(), sample=sample())
     used["author"] = author_model or author
-    return partial(ask_author, model=_asked(author, author_model, model, processor, setting, used))
+    asked = _asked(author, author_model, model, processor, setting, used)
+    return lambda records: asked.ask([Request(record["image"], record["prompt"]) for record in records])
 
 
 def _asked(who: str, name: str | None, model, processor, setting: Setting, used: dict) -> Model:
