@@ -130,7 +130,7 @@ def brief(value: object) -> str:
 def versions() -> dict[str, str | None]:
     """What a run was made with: the commit of this checkout ("-dirty" where files were changed, None without git), and
     the versions of Python and of the packages whose numbers count."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(HOME), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10)
         commit = found.stdout.strip() if found.returncode == 0 else None
@@ -208,10 +208,8 @@ def check_ranges(values: Mapping[str, object], ranges: Mapping[str, str], *funct
     for name, value in values.items():
         if type(value) not in (int, float):
             continue
-        own = [intervals[key] for f in functions if (key := f"{f.__name__}.{name}") in intervals]
-        interval = own[0] if own else intervals.get(name, "(-inf, inf)")
+        keys = [*(f"{f.__name__}.{name}" for f in functions), name]
+        interval = next((intervals[key] for key in keys if key in intervals), "(-inf, inf)")
         low, high = map(float, interval[1:-1].split(","))
-        ends = {low} if interval[0] == "[" else set()
-        ends |= {high} if interval[-1] == "]" else set()
-        if not (low < value < high or value in ends):
+        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
             raise BadInput(f"--{name.replace('_', '-')} must be in {interval}, not {value}")

@@ -176,11 +176,12 @@ def run(args: argparse.Namespace) -> dict | None:
     if args.overwrite and share.rank == 0:
         forget(args.out)
     share.barrier()
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has the GPU of its number
     options = {name: getattr(args, name) for name in options_of(*with_tools(*METHODS[args.method]))}
     found = make_pairs(
         args.method, records=records, root=root, folder=args.out.with_name(f"{args.out.stem}-images"), out=args.out,
         file=args.data or "scenes", cache=args.cache, batch_size=args.batch_size, bad_records=args.bad_records,
-        device=device_of(args.device), dtype=PRECISION[args.precision], share=share, **options)
+        device=own if args.device == "cuda" else args.device, dtype=PRECISION[args.precision], share=share, **options)
     if found is None:
         return None
     made, report = found
@@ -193,11 +194,6 @@ def run(args: argparse.Namespace) -> dict | None:
     if args.gallery:
         write_gallery(args.out.with_suffix(".html"), made, root=args.out.parent, title=args.out.name)
     return report
-
-
-def device_of(name: str) -> str:
-    """Under torchrun each process has the GPU of its number."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
 def main() -> None:

@@ -422,10 +422,9 @@ def panels(before: dict[str, list[float]], after: dict[str, list[float]], unit: 
     result = []
     for what in ("words", "sentences"):
         for when, scores in (("before", before), ("after", after)):
-            series = {truth: scores[f"{what}, {truth}"] for truth in ("correct", "hallucinated")}
-            series = {truth: values for truth, values in series.items() if values}
-            result += ([svg.Panel(f"{what.capitalize()}, {when}", f"score of {what}: {unit}", series)]
-                       if series else [])
+            series = {truth: values for truth in ("correct", "hallucinated") if (values := scores[f"{what}, {truth}"])}
+            if series:
+                result.append(svg.Panel(f"{what.capitalize()}, {when}", f"score of {what}: {unit}", series))
     return result
 
 

@@ -11,6 +11,8 @@ converted, transparency dropped (hidden colours show). Images are not rotated by
 
 from __future__ import annotations
 
+import base64
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,3 +93,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit; old Pillow says "I" of PNG files
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
+
+
+def data_url(image: Image.Image, kind: str, **options) -> str:
+    """An image inside a URL, as Pillow saves it in a format ("PNG", "JPEG")."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

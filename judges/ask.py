@@ -20,11 +20,9 @@ variable, is sent to that server only, written nowhere and masked where a server
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import http.client
-import io
 import json
 import os
 import random
@@ -33,7 +31,6 @@ import socket
 import threading
 import time
 import unicodedata
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import BadInput, parse_json, read_json, written_whole
-from data.images import open_image
+from data.images import data_url, open_image
 from data.processor import Processor
 from model.generate import generate
 from model.llava import Llava
@@ -150,53 +147,43 @@ class Server:
 
 
 def server_model(server: Server, *, cache: Path, root: Path | None = None) -> Model:
-    """A model that an OpenAI-compatible server runs.
-
-    Args:
-        cache: folder of the replies, one file each; may be shared by runs and servers.
-        root: folder that relative paths of images start from.
+    """A model that an OpenAI-compatible server runs; `cache` may be shared by runs and servers.
 
     Its `ask` raises ConnectionError when the server stays unreachable after all tries or refuses every request;
     what was answered before is in the cache.
     """
 
     def ask(requests: list[Request]) -> list[Reply]:
-        with ThreadPoolExecutor(server.workers) as pool:
-            jobs = [pool.submit(_cached, server, request, cache, root) for request in requests]
-            try:
-                return [job.result() for job in jobs]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with ThreadPoolExecutor(server.workers) as pool:  # `map` cancels what has not begun when one fails
+            return list(pool.map(lambda request: _cached(server, request, cache, root), requests))
 
     return Model(server.model, ask)
 
 
 def _cached(server: Server, request: Request, cache: Path, root: Path | None) -> Reply:
     body = _body(server, request, root)
-    key = hashlib.sha256(json.dumps([server.url, body], sort_keys=True).encode()).hexdigest()
-    path = cache / key[:2] / f"{key}.json"
-    if path.exists():
-        return _kept(path)
-    reply = _answered(_post(server, body))
-    _keep(path, server.model, request, reply)
-    return reply
+    path = _place(cache, [server.url, body])
+    if not path.exists():
+        _keep(path, server.model, request, _post(server, body))
+    return _kept(path)
 
 
 def kept_model(model: Model, cache: Path) -> Model:
     """A local model whose replies are kept on disk like a server's."""
 
-    def path_of(request: Request) -> Path:
-        key = hashlib.sha256(json.dumps([model.name, *request]).encode()).hexdigest()
-        return cache / key[:2] / f"{key}.json"
-
     def ask(requests: list[Request]) -> list[Reply]:
-        new = [request for request in dict.fromkeys(requests) if not path_of(request).exists()]
+        paths = {request: _place(cache, [model.name, *request]) for request in requests}
+        new = [request for request, path in paths.items() if not path.exists()]
         for request, reply in zip(new, model.ask(new), strict=True):
-            _keep(path_of(request), model.name, request, reply)
-        return [_kept(path_of(request)) for request in requests]
+            _keep(paths[request], model.name, request, reply)
+        return [_kept(paths[request]) for request in requests]
 
     return Model(model.name, ask)
+
+
+def _place(cache: Path, asked: list) -> Path:
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return cache / key[:2] / f"{key}.json"
 
 
 def _keep(path: Path, name: str, request: Request, reply: Reply) -> None:
@@ -216,24 +203,18 @@ def _kept(path: Path) -> Reply:
 def _body(server: Server, request: Request, root: Path | None) -> dict:
     parts: list[dict] = [{"type": "text", "text": request.text}]
     if server.images and request.image is not None:
-        url = data_url(request.image, root, server.side)
-        parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        image = open_image(request.image, root)
+        image.thumbnail((server.side, server.side))
+        parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(image, "PNG")}})
     return {"model": server.model, "messages": [{"role": "user", "content": parts}],
             "temperature": server.temperature, "max_tokens": server.max_tokens, "seed": server.seed}
 
 
-def data_url(reference: str, root: Path | None, side: int) -> str:
-    """An image as PNG in a URL, at most `side` pixels long."""
-    image = open_image(reference, root)
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+class _AsItIs(urllib.request.HTTPErrorProcessor):
+    def http_response(self, request, response):  # following a redirect, urllib would send the key along
+        return response
 
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_) -> None:  # urllib would send the key along, wherever it leads
-        return None
+    https_response = http_response
 
 
 class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -274,11 +255,7 @@ def _exchange(request: urllib.request.Request, seconds: float, most: int) -> tup
     timer.daemon = True
     timer.start()
     try:
-        try:
-            response = urllib.request.build_opener(_NoRedirect, watched).open(request, timeout=seconds)
-        except urllib.error.HTTPError as error:  # a response, too
-            response = error
-        with response:
+        with urllib.request.build_opener(_AsItIs, watched).open(request, timeout=seconds) as response:
             found = response.status, response.headers, response.read(most)
     except (OSError, http.client.HTTPException, ValueError):
         if not watched.late:
@@ -290,8 +267,8 @@ def _exchange(request: urllib.request.Request, seconds: float, most: int) -> tup
     return found
 
 
-def _post(server: Server, body: dict) -> dict | str:
-    """The completion, or why the server refuses this request. ConnectionError when asking again is no use."""
+def _post(server: Server, body: dict) -> Reply:
+    """What the server says, or why it refuses this request. ConnectionError when asking again is no use."""
     address = f"{server.url.rstrip('/')}/chat/completions"
     key = os.environ.get(server.key_variable, "").strip()
     if not (key.isascii() and key.isprintable()):
@@ -305,61 +282,44 @@ def _post(server: Server, body: dict) -> dict | str:
         except (OSError, http.client.HTTPException, ValueError) as error:  # time-outs are OSErrors
             problem = f"{type(error).__name__}: {error}"
         else:
+            problem = f"status {status}: {data[:300].decode('utf-8', 'replace')}"
             if status < 300:
-                answer, problem = _completion(data, server.max_bytes)
-                if answer is not None:
-                    return answer
-            else:
-                problem = f"status {status}: {data[:300].decode('utf-8', 'replace')}"
+                reply, problem = _completion(data, server.max_bytes)
+                if reply is not None:
+                    return reply
             if status in STOP or 300 <= status < 400:
                 hint = f" (is {server.key_variable} set?)" if status in (401, 403) else ""
                 raise ConnectionError(f"{address}: {_presentable(problem, key)}{hint}")
             if status >= 400 and status not in RETRY and status < 500:
-                return f"refused by the server, status {status}"
-            wait = _seconds(headers.get("Retry-After"))
+                return Reply("", f"refused by the server, status {status}")
+            after = headers.get("Retry-After", "").strip()
+            wait = float(after) if after.isdecimal() else 0.0
         if attempt + 1 < server.tries:  # at random times, so that many do not come back at once
             time.sleep(min(max(wait, server.wait * 2**attempt * random.uniform(0.5, 1.5)), 120))
     problem = _presentable(problem, key)
     raise ConnectionError(f"{address}: no answer after {server.tries} tries; the last one: {problem}")
 
 
-def _completion(data: bytes, most: int) -> tuple[dict | None, str]:
-    """(the completion, "") or (None, what is wrong with the reply)"""
+def _completion(data: bytes, most: int) -> tuple[Reply | None, str]:
+    """(the reply, "") or (None, what is wrong with it)"""
     if len(data) > most:
         return None, f"the reply is longer than {most} bytes"
     try:
-        answer = parse_json(data)
+        choice = parse_json(data)["choices"][0]
+        content = choice["message"]["content"]
     except BadInput as error:
         return None, f"the reply is {error}"
-    return (answer, "") if _choice(answer) is not None else (None, "the reply is no chat completion")
+    except (KeyError, IndexError, TypeError):
+        return None, "the reply is no chat completion"
+    if isinstance(content, list):  # parts: thoughts may be of a type of their own
+        texts = (part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text")
+        content = "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str | None):
+        return None, "the reply is no chat completion"
+    return Reply("", CUT) if choice.get("finish_reason") == "length" else read_reply(content or ""), ""
 
 
 def _presentable(text: str, key: str) -> str:
     """A line for the screen: what a server says may hold the key, line breaks and codes that move the cursor."""
     masked = text.replace(key, "***") if key else text
     return "".join(c if c.isprintable() else " " for c in masked)
-
-
-def _seconds(header: str | None) -> float:
-    return float(header) if header and header.strip().isdecimal() else 0.0
-
-
-def _choice(answer: object) -> dict | None:
-    try:
-        choice = answer["choices"][0]
-        return choice if isinstance(choice["message"]["content"], str | list | None) else None
-    except (KeyError, IndexError, TypeError):
-        return None
-
-
-def _answered(answer: dict | str) -> Reply:
-    if isinstance(answer, str):
-        return Reply("", answer)
-    choice = _choice(answer)
-    if choice.get("finish_reason") == "length":
-        return Reply("", CUT)
-    content = choice["message"]["content"] or ""
-    if isinstance(content, list):  # parts: thoughts may be of a type of their own
-        texts = (part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text")
-        content = "".join(text for text in texts if isinstance(text, str))
-    return read_reply(content)

@@ -43,7 +43,7 @@ Which response hallucinates less? Begin with "Response 1" or "Response 2", then 
 
 # `{n}`: the number of a response.
 MARKED = r"\[\[\s*(?:response )?{n}\s*\]\]|\\boxed\{+(?:\\text\{)?\s*(?:response )?{n}\b|<answer>\s*(?:response )?{n}\b"
-FIRST = (r"(?:(?:the |my )?(?:final |better |best )?(?:answer|verdict|choice|response)(?: is\b:?|:)\s*)?"
+FIRST = (r"\A(?:(?:the |my )?(?:final |better |best )?(?:answer|verdict|choice|response)(?: is\b:?|:)\s*)?"
          r"(?:(?:response|answer) ?)?{n}(?=\s*(?:$|[.:,;)\n-]|because|since|as\b|is better|is preferable|is more"
          r"|hallucinates less|has fewer))")
 PREFERRED = (r"(?:prefer|choose|pick|select|favou?r) response {n}\b"
@@ -72,19 +72,18 @@ def verdict(text: str) -> int | None:
     answer = read_reply(text).text.strip().lower()
     plain = re.sub(r"[*_#`\"“”]", "", answer).replace("’", "'").strip()
     better, worse = _named(PREFERRED, plain), _named(WORSE, plain)
-    for named in (_named(MARKED, answer), _named(FIRST, plain, begins=True),
+    for named in (_named(MARKED, answer), _named(FIRST, plain),
                   better | {3 - number for number in worse}, _named(RIGHT, plain)):
         if named:
             return named.pop() - 1 if len(named) == 1 else None
     return None
 
 
-def _named(pattern: str, text: str, begins: bool = False) -> set[int]:
-    """Numbers of the responses in the matches of a pattern (with `begins`, only at the start), denied ones left out."""
+def _named(pattern: str, text: str) -> set[int]:
+    """Numbers of the responses in the matches of a pattern, denied ones left out."""
     matches = re.finditer(pattern.replace("{n}", "([12])"), text)
     found = [match for match in matches if not DENIED.search(re.split(r"[.,;:!?\n]", text[: match.start()])[-1])]
-    return {int(number) for match in found if not begins or not match.start()
-            for number in match.groups() if number}
+    return {int(number) for match in found for number in match.groups() if number}
 
 
 def model_judge(model: Model, *, seed: int = 0) -> Judge:
@@ -98,17 +97,14 @@ def model_judge(model: Model, *, seed: int = 0) -> Judge:
             Request(records[row]["image"], JUDGE_PROMPT.format(
                 question=records[row]["prompt"], first=answers[row][one], second=answers[row][two]))
             for row, one, two in duels])
-        scores = [[0] * len(texts) for texts in answers]
-        decided = [0] * len(records)
+        scores, undecided = [[0] * len(texts) for texts in answers], {row for row, _, _ in duels}
         for (row, one, two), reply in zip(duels, replies, strict=True):
             choice = verdict(reply.text)
             if choice is not None:
-                decided[row] += 1
+                undecided.discard(row)
                 scores[row][one] += 1 - 2 * choice
                 scores[row][two] -= 1 - 2 * choice
-        fought = {row for row, _, _ in duels}
-        return [None if row in fought and not decided[row] else [Score(value) for value in scores[row]]
-                for row in range(len(records))]
+        return [None if row in undecided else list(map(Score, values)) for row, values in enumerate(scores)]
 
     return judge
 

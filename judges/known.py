@@ -10,11 +10,7 @@ from metrics.objects import read_objects
 
 
 class KnownObjects:
-    """What images show, where that is known: of scenes always, of photographs if an annotation file lists them.
-
-    Args:
-        path: as for `read_objects`.
-    """
+    """Of scenes always, of photographs if an annotation file lists them (`path`, as for `read_objects`)."""
 
     def __init__(self, path: Path | None = None):
         rows = read_objects(path) if path else []

@@ -13,11 +13,8 @@ from model.reward import RewardModel
 
 
 def reward_judge(reward: RewardModel, processor: Processor, root: Path | None = None) -> Judge:
-    """A reward model as judge (pairs/rank.py): its rewards are the scores.
-
-    Every answer is scored with the end token after it, as the reward model was trained, even one that was
-    cut off: PPO's `missing_eos_penalty` decides what that costs.
-    """
+    """Every answer is scored with the end token after it, as the reward model was trained, even one that was
+    cut off: PPO's `missing_eos_penalty` decides what that costs."""
 
     @torch.no_grad()
     def judge(records: list[dict], answers: list[list[str]]) -> list[list[Score]]:

@@ -14,11 +14,8 @@ synonyms = cache(load_synonyms)
 
 def judge_mentions(shown: set[str], answers: list[str]) -> list[Judgement]:
     """Mentions of objects that are not shown (repeats count), and how many of the shown ones are named."""
-    judgements = []
-    for answer in answers:
-        named = [name for _, name in mentions(answer, synonyms())]
-        judgements.append(Judgement(sum(name not in shown for name in named), len(shown & set(named))))
-    return judgements
+    said = [[name for _, name in mentions(answer, synonyms())] for answer in answers]
+    return [Judgement(sum(name not in shown for name in named), len(shown & set(named))) for named in said]
 
 
 def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:

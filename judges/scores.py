@@ -3,12 +3,6 @@
 Every judge has one signature, `Judge`: (records, responses of each) -> for each record a verdict on each of its
 responses, or None where it came to no verdict.
 
-    judges/scene.py      the scene's own record: what the image shows is known exactly
-    judges/chair.py      objects that a detector finds, against those mentioned
-    judges/clip.py       mean cosine of CLIP between the image and the sentences of a response
-    judges/compare.py    a VLM compares every two responses: the policy itself, another LLaVA, a server
-    judges/reward.py     a reward model
-
 A `Judgement` counts claims, a `Score` only compares. FiSAO's verifier scores words instead: judges/words.py.
 """
 
@@ -39,25 +33,19 @@ class Score(NamedTuple):
     """What a judge says that only compares answers; higher is better."""
 
     score: float
+    faultless = False  # it does not say
 
     @property
     def key(self) -> tuple[float, ...]:
         return (-self.score,)
 
-    @property
-    def faultless(self) -> bool:
-        return False
+
+Judge = Callable[[list[dict], list[list[str]]], list[list[Judgement] | list[Score] | None]]  # None: no verdict
 
 
-Annotator = Callable[[dict, list[str]], list[Judgement]]
-Judge = Callable[[list[dict], list[list[str]]],
-                 list[list[Judgement] | list[Score] | None]]  # None: no verdict
-
-
-def one_by_one(annotator: Annotator) -> Judge:
+def one_by_one(annotator: Callable[[dict, list[str]], list[Judgement]]) -> Judge:
     """A judge that asks an annotator about one record after the other."""
-    return lambda records, answers: [annotator(record, texts)
-                                     for record, texts in zip(records, answers, strict=True)]
+    return lambda records, answers: [annotator(*each) for each in zip(records, answers, strict=True)]
 
 
 def order(answers: list[str], judgements: list[Judgement] | list[Score]) -> list[int]:

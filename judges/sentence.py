@@ -39,9 +39,8 @@ class SentenceTransformer(Bert):
         """Token ids of each text, special tokens included -> unit vectors (B, E). BadInput if too long or
         when a token is unknown."""
         longest = max(len(ids) for ids in texts)
-        limit = self.config.max_position_embeddings - self.config.first_position
-        if longest > limit:
-            raise BadInput(f"a text has {longest} tokens, the encoder takes {limit}")
+        if longest > self.config.longest:
+            raise BadInput(f"a text has {longest} tokens, the encoder takes {self.config.longest}")
         if (last := max((i for ids in texts for i in ids), default=0)) >= self.config.vocab_size:
             raise BadInput(f"tokenizer.json has a token {last}, the encoder {self.config.vocab_size} words")
         device, pad = self.embeddings.word_embeddings.weight.device, self.config.pad_token_id
@@ -76,12 +75,11 @@ class SentenceEncoder:
         except Exception as error:  # the library raises no other class
             raise BadInput(f"{path}: not a readable tokenizer ({str(error)[:200]})") from None
         self.tokenizer.no_padding()  # published files pad every text to 128
-        limit = config.max_position_embeddings - config.first_position
         settings = root / "sentence_bert_config.json"
         chosen = read_json(settings).get("max_seq_length") if settings.is_file() else None
         if chosen is not None and (type(chosen) is not int or chosen < 3):
             raise BadInput(f"{settings}: max_seq_length={chosen!r} is no number of tokens")
-        self.max_length = min(chosen or limit, limit)
+        self.max_length = min(chosen or config.longest, config.longest)
         self.tokenizer.enable_truncation(self.max_length)
 
     @torch.no_grad()
@@ -95,9 +93,9 @@ class SentenceEncoder:
             vectors[rows] = self.model([ids[i] for i in rows]).cpu()
         return vectors
 
-    def similarity(self, left: list[str], right: list[str], batch_size: int = 64) -> list[float]:
-        """Cosine of each text of one list with its partner in the other (a `Similarity` of pairs/)."""
-        return (self.encode(left, batch_size) * self.encode(right, batch_size)).sum(-1).tolist()
+    def similarity(self, left: list[str], right: list[str]) -> list[float]:
+        """Cosine of each text of one list with its partner in the other (a `Similarity` of judges/clip.py)."""
+        return (self.encode(left) * self.encode(right)).sum(-1).tolist()
 
 
 def _transformer_folder(folder: Path) -> Path:

@@ -12,6 +12,7 @@ CLIP preprocesses it.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,46 +43,33 @@ class Verifier:
     """Scores answers (token ids of `processor`) to images.
 
     Args:
-        root: folder that relative image paths start from.
-        known: what images show, where that is known.
         scale: 250 is 100 CLIPScore, 100 is CLIP's logit; the unit of everything that is calibrated with it.
     """
 
     def __init__(self, clip: CLIP, clip_processor: ClipProcessor, processor: Processor, root: Path | None = None,
                  known: KnownObjects | None = None, *, scale: float = 250.0, template: str = "{}"):
-        self.clip, self.clip_processor, self.processor, self.root = clip, clip_processor, processor, root
-        self.known, self.scale, self.entities = known or KnownObjects(), scale, load_entities()
-        words = list(self.entities)
-        self.place = {word: row for row, word in enumerate(words)}
-        self.words = torch.from_numpy(
-            embed_texts([template.format(w) for w in words], clip, clip_processor))  # (W, E)
-        self.images: dict[str, Tensor] = {}
+        self.processor, self.known, self.scale = processor, known or KnownObjects(), scale
+        self.entities = load_entities()
+        # One image at a time: the last bits depend on the batch, and a resumed run meets its images in others.
+        self.image = cache(lambda reference: torch.from_numpy(
+            embed_images([reference], clip, clip_processor, root=root))[0])  # (E,)
+        self.embed = lambda texts: torch.from_numpy(embed_texts(texts, clip, clip_processor))  # (N, E)
+        self.place = {word: row for row, word in enumerate(self.entities)}
+        self.words = self.embed([template.format(word) for word in self.entities])  # (W, E)
 
     @property
     def unit(self) -> str:
         """What the scores are, for the record."""
         return f"{self.scale:g} * max(cos, 0)"
 
-    def look(self, references: list[str]) -> None:
-        """Embed the images that were not seen before."""
-        new = [r for r in dict.fromkeys(references) if r not in self.images]
-        if new:
-            # One at a time: the last bits depend on the batch, and a resumed run meets its images in others.
-            vectors = torch.from_numpy(
-                embed_images(new, self.clip, self.clip_processor, batch_size=1, root=self.root))
-            self.images |= dict(zip(new, vectors))
-
     def __call__(self, references: list[str], answers: list[list[int]]) -> Scored:
         """Image reference and token ids of each answer -> scores of all its object mentions, on the CPU."""
-        self.look(references)
         found = [(row, m) for row, ids in enumerate(answers)
                  for m in mentions(ids, self.processor.decode, self.entities)]
         rows, starts, stops = (torch.tensor(x, dtype=torch.long) for x in (
             [row for row, _ in found], [m.start for _, m in found], [m.stop for _, m in found]))
-        if not found:
-            return Scored(torch.zeros(0), rows, starts, stops, [], rows)
         words = self.words[[self.place[m.word] for _, m in found]]  # (N, E)
-        images = torch.stack([self.images[references[row]] for row, _ in found])  # (N, E)
+        images = torch.stack([self.image(references[row]) for row, _ in found]) if found else words  # (N, E)
         scores = verifier_scores(words, images, scale=self.scale)
         entities = [m.entity for _, m in found]
         return Scored(scores, rows, starts, stops, entities, self.correct(references, rows, entities))
@@ -97,11 +85,8 @@ class Verifier:
 
     def sentences(self, references: list[str], texts: list[str]) -> tuple[Tensor, list[str], list[str]]:
         """Scores (N,) of all answers' sentences against their images, the sentences and their images."""
-        self.look(references)
-        found = [(reference, line) for reference, text in zip(references, texts, strict=True)
-                 for line in sentences(text)]
-        words = torch.from_numpy(
-            embed_texts([line for _, line in found], self.clip, self.clip_processor))  # (N, E)
-        images = torch.stack([self.images[reference] for reference, _ in found])  # (N, E)
-        return (verifier_scores(words, images, scale=self.scale), [line for _, line in found],
-                [reference for reference, _ in found])
+        lines = [sentences(text) for text in texts]
+        shown = [reference for reference, own in zip(references, lines, strict=True) for _ in own]
+        said = [line for own in lines for line in own]
+        images = torch.stack([self.image(reference) for reference in shown])  # (N, E)
+        return verifier_scores(self.embed(said), images, scale=self.scale), said, shown

@@ -60,6 +60,11 @@ class BertConfig:
         """Row of the position table for a text's first token."""
         return self.pad_token_id + 1 if self.mpnet else 0
 
+    @property
+    def longest(self) -> int:
+        """Tokens that the position table has room for."""
+        return self.max_position_embeddings - self.first_position
+
 
 def bert_config(raw: dict, where: str = "config.json") -> BertConfig:
     """Read config.json. Raises BadInput on another network or activation, and on sizes that are none."""
@@ -84,103 +89,26 @@ def bert_config(raw: dict, where: str = "config.json") -> BertConfig:
     return config
 
 
-class Embeddings(nn.Module):
-    """Tokens, positions and, in BERT, the first token type, normalised."""
+class Layer(nn.Module):
+    """Post-LayerNorm block: x = LN(x + attention(x)), then x = LN(x + MLP(x)); parts carry the names of checkpoints."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        width = config.hidden_size
-        self.first = config.first_position
-        self.word_embeddings = nn.Embedding(config.vocab_size, width)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = None if config.mpnet else nn.Embedding(config.type_vocab_size, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-
-    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """ids (B, T), padded at the end; positions (B, T), left out where they count from 0 -> (B, T, D)."""
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.word_embeddings(ids) + self.position_embeddings(self.first + positions)
-        if self.token_type_embeddings is not None:
-            x = x + self.token_type_embeddings.weight[0]
-        return self.LayerNorm(x)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention, (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.heads = config.num_attention_heads
+        self.attention = nn.ModuleDict({
+            "attn": nn.ModuleDict({name: nn.Linear(width, width) for name in "qkvo"}),
+            "LayerNorm": nn.LayerNorm(width, eps=eps)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(inner, width), "LayerNorm": nn.LayerNorm(width, eps=eps)})
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, T, D); mask: bool or added to the scores, broadcast to (B, H, T, T)."""
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        attn = self.attention.attn
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (attn.q, attn.k, attn.v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, d)
-        return self.o(y.transpose(1, 2).flatten(2))
-
-
-class Attention(nn.Module):
-    """Self-attention, the residual and its LayerNorm."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.attn = SelfAttention(config.hidden_size, config.num_attention_heads)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self.LayerNorm(x + self.attn(x, mask))
-
-
-class Dense(nn.Module):
-    """A linear layer under the name that checkpoints use; `norm` adds the LayerNorm that follows the residual."""
-
-    def __init__(self, inputs: int, outputs: int, eps: float | None = None):
-        super().__init__()
-        self.dense = nn.Linear(inputs, outputs)
-        if eps is not None:
-            self.LayerNorm = nn.LayerNorm(outputs, eps=eps)
-
-
-class Layer(nn.Module):
-    """Post-LayerNorm block: x = LN(x + attention(x)), then x = LN(x + MLP(x))."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.attention = Attention(config)
-        self.intermediate = Dense(config.hidden_size, config.intermediate_size)
-        self.output = Dense(config.intermediate_size, config.hidden_size, config.layer_norm_eps)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.attention(x, mask)
+        x = self.attention.LayerNorm(x + attn.o(y.transpose(1, 2).flatten(2)))
         return self.output.LayerNorm(x + self.output.dense(F.gelu(self.intermediate.dense(x))))
-
-
-class Encoder(nn.Module):
-    """The blocks, and MPNet's bias by relative position."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.relative_attention_bias = None
-        if config.mpnet:
-            buckets = config.relative_attention_num_buckets
-            self.relative_attention_bias = nn.Embedding(buckets, config.num_attention_heads)
-
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        """x (B, T, D); visible (B, T) bool, False at padding, or (B, T, T), what each token may attend to."""
-        mask = visible[:, None, None] if visible.dim() == 2 else visible[:, None]  # (B, 1, 1 or T, T)
-        if self.relative_attention_bias is not None:
-            place = torch.arange(x.shape[1], device=x.device)
-            table = self.relative_attention_bias.weight  # (buckets, H)
-            bias = table[relative_bucket(place - place[:, None], len(table))].permute(2, 0, 1)  # (H, T, T)
-            mask = bias[None].masked_fill(~mask, float("-inf"))  # (B, H, T, T)
-        elif visible.all():
-            mask = None
-        for layer in self.layer:
-            x = layer(x, mask)
-        return x
 
 
 def relative_bucket(distance: Tensor, buckets: int) -> Tensor:
@@ -201,13 +129,45 @@ class Bert(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.config = config
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.config, width = config, config.hidden_size
+        self.embeddings = nn.ModuleDict({
+            "word_embeddings": nn.Embedding(config.vocab_size, width),
+            "position_embeddings": nn.Embedding(config.max_position_embeddings, width),
+            "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps)})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        if config.mpnet:
+            self.encoder["relative_attention_bias"] = nn.Embedding(
+                config.relative_attention_num_buckets, config.num_attention_heads)
+        else:
+            self.embeddings["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, width)
 
     def forward(self, ids: Tensor, visible: Tensor, positions: Tensor | None = None) -> Tensor:
-        """visible: (B, T) or (B, T, T) bool; positions: (B, T), left out where they count from 0."""
-        return self.encoder(self.embeddings(ids, positions), visible)
+        """ids (B, T), padded at the end.
+
+        visible: (B, T) bool, False at padding, or (B, T, T), what each token may attend to.
+        positions: (B, T), left out where they count from 0.
+        """
+        x, mask = self.embed(ids, positions), self.attention_mask(visible)
+        for layer in self.encoder.layer:
+            x = layer(x, mask)
+        return x
+
+    def embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """Tokens, positions and, in BERT, the first token type, normalised: (B, T) -> (B, T, D)."""
+        table = self.embeddings
+        positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+        x = table.word_embeddings(ids) + table.position_embeddings(self.config.first_position + positions)
+        return table.LayerNorm(x if self.config.mpnet else x + table.token_type_embeddings.weight[0])
+
+    def attention_mask(self, visible: Tensor) -> Tensor | None:
+        """Which keys count, with MPNet's bias by relative position: what `Layer` takes."""
+        mask = visible[:, None, None] if visible.dim() == 2 else visible[:, None]  # (B, 1, 1 or T, T)
+        if not self.config.mpnet:
+            return None if visible.all() else mask
+        place = torch.arange(visible.shape[-1], device=visible.device)
+        table = self.encoder.relative_attention_bias.weight  # (buckets, H)
+        bias = table[relative_bucket(place - place[:, None], len(table))].permute(2, 0, 1)  # (H, T, T)
+        return bias[None].masked_fill(~mask, float("-inf"))  # (B, H, T, T)
 
 
 def canonical(name: str) -> str:

@@ -45,7 +45,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +60,14 @@ from data.inpaint import Fill, dilate, fill
 from data.mentions import find, load_entities
 from data.processor import ClipProcessor
 from data.scenes import objects_present, parse_reference, reference
-from data.sentences import sentences
+from judges.clip import embed_sentences
+from judges.scene import synonyms as chair_words
 from metrics import chair
 from model.clip import CLIP
-from retrieval.embed import embed_images, embed_texts
+from retrieval.embed import embed_images
 
 Candidates = Callable[[dict], list[tuple[str, str]]]
+object_words = cache(load_entities)
 
 
 def scene_candidates(record: dict) -> list[tuple[str, str]]:
@@ -78,39 +80,35 @@ def scene_candidates(record: dict) -> list[tuple[str, str]]:
             for category in sorted(objects_present(scene, without))]
 
 
-def photo_candidates(detect: Detect, folder: Path, *, fill: Fill = fill, dilation: int = 15,
-                     max_area: float = 0.8, instances: str = "all", root: Path | None = None) -> Candidates:
+def photo_candidates(detect: Detect, folder: Path, *, fill: Fill = fill, root: Path | None = None,
+                     **options) -> Candidates:
     """A `candidates` for images that cannot be drawn again: find each class, cut it out, fill the hole.
 
     Args:
-        detect: (reference, image) -> detections.
         folder: where the filled images are written, one PNG file for each image and class.
-        fill: (pixels, hole) -> pixels.
-        dilation: reconstructed: side of the square by which masks grow, so that no rim of the object stays.
-        max_area: reconstructed: classes whose holes take a larger share of the image are passed over.
-        instances: "all" objects of a class, or the "best": that of the highest score.
         root: folder that relative file paths start from, also those of the filled images.
+        options: of `removable`.
     """
-    known: dict[str, list[tuple[str, str]]] = {}  # images repeat
 
-    def candidates(record: dict) -> list[tuple[str, str]]:
-        reference = record["image"]
-        if reference not in known:
-            image = open_image(reference, root)
-            pixels = to_pixels(image)  # (3, H, W)
-            holes = removable(detect(reference, image), dilation=dilation, max_area=max_area,
-                              instances=instances)
-            known[reference] = [
-                (label, store(to_image(fill(pixels, hole)), folder, f"{reference} without {label}", root))
-                for label, hole in holes]
-        return known[reference]
+    @cache  # images repeat
+    def without_objects(reference: str) -> list[tuple[str, str]]:
+        image = open_image(reference, root)
+        pixels = to_pixels(image)  # (3, H, W)
+        return [(label, store(to_image(fill(pixels, hole)), folder, f"{reference} without {label}", root))
+                for label, hole in removable(detect(reference, image), **options)]
 
-    return candidates
+    return lambda record: without_objects(record["image"])
 
 
 def removable(detections: list[Detection], *, dilation: int = 15, max_area: float = 0.8,
               instances: str = "all") -> list[tuple[str, Tensor]]:
-    """One hole for each class: (class, (H, W) bool), classes in alphabetical order."""
+    """One hole for each class: (class, (H, W) bool), classes in alphabetical order.
+
+    Args:
+        dilation: reconstructed: side of the square by which masks grow, so that no rim of the object stays.
+        max_area: reconstructed: classes whose holes take a larger share of the image are passed over.
+        instances: "all" objects of a class, or the "best": that of the highest score.
+    """
     if instances not in ("all", "best"):
         raise BadInput(f"instances {instances!r}: want 'all' or 'best'")
     masks: dict[str, Tensor] = {}
@@ -123,15 +121,10 @@ def removable(detections: list[Detection], *, dilation: int = 15, max_area: floa
     return [(label, hole) for label, hole in holes if hole.float().mean() <= max_area]
 
 
-@lru_cache(maxsize=1)
-def _words() -> tuple[dict[str, str], dict[str, str]]:
-    return chair.load_synonyms(), load_entities()
-
-
 def mentions_of(text: str, labels: list[str]) -> list[bool]:
     """Which classes a text mentions: by CHAIR's words for COCO's, by those of data/entities.txt, or, of a class that
     neither knows, by its own name."""
-    synonyms, entities = _words()
+    synonyms, entities = chair_words(), object_words()
     said = {name for _, name in chair.mentions(text, synonyms)}
     said |= {entities[word] for word, *_ in find(text, entities)}
     result = []
@@ -152,34 +145,26 @@ def adavip_pairs(pairs: list[dict], clip: CLIP, clip_processor: ClipProcessor,
                  models: dict | None = None, *, any_object: bool = False) -> tuple[list[dict], Counter]:
     """Add a rejected image to text pairs.
 
-    Args:
-        candidates: gives the images that lack one object each.
-        root: folder that relative file paths start from.
-        models: names of the models in use, for `source`.
-
-    Returns (pair records with `rejected_image`, how many were dropped for which reason). All candidates are
-    listed with their scores in `source`, so that each choice can be checked.
+    All candidates are listed with their scores in `source`, so that each choice can be checked.
     """
     options = [candidates(pair) for pair in pairs]
-    said = [sentences(pair["chosen"]) for pair in pairs]
-    # One pass of each tower for the whole chunk; `split` hands every pair its own rows again.
+    # One pass of each tower for the whole chunk, then each pair has its own rows again.
     images = embed_images([image for option in options for _, image in option], clip, clip_processor,
                           batch_size=batch_size, root=root)
-    texts = embed_texts([sentence for lines in said for sentence in lines], clip, clip_processor)
+    images = np.split(images, np.cumsum([len(option) for option in options]))[:-1]
+    texts = embed_sentences([pair["chosen"] for pair in pairs], clip, clip_processor)
     made, dropped = [], Counter()
-    for pair, option, lines in zip(pairs, options, said):
-        own, images = np.split(images, [len(option)])
-        about, texts = np.split(texts, [len(lines)])
+    for pair, option, own, about in zip(pairs, options, images, texts):
         if not option:
             dropped["nothing to remove"] += 1
             continue
         scores = candidate_scores(own, about)
-        mentioned = np.array(mentions_of(pair["chosen"], [label for label, _ in option]))
-        allowed = mentioned | any_object
+        mentioned = mentions_of(pair["chosen"], [label for label, _ in option])
+        allowed = np.array(mentioned) | any_object
         if not allowed.any():
             dropped["no removed object is mentioned in the chosen answer"] += 1
             continue
-        listing = [{"removed": label, "image": image, "score": round(float(score), 4), "mentioned": bool(is_said)}
+        listing = [{"removed": label, "image": image, "score": round(float(score), 4), "mentioned": is_said}
                    for (label, image), score, is_said in zip(option, scores, mentioned)]
         made.append({**pair, "rejected_image": option[int(np.where(allowed, scores, np.inf).argmin())][1],
                      "source": {"method": "adavip", **(models or {}), "text": pair.get("source"),

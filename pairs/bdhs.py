@@ -67,6 +67,7 @@ from data.corrupt import add_noise, sample_seed
 from data.images import open_image
 from data.processor import Processor
 from data.sentences import sentence_end, split_sentences
+from judges.clip import Similarity
 from model.generate import generate
 from model.llava import Llava
 
@@ -93,8 +94,7 @@ class Attempt(NamedTuple):
     seed: int  # of mask, noise and sampling
 
 
-Complete = Callable[[list[Attempt]], list[str | None]]
-Similarity = Callable[[list[str], list[str]], list[float]]
+Complete = Callable[[list[Attempt]], list[str | None]]  # None: not finished
 Noise = Callable[[Image.Image, int], Image.Image]
 
 
@@ -132,18 +132,13 @@ def close(sentence: str, original: str) -> str:
     return sentence
 
 
-class Writing(NamedTuple):
-    """A cut in tokens, and how to read what the model adds to it."""
+class Writing:
+    """A cut in tokens (none: a free answer), and how to read what the model adds to it."""
 
-    processor: Processor
-    cut: Cut | None  # None: a free answer
-    start: list[int]  # tokens of the answer's beginning
-
-    @classmethod
-    def of(cls, processor: Processor, cut: Cut | None) -> Writing:
+    def __init__(self, processor: Processor, cut: Cut | None):
         """The beginning is encoded as one string, without EOS or a space at its end."""
-        opening = (cut.before + cut.first).rstrip(" ") if cut else ""
-        return cls(processor, cut, processor.opening(opening))
+        self.processor, self.cut = processor, cut
+        self.start = processor.opening((cut.before + cut.first).rstrip(" ") if cut else "")
 
     def read(self, new: list[int], whole: bool) -> str | None:
         """The finished sentence (or free answer), None if it is not finished; `whole`: EOS has come."""
@@ -162,47 +157,46 @@ def complete(attempts: list[Attempt], model: Llava, processor: Processor, *, noi
 
     Args:
         noise: (image, seed) -> image, applied at the image's own resolution, drawn again in every attempt.
-        max_new_tokens: of a sentence, and of a free response.
-        temperature, top_p: reconstructed.
         batch_size: attempts at a time; the texts do not depend on it.
-        root: folder that relative file paths start from.
 
     An attempt for which the decoder's window has no room is not finished: None.
     """
     texts, training = [], model.training
     model.eval()
     for start in range(0, len(attempts), batch_size):
-        texts += _write(attempts[start : start + batch_size], model, processor, noise, root,
-                        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        texts += _write(attempts[start : start + batch_size], model, processor, noise, root, max_new_tokens,
+                        temperature=temperature, top_p=top_p)
     model.train(training)
     return texts
 
 
-def _write(attempts: list[Attempt], model: Llava, processor: Processor, noise: Noise | None, root: Path | None, *,
-           max_new_tokens: int, temperature: float, top_p: float) -> list[str | None]:
+def _write(attempts: list[Attempt], model: Llava, processor: Processor, noise: Noise | None, root: Path | None,
+           max_new_tokens: int, **sampling: float) -> list[str | None]:
     """One batch of attempts."""
-    streams = [np.random.default_rng(attempt.seed) for attempt in attempts]
-    seeds = [int(stream.integers(2**62)) for stream in streams]
-    views = [processor.image(a.image, root) if noise is None
-             else processor.view(noise(open_image(a.image, root), seed)) for a, seed in zip(attempts, seeds)]
-    prompts = [processor.prompt(a.prompt, len(view.rows)) for a, view in zip(attempts, views)]
-    writings = [[Writing.of(processor, cut) for cut in a.cuts or [None]] for a in attempts]
-    hidden = [draw_mask(ids, processor.image_id, a.rho_th, stream)
-              for ids, a, stream in zip(prompts, attempts, streams)]
-    longest = [len(ids) + max(len(w.start) for w in group) for ids, group in zip(prompts, writings)]
-    fits = [row for row, length in enumerate(longest) if length + max_new_tokens <= processor.window]
-    questions = [processor.question(attempts[row].prompt) for row in fits]
-    views, prompts, hidden, seeds, kept = ([x[row] for row in fits]
-                                           for x in (views, prompts, hidden, seeds, writings))
+    asked = []
+    for row, attempt in enumerate(attempts):
+        rng = np.random.default_rng(attempt.seed)
+        seed = int(rng.integers(2**62))
+        view = processor.image(attempt.image, root) if noise is None \
+            else processor.view(noise(open_image(attempt.image, root), seed))
+        prompt = processor.prompt(attempt.prompt, len(view.rows))
+        group = [Writing(processor, cut) for cut in attempt.cuts or [None]]
+        if len(prompt) + max(len(writing.start) for writing in group) + max_new_tokens <= processor.window:
+            hidden = draw_mask(prompt, processor.image_id, attempt.rho_th, rng)
+            asked.append((row, view, prompt, processor.question(attempt.prompt), hidden, seed, group))
+    texts: list[str | None] = [None] * len(attempts)
+    if not asked:
+        return texts
+    rows, views, prompts, questions, hidden, seeds, groups = map(list, zip(*asked))
     out = generate(model, views, prompts, eos_id=processor.eos_id, questions=questions, hidden=hidden,
-                   starts=[[writing.start for writing in group] for group in kept],
-                   stop=lambda i, j, new: kept[i][j].read(new, whole=False) is not None,
-                   max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                   seeds=seeds) if fits else []
-    # `stop` ends a sentence before the limit; what it let go on and is still shorter than the limit, EOS has ended.
-    read = {row: [w.read(new, whole=len(new) < max_new_tokens) for w, new in zip(writings[row], group)]
-            for row, group in zip(fits, out)}
-    return [assemble(a.cuts, read[row]) if row in read else None for row, a in enumerate(attempts)]
+                   starts=[[writing.start for writing in group] for group in groups],
+                   stop=lambda i, j, new: groups[i][j].read(new, whole=False) is not None,
+                   max_new_tokens=max_new_tokens, seeds=seeds, **sampling)
+    for row, group, written in zip(rows, groups, out):
+        # `stop` ends a sentence before the limit; what it let go on and is still shorter than the limit, EOS has ended.
+        read = [writing.read(new, whole=len(new) < max_new_tokens) for writing, new in zip(group, written)]
+        texts[row] = assemble(attempts[row].cuts, read)
+    return texts
 
 
 def draw_mask(prompt: list[int], image_id: int, rho_th: float, rng: np.random.Generator) -> Tensor:
@@ -225,20 +219,10 @@ def bdhs_pairs(answered: list[dict], model: Llava, processor: Processor, similar
                eps_s: float = 0.97, noise: bool = False, noise_step: int = 500,
                overflow: Literal["clamp", "wrap"] = "clamp", temperature: float = 1.0, max_new_tokens: int = 96,
                seed: int = 0) -> tuple[list[dict], Counter]:
-    """BDHS pairs of records with a chosen response.
-
-    Args:
-        answered: `id`, `image`, `prompt`, `chosen`.
-        similarity: two lists of texts -> cosines.
-        source: what the pair records say about their origin.
-
-    Returns (pair records, how many were dropped for which reason).
-    """
-    def noisy(image: Image.Image, seed: int) -> Image.Image:
-        return add_noise(image, noise_step, seed, overflow)
-
-    write = partial(complete, model=model, processor=processor, noise=noisy if noise else None,
-                    max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size, root=root)
+    """BDHS pairs of records with a chosen response."""
+    noisy = (lambda image, seed: add_noise(image, noise_step, seed, overflow)) if noise else None
+    write = partial(complete, model=model, processor=processor, noise=noisy, max_new_tokens=max_new_tokens,
+                    temperature=temperature, batch_size=batch_size, root=root)
     origin = {"noise_step": noise_step, "overflow": overflow} if noise else {}
     return algorithm_1(answered, write, similarity, rho_th=0.0 if noise else rho_th, iterations=iterations,
                        eps_s=eps_s, seed=seed, source={**(source or {}), **origin})
@@ -247,28 +231,21 @@ def bdhs_pairs(answered: list[dict], model: Llava, processor: Processor, similar
 def algorithm_1(answered: list[dict], complete: Complete, similarity: Similarity, *, rho_th: float = 0.99,
                 iterations: int = 5, eps_s: float = 0.97, swap: float = 0.5, seed: int = 0,
                 source: dict | None = None) -> tuple[list[dict], Counter]:
-    """Steps 2 and 4, and the loop around them: (pair records, how many were dropped for which reason).
-
-    Args:
-        complete: attempts -> texts, None for one that is not finished.
-
-    Raises BadInput on settings out of range.
-    """
+    """Steps 2 and 4, and the loop around them. Raises BadInput on settings out of range."""
     if not 0 <= rho_th <= 1 or iterations < 1:
         raise BadInput(f"rho_th {rho_th} and {iterations} iterations: need 0 <= rho_th <= 1 and at least one")
     made: dict[int, dict] = {}
     waiting = [row for row, record in enumerate(answered) if record["chosen"].strip()]
     dropped = Counter({"nothing chosen": len(answered) - len(waiting)})
     for i in range(1, iterations + 1):
-        last = i == iterations
-        attempts = [_attempt(answered[row], i, last and i > 1, rho_th, swap, seed) for row in waiting]
-        texts = complete(attempts)
+        last, free = i == iterations, 1 < i == iterations
+        texts = complete([_attempt(answered[row], i, free, rho_th, swap, seed) for row in waiting])
         failures = [_failure(answered[row], text) for row, text in zip(waiting, texts)]
         usable = [(row, text) for row, text, failure in zip(waiting, texts, failures) if not failure]
         similarities = similarity([answered[row]["chosen"].strip() for row, _ in usable], [text for _, text in usable])
         for (row, text), score in zip(usable, similarities):
             if last or score < eps_s:
-                origin = {"seed": seed, "rho": rho_th, "iteration": i, "guided": not (last and i > 1),
+                origin = {"seed": seed, "rho": rho_th, "iteration": i, "guided": not free,
                           "similarity": round(float(score), 4)}
                 made[row] = _pair(answered[row], text, {**(source or {}), **origin})
         if last:

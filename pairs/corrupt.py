@@ -69,14 +69,7 @@ Writer = Callable[[list[dict]], list[Corruption]]
 
 
 def corrupt_pairs(answered: list[dict], writer: Writer, source: dict | None = None) -> tuple[list[dict], Counter]:
-    """Pairs of the chosen response and its corruption.
-
-    Args:
-        answered: `id`, `image`, `prompt`, `chosen`.
-        source: what the pair records say about their origin (model, seed, writer, ...).
-
-    Returns (pair records, how many records were dropped for which reason).
-    """
+    """Pairs of the chosen response and its corruption."""
     made, dropped = [], Counter()
     for record, (text, how) in zip(answered, writer(answered), strict=True):
         if not text or text.strip() == record["chosen"].strip():
@@ -98,12 +91,10 @@ def model_corrupt(model: Model, *, longest: float = 2.0) -> Writer:
     """
 
     def corrupt(records: list[dict]) -> list[Corruption]:
-        requests = [Request(record["image"], CORRUPT_PROMPT.format(question=record["prompt"],
-                                                                   answer=record["chosen"]))
-                    for record in records]
-        return [Corruption("", reply.problem) if reply.problem
-                else _clean(reply.text, record["chosen"], longest)
-                for record, reply in zip(records, model.ask(requests), strict=True)]
+        asked = [CORRUPT_PROMPT.format(question=record["prompt"], answer=record["chosen"]) for record in records]
+        replies = model.ask([Request(record["image"], text) for record, text in zip(records, asked)])
+        return [Corruption("", reply.problem) if reply.problem else _clean(reply.text, record["chosen"], longest)
+                for record, reply in zip(records, replies, strict=True)]
 
     return corrupt
 
@@ -122,11 +113,7 @@ def _clean(text: str, chosen: str, longest: float) -> Corruption:
 
 def scene_corrupt(seed: int = 0) -> Writer:
     """Rules for answers about scenes. BadInput (from the call) when an image is no scene."""
-
-    def corrupt(records: list[dict]) -> list[Corruption]:
-        return [_corrupt_scene(record, seed) for record in records]
-
-    return corrupt
+    return lambda records: [_corrupt_scene(record, seed) for record in records]
 
 
 def _corrupt_scene(record: dict, seed: int) -> Corruption:
@@ -137,8 +124,7 @@ def _corrupt_scene(record: dict, seed: int) -> Corruption:
     rng = random.Random(f"{seed}:{record['id']}")
     kinds = {"object": _exchange_object, "count": _change_count, "position": _change_position}
     for how in sorted(kinds, key=lambda _: rng.random()):
-        text = kinds[how](record["chosen"], scene, without, rng)
-        if text:
+        if text := kinds[how](record["chosen"], scene, without, rng):
             return Corruption(text, how)
     return Corruption("", "nothing to corrupt")
 
@@ -147,13 +133,12 @@ def _exchange_object(text: str, scene: Scene, without: tuple[str, ...], rng: ran
     """ "a dog" -> "a frisbee": one that the image shows becomes an absent one, which the text does not name."""
     shown = objects_present(scene, without)
     table = {name: weight for name, weight in PLACES[scene.place].items()
-             if name not in shown
-             and not any(re.search(rf"\b{word}", text, flags=re.I) for word in WORDS[name])}
+             if name not in shown and not any(re.search(rf"\b{word}", text, flags=re.I) for word in WORDS[name])}
     found = [match for match in _counted(text) if NAMES[match.group(3).lower()] in shown]
     if not table or not found:
         return ""
     match, name = pick(rng, found), pick(rng, tuple(table), tuple(table.values()))
-    number, size = match.group(1), match.group(2)
+    number, size, _ = match.groups()
     if number.lower() in ("a", "an"):
         number = number[0] + ("n" if (size or name)[0] in "aeiou" else "")
     name = name if number.lower() in ("a", "an", "one") else plural(name)

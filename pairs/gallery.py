@@ -10,8 +10,6 @@ Content-Security-Policy forbids to load anything. Whatever a record says is esca
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import re
 import sys
@@ -27,7 +25,7 @@ from PIL import Image
 
 from common import BadInput, written_whole
 from data.detect import Detection, box_of, overview
-from data.images import open_image
+from data.images import data_url, open_image
 from data.records import read_pairs
 
 COMPARED = 10**7  # words times words: a second or so
@@ -63,15 +61,8 @@ HEAD = """<!DOCTYPE html>
 
 def write_gallery(path: Path | str, pairs: list[dict], *, root: Path | str | None = None,
                   title: str = "Pairs", limit: int = 200, side: int = 240) -> None:
-    """Write the page, whole or not at all.
-
-    Args:
-        pairs: pair records; with more than `limit`, so many of them, evenly spaced.
-        root: folder that relative paths of images start from.
-        side: longest side of a shown image in pixels.
-
-    Raises BadInput naming an image that cannot be opened.
-    """
+    """Write the page, whole or not at all, with up to `limit` of the pairs, evenly spaced; images are up to `side`
+    pixels long. Raises BadInput naming an image that cannot be opened."""
     count = min(limit, len(pairs))
     shown = [pairs[i * len(pairs) // count] for i in range(count)]
     note = f"{len(pairs)} pairs" + (f", {count} of them shown, evenly spaced" if count < len(pairs) else "")
@@ -93,11 +84,8 @@ def marked(chosen: str, rejected: str) -> tuple[str, str]:
     sides: tuple[list[str], list[str]] = ([], [])
     for kind, a, b, c, d in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
         for side, tag, words in ((sides[0], "ins", left[a:b]), (sides[1], "del", right[c:d])):
-            text = "".join(words)
-            inner = escape(text.strip())
-            side.append(escape(text) if kind == "equal" or not inner else
-                        escape(text[: len(text) - len(text.lstrip())]) + f"<{tag}>{inner}</{tag}>"
-                        + escape(text[len(text.rstrip()) :]))
+            text = escape("".join(words))  # white space at its ends stays outside the mark
+            side.append(text if kind == "equal" else re.sub(r"\S(.*\S)?", rf"<{tag}>\g<0></{tag}>", text, flags=re.S))
     return "".join(sides[0]), "".join(sides[1])
 
 
@@ -121,9 +109,7 @@ def thumbnail(image: Image.Image, side: int) -> tuple[str, int, int]:
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
     image.thumbnail((2 * side, 2 * side))  # twice as fine, for fine screens
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), width, height
+    return data_url(image, "JPEG", quality=85), width, height
 
 
 def _section(pair: dict, thumb, root: Path | str | None, side: int) -> str:
@@ -149,8 +135,7 @@ def _source(source: dict) -> str:
     """Plain values in one line, everything in a fold."""
     if not source:
         return ""
-    plain = " · ".join(f"{key} {value}" for key, value in source.items()
-                       if isinstance(value, str | int | float) and not isinstance(value, bool))
+    plain = " · ".join(f"{key} {value}" for key, value in source.items() if type(value) in (str, int, float))
     whole = json.dumps(source, indent=1, ensure_ascii=False)
     return (f'<details class="note"><summary>{escape(plain) or "source"}</summary>'
             f'<pre>{escape(whole)}</pre></details>')
@@ -162,8 +147,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path, metavar="PAIRS.jsonl")
     parser.add_argument("page", type=Path, nargs="?", metavar="PAGE.html", help="(default: next to the pairs)")
-    parser.add_argument("--limit", type=int, default=200, metavar="N",
-                        help="pairs to show (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=200, metavar="N", help="pairs to show (default: %(default)s)")
     arguments = parser.parse_args()
     page = arguments.page or arguments.pairs.with_suffix(".html")
     try:

@@ -28,19 +28,11 @@ SCALE, RATIO = (0.01, 0.2), (3 / 4, 4 / 3)  # bounds of the share of the area, a
 
 def crop_pairs(pairs: list[dict], folder: Path, root: Path | None = None, models: dict | None = None, *,
                seed: int = 0) -> tuple[list[dict], Counter]:
-    """Add a crop as rejected image to text pairs.
-
-    Args:
-        root: folder that relative file paths start from, also those of the crops.
-        models: names of the models in use, for `source`.
-
-    Returns (pair records, nothing that was dropped).
-    """
+    """Add a crop as rejected image to text pairs; none is dropped."""
     made = []
     for pair in pairs:
         pixels = to_pixels(open_image(pair["image"], root))  # (3, H, W)
         image = to_image(crop(pixels, sample_seed(pair["id"], seed), SCALE, RATIO))
-        origin = {"method": "mdpo", **(models or {}), "seed": seed, "text": pair.get("source")}
         made.append({**pair, "rejected_image": store(image, folder, f"{pair['id']}.crop", root),
-                     "source": origin})
+                     "source": {"method": "mdpo", **(models or {}), "seed": seed, "text": pair.get("source")}})
     return made, Counter()

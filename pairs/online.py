@@ -52,8 +52,7 @@ def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[
     """
     training = model.training
     model.eval()
-    views = {record["image"]: None for record in records}
-    views = {reference: processor.image(reference, root) for reference in views}
+    views = {image: processor.image(image, root) for image in dict.fromkeys(record["image"] for record in records)}
     groups = generate(
         model, list(views.values()),
         [processor.prompt(record["prompt"], len(views[record["image"]].rows)) for record in records],
@@ -71,15 +70,15 @@ def ranked_pairs(records: list[dict], seeds: list[int], model: Llava, processor:
     """Online and mixed DPO: for each record a pair to train on now. Raises BadInput on `samples` below 2."""
     if samples < 2 or not 0 <= offline <= 1:
         raise BadInput(f"{samples} samples and a share {offline} of given pairs: need at least 2, and 0 to 1")
-    given = [random.Random(f"{seed}/alpha").random() < offline for seed in seeds]  # alpha of Eq. 4
-    online = [i for i, alpha in enumerate(given) if not alpha]
+    online = [i for i, seed in enumerate(seeds) if random.Random(f"{seed}/alpha").random() >= offline]  # alpha is 0
     result = [{**record, "weight": 1.0} for record in records]
+    if not online:
+        return result
     drawn = [records[i] for i in online]
     answers = sample(model, processor, drawn, [seeds[i] for i in online], root, samples=samples,
-                     temperature=temperature, max_new_tokens=max_new_tokens) if drawn else []
-    ended = [[ids[-1] == processor.eos_id for ids in group] for group in answers]
-    texts = [[processor.decode(ids) if done else "" for ids, done in zip(*pair)] for pair in zip(answers, ended)]
-    for i, ids, said, judged in zip(online, answers, texts, judge(drawn, texts) if drawn else [], strict=True):
+                     temperature=temperature, max_new_tokens=max_new_tokens)
+    texts = [[processor.decode(ids) if ids[-1] == processor.eos_id else "" for ids in group] for group in answers]
+    for i, ids, said, judged in zip(online, answers, texts, judge(drawn, texts), strict=True):
         ranking = order(said, judged) if judged else []
         useful = len(ranking) > 1 and judged[ranking[0]].key < judged[ranking[-1]].key \
             and said[ranking[0]] != said[ranking[-1]]

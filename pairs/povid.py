@@ -34,19 +34,11 @@ from data.images import open_image
 def noise_pairs(pairs: list[dict], folder: Path, root: Path | None = None, models: dict | None = None, *,
                 noise_step: int = 500, overflow: Literal["clamp", "wrap"] = "clamp",
                 seed: int = 0) -> tuple[list[dict], Counter]:
-    """Add a noisy image as rejected image to text pairs.
-
-    Args:
-        root: folder that relative file paths start from, also those of the noisy images.
-        models: names of the models in use, for `source`.
-
-    Returns (pair records, nothing that was dropped).
-    """
+    """Add a noisy image as rejected image to text pairs; none is dropped."""
     made = []
     for pair in pairs:
         noisy = add_noise(open_image(pair["image"], root), noise_step, sample_seed(pair["id"], seed), overflow)
-        origin = {"method": "povid", **(models or {}), "step": noise_step, "overflow": overflow, "seed": seed,
-                  "text": pair.get("source")}
         made.append({**pair, "rejected_image": store(noisy, folder, f"{pair['id']}.noise", root),
-                     "source": origin})
+                     "source": {"method": "povid", **(models or {}), "step": noise_step, "overflow": overflow,
+                                "seed": seed, "text": pair.get("source")}})
     return made, Counter()

@@ -13,16 +13,11 @@ the order of the records. The number of processes may change between start and c
 
 That the result is the same holds if `work` treats each record on its own: its random numbers must come from
 the record (its id or its row in the whole list), never from its place in the chunk.
-
-    found = in_chunks(ids, work, out, settings, rank=rank, world=world, barrier=torch.distributed.barrier)
-    if rank == 0:
-        made, dropped = found
-        write_jsonl(out, made)
-        forget(out)
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections import Counter
@@ -44,8 +39,7 @@ def in_chunks(ids: list[str], work: Work, out: Path | None, settings: dict, *, c
 
     Args:
         ids: unique ids of all records, in order; the same in all processes.
-        work: rows of `ids` -> (records made, each with one of these ids; how many were dropped for which
-            reason).
+        work: rows of `ids` -> (records made, each with one of these ids; how many were dropped for which reason).
         out: the file that will hold the result; the part files lie next to it. None: nothing is kept.
         settings: everything the result depends on, as JSON; part files with other settings are refused.
         chunk: rows for one call of `work`; an interruption loses one chunk of each process.
@@ -56,32 +50,29 @@ def in_chunks(ids: list[str], work: Work, out: Path | None, settings: dict, *, c
     """
     if len(set(ids)) != len(ids):
         raise ValueError("ids are not unique")
+
+    def results(rows: Sequence[int]) -> Iterator[dict]:
+        with tqdm(total=len(rows), desc=progress, disable=None if progress and not rank else True) as bar:
+            for start in range(0, len(rows), chunk):
+                some = list(rows[start : start + chunk])
+                made, dropped = work(some)
+                yield {"ids": [ids[row] for row in some], "made": made, "dropped": dict(dropped)}
+                bar.update(len(some))
+
     if out is None:
-        lines = [_line(ids, rows, work) for rows in _chunks(range(len(ids)), chunk, progress)]
-        return _merge(ids, lines)
+        return _merge(ids, list(results(range(len(ids)))))
     out.parent.mkdir(parents=True, exist_ok=True)
     header = json.dumps({"settings": settings, "records": len(ids)}, sort_keys=True)
     done = {name for part in parts(out) for line in _lines(part, header) for name in line["ids"]}
     barrier()  # all have read before any writes
     rows = [row for row in range(rank, len(ids), world) if ids[row] not in done]
-    with _open(_part(out, rank), header) as file:
-        for some in _chunks(rows, chunk, "" if rank else progress):
-            _append(file, _line(ids, some, work))
+    with _open(out.with_name(f"{out.name}.part-{rank}"), header) as file:
+        for line in results(rows):
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
     barrier()
     return None if rank else _merge(ids, [line for part in parts(out) for line in _lines(part, header)])
-
-
-def _chunks(rows: Sequence[int], size: int, progress: str) -> Iterator[list[int]]:
-    with tqdm(total=len(rows), desc=progress, disable=None if progress else True) as bar:
-        for start in range(0, len(rows), size):
-            some = list(rows[start : start + size])
-            yield some
-            bar.update(len(some))
-
-
-def _line(ids: list[str], rows: list[int], work: Work) -> dict:
-    made, dropped = work(rows)
-    return {"ids": [ids[row] for row in rows], "made": made, "dropped": dict(dropped)}
 
 
 def readable(records: list[dict], work: Callable[[list[dict]], object], root: Path | None,
@@ -103,15 +94,13 @@ def readable(records: list[dict], work: Callable[[list[dict]], object], root: Pa
 
 def _damaged(records: list[dict], root: Path | None) -> list[BadRecord]:
     """The records whose image cannot be decoded; each distinct image is decoded once."""
-    verdicts: dict[str, str] = {}
-    for record in records:
-        if record["image"] not in verdicts:
-            try:
-                check_image(record, root)
-                verdicts[record["image"]] = ""
-            except BadRecord as error:
-                verdicts[record["image"]] = error.reason
-    return [BadRecord(record["id"], verdicts[record["image"]]) for record in records if verdicts[record["image"]]]
+    reasons: dict[str, str] = {}
+    for record in {record["image"]: record for record in records}.values():
+        try:
+            check_image(record, root)
+        except BadRecord as error:
+            reasons[record["image"]] = error.reason
+    return [BadRecord(record["id"], reasons[record["image"]]) for record in records if record["image"] in reasons]
 
 
 def forget(out: Path) -> None:
@@ -120,16 +109,10 @@ def forget(out: Path) -> None:
         part.unlink()
 
 
-def _part(out: Path, rank: int) -> Path:
-    return out.with_name(f"{out.name}.part-{rank}")
-
-
 def parts(out: Path) -> list[Path]:
     """The part files of an interrupted run."""
-    if not out.parent.is_dir():
-        return []
-    return sorted(path for path in out.parent.iterdir()
-                  if path.name.startswith(f"{out.name}.part-") and path.name.rpartition("-")[2].isdigit())
+    found = out.parent.glob(f"{glob.escape(out.name)}.part-*")
+    return sorted(path for path in found if path.name.rpartition("-")[2].isdigit())
 
 
 def _lines(part: Path, header: str) -> list[dict]:
@@ -152,12 +135,6 @@ def _open(part: Path, header: str):
     if not end:
         file.write(header.encode() + b"\n")
     return file
-
-
-def _append(file, row: dict) -> None:
-    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _merge(ids: list[str], lines: list[dict]) -> tuple[list[dict], Counter]:

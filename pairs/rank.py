@@ -11,16 +11,8 @@ other end is rejected. All responses are the model's own, so a pair differs in i
     annotator     judge        (records, responses of each) -> a `Judgement` or `Score` of each, or None
                                for a record without a verdict
 
-Judges (judges/scores.py)
-
-    judges/scene.py      the scene's own record: what the image shows is known exactly (the default)
-    judges/clip.py       mean cosine of CLIP between the image and the response's sentences
-    judges/compare.py    a VLM compares every two responses: the policy itself, another local LLaVA or a server
-                         (judges/ask.py)
-    judges/reward.py     a reward model
-
-or pass a function that asks a person. Responses that were cut at the token limit are unfinished and come as
-"": an empty response is never ranked.
+Judges are listed in judges/README.md; or pass a function that asks a person. Responses that were cut at the token
+limit are unfinished and come as "": an empty response is never ranked.
 
 Departures: RLAIF-V has claims labelled by another VLM and draws pairs at random among responses whose scores
 differ; here the ends of the ranking are taken. An image is dropped (and counted) when all its responses are
@@ -40,13 +32,7 @@ Sample = Callable[[list[dict]], list[list[str]]]  # records -> responses to each
 
 def rank_pairs(records: list[dict], sample: Sample, judge: Judge,
                source: dict | None = None) -> tuple[list[dict], Counter]:
-    """Best against worst response to every record.
-
-    Args:
-        source: what the pair records say about their origin (model, judge, seed, ...).
-
-    Returns (pair records, how many images were dropped for which reason).
-    """
+    """Best against worst response to every record; `source` goes into the pair records."""
     pairs, dropped = [], Counter()
     samples = sample(records)
     for record, texts, verdict in zip(records, samples, judge(records, samples), strict=True):

@@ -12,14 +12,11 @@ def report_on(method: str, records: list[dict], made: list[dict], dropped: Count
     """What `make_pairs` says about its pairs."""
     report = {"method": method, "images": len(records), "pairs": len(made), "dropped": dict(dropped)}
     if made and all(pair["image"].startswith("scene:") for pair in made):
-        report["hallucinating"] = {key: _hallucinating(made, key) for key in ("chosen", "rejected")}
+        report["hallucinating"] = {key: sum(judge_scene(pair, [pair[key]])[0].wrong > 0 for pair in made) / len(made)
+                                   for key in ("chosen", "rejected")}
         if drawn := [pair for pair in made if (pair["rejected_image"] or "").startswith("scene:")]:
             report["rejected_image"] = _rejected_images(drawn)
     return report
-
-
-def _hallucinating(pairs: list[dict], key: str) -> float:
-    return sum(judge_scene(pair, [pair[key]])[0].wrong > 0 for pair in pairs) / len(pairs)
 
 
 def _rejected_images(pairs: list[dict]) -> dict:
@@ -29,11 +26,9 @@ def _rejected_images(pairs: list[dict]) -> dict:
               for key in ("image", "rejected_image")] for pair in pairs]
     shares = {"contradicts": sum(other > own for own, other in wrong) / len(pairs)}
     removed = [(pair["rejected_image"], candidate["removed"]) for pair in pairs
-               for candidate in pair["source"].get("candidates", ())
-               if candidate["image"] == pair["rejected_image"]]
+               for candidate in pair["source"].get("candidates", ()) if candidate["image"] == pair["rejected_image"]]
     if removed:
-        gone = [label not in scenes.objects_present(*scenes.parse_reference(image))
-                for image, label in removed]
+        gone = [label not in scenes.objects_present(*scenes.parse_reference(image)) for image, label in removed]
         shares["gone"] = sum(gone) / len(gone)
     return shares
 
@@ -46,8 +41,7 @@ def summary(report: dict, seconds: float) -> str:
               for key, share in report.get("hallucinating", {}).items()]
     says = {"contradicts": "of the rejected images lack an object that the chosen answer mentions",
             "gone": "of the removed objects are gone"}
-    lines += [f"  {100 * share:5.1f} % {says[key]}"
-              for key, share in report.get("rejected_image", {}).items()]
+    lines += [f"  {100 * share:5.1f} % {says[key]}" for key, share in report.get("rejected_image", {}).items()]
     lines += [f"  {count:5d} neighbours passed over as {kind} of the image or of a nearer one"
               for kind, count in report.get("same_image", {}).items() if count]
     if "recall" in report:

@@ -4,20 +4,17 @@
                                                       -> the best alone becomes `chosen`
 
 Where only a chosen response is wanted, a stronger model may write it instead: the author of `chosen_responses` is
-`best_responses` of the policy, or `ask_author` of another model.
+`best_responses` of the policy, or another model's reply.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
-from data.processor import Processor
-from judges.ask import Model, Reply, Request
+from judges.ask import Reply
 from judges.scores import Judge, order
 from model.generate import answers
-from model.llava import Llava
 from pairs.rank import Sample
 
 Author = Callable[[list[dict]], list[Reply]]  # records -> a response to each, or why there is none
@@ -39,20 +36,12 @@ def best_responses(records: list[dict], sample: Sample, judge: Judge) -> list[Re
             for texts, ranking in zip(samples, rankings)]
 
 
-def ask_author(records: list[dict], model: Model) -> list[Reply]:
-    """Another model as author: what it says when it is asked once."""
-    return model.ask([Request(record["image"], record["prompt"]) for record in records])
-
-
-def sample_responses(records: list[dict], model: Llava, processor: Processor, seeds: Mapping[str, int], *,
-                     samples: int, temperature: float, max_new_tokens: int, batch_size: int = 64,
-                     root: Path | None = None) -> list[list[str]]:
+def sample_responses(records: list[dict], seeds: Mapping[str, int], **options) -> list[list[str]]:
     """Responses of the policy to each record, "" for one that was cut at the token limit.
 
     Args:
         seeds: id of a record -> seed of its samples, so that they do not depend on the other records.
+        options: the other arguments of `answers`.
     """
-    return answers(model, processor, [record["image"] for record in records],
-                   [record["prompt"] for record in records], n=samples, batch_size=batch_size,
-                   max_new_tokens=max_new_tokens, temperature=temperature,
-                   seeds=[seeds[record["id"]] for record in records], finished=True, root=root)
+    return answers(images=[record["image"] for record in records], prompts=[record["prompt"] for record in records],
+                   seeds=[seeds[record["id"]] for record in records], finished=True, **options)

@@ -68,7 +68,7 @@ from data.check import check_records
 from data.detect import Detect, coco_instances, mask_rcnn, scene_objects
 from data.lama import lama_fill, load_lama
 from data.processor import ClipProcessor, Processor
-from judges.ask import Model, Server, local_model, server_model
+from judges.ask import Model, Request, Server, local_model, server_model
 from judges.chair import chair_judge
 from judges.clip import Similarity, clip_judge, clip_similarity
 from judges.compare import model_judge
@@ -85,7 +85,7 @@ from pairs.corrupt import Writer, model_corrupt, scene_corrupt
 from pairs.progress import readable
 from pairs.rank import Sample
 from pairs.realign import Neighbours
-from pairs.texts import Author, ask_author, best_responses, sample_responses
+from pairs.texts import Author, best_responses, sample_responses
 from retrieval.cache import cached_images
 from retrieval.embed import embed_images
 from retrieval.index import Duplicates, approximate_neighbours
@@ -156,13 +156,10 @@ class Tools:
 
 def with_tools(*functions: Callable) -> list[Callable]:
     """Functions and those that make the tools they may use: all whose options count."""
-    found: list[Callable] = []
-    waiting = list(functions)
-    while waiting:
-        function = waiting.pop(0)
-        if function not in found:
-            found.append(function)
-            waiting += [TOOLS[name] for name in arguments_of(function) if name in TOOLS]
+    found = list(functions)
+    for function in found:  # it grows
+        needs = [TOOLS[name] for name in arguments_of(function) if name in TOOLS]
+        found += [tool for tool in needs if tool not in found]
     return found
 
 
@@ -240,7 +237,7 @@ def sample(model, processor, setting: Setting, used: dict, *, samples: int = 4, 
     """Several responses of the policy to each record; record i of the run uses seed + i."""
     used.update(seed=seed, temperature=temperature)
     seeds = {record["id"]: seed + row for row, record in enumerate(setting.records)}
-    return partial(sample_responses, model=model(), processor=processor(), seeds=seeds, samples=samples,
+    return partial(sample_responses, seeds=seeds, model=model(), processor=processor(), n=samples,
                    temperature=temperature, max_new_tokens=max_new_tokens, batch_size=setting.batch_size,
                    root=setting.root)
 
@@ -279,7 +276,8 @@ def author(sample, judge, model, processor, setting: Setting, used: dict, *, aut
     if author == "policy":
         return partial(best_responses, judge=judge(), sample=sample())
     used["author"] = author_model or author
-    return partial(ask_author, model=_asked(author, author_model, model, processor, setting, used))
+    asked = _asked(author, author_model, model, processor, setting, used)
+    return lambda records: asked.ask([Request(record["image"], record["prompt"]) for record in records])
 
 
 def _asked(who: str, name: str | None, model, processor, setting: Setting, used: dict) -> Model:

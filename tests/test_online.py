@@ -399,7 +399,7 @@ def verifier() -> Verifier:
 
 def test_verifier_scores_words_against_their_picture(verifier):
     """250 max(cos, 0) of the CLIP module's own embeddings, at the tokens that spell the word."""
-    processor, clip = verifier.processor, verifier.clip
+    processor, clip, clip_processor = verifier.processor, load_clip(DEFAULT_CLIP), ClipProcessor(DEFAULT_CLIP)
     images = [scenes.reference(scenes.PAIRS), scenes.reference(scenes.PAIRS + 1)]
     answers = [processor.response(text) for text in ("There is a cat.", "Here you see a dog and a cup on a table.")]
     found = verifier(images, answers)
@@ -412,8 +412,8 @@ def test_verifier_scores_words_against_their_picture(verifier):
         spelt = processor.decode(answers[row][found.starts[i] : found.stops[i]])
         assert spelt.strip() == word
         with torch.no_grad():
-            picture = clip.image_embeddings(verifier.clip_processor.image(images[row])[None])
-            cosine = F.cosine_similarity(clip.text_embeddings([verifier.clip_processor.text(word)]), picture)
+            picture = clip.image_embeddings(clip_processor.image(images[row])[None])
+            cosine = F.cosine_similarity(clip.text_embeddings([clip_processor.text(word)]), picture)
         torch.testing.assert_close(found.scores[i], 250 * cosine[0].clamp(min=0), rtol=0, atol=1e-3)
 
 

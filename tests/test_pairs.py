@@ -199,8 +199,8 @@ def test_the_candidate_of_least_score_is_taken(monkeypatch):
     The second record has one candidate, the third none.
     """
     table = {"a": (0.6, 0.8), "b": (0, 1), "c": (0.8, 0.6), "One dog.": (1, 0), "One cat!": (0, 1)}
-    for name in ("embed_images", "embed_texts"):
-        monkeypatch.setattr(f"pairs.adavip.{name}", lambda x, *_, **__: np.array([table[item] for item in x]))
+    for name in ("pairs.adavip.embed_images", "judges.clip.embed_texts"):
+        monkeypatch.setattr(name, lambda x, *_, **__: np.array([table[item] for item in x]))
     options = {"x": [("dog", "a"), ("cat", "b"), ("cow", "c")], "y": [("cow", "c")], "z": []}
     pairs = [{"id": name, "image": name, "chosen": "One dog. One cat!", "rejected": "No."} for name in "xyz"]
     made, dropped = adavip_pairs(pairs, None, None, lambda pair: options[pair["image"]])
@@ -215,8 +215,8 @@ def test_the_candidate_of_least_score_is_taken(monkeypatch):
 def test_what_is_removed_is_an_object_that_the_chosen_answer_mentions(monkeypatch):
     """The cow's picture fits least, but without the cow "A puppy." is as true as before; the paper takes it."""
     table = {"dog": (0.8, 0.6), "cow": (0, 1), "A puppy.": (1, 0)}
-    for name in ("embed_images", "embed_texts"):
-        monkeypatch.setattr(f"pairs.adavip.{name}", lambda x, *_, **__: np.array([table[item] for item in x]))
+    for name in ("pairs.adavip.embed_images", "judges.clip.embed_texts"):
+        monkeypatch.setattr(name, lambda x, *_, **__: np.array([table[item] for item in x]))
     pairs = [{"id": "x", "image": "x", "chosen": "A puppy.", "rejected": "No."}]
     options = {"candidates": lambda pair: [("cow", "cow"), ("dog", "dog")]}
     assert adavip_pairs(pairs, None, None, **options)[0][0]["rejected_image"] == "dog"

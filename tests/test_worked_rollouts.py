@@ -271,10 +271,10 @@ def test_the_verifier_scores_the_word_that_was_said_against_its_picture(eyes):
 def test_what_the_verifier_says_of_sentences(eyes):
     """"a dog." and (1, 0): 150, true there; "Two cats!" and (0, 1): cos -1 counts as 0, true there, and false of
     the first picture; "Hot." names nothing."""
-    texts = ["a dog.", "Two cats! Hot.", "Two cats!"]
-    scores = reinforce.verifier_scores(["v0", "v1", "v0"], [Y1, Y2, Y2], texts, eyes)
+    texts = ["Two cats! Hot.", "a dog.", "Two cats!"]
+    scores = reinforce.verifier_scores(["v1", "v0", "v0"], [Y2, Y1, Y2], texts, eyes)
     expected = {"words, correct": [200, 200], "words, hallucinated": [150],
-                "sentences, correct": [150, 0], "sentences, hallucinated": [0]}
+                "sentences, correct": [0, 150], "sentences, hallucinated": [0]}
     assert scores.keys() == expected.keys()
     for name, values in scores.items():
         assert values == pytest.approx(expected[name], abs=1e-4)
