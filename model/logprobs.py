@@ -3,7 +3,7 @@
 Every preference loss needs log-probabilities of a few responses to the same image and prompt, under the
 policy and under the reference. In this order the work is saved:
 
-  1. each distinct image goes through the vision tower once per batch           (`VLM.vision_features`)
+  1. each distinct image goes through the vision tower once per batch           (`VLM.seen`)
   2. responses with the same image and prompt share one computed prefix         (`pack`, model/packing.py)
   3. examples of different length are packed, not padded                        (`Packed`)
   4. the last layer runs only where a response token is predicted               (`SharedPrefix.skip`)
@@ -154,7 +154,7 @@ class Scorer(nn.Module):
 
         Args:
             packed: from `pack`, on the model's device.
-            features: (tiles, P, C) from `VLM.vision_features`.
+            features: (tiles, P, C), or the pixels where the vision tower trains: `VLM.seen`.
         Returns: token log-probs (N, L) in fp32, zero where there is no token, the mask (N, L) bool and, from a
             critic, the values (N, L).
         """
@@ -185,6 +185,8 @@ class Scorer(nn.Module):
         longest = max(p + max(r) for p, r in zip(packed.prefixes, packed.responses))
         if longest > limit:
             raise BadInput(f"a sequence of {longest} tokens, the decoder takes {limit}")
+        if self.model.tower_trains:
+            features = self.model.vision_features(features)  # (tiles, P, C)
         x = self.model.embed(packed.ids, features, packed.rows, packed.slots, packed.questions)  # (T, D)
         rule = SharedPrefix(packed.prefixes, packed.responses, x.device)
         return self.model.language_model.model(x, packed.positions, rule)
