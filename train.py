@@ -223,8 +223,7 @@ def load_micro_batches(run: Run, done: int) -> Iterator[list[Drawn]]:
                         group_by_length=args.group_by_length)
     loader = iter(DataLoader(data, batch_size=None, sampler=data.keys(done), num_workers=args.workers,
                              pin_memory=run.device.type == "cuda" and not recipe.samples))
-    for step in range(done, args.steps):
-        yield [next(loader) for _ in data.parts(step)]
+    return ([next(loader) for _ in data.parts(step)] for step in range(done, args.steps))
 
 
 def collate_for(recipe: Recipe, processor: Processor, root: Path | None, records: list[dict],
