@@ -31,6 +31,7 @@ from pairs.methods import METHODS
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
 MEASURED = ("mean", "std")  # keyword arguments of losses/ that hold what was measured before training, no options
 
+REACHED = 395.6  # TFLOP/s, an assumption: 40 % of the 989 that an H100 does in dense bf16 products
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
 
 # What numbers may be: interval -> options, of one function alone where FUNCTION.option. A clip of inf is none.
@@ -39,7 +40,7 @@ RANGES = {
                 " inner_epochs minibatches iterations",
     "[2, 1e9]": "ranked_pairs.samples mixed_pairs.samples leave_one_out.samples",  # compared with each other
     "[0, 1e9]": "lora_rank eval_scenes workers seed",
-    "(0, inf)": "lr projector_lr vision_lr lora_alpha temperature beta dpo_weighted_loss.gamma",
+    "(0, inf)": "lr projector_lr vision_lr tflops lora_alpha temperature beta dpo_weighted_loss.gamma",
     "[0, inf)": "weight_decay kl_coef kl_target missing_eos_penalty value_coef margin sft_weight centring_weight"
                 " slic_hf_loss.delta bdhs_triples.temperature",
     "(0, inf]": "clip_norm clip value_clip limit",
@@ -133,6 +134,10 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         help="records in any format of data/formats.py; left out, they are made from scenes")
     add("--pairs", choices=METHODS,
         help="method that makes pairs of scenes (default: the loss's own)")
+    add("--estimate", action="store_true",
+        help="load nothing: say what a run on these records would take, memory and time, and end")
+    add("--tflops", type=float, default=REACHED,
+        help="for --estimate, TFLOP/s that a device reaches: 40 %% of an H100's 989 in bf16 (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     add("--overwrite", action="store_true", help="replace an earlier run that --out holds")
@@ -272,6 +277,8 @@ def rate_problems(args: argparse.Namespace) -> Iterator[str]:
 
 def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
     """Records that the loss does not learn from, or that there are not."""
+    if args.estimate and not args.data:
+        yield "--estimate counts the tokens of your records: --data FILE"
     if args.pairs and (args.data or not recipe.pairs):
         yield "--pairs is for losses that learn from pairs, where there is no --data"
     if args.data is None and args.scenes > SCENES_OF_A_SEED:

@@ -114,10 +114,19 @@ def record_lengths(args: argparse.Namespace, recipe: Recipe, processor: Processo
 def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
     """The model, with what trains marked: adapters (and the projector), or decoder and projector in full; and the
     vision tower."""
-    full = args.lora_rank == 0
-    dtype = torch.bfloat16 if args.precision == "bf16" and not full else torch.float32
-    model = load_llava(args.model, dtype, device)
+    model = load_llava(args.model, weights_dtype(args), device)
     merge_lora(model)  # a folder of adapters is a starting point like any other
+    return with_trained(args, model)
+
+
+def weights_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Of the weights that are loaded: bf16 where they do not train."""
+    return torch.bfloat16 if args.precision == "bf16" and args.lora_rank else torch.float32
+
+
+def with_trained(args: argparse.Namespace, model: Llava) -> Llava:
+    """The model with adapters, and what trains marked."""
+    full = args.lora_rank == 0
     model.requires_grad_(False)
     torch.manual_seed(args.seed)  # the same adapters in every process
     if full:
@@ -128,10 +137,15 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
         model.connector.float().requires_grad_(True)
     if args.train_vision:
         model.train_tower()
+    set_checkpointing(model, args.checkpointing)
+    return model
+
+
+def set_checkpointing(model: Llava, on: bool) -> None:
+    """Whether decoder and tower are recomputed in the backward."""
     for module in model.modules():
         if hasattr(module, "checkpointing"):
-            module.checkpointing = args.checkpointing
-    return model
+            module.checkpointing = on
 
 
 def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, world: int) -> Policy:

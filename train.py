@@ -9,6 +9,7 @@
     python train.py --loss adavip --resume --steps 90                   and make a run longer
     python train.py --loss reward_model                                 a reward model, for the next line
     python train.py --loss ppo --reward runs/reward_model               reinforcement; rloo too, fisao needs none
+    python train.py --loss dpo --data pairs.jsonl --model DIR --estimate    what that would take: memory, hours
     python train.py --loss dpo --help                                   the options of one loss
 
 With no --data it makes its pairs from the scene world (data/scenes.py), with the method that fits the loss,
@@ -53,6 +54,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import estimate
 import evaluate
 import reinforce
 from common import BadInput, remove_unfinished, versions
@@ -427,9 +429,10 @@ def main(argv: list[str] | None = None) -> int:
     args = read_arguments(LOSSES, argv, __doc__)
     recipe = LOSSES[args.loss]
     check(args, recipe, world)  # before processes wait for each other
-    check_places(args)
+    if not args.estimate:
+        check_places(args)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-              if k not in ("resume", "overwrite")}
+              if k not in ("resume", "overwrite", "estimate", "tflops")}
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     device = training.start_processes(world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
@@ -438,6 +441,9 @@ def main(argv: list[str] | None = None) -> int:
         data = read_records(args.data, recipe)
         check_texts(args, recipe, processor, data, args.data, rank)
         lengths = record_lengths(args, recipe, processor, data.records, data.root)
+    if args.estimate:
+        print(estimate.report(args, recipe, processor, data.records, data.root, world))
+        return 0
     model = load_model(args, device)
     records, root = find_records(args, recipe, model, processor, rank, world)
     lengths = lengths or record_lengths(args, recipe, processor, records, root)

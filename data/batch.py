@@ -117,7 +117,7 @@ def fields_of(sequences: Mapping[str, Mapping]) -> set[str]:
 
 def collate(
     records: list[dict], sequences: Mapping[str, Mapping], processor: Processor, root: Path | str | None = None,
-    seeds: list[int] | None = None, end: bool = False,
+    seeds: list[int] | None = None, end: bool = False, blank: bool = False,
 ) -> Batch:
     """Tokenise, load images and pack.
 
@@ -126,10 +126,11 @@ def collate(
         sequences: {name: keyword arguments of `Scored`}.
         seeds: one for each record, for crops and noise.
         end: repeat the last token of each response, for a reward that is read at it (model/reward.py).
+        blank: of images read the headers only; the pixels are on the meta device and have no values (estimate.py).
     Raises BadRecord of the first record that cannot be used.
     """
     seeds = seeds or [0] * len(records)
-    images, asked = _Images(processor, root), scored(sequences)
+    images, asked = (_Headers if blank else _Images)(processor, root), scored(sequences)
     responses: dict[str, list[tuple[int, ...]]] = {name: [] for name in asked}
     # Name after name, not record after record: the log-probs of a name are then one block of rows.
     plain = []
@@ -182,6 +183,15 @@ class _Images:
             return self.processor.view(add_noise(open_image(reference, self.root), seed=seed))
         clean = self.processor.image(reference, self.root)
         return clean._replace(pixels=crop(clean.pixels, seed)) if view == "crop" else clean
+
+
+class _Headers(_Images):
+    """Images as their headers announce them: as many image tokens, and at least as many tiles as these need."""
+
+    def _open(self, reference: str, view: str, seed: int) -> View:
+        rows, side = self.processor.image_tokens(reference, self.root), self.processor.preprocessing.size
+        pixels = torch.empty(-(-rows // self.processor.patches), 3, side, side, device="meta")
+        return View(pixels, torch.arange(rows) % (len(pixels) * self.processor.patches))
 
 
 def _sequence(record: dict, response: tuple[int, ...], image: int, images: _Images, how: Scored, end: bool) -> Sequence:
@@ -328,7 +338,7 @@ class MicroBatches(Dataset):
 
     def _pick(self, place: int, bad: list[BadRecord]) -> dict:
         """The record of a place, or the first that is drawn for it and not among the bad ones."""
-        own, names = self._row(place), {b.name for b in bad}
+        own, names = self.row(place), {b.name for b in bad}
         if self.records[own]["id"] not in names:
             return self.records[own]
         rows = list(range(len(self.records)))
@@ -338,9 +348,9 @@ class MicroBatches(Dataset):
         return next(self.records[row] for row in rows if self.records[row]["id"] not in names)
 
     def _length(self, place: int) -> int:
-        return self.lengths[self._row(place)]
+        return self.lengths[self.row(place)]
 
-    def _row(self, place: int) -> int:
+    def row(self, place: int) -> int:
         """Which record is at a place."""
         epoch, i = divmod(place, len(self.records))
         if epoch not in self.orders:  # a batch may reach from one epoch into the next
