@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, MicroBatches, collate, fields_of, scored, tokens_of
+from data.batch import Batch, MicroBatches, collate, scored, tokens_of
 from data.processor import Processor
 from model.checkpoint import outline
 from model.estimate import Cost, cost_of, hollow, kept
@@ -46,7 +46,7 @@ class Load(NamedTuple):
 
 def report(args: argparse.Namespace, recipe: Recipe, processor: Processor, records: list[dict], root: Path | None,
            world: int) -> str:
-    """What to print: parameters, tokens, operations, memory by term, hours, and what to change where it does not fit."""
+    """What to print: parameters, tokens, operations, memory by term, hours, and what to change if it does not fit."""
     sequences, rows = to_score(args, recipe, processor, records)
     lengths = [tokens_of(row, sequences, processor, root, recipe.rewards) for row in rows]
     load = load_of(args, rows, lengths, world)

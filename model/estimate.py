@@ -3,8 +3,8 @@
 The real code runs once, under torch's FakeTensorMode: every operation gives a tensor with a shape, a dtype and a
 lifetime, and nothing is computed or allocated. Counted are
 
-    operations   2 for each multiply-add of matrix products, convolutions and attention (torch.utils.flop_counter; causal
-                 attention as if it saw all), in the forward, in the backward, and again where --checkpointing recomputes
+    operations   2 for each multiply-add of matrix products, convolutions and attention (torch.utils.flop_counter, for
+                 which causal attention sees all): forward, backward, and again where --checkpointing recomputes
     memory       bytes of the storages that the step makes, the most that are alive at a time
 
 so both follow the code, whatever it is. Fused attention is that of torch on a CPU, which like CUDA's keeps no weights;
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count, sdpa_backward_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-FUSED = {  # that flop_counter does not know
+FLOPS = flop_registry | {  # and those that it does not know
     aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *_, out_shape=None, **kwargs: sdpa_flop_count(q, k, v),
+        lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
     aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *_, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v),
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape),
 }
 
 
@@ -42,22 +42,28 @@ class Cost(NamedTuple):
 
 def cost_of(function: Callable[[], object]) -> Cost:
     """Call the function and count, on real tensors as on those of `hollow`."""
-    with FlopCounterMode(display=False, custom_mapping=FUSED) as flops, Alive() as alive:
+    with Counter() as counter:
         function()
-    return Cost(flops.get_total_flops(), alive.peak)
+    return Cost(counter.flops, counter.peak)
 
 
-class Alive(TorchDispatchMode):
-    """Inside, bytes of the storages that operations make and that are alive, and the most there have been."""
+class Counter(TorchDispatchMode):
+    """Inside, the floating-point operations, the bytes of storages that are made and alive, and the most of these.
+
+    Not a FlopCounterMode: that one's hooks on modules keep tensors alive which checkpointing would free.
+    """
 
     def __init__(self):
         super().__init__()
-        self.bytes = self.peak = 0
+        self.flops = self.bytes = self.peak = 0
         self.known: weakref.WeakSet = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.known.update(storages((args, kwargs)))  # of before, or counted
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self.known.update(storages((args, kwargs)))  # made before, or counted
+        result = function(*args, **kwargs)
+        if count := FLOPS.get(function._overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=result)
         for storage in storages(result):
             if storage not in self.known:
                 self.known.add(storage)

@@ -104,14 +104,15 @@ def make_run(loss: str, *options: str, judges: dict | None = None, memory: reinf
     return run
 
 
-def one_step(monkeypatch, folder: Path, run: train.Run, *batches: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Let `train` do one step on these micro-batches. Returns what the loss could ask for in the last of them, and the
-    log line."""
+def one_step(monkeypatch, folder: Path, run: train.Run, *batches: Batch, batch_size: int | None = None,
+             ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Let `train` do one step on these micro-batches, the whole batch unless told otherwise. Returns what the loss
+    could ask for in the last of them, and the log line."""
     seen: dict[str, Tensor] = {}
     monkeypatch.setattr(train, "load_micro_batches", lambda run, done: iter([[Drawn(batch, []) for batch in batches]]))
     monkeypatch.setattr(train, "write_batch", lambda run, batch: batch)
     monkeypatch.setattr(train, "pick", lambda loss, inputs: seen.update(inputs) or pick(loss, inputs))
-    for name, value in dict(steps=1, batch_size=sum(map(size, batches)), micro_batch_size=1, out=folder).items():
+    for name, value in dict(steps=1, batch_size=batch_size or sum(map(size, batches)), micro_batch_size=1, out=folder).items():
         setattr(run.args, name, value)
     assert train.train(run)
     return seen, json.loads((folder / "metrics.jsonl").read_text())
