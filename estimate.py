@@ -58,9 +58,9 @@ def report(args: argparse.Namespace, recipe: Recipe, processor: Processor, recor
     with hollow(scorer):
         for checkpointing in (not args.checkpointing, args.checkpointing):
             set_checkpointing(model, checkpointing)
-            cost = cost_of_step(args, recipe, scorer, model, batch)
+            cost = cost_of_step(args, recipe, scorer, model, batch, load.micro_batches > 1)
             costs[checkpointing] = cost
-    terms["activations"] = cost.peak
+    terms["activations"] = cost.peak - terms["gradients"]
     saved = costs[False].peak - costs[True].peak
     flops = cost.flops * load.mean / len(batch.packed.ids)
     images = len({(how.image, how.view) for how in scored(sequences).values()})
@@ -109,9 +109,14 @@ def load_of(args: argparse.Namespace, rows: list[dict], lengths: list[int], worl
                 len(chosen) / len(steps))
 
 
-def cost_of_step(args: argparse.Namespace, recipe: Recipe, scorer: nn.Module, model: VLM, batch: Batch) -> Cost:
-    """Of everything that is scored in a step of one micro-batch, and the backward."""
+def cost_of_step(args: argparse.Namespace, recipe: Recipe, scorer: nn.Module, model: VLM, batch: Batch,
+                 accumulates: bool) -> Cost:
+    """Of everything that is scored of a micro-batch, and the backward; the peak with gradients, those of the
+    micro-batches before where it `accumulates`."""
     reference, pixels = Reference(model), torch.empty(batch.pixels.shape)
+    trained = [p for p in scorer.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter) if accumulates else None
 
     def learn(seen: Tensor) -> None:
         outputs = scorer(batch.packed, seen)
@@ -131,7 +136,8 @@ def cost_of_step(args: argparse.Namespace, recipe: Recipe, scorer: nn.Module, mo
 
     whole = cost_of(step)
     more = (args.inner_epochs - 1) * cost_of(partial(learn, model.seen(pixels))).flops if recipe.advantages else 0
-    return Cost(whole.flops + more, whole.peak)
+    given = sum(p.nbytes for p in trained) if accumulates else 0
+    return Cost(whole.flops + more, whole.peak + given)
 
 
 def advice(args: argparse.Namespace, terms: dict[str, int], saved: int) -> list[str]:

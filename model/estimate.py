@@ -83,8 +83,7 @@ def storages(tree: object) -> list[torch.UntypedStorage]:
 
 
 def hollow(module: nn.Module) -> FakeTensorMode:
-    """Give a module on the meta device parameters without numbers, and gradients to those that train, as a step finds
-    them that goes on accumulating. Returns the mode under which it runs."""
+    """Give a module on the meta device parameters without numbers. Returns the mode under which it runs."""
     mode, made = FakeTensorMode(allow_non_fake_inputs=True), {}
     with mode:
         for owner in module.modules():
@@ -92,7 +91,6 @@ def hollow(module: nn.Module) -> FakeTensorMode:
                 if parameter not in made:  # tables may be tied
                     made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype),
                                                    parameter.requires_grad)
-                    made[parameter].grad = torch.empty_like(made[parameter]) if parameter.requires_grad else None
                 setattr(owner, name, made[parameter])
     return mode
 
