@@ -25,20 +25,22 @@ from data.batch import scored
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
 from model.families import TEMPLATES
 from model.resume import CHECKPOINT, PREVIOUS
+from model.training import SCHEDULES
 from pairs.methods import METHODS
 
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
 MEASURED = ("mean", "std")  # keyword arguments of losses/ that hold what was measured before training, no options
 
+REACHED = 395.6  # TFLOP/s, an assumption: 40 % of the 989 that an H100 does in dense bf16 products
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
 
 # What numbers may be: interval -> options, of one function alone where FUNCTION.option. A clip of inf is none.
 RANGES = {
-    "[1, 1e9]": "steps batch_size micro_batch_size log_every save_every scenes samples max_new_tokens inner_epochs"
-                " minibatches iterations",
+    "[1, 1e9]": "steps batch_size micro_batch_size max_tokens log_every save_every scenes samples max_new_tokens"
+                " inner_epochs minibatches iterations",
     "[2, 1e9]": "ranked_pairs.samples mixed_pairs.samples leave_one_out.samples",  # compared with each other
     "[0, 1e9]": "lora_rank eval_scenes workers seed",
-    "(0, inf)": "lr lora_alpha temperature beta dpo_weighted_loss.gamma",
+    "(0, inf)": "lr projector_lr vision_lr tflops lora_alpha temperature beta dpo_weighted_loss.gamma",
     "[0, inf)": "weight_decay kl_coef kl_target missing_eos_penalty value_coef margin sft_weight centring_weight"
                 " slic_hf_loss.delta bdhs_triples.temperature",
     "(0, inf]": "clip_norm clip value_clip limit",
@@ -132,6 +134,10 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         help="records in any format of data/formats.py; left out, they are made from scenes")
     add("--pairs", choices=METHODS,
         help="method that makes pairs of scenes (default: the loss's own)")
+    add("--estimate", action="store_true",
+        help="load nothing: say what a run on these records would take, memory and time, and end")
+    add("--tflops", type=float, default=REACHED,
+        help="for --estimate, TFLOP/s that a device reaches: 40 %% of an H100's 989 in bf16 (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
     add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     add("--overwrite", action="store_true", help="replace an earlier run that --out holds")
@@ -140,7 +146,14 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
              " of that length (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="records a step, over all processes (default: %(default)s)")
     add("--micro-batch-size", type=int, help="records a forward pass and process (default: all of the process)")
+    add("--max-tokens", type=int, metavar="N",
+        help="instead of it, tokens a forward pass and process: as many records as fit, prompts and images included")
+    add("--group-by-length", action="store_true", help="batches of records of similar length")
     add("--lr", type=float, default=1e-6, help="peak learning rate (default: %(default)s)")
+    add("--projector-lr", type=float, help="that of the projector (default: --lr)")
+    add("--vision-lr", type=float, help="that of the vision tower (default: --lr)")
+    add("--schedule", choices=SCHEDULES, default="cosine",
+        help="how the rate falls after the warm-up (default: %(default)s)")
     add("--warmup", type=float, default=0.1, help="share of steps with rising rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
     add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
@@ -148,6 +161,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--lora-alpha", type=float, help="(default: twice the rank)")
     add("--lora-dropout", type=float, default=0.0, help="(default: %(default)s)")
     add("--train-projector", action="store_true", help="with LoRA, train the projector too")
+    add("--train-vision", action="store_true", help="train the vision tower too, in full")
     add("--precision", choices=("fp32", "bf16"), help="(default: bf16 on CUDA, else fp32)")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--reference-cache", type=Path, metavar="FILE",
@@ -227,29 +241,44 @@ def tuned_settings(model: Path, recipe: Recipe) -> dict[str, float]:
 def check(args: argparse.Namespace, recipe: Recipe, world: int) -> None:
     """Fill in what depends on other settings, and refuse impossible ones. Raises one BadInput that lists all."""
     check_ranges(vars(args), RANGES, *recipe.functions)
-    if args.micro_batch_size is None:
-        args.micro_batch_size = max(1, args.batch_size // world)
+    problems = [*batch_problems(args, recipe, world), *rate_problems(args), *record_problems(args, recipe),
+                *resume_problems(args), *cache_problems(args, recipe)]
+    if args.micro_batch_size is None:  # with --max-tokens, of what is scored without gradients
+        args.micro_batch_size = 1 if args.max_tokens else max(1, args.batch_size // world)
     if args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
-    problems = [*batch_problems(args, recipe, world), *record_problems(args, recipe), *resume_problems(args),
-                *cache_problems(args, recipe)]
     if recipe.samples:
         problems += sampling_problems(args, recipe)
     refuse(problems)
 
 
 def batch_problems(args: argparse.Namespace, recipe: Recipe, world: int) -> Iterator[str]:
-    """Numbers that do not divide each other."""
-    parts, rest = divmod(args.batch_size, world * args.micro_batch_size)
-    if rest:
-        yield (f"--batch-size {args.batch_size} is not a multiple of {world} processes"
-               f" x micro-batch {args.micro_batch_size}")
+    """Numbers that do not divide each other, micro-batches cut in two ways, lengths that are not known."""
+    size = 1 if args.max_tokens else args.micro_batch_size or max(1, args.batch_size // world)
+    parts, rest = divmod(args.batch_size, world * size)
+    if args.max_tokens and args.micro_batch_size:
+        yield "--max-tokens cuts a batch by tokens, --micro-batch-size by records: which of them?"
+    elif rest:
+        yield f"--batch-size {args.batch_size} is not a multiple of {world} processes x micro-batch {size}"
     elif recipe.advantages and parts % args.minibatches:
         yield f"--minibatches {args.minibatches} does not divide the {parts} micro-batches of a process"
+    if recipe.samples and (args.max_tokens or args.group_by_length):
+        option = "--max-tokens" if args.max_tokens else "--group-by-length"
+        yield f"{option}: how long the samples of {args.loss} will be is not known; --micro-batch-size goes by records"
+
+
+def rate_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Learning rates of what does not train."""
+    if args.projector_lr and args.lora_rank and not args.train_projector:
+        yield "--projector-lr: the projector does not train; --train-projector lets it"
+    if args.vision_lr and not args.train_vision:
+        yield "--vision-lr: the vision tower does not train; --train-vision lets it"
 
 
 def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
     """Records that the loss does not learn from, or that there are not."""
+    if args.estimate and not args.data:
+        yield "--estimate counts the tokens of your records: --data FILE"
     if args.pairs and (args.data or not recipe.pairs):
         yield "--pairs is for losses that learn from pairs, where there is no --data"
     if args.data is None and args.scenes > SCENES_OF_A_SEED:

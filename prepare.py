@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import BadInput, read_json
+from common import BadInput, read_json, refuse
 from data import scenes
-from data.batch import fields_of
+from data.batch import fields_of, tokens_of
 from data.check import check_records
 from data.formats import Data, load
 from data.processor import ClipProcessor, Processor
@@ -31,7 +31,7 @@ from model.llava import Llava
 from model.logprobs import Scorer
 from model.lora import Reference, add_lora, merge_lora
 from model.reward import RewardModel, load_reward_model
-from model.training import Policy
+from model.training import Policy, parameter_groups
 from options import SCENES_OF_A_SEED, Recipe
 from pairs.methods import make_pairs
 
@@ -98,12 +98,35 @@ def check_texts(args: argparse.Namespace, recipe: Recipe, processor: Processor, 
 # ------------------------------------------------------------------------------------------------------- model
 
 
+def record_lengths(args: argparse.Namespace, recipe: Recipe, processor: Processor, records: list[dict],
+                   root: Path | None) -> list[int] | None:
+    """Tokens of each record where batches go by them. BadInput that names the records beyond --max-tokens, which no
+    micro-batch could take."""
+    if not (args.max_tokens or args.group_by_length):
+        return None
+    lengths = [tokens_of(record, recipe.sequences, processor, root, recipe.rewards) for record in records]
+    refuse(f"{args.data or args.out / 'pairs.jsonl'}: record {record['id']!r}: {length:,} tokens, more than"
+           f" --max-tokens {args.max_tokens:,}" for record, length in zip(records, lengths)
+           if args.max_tokens and length > args.max_tokens)
+    return lengths
+
+
 def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
-    """The model, with what trains marked: adapters (and the projector), or decoder and projector in full."""
-    full = args.lora_rank == 0
-    dtype = torch.bfloat16 if args.precision == "bf16" and not full else torch.float32
-    model = load_llava(args.model, dtype, device)
+    """The model, with what trains marked: adapters (and the projector), or decoder and projector in full; and the
+    vision tower."""
+    model = load_llava(args.model, weights_dtype(args), device)
     merge_lora(model)  # a folder of adapters is a starting point like any other
+    return with_trained(args, model)
+
+
+def weights_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Of the weights that are loaded: bf16 where they do not train."""
+    return torch.bfloat16 if args.precision == "bf16" and args.lora_rank else torch.float32
+
+
+def with_trained(args: argparse.Namespace, model: Llava) -> Llava:
+    """The model with adapters, and what trains marked."""
+    full = args.lora_rank == 0
     model.requires_grad_(False)
     torch.manual_seed(args.seed)  # the same adapters in every process
     if full:
@@ -111,17 +134,28 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
     else:
         add_lora(model.language_model, args.lora_rank, args.lora_alpha, args.lora_dropout)
     if full or args.train_projector:
-        model.multi_modal_projector.float().requires_grad_(True)
-    model.language_model.model.checkpointing = args.checkpointing
+        model.connector.float().requires_grad_(True)
+    if args.train_vision:
+        model.train_tower()
+    set_checkpointing(model, args.checkpointing)
     return model
+
+
+def set_checkpointing(model: Llava, on: bool) -> None:
+    """Whether decoder and tower are recomputed in the backward."""
+    for module in model.modules():
+        if hasattr(module, "checkpointing"):
+            module.checkpointing = on
 
 
 def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, world: int) -> Policy:
     """Scorer, reference and optimiser around the model; all that trains is inside the scorer."""
     autocast = torch.bfloat16 if args.precision == "bf16" else None
     scorer = RewardModel(model, autocast) if recipe.rewards else Scorer(model, autocast, recipe.asks_for("values"))
-    trained = [p for p in scorer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    ratios = {model.CONNECTOR: (args.projector_lr or args.lr) / args.lr,
+              model.TOWER: (args.vision_lr or args.lr) / args.lr}
+    optimizer = torch.optim.AdamW(parameter_groups(scorer, ratios), lr=args.lr, betas=(0.9, 0.999),
+                                  weight_decay=args.weight_decay)
     reference = Reference(model) if recipe.compares else None  # it may hold a copy of the weights
     return Policy(model, DistributedDataParallel(scorer) if world > 1 else scorer, reference, optimizer,
                   args.clip_norm)

@@ -161,7 +161,7 @@ def roll_out(scorer, reference: Reference, records: list[dict], responses: list[
     rows = [{**record, "sampled": ids} for record, group in zip(records, responses, strict=True) for ids in group]
     device = scorer.model.device
     batch = collate(rows, SEQUENCES, processor, root).to(device)
-    features = scorer.model.vision_features(batch.pixels)  # (tiles, P, C)
+    features = scorer.model.seen(batch.pixels)  # (tiles, P, C)
     old, mask, *values = scorer(batch.packed, features)
     with reference():
         expected = scorer(batch.packed, features)[0]

@@ -9,6 +9,7 @@
     python train.py --loss adavip --resume --steps 90                   and make a run longer
     python train.py --loss reward_model                                 a reward model, for the next line
     python train.py --loss ppo --reward runs/reward_model               reinforcement; rloo too, fisao needs none
+    python train.py --loss dpo --data pairs.jsonl --model DIR --estimate    what that would take: memory, hours
     python train.py --loss dpo --help                                   the options of one loss
 
 With no --data it makes its pairs from the scene world (data/scenes.py), with the method that fits the loss,
@@ -23,9 +24,10 @@ Losses that need samples draw them first: pairs from pairs/online.py, rollouts f
 
 --out receives: config.json (the resolved configuration, the git commit and versions), pairs.jsonl (if made here),
 metrics.jsonl (one line an interval), checkpoint.pt and checkpoint-previous.pt (to resume), model/ (llava-hf folder,
-adapters merged), adapters/ (PEFT's format), result.json (before and after, and the records that --bad-records skip has
-replaced), and from fisao baselines.json and scores.svg (what the verifier says of words and sentences, before and
-after). What an earlier run left there is replaced only with --overwrite.
+adapters merged), adapters/ (PEFT's format, which has no place for a vision tower that trains), result.json (before and
+after, and the records that --bad-records skip has replaced), and from fisao baselines.json and scores.svg (what the
+verifier says of words and sentences, before and after). What an earlier run left there is replaced only with
+--overwrite.
 
 What can be known of the records is checked before the model is loaded, and all bad ones are listed: fields, the
 headers of images, special tokens in texts, responses beyond the decoder's window. That an image is damaged
@@ -52,10 +54,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import estimate
 import evaluate
 import reinforce
 from common import BadInput, remove_unfinished, versions
-from data.batch import BadRecord, Batch, MicroBatches, collate, with_seeds, without_bad
+from data.batch import BadRecord, Batch, Drawn, MicroBatches, collate, with_seeds, without_bad
 from data.processor import Processor
 from losses import adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic
 from model import reference, resume, training
@@ -69,7 +72,7 @@ from model.reward import save_reward_head
 from model.training import Policy, StopRequest, learning_rate, named, pick, set_learning_rate
 from options import Recipe, check, check_places, kwargs_of, read_arguments
 from pairs import online
-from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records
+from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records, record_lengths
 
 LOSSES = {
     "sft": Recipe(sft.sft_loss, sft.SEQUENCES, "rank"),
@@ -113,6 +116,7 @@ class Run:
     judges: dict[str, Callable] = field(default_factory=dict)  # of samples, by the names that functions ask for
     config: dict = field(default_factory=dict)  # the settings, plain
     identity: dict[str, str] = field(default_factory=dict)  # of records and model: a resumed run must have the same
+    lengths: list[int] | None = None  # tokens of each record, where batches go by them
     cache: dict[str, Tensor] | None = None  # the reference's log-probs by record, if they are kept on disk
     learner: reinforce.Reinforcement | None = None  # of a loss with advantages
     bad_records: dict[str, str] = field(default_factory=dict)  # name -> reason, of those that others replace
@@ -135,7 +139,7 @@ def train(run: Run, saved: dict | None = None) -> bool:
     for step in tqdm(range(done, args.steps), initial=done, total=args.steps, desc=args.loss,
                      disable=True if run.rank else None):
         torch.manual_seed(hash((args.seed, step, run.rank)))  # dropout; integers hash to the same in all processes
-        rate = learning_rate(args.lr, step, args.steps, warmup=max(1, round(args.warmup * args.steps)))
+        rate = learning_rate(args.lr, step, args.steps, max(1, round(args.warmup * args.steps)), args.schedule)
         set_learning_rate(policy.optimizer, rate)
         drawn, bad = draw(run, micro_batches)
         if bad and not replaced(run, bad):
@@ -146,9 +150,10 @@ def train(run: Run, saved: dict | None = None) -> bool:
         if run.learner:
             norm = reinforce.reinforce_step(run.learner, drawn, step, log)
         else:
+            counted, tokens = [], 0
             for i, batch in enumerate(drawn):
                 batch = (write_batch(run, batch) if recipe.online else batch).to(run.device)
-                features = model.vision_features(batch.pixels)  # (tiles, P, C)
+                features = model.seen(batch.pixels)  # (tiles, P, C)
                 packed = batch.packed if batch.noisy is None else pick_in_noise(policy, batch, batch.packed, features)
                 inputs = batch.changed() if recipe.asks_for("chosen_changed") else {}  # (B, L) each
                 if policy.reference:  # reference_chosen_logps (B,), reference_chosen_token_logps (B, L), ...
@@ -157,8 +162,11 @@ def train(run: Run, saved: dict | None = None) -> bool:
                     inputs |= named("policy", batch.names, policy.scorer(packed, features))
                     losses, metrics = loss(**pick(loss, inputs))  # (B,)
                     weighted = losses if batch.weights is None else losses * batch.weights
-                    (weighted.mean() / len(drawn)).backward()
-                log.add({"loss": losses, **metrics}, len(packed.ids), batch.weights)
+                    # All records of the process count, those of weight 0 too; DDP takes the mean over processes.
+                    (weighted.sum() * run.world / args.batch_size).backward()
+                counted.append({"loss": losses.detach(), **metrics, "weights": batch.weights})
+                tokens += len(packed.ids)
+            log.add(*joined(counted, tokens))
             norm = policy.update()
 
         done, halt = step + 1, stop.asked()
@@ -172,6 +180,13 @@ def train(run: Run, saved: dict | None = None) -> bool:
     stop.close()
     model.eval()
     return done == args.steps
+
+
+def joined(counted: list[dict[str, Tensor | None]], tokens: int) -> tuple[dict[str, Tensor], int, Tensor | None]:
+    """Metrics of a step's micro-batches, (B,) each, with their tokens and `weights`: what `Log.add` takes."""
+    whole = {name: torch.cat([metrics[name] for metrics in counted])
+             for name, value in counted[0].items() if value is not None}
+    return {name: value for name, value in whole.items() if name != "weights"}, tokens, whole.get("weights")
 
 
 def make_learner(run: Run) -> reinforce.Reinforcement:
@@ -199,16 +214,18 @@ def begin(run: Run, saved: dict | None) -> int:
     return 0
 
 
-def load_micro_batches(run: Run, done: int) -> Iterator:
-    """The micro-batches of this process from a step on: batches, or (record, seed) for losses that sample."""
+def load_micro_batches(run: Run, done: int) -> Iterator[list[Drawn]]:
+    """The micro-batches of this process, step by step: batches, or (record, seed) for losses that sample."""
     args, recipe = run.args, run.recipe
-    parts = args.batch_size // (run.world * args.micro_batch_size)
     make = partial(with_seeds, root=run.root) if recipe.samples else partial(
         collate_for, recipe, run.processor, run.root)
-    data = MicroBatches(run.records, batch_size=args.batch_size, parts=parts, rank=run.rank, world=run.world,
-                        seed=args.seed, steps=args.steps, skip=args.bad_records == "skip", make=make)
-    return iter(DataLoader(data, batch_size=None, sampler=range(done * parts, len(data)), num_workers=args.workers,
-                           pin_memory=run.device.type == "cuda" and not recipe.samples))
+    data = MicroBatches(run.records, batch_size=args.batch_size, rank=run.rank, world=run.world, seed=args.seed,
+                        steps=args.steps, make=make, skip=args.bad_records == "skip",
+                        micro_batch_size=args.micro_batch_size, max_tokens=args.max_tokens, lengths=run.lengths,
+                        group_by_length=args.group_by_length)
+    loader = iter(DataLoader(data, batch_size=None, sampler=data.keys(done), num_workers=args.workers,
+                             pin_memory=run.device.type == "cuda" and not recipe.samples))
+    return ([next(loader) for _ in data.parts(step)] for step in range(done, args.steps))
 
 
 def collate_for(recipe: Recipe, processor: Processor, root: Path | None, records: list[dict],
@@ -260,7 +277,7 @@ def reference_cache(run: Run) -> dict[str, Tensor]:
             return {}
         batch = batch.to(run.device)
         with policy.reference():
-            logps, mask, *_ = policy.plain(batch.packed, policy.model.vision_features(batch.pixels))
+            logps, mask, *_ = policy.plain(batch.packed, policy.model.seen(batch.pixels))
         names = [f"{name}/{i}" for name in batch.names for i in batch.ids]
         return {name: row[m].cpu() for name, row, m in zip(names, logps, mask)}
 
@@ -288,9 +305,9 @@ def save(run: Run, done: int, norm: Tensor | None, log: Log) -> None:
 # ------------------------------------------------------------------------------------------------- bad records
 
 
-def draw(run: Run, micro_batches: Iterator) -> tuple[list, list[BadRecord]]:
+def draw(run: Run, micro_batches: Iterator[list[Drawn]]) -> tuple[list, list[BadRecord]]:
     """The micro-batches of a step, and the bad records that any process met. A collective call."""
-    drawn = [next(micro_batches) for _ in range(run.args.batch_size // (run.world * run.args.micro_batch_size))]
+    drawn = next(micro_batches)
     bad = [record for part in drawn for record in part.bad]
     return [part.batch for part in drawn], training.gather_all(bad, run.world)
 
@@ -331,7 +348,8 @@ def announce(run: Run, saved: dict | None) -> None:
              "trained_parameters": sum(p.numel() for p in run.policy.trained.values())}
     print(json.dumps({**run.config, **facts}, indent=1), flush=True)
     if saved and saved["config"]["steps"] != args.steps:
-        print(f"steps {saved['config']['steps']} -> {args.steps}: the cosine now ends at {args.steps}", flush=True)
+        print(f"steps {saved['config']['steps']} -> {args.steps}: the {args.schedule} schedule now ends at"
+              f" {args.steps}", flush=True)
     if args.precision == "bf16" and training.emulates_bf16(run.device):
         print("warning: this CPU has no bf16 instructions, --precision fp32 is many times faster", file=sys.stderr)
     remove_unfinished(args.out)
@@ -372,7 +390,7 @@ def measure_rewards(run: Run, held: list[dict]) -> dict[str, float]:
             continue
         batch = batch.to(run.device)
         with torch.no_grad():
-            chosen, rejected = policy.plain(batch.packed, policy.model.vision_features(batch.pixels)).chunk(2)
+            chosen, rejected = policy.plain(batch.packed, policy.model.seen(batch.pixels)).chunk(2)
         right += (chosen > rejected).tolist()
     return {"accuracy": 100 * sum(right) / max(1, len(right))}
 
@@ -397,7 +415,7 @@ def write_model(run: Run) -> None:
     """model/ and what else --out receives of a finished run."""
     args, model = run.args, run.policy.model
     save_llava(model, args.out / "model", args.model)
-    if args.lora_rank:
+    if args.lora_rank and not args.train_vision:  # PEFT's format has no place for a tower
         save_adapters(model, args.out / "adapters", args.model)
     if run.recipe.rewards:
         save_reward_head(run.policy.plain, args.out)
@@ -411,19 +429,28 @@ def main(argv: list[str] | None = None) -> int:
     args = read_arguments(LOSSES, argv, __doc__)
     recipe = LOSSES[args.loss]
     check(args, recipe, world)  # before processes wait for each other
-    check_places(args)
+    if not args.estimate:
+        check_places(args)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-              if k not in ("resume", "overwrite")}
+              if k not in ("resume", "overwrite", "estimate", "tflops")}
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     device = training.start_processes(world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
+    lengths = None
     if args.data:  # bad records are named before a large model is loaded
-        check_texts(args, recipe, processor, read_records(args.data, recipe), args.data, rank)
+        data = read_records(args.data, recipe)
+        check_texts(args, recipe, processor, data, args.data, rank)
+        lengths = record_lengths(args, recipe, processor, data.records, data.root)
+    if args.estimate:
+        print(estimate.report(args, recipe, processor, data.records, data.root, world))
+        return 0
     model = load_model(args, device)
     records, root = find_records(args, recipe, model, processor, rank, world)
+    lengths = lengths or record_lengths(args, recipe, processor, records, root)
     held = records[: max(1, len(records) // 10)] if recipe.rewards else []
     run = Run(args, recipe, make_policy(args, recipe, model, world), processor, records[len(held) :], root, device,
-              rank, world, make_judges(args, recipe, model, processor, root), config)
+              rank, world, make_judges(args, recipe, model, processor, root), config,
+              lengths=lengths and lengths[len(held) :])
     run.learner = make_learner(run) if recipe.advantages else None
     run.identity = reference.identity(args.model, run.records, processor)
     if saved:

@@ -7,9 +7,8 @@ log-probs as `policy_NAME_logps` and so on (`model.training.named`).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -24,6 +23,8 @@ from data.processor import Processor
 from losses.dpo_weighted import changed_tokens
 from model.logprobs import Packed, Sequence, pack
 from model.views import View, stack
+
+WINDOW = 50  # batches whose records are sorted by length together
 
 
 class BadRecord(BadInput):
@@ -116,7 +117,7 @@ def fields_of(sequences: Mapping[str, Mapping]) -> set[str]:
 
 def collate(
     records: list[dict], sequences: Mapping[str, Mapping], processor: Processor, root: Path | str | None = None,
-    seeds: list[int] | None = None, end: bool = False,
+    seeds: list[int] | None = None, end: bool = False, blank: bool = False,
 ) -> Batch:
     """Tokenise, load images and pack.
 
@@ -125,10 +126,11 @@ def collate(
         sequences: {name: keyword arguments of `Scored`}.
         seeds: one for each record, for crops and noise.
         end: repeat the last token of each response, for a reward that is read at it (model/reward.py).
+        blank: of images read the headers only; the pixels are on the meta device and have no values (estimate.py).
     Raises BadRecord of the first record that cannot be used.
     """
     seeds = seeds or [0] * len(records)
-    images, asked = _Images(processor, root), scored(sequences)
+    images, asked = (_Headers if blank else _Images)(processor, root), scored(sequences)
     responses: dict[str, list[tuple[int, ...]]] = {name: [] for name in asked}
     # Name after name, not record after record: the log-probs of a name are then one block of rows.
     plain = []
@@ -183,6 +185,15 @@ class _Images:
         return clean._replace(pixels=crop(clean.pixels, seed)) if view == "crop" else clean
 
 
+class _Headers(_Images):
+    """Images as their headers announce them: as many image tokens, and at least as many tiles as these need."""
+
+    def _open(self, reference: str, view: str, seed: int) -> View:
+        rows, side = self.processor.image_tokens(reference, self.root), self.processor.preprocessing.size
+        pixels = torch.empty(-(-rows // self.processor.patches), 3, side, side, device="meta")
+        return View(pixels, torch.arange(rows) % (len(pixels) * self.processor.patches))
+
+
 def _sequence(record: dict, response: tuple[int, ...], image: int, images: _Images, how: Scored, end: bool) -> Sequence:
     """A response after the prompt of its record, which has one image token for each row of the image."""
     prompt = _prompt(record, images.views[image], images.processor)
@@ -213,6 +224,19 @@ def _prompt(record: dict, view: View, processor: Processor) -> tuple[int, ...]:
         raise BadRecord(record["id"], f"{ids.count(processor.image_id)} image tokens in the prompt, "
                                       f"{record['image']} has {len(view.rows)} features")
     return tuple(ids)
+
+
+def tokens_of(record: dict, sequences: Mapping[str, Mapping], processor: Processor, root: Path | str | None = None,
+              end: bool = False) -> int:
+    """Tokens of a record that go through the decoder, `len(packed.ids)` of its own batch: of its texts and the headers
+    of its images. Arguments and BadRecord as for `collate`; BadInput as from `data.images.image_size`."""
+    inputs: dict[tuple, set] = {}  # distinct responses under each image
+    for how in scored(sequences).values():
+        response = _response(record, how.response, processor)
+        inputs.setdefault((record[how.image], how.view), set()).add(response if end else response[:-1])
+    text = len(processor.prompt(record["prompt"])) - processor.patches  # without image tokens
+    images = {reference: processor.image_tokens(reference, root) for reference, _ in inputs}
+    return sum(images[reference] + text + sum(map(len, group)) for (reference, _), group in inputs.items())
 
 
 def check_image(record: dict, root: Path | str | None = None) -> None:
@@ -250,33 +274,57 @@ class Drawn(NamedTuple):
 
 
 class MicroBatches(Dataset):
-    """Micro-batch i of this process, for any i: a pure function of (records, seed, i).
+    """Micro-batch (step, part) of this process, for any of them: a pure function of records, seed and number.
 
-    Each epoch is a fresh permutation of the records. A step takes `batch_size` consecutive records of that
-    order, cut into equal parts for the processes and then for gradient accumulation. Since nothing is
+    Each epoch is a fresh permutation of the records, and a step takes the next `batch_size` of it. Since nothing is
     remembered, a resumed run continues exactly where it stopped, and one process sees the same global batches
-    as many. With `skip` a record that cannot be used is replaced by one drawn at random for its place, again
-    and again until one can be used, which depends on seed, place and records only: batches keep their size.
+    as many.
+
+    Without `lengths` a step's records are cut in their order, for the processes and then for gradient accumulation.
+    With them the records of a step are sorted, the longest first, and dealt out, so that each process gets equally many
+    and about the same number of tokens. With `max_tokens` a micro-batch takes records until it is full; all processes
+    cut into as many micro-batches as the one that needs most, since those that shard the model work in lockstep.
+
+    With `skip` a record that cannot be used is replaced by one drawn at random for its place, no longer than itself if
+    there is one, again and again until one can be used: batches keep their size, micro-batches their limit.
 
     Args:
-        parts: micro-batches per step and process.
         make: (records, seeds) -> micro-batch; it may raise BadRecord.
         skip: replace bad records; otherwise the first one leaves no micro-batch.
+        micro_batch_size: records of a micro-batch; it divides those of a process.
+        max_tokens: tokens of a micro-batch instead; no record has more.
+        lengths: tokens of each record, for the two that follow.
+        group_by_length: batches are of similar lengths (`grouped`).
     """
 
-    def __init__(self, records, *, batch_size, parts, rank, world, seed, steps, make, skip=False):
+    def __init__(self, records, *, batch_size, rank, world, seed, steps, make, skip=False, micro_batch_size=None,
+                 max_tokens=None, lengths=None, group_by_length=False):
         self.records, self.make, self.skip = records, make, skip
-        self.batch_size, self.parts, self.rank, self.world, self.seed = batch_size, parts, rank, world, seed
-        self.steps = steps
+        self.batch_size, self.rank, self.world, self.seed, self.steps = batch_size, rank, world, seed, steps
+        self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
+        self.lengths, self.group_by_length = lengths, group_by_length
+        self.orders: dict[int, list[int]] = {}  # epoch -> rows of the records
 
-    def __len__(self) -> int:
-        return self.steps * self.parts
+    def keys(self, first: int = 0) -> Iterator[tuple[int, int]]:
+        """(step, part) of all micro-batches from a step on."""
+        return ((step, part) for step in range(first, self.steps) for part in range(len(self.parts(step))))
 
-    def __getitem__(self, i: int) -> Drawn:
-        step, part = divmod(i, self.parts)
-        size = self.batch_size // (self.world * self.parts)
-        start = step * self.batch_size + (self.rank * self.parts + part) * size
-        places = range(start, start + size)
+    def parts(self, step: int) -> list[list[int]]:
+        """The micro-batches of this process in a step, as places in the order of all epochs."""
+        places, size = range(step * self.batch_size, (step + 1) * self.batch_size), self.batch_size // self.world
+        if self.lengths is None:
+            shares = [list(places[i : i + size]) for i in range(0, len(places), size)]
+        else:
+            shares = dealt(sorted(places, key=self._length, reverse=True), self.world)
+        share = shares[self.rank]
+        if self.max_tokens is None:
+            return [share[i : i + self.micro_batch_size] for i in range(0, size, self.micro_batch_size)]
+        most = max(len(filled(share, self._length, self.max_tokens)) for share in shares)
+        return filled(share, self._length, self.max_tokens, at_least=most)
+
+    def __getitem__(self, key: tuple[int, int]) -> Drawn:
+        step, part = key
+        places = self.parts(step)[part]
         seeds = [random.Random(f"{self.seed}/{place}").getrandbits(48) for place in places]
         bad: list[BadRecord] = []
         while len(bad) < len(self.records):
@@ -290,16 +338,74 @@ class MicroBatches(Dataset):
 
     def _pick(self, place: int, bad: list[BadRecord]) -> dict:
         """The record of a place, or the first that is drawn for it and not among the bad ones."""
-        epoch, row = divmod(place, len(self.records))
-        record, names = self.records[_order(self.seed, epoch, len(self.records))[row]], {b.name for b in bad}
-        others = random.Random(f"{self.seed}/{place}/other")
-        while record["id"] in names:
-            record = self.records[others.randrange(len(self.records))]
-        return record
+        own, names = self.row(place), {b.name for b in bad}
+        if self.records[own]["id"] not in names:
+            return self.records[own]
+        rows = list(range(len(self.records)))
+        random.Random(f"{self.seed}/{place}/other").shuffle(rows)
+        if self.lengths:
+            rows.sort(key=lambda row: max(0, self.lengths[row] - self.lengths[own]))  # the longer ones last
+        return next(self.records[row] for row in rows if self.records[row]["id"] not in names)
+
+    def _length(self, place: int) -> int:
+        return self.lengths[self.row(place)]
+
+    def row(self, place: int) -> int:
+        """Which record is at a place."""
+        epoch, i = divmod(place, len(self.records))
+        if epoch not in self.orders:  # a batch may reach from one epoch into the next
+            self.orders = {e: rows for e, rows in self.orders.items() if e == epoch - 1}
+            self.orders[epoch] = self._order(epoch)
+        return self.orders[epoch][i]
+
+    def _order(self, epoch: int) -> list[int]:
+        rows, rng = list(range(len(self.records))), random.Random(f"{self.seed}/{epoch}")
+        rng.shuffle(rows)  # a string seed is stable across Python versions
+        if self.group_by_length:
+            begun = -epoch * len(rows) % self.batch_size  # records that complete the last batch of the epoch before
+            rows = grouped(rows, self.lengths, self.batch_size, begun, rng)
+        return rows
 
 
-@lru_cache(maxsize=2)  # a batch may reach into the next epoch
-def _order(seed: int, epoch: int, size: int) -> list[int]:
-    order = list(range(size))
-    random.Random(f"{seed}/{epoch}").shuffle(order)  # a string seed is stable across Python versions
-    return order
+def grouped(rows: list[int], lengths: list[int], batch_size: int, begun: int, rng: random.Random) -> list[int]:
+    """A shuffled order of records in which batches are of similar lengths.
+
+    Within windows of WINDOW batches the records are sorted by length and cut into batches, and these are shuffled. What
+    a batch of another epoch needs stays as it is: the first `begun` records, and those after the last whole batch.
+    """
+    result = rows[:begun]
+    for start in range(begun, len(rows), WINDOW * batch_size):
+        window = rows[start : start + WINDOW * batch_size]
+        whole = len(window) // batch_size * batch_size
+        ordered = sorted(window[:whole], key=lengths.__getitem__)
+        batches = [ordered[i : i + batch_size] for i in range(0, whole, batch_size)]
+        rng.shuffle(batches)
+        result += [row for batch in batches for row in batch] + window[whole:]
+    return result
+
+
+def dealt(places: list[int], world: int) -> list[list[int]]:
+    """Sorted places, dealt out to processes forwards and backwards in turn, so that their lengths sum up alike."""
+    shares: list[list[int]] = [[] for _ in range(world)]
+    for i, place in enumerate(places):
+        turn, at = divmod(i, world)
+        shares[world - 1 - at if turn % 2 else at].append(place)
+    return shares
+
+
+def filled(places: list[int], length: Callable[[int], int], limit: int, at_least: int = 1) -> list[list[int]]:
+    """Places cut in their order into micro-batches of at most `limit` tokens, and of these the largest halved until
+    there are enough."""
+    parts: list[list[int]] = []
+    tokens = limit
+    for place in places:
+        if tokens + length(place) > limit:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(place)
+        tokens += length(place)
+    while len(parts) < at_least:
+        i = max(range(len(parts)), key=lambda i: len(parts[i]))
+        half = len(parts[i]) // 2
+        parts[i : i + 1] = [parts[i][:half], parts[i][half:]]
+    return parts

@@ -25,7 +25,8 @@ L is blind to a constant added to R. Centring, weighted with c, keeps R around 0
 Departures
 - From the papers: the InstructGPT paper averages over all pairs of one prompt; here a pair is an example.
 - "batch" adds the same number to every example, so that the mean over them is the published loss. An example
-  then depends on its batch; in all else examples do not see each other.
+  then depends on its batch, which is what is scored at a time: a micro-batch of one process. In all else examples do
+  not see each other.
 """
 
 from __future__ import annotations

@@ -49,11 +49,12 @@ class Ragged:
         self.shape = (len(lengths), max(lengths))
         self.even = min(lengths) == max(lengths)  # then both directions are views
         if not self.even:
-            n = torch.tensor(lengths)
-            inside = torch.arange(self.shape[1]) < n[:, None]  # (G, longest)
+            longest = self.shape[1]
+            inside = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (G, longest)
             # Padding repeats row 0; it is masked, so it receives no gradient.
-            rows = torch.zeros(self.shape, dtype=torch.long).masked_scatter(inside, torch.arange(int(n.sum())))
-            self.rows, self.slots = rows.flatten().to(device), inside.flatten().nonzero()[:, 0].to(device)
+            rows = torch.zeros(self.shape, dtype=torch.long).masked_scatter(inside, torch.arange(sum(lengths)))
+            slots = [g * longest + i for g, n in enumerate(lengths) for i in range(n)]
+            self.rows, self.slots = rows.flatten().to(device), torch.tensor(slots).to(device)
 
     def pad(self, x: Tensor) -> Tensor:
         x = x if self.even else x.index_select(0, self.rows)

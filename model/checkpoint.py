@@ -54,17 +54,31 @@ def load_llava(
     Raises BadInput naming the file and the tensor or setting that does not fit.
     """
     folder = resolve(name)
-    base, family = adapter_base(folder), family_of(folder)
-    config = family.read(config_folder(folder))
-    with torch.device("meta"), _Unfilled():
-        model = family.Model(config)
-    may_ignore = partial(family.may_ignore, config)
-    fill(model, family.tensors(folder), base or folder, dtype, device, may_ignore, config.surplus_rows)
-    if config.text.tie_word_embeddings:
+    base, family, model = adapter_base(folder), family_of(folder), _network(folder)
+    may_ignore = partial(family.may_ignore, model.config)
+    fill(model, family.tensors(folder), base or folder, dtype, device, may_ignore, model.config.surplus_rows)
+    if model.config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
     if base:
         load_adapters(model, folder)
     return model.eval()
+
+
+def outline(name: Path | str, dtype: torch.dtype = torch.float32) -> VLM:
+    """What `load_llava` would load and merge, on the meta device: shapes of config.json, compared with the headers of
+    the weights. BadInput naming what does not fit; no weight is read."""
+    folder = resolve(name)
+    base, family, model = adapter_base(folder), family_of(folder), _network(folder)
+    may_ignore = partial(family.may_ignore, model.config)
+    _match(model, family.tensors(folder), base or folder, may_ignore, model.config.surplus_rows)
+    return model.to(dtype).eval()
+
+
+def _network(folder: Path) -> VLM:
+    """The family's network on the meta device."""
+    family = family_of(folder)
+    with torch.device("meta"), _Unfilled():
+        return family.Model(family.read(config_folder(folder)))
 
 
 class _Unfilled(TorchFunctionMode):
@@ -100,22 +114,33 @@ def fill(
 
     Raises BadInput naming every tensor that does not fit, or the first that is not finite.
     """
-    rows = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    text = getattr(model.config, "text", None)
-    if tied := getattr(text, "tie_word_embeddings", False):
-        rows.pop(HEAD)
-        found = {n: t for n, t in found.items() if n != HEAD}
-    tables = {n: (rows[n][0] + surplus_rows, rows[n][1]) for n in (EMBEDDINGS, HEAD) if n in rows}
-    check_tensors(found, rows | tables, folder, lambda name: bool(BUFFERS.search(name)) or may_ignore(name))
+    rows = _match(model, found, folder, may_ignore, surplus_rows)
     names = {found[name]: name for name in rows}
     loaded = {}
     for stored, tensor in read(names):
         name = names[stored]
-        tensor = tensor[: rows[name][0]] if name in tables else tensor
+        tensor = tensor[: rows[name][0]] if name in (EMBEDDINGS, HEAD) else tensor
         loaded[name] = finite(tensor.to(device=device, dtype=dtype), f"{stored.file}: tensor {stored.name}")
-    if tied:
+    if _tied(model):
         loaded[HEAD] = loaded[EMBEDDINGS]
     model.load_state_dict(loaded, assign=True)
+
+
+def _match(model: nn.Module, found: dict[str, Stored], folder: Path, may_ignore: Callable[[str], bool],
+           surplus_rows: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors to read, by their names in the model. BadInput naming every tensor that does not fit."""
+    rows = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    if _tied(model):
+        rows.pop(HEAD)
+        found = {n: t for n, t in found.items() if n != HEAD}
+    tables = {n: (rows[n][0] + surplus_rows, rows[n][1]) for n in (EMBEDDINGS, HEAD) if n in rows}
+    check_tensors(found, rows | tables, folder, lambda name: bool(BUFFERS.search(name)) or may_ignore(name))
+    return rows
+
+
+def _tied(model: nn.Module) -> bool:
+    """Whether the head is the table of embeddings."""
+    return getattr(getattr(model.config, "text", None), "tie_word_embeddings", False)
 
 
 # ----------------------------------------------------------------------------------------------------- saving

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common import BadInput
 from model.attention import mix
@@ -76,10 +77,12 @@ class Encoder(nn.Module):
     def __init__(self, config: VisionConfig | ClipTextConfig, layers: int):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(layers))
+        self.checkpointing = False  # recompute each block in the backward instead of keeping its activations
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, causal)
+            x = checkpoint(layer, x, causal, use_reentrant=False) if recompute else layer(x, causal)
         return x
 
 

@@ -3,7 +3,7 @@
 Every preference loss needs log-probabilities of a few responses to the same image and prompt, under the
 policy and under the reference. In this order the work is saved:
 
-  1. each distinct image goes through the vision tower once per batch           (`VLM.vision_features`)
+  1. each distinct image goes through the vision tower once per batch           (`VLM.seen`)
   2. responses with the same image and prompt share one computed prefix         (`pack`, model/packing.py)
   3. examples of different length are packed, not padded                        (`Packed`)
   4. the last layer runs only where a response token is predicted               (`SharedPrefix.skip`)
@@ -56,7 +56,7 @@ class Packed:
     rows: Tensor  # (I,) what each of them stands for, see VLM.embed
     labels: Tensor  # (n,) response tokens, sequence after sequence
     sources: Tensor  # (n,) tail row whose state predicts the label
-    competitor: Tensor  # (n,) bool
+    competitor: Tensor | None  # (n,) bool; None where no competitor is scored
     lengths: list[int]  # response length of each sequence, in the order they were given
     prefixes: list[int]  # prefix length of each group
     responses: list[list[int]]  # input lengths of the distinct responses of each group
@@ -124,7 +124,7 @@ def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed
         rows=layout.rows,
         labels=torch.tensor(labels),
         sources=torch.tensor(sources),
-        competitor=torch.tensor(competitor),
+        competitor=torch.tensor(competitor) if any(competitor) else None,
         lengths=[len(s.response) for s in sequences],
         prefixes=[len(prompt) for _, prompt in groups],
         responses=[[len(ids) for ids in group] for group in inputs],
@@ -154,7 +154,7 @@ class Scorer(nn.Module):
 
         Args:
             packed: from `pack`, on the model's device.
-            features: (tiles, P, C) from `VLM.vision_features`.
+            features: (tiles, P, C), or the pixels where the vision tower trains: `VLM.seen`.
         Returns: token log-probs (N, L) in fp32, zero where there is no token, the mask (N, L) bool and, from a
             critic, the values (N, L).
         """
@@ -185,6 +185,8 @@ class Scorer(nn.Module):
         longest = max(p + max(r) for p, r in zip(packed.prefixes, packed.responses))
         if longest > limit:
             raise BadInput(f"a sequence of {longest} tokens, the decoder takes {limit}")
+        if self.model.tower_trains:
+            features = self.model.vision_features(features)  # (tiles, P, C)
         x = self.model.embed(packed.ids, features, packed.rows, packed.slots, packed.questions)  # (T, D)
         rule = SharedPrefix(packed.prefixes, packed.responses, x.device)
         return self.model.language_model.model(x, packed.positions, rule)
@@ -204,8 +206,8 @@ class SelectedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, competitor: Tensor) -> Tensor:
-        """hidden (n, D), weight (V, D), labels (n,), competitor (n,) bool -> (n,) fp32."""
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, competitor: Tensor | None) -> Tensor:
+        """hidden (n, D), weight (V, D), labels (n,), competitor (n,) bool or None -> (n,) fp32."""
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, matrix = hidden.to(dtype), weight.detach().to(dtype)
@@ -215,10 +217,9 @@ class SelectedLogProbs(torch.autograd.Function):
         labels = labels.clone()
         logps = torch.empty(len(hidden), device=hidden.device)  # (n,)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        any_competitor = bool(competitor.any())
         for part in _chunks(len(hidden), len(matrix)):
             logits = (hidden[part] @ matrix.T).float()  # (c, V)
-            if any_competitor:
+            if competitor is not None:
                 labels[part] = _best_competitor(logits, labels[part], competitor[part])
             picked = logits.gather(1, labels[part, None])  # (c, 1)
             odds, total, log_total = _softmax(logits)

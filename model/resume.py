@@ -104,7 +104,7 @@ def refuse_other(saved: dict, policy: Policy, identity: dict[str, str]) -> None:
     wanted, found = shapes(trained, moments), shapes(saved["trained"], saved["optimizer"].get("state", {}))
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     groups = [group.get("params") for group in saved["optimizer"].get("param_groups", [])]
-    if wrong or groups != [list(moments)]:
+    if wrong or groups != [group["params"] for group in policy.optimizer.state_dict()["param_groups"]]:
         what = ", ".join(wrong[:3]) or "parameter groups"
         raise BadInput(f"{saved['path']}: weights or optimiser state of another model: {what}")
 

@@ -46,7 +46,7 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, packed: Packed, features: Tensor) -> Tensor:
-        """packed: from `pack`; features (tiles, P, C) -> rewards (N,), fp32."""
+        """packed: from `pack`; features of `VLM.seen` -> rewards (N,), fp32."""
         with self.scorer._precision():
             states = self.scorer.states(packed, features)  # (tail tokens, D)
         ends = torch.tensor(packed.lengths).cumsum(0) - 1

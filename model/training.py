@@ -86,7 +86,8 @@ class Policy:
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains, by name, in the optimiser's order."""
-        return {name: p for name, p in self.plain.named_parameters() if p.requires_grad}
+        names = {p: name for name, p in self.plain.named_parameters()}
+        return {names[p]: p for group in self.optimizer.param_groups for p in group["params"]}
 
     def no_sync(self, more: bool) -> AbstractContextManager:
         """With several processes, exchange gradients only in the last backward of an update, that without `more`."""
@@ -100,17 +101,38 @@ class Policy:
         return norm
 
 
-def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps, then a cosine to zero."""
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps after the warm-up -> share of the peak
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "linear": lambda share: 1 - share,
+    "constant": lambda share: 1.0,
+}
+
+
+def learning_rate(peak: float, step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
+    """Linear warm-up over `warmup` steps, then by the schedule, which ends at `steps`."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * SCHEDULES[schedule]((step - warmup) / max(1, steps - warmup))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Of all parameter groups."""
+    """Of all parameter groups; one with a `ratio` (`parameter_groups`) gets that many times the rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("ratio", 1.0)
+
+
+def parameter_groups(module: nn.Module, ratios: dict[str, float]) -> list[dict]:
+    """What trains in a module, for its optimiser, in groups of one learning rate.
+
+    Args:
+        ratios: part of a parameter's name -> its rate, as a multiple of the rate of all others.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            ratio = next((ratio for part, ratio in ratios.items() if f".{part}." in f".{name}"), 1.0)
+            groups.setdefault(ratio, []).append(parameter)
+    return [{"params": parameters, "ratio": ratio} for ratio, parameters in groups.items()]
 
 
 def named(who: str, names: list[str], scored: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -2,9 +2,12 @@
 
 In the token sequence an image is copies of the image token. A family's network (model/llava.py) says what they stand
 for, in two steps, because the tower is frozen in the papers: its output does not depend on the policy, so callers run
-`vision_features` once per distinct image and hand the result to policy and reference alike.
+`vision_features` once per distinct image and hand the result to policy and reference alike. Where the tower trains
+they hand on the pixels instead (`seen`), and each scoring runs the tower as it is then: the policy's with gradients,
+the reference's with its former weights.
 
-    vision_features(pixels (N, 3, S, S)) -> features (N, P, C), frozen; N is 0 for questions without an image
+    vision_features(pixels (N, 3, S, S)) -> features (N, P, C), without gradient unless the tower trains; N is 0 for
+        questions without an image
     connect(features, rows (I,), questions) -> (I, D), the embedding of each image token
         rows: which of the N * tile_tokens rows that the tiles give; see `View` (model/views.py).
         questions: for each prompt that has image tokens, in the order of `rows`, the token ids that its image tokens
@@ -39,7 +42,7 @@ class VLM(nn.Module):
     """Base of the networks. A subclass makes `language_model` (model/llama.py) and the two methods of the header.
 
     CONNECTOR: name of the module that may train without adapters.
-    TOWER: name of the module that never trains.
+    TOWER: name of the module that sees the image; it trains only when told to.
     """
 
     CONNECTOR: str
@@ -48,10 +51,28 @@ class VLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.tower_trains = False
 
     @property
     def device(self) -> torch.device:
         return self.language_model.lm_head.weight.device
+
+    @property
+    def connector(self) -> nn.Module:
+        return self.get_submodule(self.CONNECTOR)
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.get_submodule(self.TOWER)
+
+    def train_tower(self) -> None:
+        """Let the tower train, in fp32."""
+        self.tower.float().requires_grad_(True)
+        self.tower_trains = True
+
+    def seen(self, pixels: Tensor) -> Tensor:
+        """What a scorer takes of the images: features (N, P, C), or pixels (N, 3, S, S) where the tower trains."""
+        return pixels if self.tower_trains else self.vision_features(pixels)
 
     def embed(self, ids: Tensor, features: Tensor, rows: Tensor, slots: Tensor | None = None,
               questions: list[tuple[int, ...]] | None = None) -> Tensor:

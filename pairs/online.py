@@ -10,8 +10,10 @@ al., 2024, arXiv 2402.04792.
 
 The samples are data: the loss computes their log-probs again in its own forward pass, so nothing is
 differentiated through the sampling. Ties, duplicates, empty, unfinished and unusable answers teach nothing: such an
-example keeps its place in the batch with weight 0, so that batches have one size in every process, by which
-the mean divides: a step with few useful pairs is a small one.
+example keeps its place in the batch with weight 0, and the mean divides by all examples of the batch, not by the useful
+ones. That is the paper's mean over what is sampled: there a duplicate is an example whose gradient is 0, and so, while
+policy and reference agree, is in expectation a tie that a coin decides. A pair then counts the same whatever its
+neighbours are and however the batch is cut, and a step with few useful pairs is a small one.
 
     symbol     argument      meaning
     x          records       records with `id`, `image`, `prompt` and, where p > 0, `chosen` and `rejected`

@@ -64,7 +64,7 @@ class Table(nn.Module):
         super().__init__()
         self.logps = nn.Parameter(torch.tensor(LOGPS))
         self.values = nn.Parameter(torch.tensor(VALUES)) if critic else None
-        self.model = SimpleNamespace(device=torch.device("cpu"), vision_features=lambda pixels: pixels,
+        self.model = SimpleNamespace(device=torch.device("cpu"), seen=lambda pixels: pixels,
                                      train=lambda mode=True: None, eval=lambda: None)
         self.calls: list[list[int]] = []  # the lengths that were scored
 
@@ -85,6 +85,11 @@ class Table(nn.Module):
         self.logps.data = policy
 
 
+def size(batch: Batch | list) -> int:
+    """Records of a micro-batch, or of what a loss that samples starts from."""
+    return len(batch.ids) if isinstance(batch, Batch) else len(batch)
+
+
 def make_run(loss: str, *options: str, judges: dict | None = None, memory: reinforce.Memory | None = None,
              rate: float = 1.0) -> train.Run:
     """train.py's Run around a table, with plain gradient descent for an optimiser."""
@@ -99,14 +104,15 @@ def make_run(loss: str, *options: str, judges: dict | None = None, memory: reinf
     return run
 
 
-def one_step(monkeypatch, folder: Path, run: train.Run, *batches: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Let `train` do one step on these micro-batches. Returns what the loss could ask for in the last of them, and the
-    log line."""
+def one_step(monkeypatch, folder: Path, run: train.Run, *batches: Batch, batch_size: int | None = None,
+             ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Let `train` do one step on these micro-batches, the whole batch unless told otherwise. Returns what the loss
+    could ask for in the last of them, and the log line."""
     seen: dict[str, Tensor] = {}
-    monkeypatch.setattr(train, "load_micro_batches", lambda run, done: iter([Drawn(batch, []) for batch in batches]))
+    monkeypatch.setattr(train, "load_micro_batches", lambda run, done: iter([[Drawn(batch, []) for batch in batches]]))
     monkeypatch.setattr(train, "write_batch", lambda run, batch: batch)
     monkeypatch.setattr(train, "pick", lambda loss, inputs: seen.update(inputs) or pick(loss, inputs))
-    for name, value in dict(steps=1, batch_size=len(batches), micro_batch_size=1, out=folder).items():
+    for name, value in dict(steps=1, batch_size=batch_size or sum(map(size, batches)), micro_batch_size=1, out=folder).items():
         setattr(run.args, name, value)
     assert train.train(run)
     return seen, json.loads((folder / "metrics.jsonl").read_text())

@@ -121,34 +121,34 @@ def ids_of(records: list[dict], seeds: list[int] | None = None) -> str:
     return "".join(record["id"] for record in records)
 
 
-def micro_batches(rank: int = 0, world: int = 1, parts: int = 1, **more) -> MicroBatches:
-    return MicroBatches(NAMES, **{**dict(batch_size=4, parts=parts, rank=rank, world=world, seed=3, steps=12,
+def micro_batches(rank: int = 0, world: int = 1, size: int = 4, **more) -> MicroBatches:
+    return MicroBatches(NAMES, **{**dict(batch_size=4, micro_batch_size=size, rank=rank, world=world, seed=3, steps=12,
                                          make=ids_of, skip=True), **more})
 
 
 def test_a_bad_record_is_replaced_in_its_place():
     """Only the places of c and f change, and each of them gets what can be used."""
     batches = micro_batches()
-    made = "".join(batches[i].batch for i in range(len(batches)))
+    made = "".join(batches[key].batch for key in batches.keys())
     plain = micro_batches(make=lambda records, seeds: "".join(record["id"] for record in records))
-    order = "".join(plain[i].batch for i in range(len(plain)))
+    order = "".join(plain[key].batch for key in plain.keys())
     assert sorted(order[:8]) == list("abcdefgh") and not set("cf") & set(made)
     assert [a for a, b in zip(order, made) if a != b] == [a for a in order if a in "cf"]
     assert len({b for a, b in zip(order, made) if a in "cf"}) > 2  # not always the same one
-    bad = [record for i in range(2) for record in batches[i].bad]
+    bad = [record for step in range(2) for record in batches[step, 0].bad]
     assert sorted(record.name for record in bad) == ["c", "f"] and str(bad[0]).endswith(": damaged")
 
 
 def test_replacements_do_not_depend_on_processes_and_parts():
-    whole = [micro_batches()[i].batch for i in range(12)]
-    for world, parts in ((2, 1), (1, 4), (2, 2)):
-        shares = [micro_batches(rank, world, parts) for rank in range(world)]
-        assert whole == ["".join(share[step * parts + part].batch for share in shares for part in range(parts))
+    whole = [micro_batches()[step, 0].batch for step in range(12)]
+    for world, size in ((2, 2), (1, 1), (2, 1)):
+        shares = [micro_batches(rank, world, size) for rank in range(world)]
+        assert whole == ["".join(share[key].batch for share in shares for key in share.keys() if key[0] == step)
                          for step in range(12)]
 
 
 def test_without_skip_the_first_bad_record_leaves_no_batch():
-    found = [micro_batches(skip=False)[i] for i in range(2)]
+    found = [micro_batches(skip=False)[step, 0] for step in range(2)]
     assert any(drawn.batch is None and len(drawn.bad) == 1 for drawn in found)
     assert all(drawn.bad == [] for drawn in found if drawn.batch is not None)
 
@@ -157,7 +157,7 @@ def test_when_no_record_can_be_used():
     def never(records, seeds):
         raise BadRecord(records[0]["id"], "damaged")
 
-    drawn = micro_batches(make=never)[0]
+    drawn = micro_batches(make=never)[0, 0]
     assert drawn.batch is None and sorted(record.name for record in drawn.bad) == list("abcdefgh")
 
 

@@ -340,7 +340,7 @@ def test_records_made_from_scenes_are_kept(tmp_path):
 
 def test_a_finished_run_is_lengthened(copied, capsys):
     assert train.main(command(copied, "run", "--resume", "--steps", "9")) == 0
-    assert "steps 7 -> 9: the cosine now ends at 9" in capsys.readouterr().out
+    assert "steps 7 -> 9: the cosine schedule now ends at 9" in capsys.readouterr().out
     found = lines(copied / "run")
     lr = read_arguments(train.LOSSES, command(copied, "run")).lr
     assert [row["step"] for row in found] == [2, 4, 6, 7, 8, 9]

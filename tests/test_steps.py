@@ -35,13 +35,13 @@ def test_the_rate_rises_in_warm_up_and_falls_as_a_cosine():
 def test_warm_up_is_a_share_of_the_steps_and_never_none(monkeypatch, tmp_path, steps, warmup, expected):
     """Without one the first step, like the second, is at the peak; the optimiser gets the rate."""
     run, asked = make_run("dpo", "--lr", "8", "--warmup", str(warmup)), []
-    monkeypatch.setattr(train, "learning_rate", lambda *args, warmup: asked.append((*args, warmup)) or 0.5)
+    monkeypatch.setattr(train, "learning_rate", lambda *args: asked.append(args) or 0.5)
     monkeypatch.setattr(train, "StopRequest", lambda world: None)  # no signal handlers: the step below is cut short
     monkeypatch.setattr(train, "load_micro_batches", lambda *_: iter([]))
     run.args.steps, run.args.out, run.args.micro_batch_size = steps, tmp_path, 16
     with pytest.raises(StopIteration):
         train.train(run)
-    assert asked == [(8, 0, steps, expected)] and run.policy.optimizer.param_groups[0]["lr"] == 0.5
+    assert asked == [(8, 0, steps, expected, "cosine")] and run.policy.optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_the_gradient_is_clipped_once_over_all_micro_batches(monkeypatch, tmp_path):

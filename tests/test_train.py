@@ -65,7 +65,11 @@ def test_first_step_has_the_value_of_equal_policies(pairs, tmp_path, loss, start
     assert found[-1] != pytest.approx(start, abs=1e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["--lora-rank", "0"], ["--train-projector", "--lora-dropout", "0.1"]])
+@pytest.mark.parametrize("more", [
+    [], ["--lora-rank", "0"], ["--train-projector", "--lora-dropout", "0.1"],
+    ["--train-vision", "--vision-lr", "1e-4", "--train-projector", "--projector-lr", "1e-2", "--schedule", "linear",
+     "--max-tokens", "700", "--group-by-length"],
+])
 def test_resumed_equals_uninterrupted_bit_for_bit(pairs, tmp_path, monkeypatch, more):
     """Stopped after two of four steps and resumed: the same weights to the last bit, and no log line twice."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -112,6 +116,49 @@ def test_two_processes_equal_one(pairs, tmp_path):
     first, second = load_llava(one / "model"), load_llava(two / "model")
     for name, value in first.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=2e-4)
+
+
+def test_micro_batches_by_tokens_in_two_processes_equal_one_batch(pairs, tmp_path):
+    """Six records a process, cut at 300 tokens into several micro-batches; the tower trains, too."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--loss", "dpo", "--batch-size", "12", "--group-by-length", "--train-vision", "--lr", "1e-4"]
+    assert train.main(arguments(pairs, one, *more)) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(HOME / "train.py"), *arguments(pairs, two, *more, "--max-tokens", "300")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_a_record_beyond_max_tokens_is_refused_by_name(pairs, tmp_path, monkeypatch):
+    """Before the model is loaded."""
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(BadInput, match=r"pairs.jsonl: record '.*': \d+ tokens, more than --max-tokens 90"):
+        train.main(arguments(pairs, tmp_path, "--loss", "dpo", "--max-tokens", "90"))
+
+
+def test_the_tower_trains_and_the_reference_keeps_the_former(pairs, tmp_path):
+    """Its weights, and in a first step of a large rate nothing else, move; the reference's log-probs do not."""
+    args = read_arguments(train.LOSSES, arguments(pairs, tmp_path, "--loss", "dpo", "--train-vision", "--vision-lr", "0.01"))
+    recipe = train.LOSSES["dpo"]
+    check(args, recipe, 1)
+    model, processor = prepare.load_model(args, torch.device("cpu")), Processor(DEFAULT_MODEL)
+    policy = prepare.make_policy(args, recipe, model, 1)
+    assert [(group["ratio"], len(group["params"])) for group in policy.optimizer.param_groups] == [
+        (pytest.approx(10), len([*model.tower.parameters()])), (1.0, 56)]
+    data = prepare.read_records(pairs, recipe)
+    batch = train.collate_for(recipe, processor, data.root, data.records[:2], None)
+    run = train.Run(args, recipe, policy, processor, data.records, data.root, torch.device("cpu"))
+    before = train.reference_logps(run, batch, batch.packed, model.seen(batch.pixels))
+    start = policy.scorer(batch.packed, model.seen(batch.pixels))[0]
+    torch.testing.assert_close(start, before)
+    start.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for name, p in model.tower.named_parameters()
+               if not name.endswith("k_proj.bias"))  # which softmax does not see
+    policy.update()
+    moved = policy.scorer(batch.packed, model.seen(batch.pixels))[0]
+    assert (moved - start).abs().max() > 0.05
+    assert torch.equal(train.reference_logps(run, batch, batch.packed, model.seen(batch.pixels)), before)
 
 
 def test_trained_model_is_written_and_differs(pairs, tmp_path):
