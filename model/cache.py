@@ -161,7 +161,7 @@ class Cache:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), k and v (T, K, d) -> (T, H, d), of all beginnings or of one token of each response."""
-        (T, H, d), K, M = q.shape, k.shape[1], len(self.blocked)
+        (H, d), K, M = q.shape[1:], k.shape[1], len(self.blocked)
         end = self.blocked.shape[1] + self.columns * self.n
         keys, values = (x[:, :, :end] for x in self.layers[layer])  # (M, K, P + columns n, d)
         new = slice(end - self.grid.shape[1], end)
