@@ -111,12 +111,13 @@ def read(model: VLM, views: list[View], prompts: list[list[int]], *, shows: Sequ
 
 
 @torch.no_grad()
-def write(model: VLM, prompts: Prompts, starts: list[list[list[int]]], *, eos_id: int, stop: Stop | None = None,
-          max_new_tokens: int = 96, temperature: float = 0.0, top_p: float = 1.0, seeds: list[int] | None = None,
-          ) -> list[list[list[int]]]:
+def write(model: VLM, prompts: Prompts, starts: list[list[list[int]]], *, eos_id: int, rows: list[int] | None = None,
+          stop: Stop | None = None, max_new_tokens: int = 96, temperature: float = 0.0, top_p: float = 1.0,
+          seeds: list[int] | None = None) -> list[list[list[int]]]:
     """Continue prompts that have been read.
 
     Args:
+        rows: the M of them to continue, in order; left out, all.
         starts: for each prompt the beginnings of its responses, each a list of token ids (or none). All of a prompt
             share it, whatever they begin with.
         stop: (prompt, response, new tokens so far) -> whether this response needs no more; asked every 8 steps, so
@@ -127,7 +128,8 @@ def write(model: VLM, prompts: Prompts, starts: list[list[list[int]]], *, eos_id
         seeds: one (>= 0) per prompt; needed when temperature > 0.
     Returns and raises as `generate` does.
     """
-    _check(model, prompts.lengths, starts, max_new_tokens, temperature, top_p, seeds)
+    rows = list(range(len(prompts.lengths))) if rows is None else rows
+    _check(model, [prompts.lengths[row] for row in rows], starts, max_new_tokens, temperature, top_p, seeds)
     device, config = model.device, model.config.text
     names = [(i, j) for i, group in enumerate(starts) for j in range(len(group))]  # (N,)
     noise = _noise(seeds, starts, max_new_tokens).to(device) if temperature > 0 else None  # (N, steps)
@@ -135,7 +137,7 @@ def write(model: VLM, prompts: Prompts, starts: list[list[list[int]]], *, eos_id
     def choose(logits: Tensor, rows: Tensor, step: int) -> Tensor:
         return pick(logits, temperature, top_p, noise if noise is None else noise[rows, step])
 
-    prompts = prompts.take(list(range(len(starts))), _room(starts, max_new_tokens))
+    prompts = prompts.take(rows, _room(starts, max_new_tokens))
     cache = Cache(prompts, [[len(ids) for ids in group] for group in starts],
                   config.num_attention_heads // config.num_key_value_heads)
     with adapters_cast(model), sdpa_kernel(KERNELS):
@@ -214,8 +216,12 @@ def _continue(model: VLM, cache: Cache, states: Tensor, positions: Tensor, names
 
 
 def _predict(model: VLM, states: Tensor) -> tuple[Tensor, Tensor]:
-    """states (N', D) -> logits of the next tokens (N', V), never of the image token, and which are finite (N',)."""
-    logits = model.language_model.lm_head(states).float()  # (N', V)
+    """states (N', D) -> logits of the next tokens (N', V), never the image token, and which are finite (N',)."""
+    head = model.language_model.lm_head
+    if states.device.type == "cpu" and states.dtype == torch.float32 and len(states) > 4:
+        logits = (head.weight @ states.T).T  # a third faster than x W^T with 8 rows, as fast with many
+    else:
+        logits = head(states).float()
     finite = logits.sum(-1).isfinite()
     if model.config.image_token_index < logits.shape[-1]:  # a row that was never trained, and no word
         logits[:, model.config.image_token_index] = float("-inf")
