@@ -190,20 +190,26 @@ def packed_batch(size: Size, loss: str, device: torch.device) -> tuple[Tensor, P
 
 def model_flops(size: Size, loss: str) -> float:
     """What a step needs when nothing is computed twice: the policy's forward, the reference's, and the backward, which
-    of frozen weights needs the gradient of the input only."""
+    of frozen weights needs the gradient of the input only; in the last layer keys, values and the responses."""
     c, vision = size.config.text, size.config.vision
-    D, H, K, d = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    shapes = [(D, H * d), (D, K * d), (D, K * d), (H * d, D), *[(D, c.intermediate_size)] * 3]
-    base, adapters = sum(i * o for i, o in shapes), size.rank * sum(i + o for i, o in shapes)  # of a layer
+    D, q, kv, layers = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, \
+        c.num_hidden_layers
+
+    def products(*shapes: tuple[int, int]) -> int:
+        """Multiplications a token, with the adapters'."""
+        return sum(i * o + size.rank * (i + o) for i, o in shapes)
+
+    keys, others = products((D, kv), (D, kv)), products((D, q), (q, D), *[(D, c.intermediate_size)] * 3)
     body, tail = vision.num_patches + size.prompt, size.response
     images, responses = (size.pairs, 2) if loss == "dpo" else (2 * size.pairs, 1.5)  # responses to each on average
     tokens, scored = images * (body + responses * tail), images * responses * tail
-    scores = images * (body**2 / 2 + responses * (tail * body + tail**2 / 2))  # query-key pairs
-    decoder = c.num_hidden_layers * (3 * 2 * tokens * (base + adapters) + 4 * 4 * H * d * scores)
+    scores = images * responses * (tail * body + tail**2 / 2)  # of the responses' query-key pairs
+    decoder = 6 * (layers * tokens * keys + ((layers - 1) * tokens + scored) * others)
+    attention = 16 * q * (layers * scores + (layers - 1) * images * body**2 / 2)
     width = vision.hidden_size
     tower = 2 * images * vision.num_patches * size.config.vision_layers_used * (
         4 * width**2 + 2 * width * vision.intermediate_size + 2 * width * vision.num_patches)
-    return decoder + tower + 3 * 2 * scored * D * c.vocab_size
+    return decoder + attention + tower + 6 * scored * D * c.vocab_size
 
 
 # ------------------------------------------------------------------------------------------------ parity
