@@ -10,8 +10,8 @@ the first with responses a and b, the second with c:
 
 A column has a cell for each response, so the cache grows at its end. Beginnings of different length end in the same
 column. All responses to a prompt are queries of the same keys, and a mask keeps them from seeing each other: one call
-of torch's attention, whatever is computed. (It scores the new tokens of all n responses for each of them. Up to some
-10 responses that costs less than separate products would; 16 cost half as much again.)
+of torch's attention, whatever is computed. (It scores the new tokens of all n responses for each of them. On a CPU that
+costs no more than separate products up to 8 responses, and two thirds more with 16.)
 
 Shapes: M prompts, P tokens of the longest, n responses to each (or at most), N in all, W columns, T tokens computed
 now, H heads, K key-value heads, d head width, D decoder width.
