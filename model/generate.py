@@ -1,15 +1,15 @@
 """Generation with a key-value cache: greedy, temperature, top-p; batched; n continuations share one prefix.
 
 A prompt with its image is computed once however many responses are drawn from it, and its keys and values are
-kept once: at each step the n responses to a prompt are n queries against the same prefix, followed by each
-response's own short cache. Responses may begin with given tokens, different ones for each: they are computed
-together with the prompt, side by side after it (model/packing.py).
+kept once (model/cache.py): at each step the n responses to a prompt are n queries of the same prefix, followed by each
+response's own tokens. Responses may begin with given tokens, different ones for each. `generate` does it all; who
+continues the same prompts several times computes them once, with `read`, and calls `write` each time.
 
 Random numbers are drawn per response, not per batch: response j to a prompt with seed s gets its own stream, so
 what is sampled does not depend on what else is in the batch or on how many processes share the work.
 
-Shapes: M prompts, n responses to each (or at most), N responses in all, b longest prefix body, S longest
-continuation so far, H heads, K key-value heads, d head width, V vocabulary.
+Shapes: M prompts, n responses to each (or at most), N responses in all, N' of them in the cache, D decoder width, V
+vocabulary, T tokens, P patches and C width of the vision tower.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from common import BadInput
-from model.attention import Ragged, SharedPrefix
-from model.packing import lay_out, tail_rows
+from model.cache import Cache, Prompts, Recorder
+from model.lora import adapters_cast
+from model.packing import lay_out
 from model.views import View, stack
 from model.vlm import VLM
 
 Stop = Callable[[int, int, list[int]], bool]
+CANDIDATES = 64  # tokens that a draw is first looked for among, on a CPU
+ROUNDING = 1e-5  # more than float sums of probabilities are off
+# cuDNN's attention, torch's first choice on some GPUs, is planned for each shape, and here every token has a new one.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class NotFinite(BadInput):
@@ -38,131 +44,6 @@ class NotFinite(BadInput):
     def __init__(self, prompt: int):
         super().__init__(f"prompt {prompt}: {self.what}")
         self.prompt = prompt
-
-
-class Cache:
-    """Keys and values of every layer: one prefix per prompt, one continuation per response.
-
-    It is both attention rules of generation. While prompts and beginnings are computed (`filling`) it attends as
-    `SharedPrefix` and records keys and values; then each call mixes one new token per response over its prompt's prefix
-    and its own continuation. What it holds of a layer, for two prompts with two responses and one:
-
-        prefix (M, K, b + 1, d)         own (N, K, width, d)
-                                                    column
-                                                      v
-        0: p p p p p     <-- read by --  0.0:  .  x  x  n  _  _        x  beginnings and tokens so far
-                         <-- read by --  0.1:  x  x  x  n  _  _        n  the new token of each response
-        1: p p p . .     <-- read by --  1.0:  .  .  x  n  _  _        _  room for those to come
-                                                                       .  padding, never read
-
-    Continuations of different length end in the same column, so that all grow by the same one: `unused` marks the
-    columns before a response's beginning, `blocked` the padding and the hidden tokens of the prefixes.
-
-    Args:
-        lengths: tokens of each prompt.
-        starts: for each prompt the tokens that each of its responses begins with.
-        steps: tokens to come.
-        hidden: as for `SharedPrefix`; holds for the new tokens, too.
-    """
-
-    def __init__(self, lengths: list[int], starts: list[list[int]], steps: int, layers: int, device: torch.device,
-                 hidden: list[Tensor] | None = None):
-        self.prefill = SharedPrefix(lengths, starts, device, hidden)
-        self.lengths, self.answers = lengths, Ragged([len(s) for s in starts], device)
-        blocked = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (M, b + 1)
-        for row, flags in zip(blocked, hidden or ()):
-            row[: len(flags)] |= flags
-        self.blocked = blocked.to(device)
-
-        counts = torch.tensor([n for s in starts for n in s])  # (N,) lengths of the beginnings
-        self.column, self.width = int(counts.max()) - 1, int(counts.max()) + steps  # last filled, all
-        self.unused = None  # (N, width)
-        if counts.min() < counts.max():
-            self.unused = (torch.arange(self.width) < self.column + 1 - counts[:, None]).to(device)
-
-        # From tail rows to `own`: token t of a beginning of n tokens goes to column - n + 1 + t.
-        anchors, begins = tail_rows(starts)
-        rows = [range(row, row + n) for group, s in zip(begins, starts) for row, n in zip(group, s)]
-        self.anchors = torch.tensor(anchors)  # (M,)
-        self.begun = torch.tensor([row for span in rows for row in span], dtype=torch.long)  # (beginning tokens,)
-        self.owners = torch.arange(len(counts)).repeat_interleave(counts)  # response of each of them
-        self.slots = torch.cat([torch.arange(self.column + 1 - n, self.column + 1) for n in counts])  # its column
-        # The tail row that predicts each response's first new token: its beginning's last, or the prompt's.
-        owner = [anchor for anchor, s in zip(anchors, starts) for _ in s]
-        self.ends = torch.tensor([span[-1] if span else anchor for span, anchor in zip(rows, owner)])  # (N,)
-
-        self.prefix: list[tuple[Tensor, Tensor]] = [()] * layers
-        self.own: list[tuple[Tensor, Tensor]] = [()] * layers
-        self.filling = True
-
-    @property
-    def skip(self) -> int:
-        """Tokens whose last-layer state is not needed: while prompts are computed all but the tails."""
-        return self.prefill.skip if self.filling else 0
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Prefill: q, k, v packed as in SharedPrefix. Decoding: q (N, H, d), k and v (N, K, d). -> like q."""
-        if self.filling:
-            self.prefix[layer] = (self._prefix_rows(k), self._prefix_rows(v))
-            self.own[layer] = (self._own_rows(k), self._own_rows(v))
-            return self.prefill(layer, q, k, v)
-        return self._decode(layer, q, k, v)
-
-    def _prefix_rows(self, x: Tensor) -> Tensor:
-        """Packed bodies and tails (T, K, d) -> (M, K, b + 1, d), each prefix contiguous, then padding."""
-        body, last = self.prefill.body.pad(x[: self.prefill.skip]), x[self.prefill.skip :][self.anchors]
-        rows = torch.cat([body, torch.zeros_like(body[:, :1])], 1)  # (M, b + 1, K, d)
-        rows[torch.arange(len(last)), torch.tensor(self.lengths) - 1] = last  # over the padding of its own body
-        return rows.transpose(1, 2)
-
-    def _own_rows(self, x: Tensor) -> Tensor:
-        """Packed bodies and tails (T, K, d) -> (N, K, width, d): the beginnings, space before and after."""
-        rows = x.new_zeros(len(self.ends), x.shape[1], self.width, x.shape[2])
-        rows[self.owners, :, self.slots] = x[self.prefill.skip :][self.begun]
-        return rows
-
-    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One softmax over two sets of keys: those of the prefix, which all responses to a prompt share, and a
-        response's own. Their scores are put side by side; the weights are split again to read the values."""
-        (N, H, d), K, now = q.shape, k.shape[1], self.column
-        keys, values = self.own[layer]
-        keys[:, :, now], values[:, :, now] = k, v
-        keys, values = keys[:, :, : now + 1], values[:, :, : now + 1]  # (N, K, S, d)
-        prefix_keys, prefix_values = self.prefix[layer]  # (M, K, b + 1, d)
-
-        # Scores on the prefix: the n responses to a prompt times the H / K query heads that share a key head become
-        # one batch of n H/K queries, so that each prefix is read once. `answers` pads to n responses a prompt.
-        q = q.view(N, K, H // K, d) * d**-0.5
-        shared = self.answers.pad(q)  # (M, n, K, H/K, d)
-        M, n = shared.shape[:2]
-        shared = shared.transpose(1, 2).reshape(M, K, -1, d)  # (M, K, n H/K, d)
-        to_prefix = (shared @ prefix_keys.transpose(2, 3)).float()  # (M, K, n H/K, b + 1)
-        to_prefix = to_prefix.masked_fill(self.blocked[:, None, None], float("-inf"))
-        to_prefix = self.answers.unpad(to_prefix.view(M, K, n, H // K, -1).transpose(1, 2))  # (N, K, H/K, b + 1)
-        to_own = (q @ keys.transpose(2, 3)).float()  # (N, K, H/K, S)
-        if self.unused is not None:
-            to_own = to_own.masked_fill(self.unused[:, None, None, : now + 1], float("-inf"))
-
-        weights = torch.cat([to_prefix, to_own], -1).softmax(-1).to(v.dtype)
-        on_prefix, on_own = weights.split([to_prefix.shape[-1], to_own.shape[-1]], -1)
-        # The values the same way: up to prompts with n H/K rows each, down to responses.
-        on_prefix = self.answers.pad(on_prefix).transpose(1, 2).reshape(M, K, n * (H // K), -1)
-        y = self.answers.unpad(
-            (on_prefix @ prefix_values).view(M, K, n, H // K, d).transpose(1, 2))  # (N, K, H/K, d)
-        return (y + on_own @ values).reshape(N, H, d)
-
-    def keep(self, answers: Tensor) -> None:
-        """Go on with these responses only, (N',) in order; forget the others, and prompts that have none left."""
-        M, n = self.answers.shape
-        prompts = self.answers.unpad(torch.arange(M, device=answers.device)[:, None].expand(M, n))[answers]
-        left, counts = prompts.unique_consecutive(return_counts=True)
-        self.answers = Ragged(counts.tolist(), answers.device)
-        self.lengths = [self.lengths[i] for i in left.tolist()]
-        self.blocked = self.blocked[left]
-        self.unused = self.unused[answers] if self.unused is not None else None
-        if len(left) < M:
-            self.prefix = [(k[left], v[left]) for k, v in self.prefix]
-        self.own = [(k[answers], v[answers]) for k, v in self.own]
 
 
 @torch.no_grad()
@@ -183,47 +64,140 @@ def generate(
     top_p: float = 1.0,
     seeds: list[int] | None = None,
 ) -> list[list[list[int]]]:
-    """Continue each prompt n times.
+    """Continue each prompt n times: `read`, then `write`, whose arguments these are.
 
     Args:
-        views: distinct images.
-        prompts: M lists of token ids with as many image tokens as their image has rows.
-        shows: for each prompt the number of its image; left out, prompt i shows image i.
-        questions: for each prompt what `VLM.connect` reads of it (`Processor.question`); left out, nothing.
-        starts: for each prompt the beginnings of its responses, each a list of token ids (or none); left out, n
-            responses that begin with nothing. All of a prompt share it, whatever they begin with.
-        hidden: for each prompt (len(prompt),) bool, True at tokens that must not be looked at (model/attention.py).
-        stop: (prompt, response, new tokens so far) -> whether this response needs no more; asked every 8 steps, so
-            it may come back longer than needed.
-        max_new_tokens: at most so many are added to each beginning.
-        temperature: 0 is greedy; otherwise logits are divided by it.
-        top_p: keep the smallest set of tokens whose probability reaches top_p.
-        seeds: one (>= 0) per prompt; needed when temperature > 0.
+        n: responses to each prompt, where no `starts` are given.
     Returns: [M][n] lists of new token ids, without EOS. One of max_new_tokens has been cut off.
     Raises BadInput on a temperature or top_p out of range or a window that is too short; NotFinite, which is one,
     when logits are NaN or infinite; ValueError on missing seeds, a prompt of fewer than two tokens, one whose image
     tokens are not those of its image, beginnings or hidden flags that do not fit.
     """
     starts = [[[]] * n for _ in prompts] if starts is None else starts
-    _check(model, prompts, starts, max_new_tokens, temperature, top_p, seeds)
-    names = [(i, j) for i, group in enumerate(starts) for j in range(len(group))]  # (N,)
-    device, decoder = model.device, model.language_model.model
-    noise = _noise(seeds, starts, max_new_tokens).to(device) if temperature > 0 else None  # (N, steps)
-    cache, states, position = _prefill(model, views, prompts, starts, shows or range(len(prompts)),
-                                       questions or [()] * len(prompts), max_new_tokens, hidden)
+    lengths = [len(prompt) for prompt in prompts]
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seeds=seeds)
+    _check(model, lengths, starts, **settings)
+    read_ones = read(model, views, prompts, shows=shows, questions=questions, hidden=hidden,
+                     room=_room(starts, max_new_tokens))
+    return write(model, read_ones, starts, eos_id=eos_id, stop=stop, **settings)
 
-    tokens = torch.full((len(names), max_new_tokens), eos_id, device=device)  # (N, steps)
+
+@torch.no_grad()
+def read(model: VLM, views: list[View], prompts: list[list[int]], *, shows: Sequence[int] | None = None,
+         questions: list[tuple[int, ...]] | None = None, hidden: list[Tensor] | None = None, room: int = 0) -> Prompts:
+    """Compute prompts.
+
+    Args:
+        views: distinct images.
+        prompts: M lists of token ids with as many image tokens as their image has rows.
+        shows: for each prompt the number of its image; left out, prompt i shows image i.
+        questions: for each prompt what `VLM.connect` reads of it (`Processor.question`); left out, nothing.
+        hidden: for each prompt (len(prompt),) bool, True at tokens that must not be looked at (model/attention.py).
+        room: tokens to make room for after each prompt; `write` copies what has too little.
+    Raises ValueError as `generate` does.
+    """
+    device, decoder = model.device, model.language_model.model
+    pixels, rows = stack(views, model.config.tile_tokens)
+    layout = lay_out(prompts, [[] for _ in prompts], [rows[image] for image in shows or range(len(prompts))],
+                     questions or [()] * len(prompts), model.config.image_token_index)
+    lengths = [len(prompt) for prompt in prompts]
+    recorder = Recorder(lengths, room, device, hidden)
+    with adapters_cast(model), sdpa_kernel(KERNELS):
+        features = model.vision_features(pixels.to(device))  # (tiles, P, C)
+        ids, positions, slots, shown = (x.to(device) for x in layout[:4])
+        x = model.embed(ids, features, shown, slots, layout.questions)  # (T, D)
+        states = decoder(x, positions, recorder)  # (M, D)
+    return Prompts(lengths, recorder.blocked, states, recorder.layers)
+
+
+@torch.no_grad()
+def write(model: VLM, prompts: Prompts, starts: list[list[list[int]]], *, eos_id: int, rows: list[int] | None = None,
+          stop: Stop | None = None, max_new_tokens: int = 96, temperature: float = 0.0, top_p: float = 1.0,
+          seeds: list[int] | None = None) -> list[list[list[int]]]:
+    """Continue prompts that have been read.
+
+    Args:
+        rows: the M of them to continue, in order; left out, all.
+        starts: for each prompt the beginnings of its responses, each a list of token ids (or none). All of a prompt
+            share it, whatever they begin with.
+        stop: (prompt, response, new tokens so far) -> whether this response needs no more; asked every 8 steps, so
+            it may come back longer than needed.
+        max_new_tokens: at most so many are added to each beginning.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: keep the smallest set of tokens whose probability reaches top_p.
+        seeds: one (>= 0) per prompt; needed when temperature > 0.
+    Returns and raises as `generate` does.
+    """
+    rows = list(range(len(prompts.lengths))) if rows is None else rows
+    _check(model, [prompts.lengths[row] for row in rows], starts, max_new_tokens, temperature, top_p, seeds)
+    device, config = model.device, model.config.text
+    names = [(i, j) for i, group in enumerate(starts) for j in range(len(group))]  # (N,)
+    noise = _noise(seeds, starts, max_new_tokens).to(device) if temperature > 0 else None  # (N, steps)
+
+    def choose(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+        return pick(logits, temperature, top_p, noise if noise is None else noise[rows, step])
+
+    prompts = prompts.take(rows, _room(starts, max_new_tokens))
+    cache = Cache(prompts, [[len(ids) for ids in group] for group in starts],
+                  config.num_attention_heads // config.num_key_value_heads)
+    with adapters_cast(model), sdpa_kernel(KERNELS):
+        states, positions = _begin(model, prompts, starts, cache)
+        tokens = _continue(model, cache, states, positions, names, choose, stop, eos_id, max_new_tokens)
+    responses = iter(_cut(row, eos_id) for row in tokens.tolist())
+    return [[next(responses) for _ in group] for group in starts]
+
+
+def _check(model: VLM, lengths: list[int], starts: list[list[list[int]]], max_new_tokens: int,
+           temperature: float, top_p: float, seeds: list[int] | None) -> None:
+    """Refuse what cannot be generated, as the docstring of `generate` lists it; `lengths` of the prompts."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise BadInput(f"temperature {temperature} and top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
+    if temperature > 0 and (seeds is None or len(seeds) != len(lengths)):
+        raise ValueError("sampling needs one seed per prompt")
+    if len(starts) != len(lengths) or not all(starts):
+        raise ValueError("each prompt needs at least one beginning of a response, be it empty")
+    longest = max(n + max(map(len, group)) for n, group in zip(lengths, starts)) + max_new_tokens
+    if longest > model.config.text.max_position_embeddings:
+        raise BadInput(f"prompt and answer may reach {longest} tokens, the decoder takes "
+                       f"{model.config.text.max_position_embeddings}")
+
+
+def _room(starts: list[list[list[int]]], steps: int) -> int:
+    """Tokens to make room for after each prompt: of as many responses as any has, as long as any may become."""
+    return max(map(len, starts)) * (max(len(ids) for group in starts for ids in group) + steps)
+
+
+def _begin(model: VLM, prompts: Prompts, starts: list[list[list[int]]], cache: Cache) -> tuple[Tensor, Tensor]:
+    """Compute the beginnings: the states (N, D) that predict each response's first new token, and its position (N,)."""
+    device, decoder = model.device, model.language_model.model
+    flat = [(i, ids) for i, group in enumerate(starts) for ids in group]  # (N,)
+    states, ends, total = prompts.states, [], len(starts)
+    for i, ids in flat:
+        total += len(ids)
+        ends.append(total - 1 if ids else i)  # row of `states` below
+    if total > len(starts):
+        ids = torch.tensor([token for _, ids in flat for token in ids], device=device)  # (T,)
+        positions = torch.tensor([prompts.lengths[i] + t for i, ids in flat for t in range(len(ids))], device=device)
+        states = torch.cat([states, decoder(decoder.embed_tokens(ids), positions, cache)])  # (M + T, D)
+    first = torch.tensor([prompts.lengths[i] + len(ids) for i, ids in flat], device=device)
+    return states[torch.tensor(ends, device=device)], first
+
+
+def _continue(model: VLM, cache: Cache, states: Tensor, positions: Tensor, names: list[tuple[int, int]],
+              choose: Callable[[Tensor, Tensor, int], Tensor], stop: Stop | None, eos_id: int, steps: int) -> Tensor:
+    """Write token after token, (N, steps), EOS after each response's last."""
+    device, decoder = model.device, model.language_model.model
+    tokens = torch.full((len(names), steps), eos_id, device=device)
     finished = torch.zeros(len(names), dtype=torch.bool, device=device)
     broken = finished.clone()
     rows = torch.arange(len(names), device=device)  # (N',) responses in the cache: unfinished, and a few finished
-    for step in range(max_new_tokens):
+    for step in range(steps):
         logits, finite = _predict(model, states)  # (N', V), (N',)
         broken[rows] |= ~finite  # asked about below, where the device is waited for anyway
-        new = pick(logits, temperature, top_p, noise[rows, step] if noise is not None else None)  # (N',)
-        new = new.masked_fill(finished[rows], eos_id)
+        new = choose(logits, rows, step).masked_fill(finished[rows], eos_id)  # (N',)
         tokens[rows, step] = new
         finished[rows] |= new == eos_id
-        if step + 1 == max_new_tokens:
+        if step + 1 == steps:
             break
         if step % 8 == 7:  # asking costs a device synchronisation, so not at every step
             _refuse_broken(broken, names)
@@ -235,50 +209,19 @@ def generate(
             if len(going) <= 0.75 * len(rows):
                 cache.keep(going)
                 rows, new = rows[going], new[going]
-        cache.column += 1
-        states = decoder(decoder.embed_tokens(new), position[rows] + step, cache)  # (N', D)
+        cache.step()
+        states = decoder(decoder.embed_tokens(new), positions[rows] + step, cache)  # (N', D)
     _refuse_broken(broken, names)
-    answers = iter(_cut(row, eos_id) for row in tokens.tolist())
-    return [[next(answers) for _ in group] for group in starts]
-
-
-def _check(model: VLM, prompts: list[list[int]], starts: list[list[list[int]]], max_new_tokens: int,
-           temperature: float, top_p: float, seeds: list[int] | None) -> None:
-    """Refuse what cannot be generated, as the docstring of `generate` lists it."""
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise BadInput(f"temperature {temperature} and top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
-    if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
-        raise ValueError("sampling needs one seed per prompt")
-    if len(starts) != len(prompts) or not all(starts):
-        raise ValueError("each prompt needs at least one beginning of a response, be it empty")
-    longest = max(len(p) + max(map(len, g)) for p, g in zip(prompts, starts)) + max_new_tokens
-    if longest > model.config.text.max_position_embeddings:
-        raise BadInput(f"prompt and answer may reach {longest} tokens, the decoder takes "
-                       f"{model.config.text.max_position_embeddings}")
-
-
-def _prefill(model: VLM, views: list[View], prompts: list[list[int]], starts: list[list[list[int]]],
-             shows: Sequence[int], questions: list[tuple[int, ...]], steps: int,
-             hidden: list[Tensor] | None) -> tuple[Cache, Tensor, Tensor]:
-    """Compute prompts and beginnings: the filled cache, the states (N, D) that predict the first new tokens, and the
-    positions (N,) of these."""
-    device, decoder = model.device, model.language_model.model
-    pixels, rows = stack(views, model.config.tile_tokens)
-    layout = lay_out(prompts, starts, [rows[image] for image in shows], questions, model.config.image_token_index)
-    lengths, begun = [len(p) for p in prompts], [[len(ids) for ids in group] for group in starts]
-    cache = Cache(lengths, begun, steps, len(decoder.layers), device, hidden)
-    features = model.vision_features(pixels.to(device))  # (tiles, P, C)
-    ids, positions, slots, shown = (x.to(device) for x in layout[:4])
-    x = model.embed(ids, features, shown, slots, layout.questions)  # (T, D)
-    states = decoder(x, positions, cache)  # (tail tokens, D)
-    cache.filling = False
-    first = torch.tensor([x + y for x, group in zip(lengths, begun) for y in group], device=device)  # (N,)
-    return cache, states[cache.ends.to(device)], first
+    return tokens
 
 
 def _predict(model: VLM, states: Tensor) -> tuple[Tensor, Tensor]:
-    """states (N', D) -> logits of the next tokens (N', V), never of the image token, and which are finite (N',)."""
-    logits = model.language_model.lm_head(states).float()  # (N', V)
+    """states (N', D) -> logits of the next tokens (N', V), never the image token, and which are finite (N',)."""
+    head = model.language_model.lm_head
+    if states.device.type == "cpu" and states.dtype == torch.float32 and len(states) > 4:
+        logits = (head.weight @ states.T).T  # a third faster than x W^T with 8 rows, as fast with many
+    else:
+        logits = head(states).float()
     finite = logits.sum(-1).isfinite()
     if model.config.image_token_index < logits.shape[-1]:  # a row that was never trained, and no word
         logits[:, model.config.image_token_index] = float("-inf")
@@ -298,15 +241,46 @@ def _stopped(stop: Stop, names: list[tuple[int, int]], rows: Tensor, finished: T
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor | None) -> Tensor:
-    """Next token of each row, (N, V) -> (N,): the best, or by inverse transform sampling with uniform u (N,)."""
+    """Next token of each row, (N, V) -> (N,): the best, or by inverse transform sampling with uniform u (N,).
+
+    Tokens are drawn in order of their probability. Sorting all of them takes a CPU as long as the rest of a step, so
+    there the best candidates are tried first; the token is the same.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    probs, order = (logits / temperature).softmax(-1).sort(descending=True, dim=-1, stable=True)  # (N, V)
+    probs = (logits / temperature).softmax(-1)  # (N, V)
+    if logits.is_cuda or logits.shape[-1] <= CANDIDATES:
+        return _draw(*probs.sort(descending=True, dim=-1, stable=True), top_p, u)
+    new, certain = _draw_of_best(probs, top_p, u)
+    if not certain.all():
+        rest = (~certain).nonzero()[:, 0]
+        new[rest] = _draw(*probs[rest].sort(descending=True, dim=-1, stable=True), top_p, u[rest])
+    return new
+
+
+def _draw(probs: Tensor, order: Tensor, top_p: float, u: Tensor) -> Tensor:
+    """Sorted probabilities and their tokens (N, V) -> (N,)."""
     total = probs.cumsum(-1)
     inside = total - probs < top_p  # the best token always is
     kept = total.masked_fill(~inside, 0).amax(-1, keepdim=True)
     rank = (total < u[:, None] * kept).sum(-1, keepdim=True)
-    return order.gather(1, rank.clamp_max(logits.shape[-1] - 1))[:, 0]
+    return order.gather(1, rank.clamp_max(probs.shape[-1] - 1))[:, 0]
+
+
+def _draw_of_best(probs: Tensor, top_p: float, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (N, V) -> what `_draw` gives of them, sorted, (N,), and where that is certain, (N,)."""
+    best = probs.topk(CANDIDATES, -1, sorted=False).indices.sort(-1).values  # tokens of equal probability in order
+    probs, order = probs.gather(-1, best).sort(descending=True, dim=-1, stable=True)
+    total = probs.cumsum(-1)
+    kept = total.masked_fill(total - probs >= top_p, 0).amax(-1, keepdim=True)
+    known = total[:, -1] > top_p + ROUNDING  # all that top_p keeps is here
+    if top_p == 1:
+        kept, known = torch.ones_like(kept), torch.ones_like(known)
+    low, high = ((total < u[:, None] * kept * (1 + sign * ROUNDING)).sum(-1, keepdim=True) for sign in (-1, 1))
+    rank = low.clamp_max(CANDIDATES - 1)
+    # Of tokens as probable as the last candidate others may be missing here.
+    certain = known & ((low == high) & (probs.gather(-1, rank) > probs[:, -1:]))[:, 0]
+    return best.gather(-1, order.gather(-1, rank))[:, 0], certain
 
 
 def _noise(seeds: list[int], starts: list[list[list[int]]], steps: int) -> Tensor:

@@ -98,6 +98,21 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
+@contextmanager
+def adapters_cast(module: nn.Module) -> Iterator[None]:
+    """Inside, adapters have the dtype of the weights they belong to, so that no forward pass casts them; then they
+    are what they were. For passes without gradients."""
+    adapters = [(p, p.data, layer.weight.dtype) for layer in lora_layers(module).values()
+                for p in (layer.lora_A, layer.lora_B)]
+    for parameter, data, dtype in adapters:
+        parameter.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data, _ in adapters:
+            parameter.data = data
+
+
 @torch.no_grad()
 def merge_lora(module: nn.Module) -> None:
     """Add each update to its weight (in fp32, then back to the weight's dtype); put plain linear layers back."""

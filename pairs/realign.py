@@ -43,9 +43,9 @@ from typing import NamedTuple
 
 from data.processor import Processor
 from metrics.chair import TWO_WORDS, load_synonyms, singularize
-from model.generate import generate
+from model.cache import Prompts
+from model.generate import read, write
 from model.llava import Llava
-from model.views import View
 
 Span = tuple[int, int]
 
@@ -136,36 +136,40 @@ def infill(jobs: list[Job], model: Llava, processor: Processor, *, gap_tokens: i
         batch_size: responses at a time; the i-th gaps of all of them are written together.
         root: folder that relative file paths start from.
     """
-
-    def write(views: list[View], jobs: list[Job], prefixes: list[str]) -> list[str]:
-        ids = [processor.prompt(job.prompt, len(view.rows)) + processor.opening(prefix)
-               for view, job, prefix in zip(views, jobs, prefixes)]
-        fits = [row for row, row_ids in enumerate(ids) if len(row_ids) + gap_tokens <= processor.window]
-        questions = [processor.question(jobs[row].prompt) for row in fits]
-        out = generate(model, [views[row] for row in fits], [ids[row] for row in fits], eos_id=processor.eos_id,
-                       questions=questions, max_new_tokens=gap_tokens) if fits else []
-        written = {row: processor.decode(tokens) for row, (tokens,) in zip(fits, out)}
-        return [written.get(row, "") for row in range(len(ids))]  # nothing: the hidden words stay
-
     texts = []
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        texts += fill(batch, [processor.image(job.image, root) for job in batch], write)
+        names = list(dict.fromkeys(job.image for job in batch))
+        views = [processor.image(name, root) for name in names]
+        shows = [names.index(job.image) for job in batch]
+        prompts = read(model, views, [processor.prompt(job.prompt, len(views[i].rows)) for job, i in zip(batch, shows)],
+                       shows=shows, questions=[processor.question(job.prompt) for job in batch])
+        texts += fill(batch, partial(_write_on, model, processor, prompts, gap_tokens))
     return texts
 
 
-def fill(jobs: list[Job], views: list[View], write) -> list[str]:
+def _write_on(model: Llava, processor: Processor, prompts: Prompts, limit: int, rows: list[int],
+              prefixes: list[str]) -> list[str]:
+    """What the model writes after the prompts of these rows and the prefixes; nothing where the window is full, so
+    that the hidden words stay."""
+    starts = [processor.opening(prefix) for prefix in prefixes]
+    fits = [i for i, row in enumerate(rows) if prompts.lengths[row] + len(starts[i]) + limit <= processor.window]
+    out = write(model, prompts, [[starts[i]] for i in fits], rows=[rows[i] for i in fits], eos_id=processor.eos_id,
+                max_new_tokens=limit) if fits else []
+    written = {i: processor.decode(tokens) for i, (tokens,) in zip(fits, out)}
+    return [written.get(i, "") for i in range(len(rows))]
+
+
+def fill(jobs: list[Job], write: Callable[[list[int], list[str]], list[str]]) -> list[str]:
     """Rewrite the spans of all jobs from left to right.
 
     Args:
-        views: the image of each job.
-        write: (views, jobs, prefixes) -> what the model writes after each prefix.
+        write: (numbers of jobs, prefixes) -> what the model writes after each prefix.
     """
     done = [job.text[: job.spans[0][0]] if job.spans else job.text for job in jobs]
     for gap in range(max((len(job.spans) for job in jobs), default=0)):
         rows = [row for row, job in enumerate(jobs) if gap < len(job.spans)]
-        proposals = write([views[row] for row in rows], [jobs[row] for row in rows],
-                          [done[row].rstrip() for row in rows])
+        proposals = write(rows, [done[row].rstrip() for row in rows])
         for row, proposal in zip(rows, proposals):
             text, spans = jobs[row].text, [*jobs[row].spans, (len(jobs[row].text), 0)]
             (start, end), stop = spans[gap], spans[gap + 1][0]
@@ -181,7 +185,6 @@ def suit(proposal: str, hidden: str) -> str:
             new = proposal[found.start : found.end]
             return (new[0].upper() if hidden[0].isupper() else new[0].lower()) + new[1:]
     return hidden
-
 
 
 def realign_pairs(answered: list[dict], model: Llava, processor: Processor, neighbours: Neighbours,

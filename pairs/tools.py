@@ -55,7 +55,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -286,10 +286,16 @@ def _asked(who: str, name: str | None, model, processor, setting: Setting, used:
     if who == "policy":
         return local_model(model(), processor(), used.get("model", "policy"), **show)
     if not is_url(who):
-        return local_model(load_llava(who, setting.dtype, setting.device), Processor(who), who, **show)
+        return local_model(*_loaded(who, setting.dtype, setting.device), who, **show)
     if setting.cache is None:
         raise BadInput(f"{who} needs a folder that keeps its replies (--cache)")
     return server_model(Server(who, name), cache=setting.cache / "replies", root=setting.root)
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str, dtype: torch.dtype, device: str) -> tuple[Llava, Processor]:
+    """Another local model: who judges may also write, and is loaded once."""
+    return load_llava(name, dtype, device), Processor(name)
 
 
 # ---------------------------------------------------------------------------------------- images

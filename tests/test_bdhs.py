@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from data.scenes import PAIRS, reference, sample_scene
 from data.sentences import sentence_end, split_sentences
 from model.attention import SharedPrefix
 from model.checkpoint import DEFAULT_MODEL, load_llava
-from model.generate import _uniforms, generate, pick
+from model.generate import _predict, _uniforms, generate, pick
 from pairs.bdhs import Attempt, Cut, algorithm_1, bdhs_pairs, close, complete, cut_sentences, draw_mask, swap_answer
 
 NEVER = 999  # an EOS id that is never drawn
@@ -81,9 +82,8 @@ def naive(model, view, prompt, start, hidden=None, steps=STEPS, eos_id=NEVER, ch
 def heads(model, *args, **kwargs) -> torch.Tensor:
     """What the head is given while `generate` runs, all steps one after another."""
     seen = []
-    hook = model.language_model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    generate(model, *args, eos_id=NEVER, max_new_tokens=6, **kwargs)
-    hook.remove()
+    with patch("model.generate._predict", lambda model, states: (seen.append(states), _predict(model, states))[1]):
+        generate(model, *args, eos_id=NEVER, max_new_tokens=6, **kwargs)
     return torch.cat(seen)
 
 

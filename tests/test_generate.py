@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from goldens import make
 from safetensors.torch import load_file
 
 from model.checkpoint import load_llava
-from model.generate import Cache, NotFinite, answers, generate, pick
-from model.lora import add_lora, lora_layers, merge_lora
+from model.generate import CANDIDATES, Cache, NotFinite, answers, generate, pick, read, write
+from model.lora import adapters_cast, add_lora, lora_layers, merge_lora
 from model.views import View
 
 NEVER = 999  # an EOS id that is never drawn
@@ -112,6 +113,22 @@ def test_one_picture_for_several_prompts(model, pictures):
     shows = [2, 0, 2]
     ours = generate(model, pictures[:3], PROMPTS[:3], shows=shows, eos_id=NEVER, max_new_tokens=8)
     assert ours == generate(model, [pictures[i] for i in shows], PROMPTS[:3], eos_id=NEVER, max_new_tokens=8)
+
+
+# -------------------------------------------------------------------------------------------- read once, write often
+
+
+def test_prompts_are_read_once_and_continued_in_any_selection(model, pictures):
+    """Different beginnings, numbers of responses and rows, with room made before and without: each time what one call
+    gives, so nothing that was written before is left in the way."""
+    starts = [[[21, 22], []], [[23]], [[]], [[24, 25, 26]], [[], [], [27]], [[28]]]
+    for room in (0, 200):
+        prompts = read(model, pictures, PROMPTS, room=room)
+        for rows, tokens in (([0, 1, 2, 3, 4, 5], 12), ([3, 0], 20), ([0, 1, 2, 3, 4, 5], 12), ([4], 3)):
+            ours = write(model, prompts, [starts[row] for row in rows], rows=rows, eos_id=NEVER, max_new_tokens=tokens)
+            expected = generate(model, [pictures[row] for row in rows], [PROMPTS[row] for row in rows],
+                                starts=[starts[row] for row in rows], eos_id=NEVER, max_new_tokens=tokens)
+            assert ours == expected
 
 
 # --------------------------------------------------------------------------------------------------- sampling
@@ -251,6 +268,38 @@ def test_nothing_outside_the_nucleus_is_ever_drawn():
         assert (rank <= smallest).all() and (rank == smallest).float().mean() > 0.99
 
 
+def sorted_pick(logits, temperature, top_p, u):
+    """The definition: all tokens sorted, equal ones by number; the first whose sum exceeds u times the kept mass."""
+    probs, order = (logits / temperature).softmax(-1).sort(descending=True, dim=-1, stable=True)
+    total = probs.cumsum(-1)
+    kept = total.masked_fill(total - probs >= top_p, 0).amax(-1, keepdim=True)
+    rank = (total < u[:, None] * kept).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)
+    return order.gather(1, rank)[:, 0]
+
+
+@pytest.mark.parametrize("steps", [None, 4, 1])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+def test_the_best_candidates_are_enough_or_all_are_sorted(top_p, scale, steps):
+    """Flat and peaked distributions, with ties where logits are rounded: always the token of the full sort."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(3000, 5 * CANDIDATES, generator=draw) * scale
+    logits = logits if steps is None else (logits * steps).round() / steps
+    u = torch.rand(3000, generator=draw)
+    u[:4] = torch.tensor([0.0, 1e-7, 0.5, 1 - 2**-24])
+    assert torch.equal(pick(logits, 0.7, top_p, u), sorted_pick(logits, 0.7, top_p, u))
+
+
+def test_a_draw_at_a_border_is_that_of_the_full_sort():
+    """u equal to each partial sum, and next to it: where rounding decides, all tokens are sorted."""
+    row = torch.randn(5 * CANDIDATES, generator=torch.Generator().manual_seed(1)) * 4
+    sums = row.softmax(-1).sort(descending=True).values.cumsum(-1)[:40]
+    u = torch.cat([sums, sums.nextafter(torch.zeros(())), sums.nextafter(torch.ones(()))]).clamp_max(1 - 2**-24)
+    logits = row.expand(len(u), -1)
+    for top_p in (1.0, 0.99):
+        assert torch.equal(pick(logits, 1.0, top_p, u), sorted_pick(logits, 1.0, top_p, u))
+
+
 def test_frequencies_follow_the_softmax(model, pictures):
     """4000 draws of one token: total variation from the softmax about sqrt(V / (2 pi N)) = 0.05 by chance."""
     settings = dict(n=4000, max_new_tokens=1, temperature=0.7, top_p=1.0)
@@ -277,6 +326,29 @@ def test_adapters_take_part(llava_folder, pictures):
     adapted = generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=12)
     merge_lora(model)
     assert adapted == generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=12) != base
+
+
+def test_adapters_are_cast_once_and_come_back_bit_for_bit(llava_folder, pictures, monkeypatch):
+    """fp32 adapters on bf16 weights: the same tokens as cast at every step, and the same bits afterwards."""
+    model = load_llava(llava_folder, dtype=torch.bfloat16)
+    add_lora(model.language_model.model, rank=3, alpha=6.0)
+    torch.manual_seed(0)
+    layers = lora_layers(model).values()
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    kept = [(p, p.data, p.data.clone()) for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    seen = []
+    hook = model.language_model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda layer, *_: seen.append((layer.lora_A.dtype, layer.lora_B.dtype)))
+    adapted = generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=6)
+    hook.remove()
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)} and len(seen) == 6
+    with pytest.raises(KeyError), adapters_cast(model):
+        raise KeyError
+    assert all(p.data.data_ptr() == data.data_ptr() and torch.equal(p, bits) and p.dtype == torch.float32
+               for p, data, bits in kept)
+    monkeypatch.setattr("model.generate.adapters_cast", lambda model: nullcontext())
+    assert adapted == generate(model, pictures, PROMPTS, eos_id=NEVER, max_new_tokens=6)
 
 
 def test_bf16_generates(llava_folder, pictures):

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +178,16 @@ def test_another_local_writer_is_named_in_the_records():
     made = Tools(Setting([]), complete_options("corrupt", {"writer": str(DEFAULT_MODEL)}), {})
     made.get("writer")
     assert made.get("source") == {"writer": str(DEFAULT_MODEL)}
+
+
+def test_a_model_that_judges_and_writes_is_loaded_once(monkeypatch):
+    loads = []
+    monkeypatch.setattr(tools, "load_llava", lambda *what: loads.append(what))
+    monkeypatch.setattr(tools, "_loaded", lru_cache(tools._loaded.__wrapped__))
+    setting = tools.Setting([], dtype="bf16", device="cuda:1")
+    for _ in ("judge", "author", "writer"):
+        tools._asked(str(DEFAULT_MODEL), None, None, None, setting, {})
+    assert loads == [(str(DEFAULT_MODEL), "bf16", "cuda:1")]
 
 
 def test_a_stronger_model_writes_the_chosen_answers(models, tmp_path):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data import scenes
@@ -24,6 +23,7 @@ from judges.scene import judge_scene
 from judges.scores import Judgement, one_by_one
 from metrics.chair import load_synonyms, mentions
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
+from model.generate import generate
 from pairs.adavip import adavip_pairs, candidate_scores, mentions_of, scene_candidates
 from pairs.methods import make_pairs
 from pairs.rank import rank_pairs
@@ -123,12 +123,12 @@ def test_suit(proposal, hidden, new):
     assert suit(proposal, hidden) == new
 
 
-def writer(words: dict[str, str], log: list):
-    """A model that looks at the picture (one number) and names the animal that belongs to it."""
+def writer(words: list[str], log: list):
+    """A model that names the animal that belongs to a job."""
 
-    def write(pixels, jobs, prefixes):
-        log.append([(float(pixel), prefix) for pixel, prefix in zip(pixels, prefixes)])
-        return [f"There is {words[job.image]} on the floor. More" for job in jobs]
+    def write(rows, prefixes):
+        log.append([*zip(rows, prefixes, strict=True)])
+        return [f"There is {words[row]} on the floor. More" for row in rows]
 
     return write
 
@@ -139,10 +139,9 @@ def test_fill_goes_from_left_to_right_and_batches_equal_gaps():
     spans = [[(0, 5), (9, 14)], [(3, 6)]]
     jobs = [Job(image, "p", text, found) for image, text, found in zip("xy", texts, spans)]
     log: list = []
-    done = fill([*jobs, Job("x", "p", "Nothing.", [])], torch.tensor([7.0, 8.0, 9.0]),
-                writer({"x": "a giraffe", "y": "birds"}, log))
+    done = fill([*jobs, Job("x", "p", "Nothing.", [])], writer(["a giraffe", "birds", ""], log))
     assert done == ["A giraffe on a giraffe.", "My birds on it", "Nothing."]
-    assert log == [[(7.0, ""), (8.0, "My")], [(7.0, "A giraffe on")]]
+    assert log == [[(0, ""), (1, "My")], [(0, "A giraffe on")]]
 
 
 def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95):
@@ -312,6 +311,27 @@ def test_infill_keeps_what_is_not_masked(models):
     assert re.fullmatch(r"There is .+ on the .+\. There are .+\.", alone)
     for size in (1, 2):
         assert infill([other, job], model, processor, batch_size=size)[1] == alone
+
+
+def test_infill_computes_an_image_and_its_prompt_once(models, monkeypatch):
+    """Two jobs of one image and one of another: what is written equals prompt and text computed again at each gap."""
+    text = "There is a dog on the left. There are two cats."
+    jobs = [Job(scenes.reference(seed), scenes.CAPTION_PROMPT, said, mask_words(said))
+            for seed, said in zip((SEEDS[0], SEEDS[1], SEEDS[0]), (text, "A dog.", "A bus is near a red car."))]
+    model, processor = models[:2]
+    tiles, encode = [], model.vision_features
+    monkeypatch.setattr(model, "vision_features", lambda pixels: (tiles.append(len(pixels)), encode(pixels))[1])
+    filled = infill(jobs, model, processor)
+    assert tiles == [2]
+
+    def write(rows, prefixes):
+        prompts = [processor.prompt(jobs[row].prompt) + processor.opening(prefix)
+                   for row, prefix in zip(rows, prefixes)]
+        out = generate(model, [processor.image(jobs[row].image) for row in rows], prompts, eos_id=processor.eos_id,
+                       max_new_tokens=8)
+        return [processor.decode(ids) for (ids,) in out]
+
+    assert filled == fill(jobs, write) and len(set(filled) - {job.text for job in jobs}) > 1
 
 
 def test_same_seed_same_pairs_whatever_the_batch_size(made, models):
