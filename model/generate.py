@@ -68,6 +68,7 @@ class Cache:
     def __init__(self, lengths: list[int], starts: list[list[int]], steps: int, layers: int, device: torch.device,
                  hidden: list[Tensor] | None = None):
         self.prefill = SharedPrefix(lengths, starts, device, hidden)
+        self.bodies = Ragged([length - 1 for length in lengths], device)
         self.lengths, self.answers = lengths, Ragged([len(s) for s in starts], device)
         blocked = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (M, b + 1)
         for row, flags in zip(blocked, hidden or ()):
@@ -110,7 +111,7 @@ class Cache:
 
     def _prefix_rows(self, x: Tensor) -> Tensor:
         """Packed bodies and tails (T, K, d) -> (M, K, b + 1, d), each prefix contiguous, then padding."""
-        body, last = self.prefill.body.pad(x[: self.prefill.skip]), x[self.prefill.skip :][self.anchors]
+        body, last = self.bodies.pad(x[: self.prefill.skip]), x[self.prefill.skip :][self.anchors]
         rows = torch.cat([body, torch.zeros_like(body[:, :1])], 1)  # (M, b + 1, K, d)
         rows[torch.arange(len(last)), torch.tensor(self.lengths) - 1] = last  # over the padding of its own body
         return rows.transpose(1, 2)

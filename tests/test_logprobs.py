@@ -219,7 +219,7 @@ def test_chunking_changes_nothing(model, views, monkeypatch, rows):
     """Chunks of 1, 2 and 5 tokens, the head's own gradient included."""
     trainable(model, TRAINS["lora, projector, head, embeddings"])
     expected = both(model, score(model, SETS["mixed"], views))
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows * small.VOCAB + 1)
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", rows * small.VOCAB + 1)
     assert_same(both(model, score(model, SETS["mixed"], views)), expected)
 
 
@@ -336,7 +336,7 @@ def test_no_tokens_by_vocabulary_tensor(model, views, monkeypatch, trains):
     The naive path, run the same way, makes and keeps larger ones: the test sees what it looks for.
     """
     trainable(model, TRAINS[trains])
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 3 * small.VOCAB)
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 3 * small.VOCAB)
     rows = {}
     for name, run in (("core", score), ("naive", lambda m, s, p: naive_logprobs(m, s, p))):
         saved: list[torch.Size] = []
