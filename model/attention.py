@@ -29,12 +29,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.blocks import Block, BlockAttention, block
+from model.blocks import Blocks, Rows
 from model.packing import tail_rows
 
 
@@ -46,50 +47,6 @@ class Causal:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), k and v (T, K, d) -> (T, H, d)."""
         return mix(q[None], k[None], v[None], causal=True)[0]
-
-
-class Ragged:
-    """Between packed rows and a padded batch: `pad` (sum of lengths, ...) -> (G, longest, ...), `unpad` back."""
-
-    def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
-        self.shape = (len(lengths), max(lengths))
-        self.even = min(lengths) == max(lengths)  # then both directions are views
-        if not self.even:
-            n = torch.tensor(lengths)
-            inside = torch.arange(self.shape[1]) < n[:, None]  # (G, longest)
-            # Padding repeats row 0; it is masked, so it receives no gradient.
-            rows = torch.zeros(self.shape, dtype=torch.long).masked_scatter(inside, torch.arange(int(n.sum())))
-            self.rows, self.slots = rows.flatten().to(device), inside.flatten().nonzero()[:, 0].to(device)
-
-    def pad(self, x: Tensor) -> Tensor:
-        x = x if self.even else x.index_select(0, self.rows)
-        return x.reshape(*self.shape, *x.shape[1:])
-
-    def unpad(self, x: Tensor) -> Tensor:
-        x = x.flatten(0, 1)
-        return x if self.even else x.index_select(0, self.slots)
-
-
-class Ragged:
-    """Between packed rows and a padded batch: `pad` (sum of lengths, ...) -> (G, longest, ...), `unpad` back."""
-
-    def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
-        self.shape = (len(lengths), max(lengths))
-        self.even = min(lengths) == max(lengths)  # then both directions are views
-        if not self.even:
-            n = torch.tensor(lengths)
-            inside = torch.arange(self.shape[1]) < n[:, None]  # (G, longest)
-            # Padding repeats row 0; it is masked, so it receives no gradient.
-            rows = torch.zeros(self.shape, dtype=torch.long).masked_scatter(inside, torch.arange(int(n.sum())))
-            self.rows, self.slots = rows.flatten().to(device), inside.flatten().nonzero()[:, 0].to(device)
-
-    def pad(self, x: Tensor) -> Tensor:
-        x = x if self.even else x.index_select(0, self.rows)
-        return x.reshape(*self.shape, *x.shape[1:])
-
-    def unpad(self, x: Tensor) -> Tensor:
-        x = x.flatten(0, 1)
-        return x if self.even else x.index_select(0, self.slots)
 
 
 class SharedPrefix:
@@ -107,52 +64,61 @@ class SharedPrefix:
                  hidden: list[Tensor] | None = None):
         self.bodies = [p - 1 for p in prefixes]
         self.skip = sum(self.bodies)
-        visible = _visible(prefixes, hidden) if hidden is not None and any(h.any() for h in hidden) else None
-        self.masks = None if visible is None else [_causal(len(row)) & row for row in visible]
-        body = block(slice(0, self.skip), slice(0, self.skip), (self.bodies, self.bodies), causal=True)
-        self.blocks = [body, *_tail_blocks(self.bodies, responses, visible, self.skip)]
-        self.tail_blocks = _tail_blocks(self.bodies, responses, visible, 0)  # where q is the tail alone
+        bodies, self.masks = _spans(0, self.bodies), None
+        if hidden is not None and any(h.any() for h in hidden):
+            visible = _visible(prefixes, hidden)
+            self.masks = [torch.ones(len(row), len(row), dtype=torch.bool).tril() & row for row in visible]
+            seen = [row.nonzero()[:, 0] + body.start for row, body in zip(visible, bodies)]
+        else:
+            seen = bodies
+        self.whole = Blocks([(list(zip(bodies, bodies)), True), *_tail_kinds(seen, responses, self.skip, self.skip)])
+        self.tail = Blocks(_tail_kinds(seen, responses, self.skip, 0))  # for a q without bodies
         self._map(lambda x: x.to(device))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), or (T - skip, H, d) where only the tail is asked for; k, v (T, K, d) -> like q."""
         if len(q) < len(k):
-            return BlockAttention.apply(q, k, v, self.tail_blocks)
+            return self.tail(q, k, v)
         if self.masks is None:
-            return BlockAttention.apply(q, k, v, self.blocks)
-        bodies = zip(*(x[: self.skip].split(self.bodies) for x in (q, k, v)), self.masks)
-        seen = [mix(*(x[None] for x in qkv), mask=mask)[0] for *qkv, mask in bodies]
-        return torch.cat([*seen, BlockAttention.apply(q[self.skip :], k, v, self.tail_blocks)])
+            return self.whole(q, k, v)
+        bodies = zip(self.masks, *(x[: self.skip].split(self.bodies) for x in (q, k, v)))
+        seen = [mix(*(x[None] for x in qkv), mask=mask)[0] for mask, *qkv in bodies]
+        return torch.cat([*seen, self.tail(q[self.skip :], k, v)])
 
     def to(self, device: torch.device | str) -> SharedPrefix:
-        """The rule on a device; from pinned memory the copy does not block."""
+        """On a device; from pinned memory the copy does not block."""
         return copy.copy(self)._map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> SharedPrefix:
-        """The rule in pinned memory."""
+        """In pinned memory."""
         return copy.copy(self)._map(lambda x: x.pin_memory())
 
     def _map(self, move: Callable) -> SharedPrefix:
-        self.blocks, self.tail_blocks = ([b.map(move) for b in blocks] for blocks in (self.blocks, self.tail_blocks))
+        self.whole, self.tail = self.whole.map(move), self.tail.map(move)
         self.masks = self.masks and [move(mask) for mask in self.masks]
         return self
 
 
-def _tail_blocks(bodies: list[int], responses: list[list[int]], visible: list[Tensor] | None, start: int,
-                 ) -> list[Block]:
-    """Blocks 2 to 4 of the drawing, for a q whose row `start` is the first of the tails."""
-    skip, tails = sum(bodies), [1 + sum(group) for group in responses]
+def _spans(start: int, lengths: list[int]) -> list[slice]:
+    """Slices of these lengths one after another."""
+    return [slice(first, first + n) for n, first in zip(lengths, accumulate(lengths, initial=start))]
+
+
+def _tail_kinds(seen: list[Rows], responses: list[list[int]], skip: int, start: int) -> list:
+    """Kinds 2 to 4 of the drawing, as for `Blocks`.
+
+    Args:
+        seen: key rows of each body.
+        skip: row of the first tail token among the keys.
+        start: its row among the queries.
+    """
     anchors, begins = tail_rows(responses)
-    spans = [(row, n) for rows, group in zip(begins, responses) for row, n in zip(rows, group) if n]
-    own = torch.tensor([i for row, n in spans for i in range(row, row + n)])  # tail rows of the responses
-    lengths = [n for _, n in spans]
-    seen, keys = bodies, slice(0, skip)
-    if visible is not None:
-        seen, keys = [int(row.sum()) for row in visible], torch.cat(visible).nonzero()[:, 0]
-    tail = slice(start, start + sum(tails))
-    blocks = [block(tail, keys, (tails, seen), causal=False),
-              block(tail, torch.tensor(anchors) + skip, (tails, [1] * len(tails)), causal=False)]
-    return blocks + [block(own + start, own + skip, (lengths, lengths), causal=True)] if spans else blocks
+    tails = _spans(start, [1 + sum(group) for group in responses])
+    own = [slice(row, row + n) for rows, group in zip(begins, responses) for row, n in zip(rows, group) if n]
+    shifted = lambda x, by: slice(x.start + by, x.stop + by)  # noqa: E731
+    return [(list(zip(tails, seen)), False),
+            ([(tail, slice(skip + row, skip + row + 1)) for tail, row in zip(tails, anchors)], False),
+            ([(shifted(x, start), shifted(x, skip)) for x in own], True)]
 
 
 def _visible(prefixes: list[int], hidden: list[Tensor]) -> list[Tensor]:
@@ -162,10 +128,6 @@ def _visible(prefixes: list[int], hidden: list[Tensor]) -> list[Tensor]:
             raise ValueError(f"hidden tokens of prefix {g}: need {length} flags,"
                              " the first and the last of them False")
     return [~row[:-1] for row in hidden]
-
-
-def _causal(n: int) -> Tensor:
-    return torch.ones(n, n, dtype=torch.bool).tril()
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:

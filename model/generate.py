@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import BadInput
-from model.attention import Ragged, SharedPrefix
+from model.attention import SharedPrefix
 from model.packing import lay_out, tail_rows
 from model.views import View, stack
 from model.vlm import VLM
@@ -38,6 +38,28 @@ class NotFinite(BadInput):
     def __init__(self, prompt: int):
         super().__init__(f"prompt {prompt}: {self.what}")
         self.prompt = prompt
+
+
+class Ragged:
+    """Between packed rows and a padded batch: `pad` (sum of lengths, ...) -> (G, longest, ...), `unpad` back."""
+
+    def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
+        self.shape = (len(lengths), max(lengths))
+        self.even = min(lengths) == max(lengths)  # then both directions are views
+        if not self.even:
+            n = torch.tensor(lengths)
+            inside = torch.arange(self.shape[1]) < n[:, None]  # (G, longest)
+            # Padding repeats row 0; it is masked, so it receives no gradient.
+            rows = torch.zeros(self.shape, dtype=torch.long).masked_scatter(inside, torch.arange(int(n.sum())))
+            self.rows, self.slots = rows.flatten().to(device), inside.flatten().nonzero()[:, 0].to(device)
+
+    def pad(self, x: Tensor) -> Tensor:
+        x = x if self.even else x.index_select(0, self.rows)
+        return x.reshape(*self.shape, *x.shape[1:])
+
+    def unpad(self, x: Tensor) -> Tensor:
+        x = x.flatten(0, 1)
+        return x if self.even else x.index_select(0, self.slots)
 
 
 class Cache:
