@@ -121,10 +121,12 @@ def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, world: i
     autocast = torch.bfloat16 if args.precision == "bf16" else None
     scorer = RewardModel(model, autocast) if recipe.rewards else Scorer(model, autocast, recipe.asks_for("values"))
     trained = [p for p in scorer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                                  fused=model.device.type == "cuda" or None)
     reference = Reference(model) if recipe.compares else None  # it may hold a copy of the weights
-    return Policy(model, DistributedDataParallel(scorer) if world > 1 else scorer, reference, optimizer,
-                  args.clip_norm)
+    if world > 1:
+        scorer = DistributedDataParallel(scorer, gradient_as_bucket_view=True)  # gradients are kept once, not twice
+    return Policy(model, scorer, reference, optimizer, args.clip_norm)
 
 
 # ------------------------------------------------------------------------------------------------------ judges

@@ -192,3 +192,14 @@ def test_one_call_a_block(monkeypatch):
     q, k, v, grad = inputs
     tail = (q[rule.skip :], k, v, grad[rule.skip :])
     assert_close(both(lambda *x: rule(0, *x), *tail), both(lambda *x: plain(*x, mask[rule.skip :]), *tail))
+
+
+def test_a_rule_moves_to_a_device():
+    """All tensors, those of hidden tokens too, and the rule that was moved stays where it is."""
+    hidden = [torch.zeros(p, dtype=torch.bool) for p in PREFIXES]
+    hidden[0][2] = True
+    rule = SharedPrefix(PREFIXES, RESPONSES, hidden=hidden)
+    for moved, device in ((rule.to("meta"), "meta"), (rule, "cpu")):
+        found = [x for bs in (moved.whole, moved.tail) for b in bs.single + bs.joined for x in (b.queries, b.keys, *b.ends)]
+        tensors = [x for x in [*found, *moved.masks] if isinstance(x, torch.Tensor)]
+        assert len(tensors) > 20 and {x.device.type for x in tensors} == {device}
