@@ -155,10 +155,11 @@ def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, world: i
     ratios = {model.CONNECTOR: (args.projector_lr or args.lr) / args.lr,
               model.TOWER: (args.vision_lr or args.lr) / args.lr}
     optimizer = torch.optim.AdamW(parameter_groups(scorer, ratios), lr=args.lr, betas=(0.9, 0.999),
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay, fused=model.device.type == "cuda" or None)
     reference = Reference(model) if recipe.compares else None  # it may hold a copy of the weights
-    return Policy(model, DistributedDataParallel(scorer) if world > 1 else scorer, reference, optimizer,
-                  args.clip_norm)
+    if world > 1:
+        scorer = DistributedDataParallel(scorer, gradient_as_bucket_view=True)  # gradients are kept once, not twice
+    return Policy(model, scorer, reference, optimizer, args.clip_norm)
 
 
 # ------------------------------------------------------------------------------------------------------ judges

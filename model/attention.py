@@ -8,28 +8,35 @@ cache (model/generate.py).
 responses to it. The prefix is computed once; each response sees the prefix and itself, never another one:
 
                      keys:  b0 b1 b2  p   c0 c1   r0 r1        b0..p  prefix (p is its last token)
-    body queries     b1     x  x                               c      chosen
-    tail queries     p      x  x  x   x                        r      rejected
-                     c1     x  x  x   x   x  x
-                     r1     x  x  x   x          x  x
-
-A prefix may have *hidden* tokens, which no token attends to, not even they themselves: BDHS (pairs/bdhs.py)
-hides image tokens. As queries they go on, and every position keeps its number.
+    body queries     b1     1  1                               c      chosen
+    tail queries     p      2  2  2   3                        r      rejected
+                     c1     2  2  2   3   4  4
+                     r1     2  2  2   3          4  4          1..4   the block (model/blocks.py)
 
 The prefix minus its last token is the *body*: ordinary causal attention among equals. The last prefix token
 and the responses are the *tail*: they are the positions that predict response tokens, so in the last layer
-only the tail is computed. Packed order: all bodies, then all tails.
+only the tail is computed. Packed order: all bodies, then all tails. Four blocks cover what is to be seen, each
+one for all groups: bodies (1) and responses (4) are causal, tails see all of their body (2) and p (3).
 
-Shapes: G groups, T packed tokens, H heads, K key-value heads, d head width; b and t the longest body and tail.
+A prefix may have *hidden* tokens, which no token attends to, not even they themselves: BDHS (pairs/bdhs.py)
+hides image tokens. As queries they go on, and every position keeps its number. They are no keys of block 2;
+block 1 is then attention with a mask.
+
+Shapes: G groups, T packed tokens, H heads, K key-value heads, d head width.
 """
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ops
+from model.blocks import Blocks, Rows
+from model.packing import tail_rows
 
 
 class Causal:
@@ -42,31 +49,8 @@ class Causal:
         return mix(q[None], k[None], v[None], causal=True)[0]
 
 
-class Ragged:
-    """Between packed rows and a padded batch: `pad` (sum of lengths, ...) -> (G, longest, ...), `unpad` back."""
-
-    def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
-        self.shape = (len(lengths), max(lengths))
-        self.even = min(lengths) == max(lengths)  # then both directions are views
-        if not self.even:
-            longest = self.shape[1]
-            inside = torch.arange(longest) < torch.tensor(lengths)[:, None]  # (G, longest)
-            # Padding repeats row 0; it is masked, so it receives no gradient.
-            rows = torch.zeros(self.shape, dtype=torch.long).masked_scatter(inside, torch.arange(sum(lengths)))
-            slots = [g * longest + i for g, n in enumerate(lengths) for i in range(n)]
-            self.rows, self.slots = rows.flatten().to(device), torch.tensor(slots).to(device)
-
-    def pad(self, x: Tensor) -> Tensor:
-        x = x if self.even else x.index_select(0, self.rows)
-        return x.reshape(*self.shape, *x.shape[1:])
-
-    def unpad(self, x: Tensor) -> Tensor:
-        x = x.flatten(0, 1)
-        return x if self.even else x.index_select(0, self.slots)
-
-
 class SharedPrefix:
-    """The rule drawn above.
+    """The rule drawn above. Built on the CPU; `to` moves it.
 
     Args:
         prefixes: prefix length of each group, at least 2 tokens.
@@ -78,75 +62,80 @@ class SharedPrefix:
 
     def __init__(self, prefixes: list[int], responses: list[list[int]], device: torch.device | str = "cpu",
                  hidden: list[Tensor] | None = None):
-        bodies = [p - 1 for p in prefixes]
-        tails = [1 + sum(r) for r in responses]
-        self.skip = sum(bodies)
-        self.body, self.tail = Ragged(bodies, device), Ragged(tails, device)
-        (_, b), (_, t) = self.body.shape, self.tail.shape
-        mask = _tail_mask(bodies, responses, b, t)  # (G, 1, t, b + t)
-        self.body_mask = None  # causal
+        self.bodies = [p - 1 for p in prefixes]
+        self.skip = sum(self.bodies)
+        bodies, self.masks = _spans(0, self.bodies), None
         if hidden is not None and any(h.any() for h in hidden):
-            visible = _visible(prefixes, hidden, b)[:, None, None]  # (G, 1, 1, b)
-            mask[..., :b] &= visible
-            causal = torch.ones(b, b, dtype=torch.bool).tril()
-            self.body_mask = (causal & visible).to(device)  # (G, 1, b, b)
-        self.mask = mask.to(device)
+            visible = _visible(prefixes, hidden)
+            self.masks = [torch.ones(len(row), len(row), dtype=torch.bool).tril() & row for row in visible]
+            seen = [row.nonzero()[:, 0] + body.start for row, body in zip(visible, bodies)]
+        else:
+            seen = bodies
+        self.whole = Blocks([(list(zip(bodies, bodies)), True), *_tail_kinds(seen, responses, self.skip, self.skip)])
+        self.tail = Blocks(_tail_kinds(seen, responses, self.skip, 0))  # for a q without bodies
+        self._map(lambda x: x.to(device))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d), or (T - skip, H, d) where only the tail is asked for; k, v (T, K, d) -> like q."""
-        tail_only = len(q) < len(k)
-        k, v = (torch.cat(self._split(x), 1) for x in (k, v))  # (G, b + t, K, d)
-        if tail_only:
-            return self.tail.unpad(mix(self.tail.pad(q), k, v, mask=self.mask))
-        body, tail = self._split(q)  # (G, b, H, d), (G, t, H, d)
-        tail = mix(tail, k, v, mask=self.mask)
-        if self.body_mask is None:
-            body = mix(body, k, v, causal=True)
-        else:
-            body = mix(body, k[:, : body.shape[1]], v[:, : body.shape[1]], mask=self.body_mask)
-        return torch.cat([self.body.unpad(body), self.tail.unpad(tail)])
+        if len(q) < len(k):
+            return self.tail(q, k, v)
+        if self.masks is None:
+            return self.whole(q, k, v)
+        bodies = zip(self.masks, *(x[: self.skip].split(self.bodies) for x in (q, k, v)))
+        seen = [mix(*(x[None] for x in qkv), mask=mask)[0] for mask, *qkv in bodies]
+        return torch.cat([*seen, self.tail(q[self.skip :], k, v)])
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, heads, d) -> padded bodies and padded tails."""
-        body, tail = x.split([self.skip, len(x) - self.skip])
-        return self.body.pad(body), self.tail.pad(tail)
+    def to(self, device: torch.device | str) -> SharedPrefix:
+        """On a device; from pinned memory the copy does not block."""
+        return copy.copy(self)._map(lambda x: x.to(device, non_blocking=True))
 
+    def pin_memory(self) -> SharedPrefix:
+        """In pinned memory."""
+        return copy.copy(self)._map(lambda x: x.pin_memory())
 
-def _tail_mask(bodies: list[int], responses: list[list[int]], b: int, t: int) -> Tensor:
-    """(G, 1, t, b + t) bool, True where a tail query may look. Padding sees body key 0, so no row is empty."""
-    segment = torch.zeros(len(bodies), t, dtype=torch.long)  # 0 the last prefix token, 1.. responses, -1 padding
-    for g, lengths in enumerate(responses):
-        ids = [0] + [1 + i for i, n in enumerate(lengths) for _ in range(n)]
-        segment[g] = torch.tensor(ids + [-1] * (t - len(ids)))
-    query, key = segment[:, :, None], segment[:, None, :]  # (G, t, 1), (G, 1, t)
-    own = (query == key) & torch.ones(t, t, dtype=torch.bool).tril()
-    tail = own | ((key == 0) & (query >= 0))  # (G, t, t)
-    body = (torch.arange(b) < torch.tensor(bodies)[:, None])[:, None, :].expand(-1, t, -1)  # (G, t, b)
-    return torch.cat([body, tail & (query >= 0)], dim=2)[:, None]
+    def _map(self, move: Callable) -> SharedPrefix:
+        self.whole, self.tail = self.whole.map(move), self.tail.map(move)
+        self.masks = self.masks and [move(mask) for mask in self.masks]
+        return self
 
 
-def _visible(prefixes: list[int], hidden: list[Tensor], b: int) -> Tensor:
-    """(G, b) bool, False at the hidden tokens of the bodies. ValueError when they do not fit."""
-    visible = torch.ones(len(prefixes), b, dtype=torch.bool)
+def _spans(start: int, lengths: list[int]) -> list[slice]:
+    """Slices of these lengths one after another."""
+    return [slice(first, first + n) for n, first in zip(lengths, accumulate(lengths, initial=start))]
+
+
+def _tail_kinds(seen: list[Rows], responses: list[list[int]], skip: int, start: int) -> list:
+    """Kinds 2 to 4 of the drawing, as for `Blocks`.
+
+    Args:
+        seen: key rows of each body.
+        skip: row of the first tail token among the keys.
+        start: its row among the queries.
+    """
+    anchors, begins = tail_rows(responses)
+    tails = _spans(start, [1 + sum(group) for group in responses])
+    own = [slice(row, row + n) for rows, group in zip(begins, responses) for row, n in zip(rows, group) if n]
+    shifted = lambda x, by: slice(x.start + by, x.stop + by)  # noqa: E731
+    return [(list(zip(tails, seen)), False),
+            ([(tail, slice(skip + row, skip + row + 1)) for tail, row in zip(tails, anchors)], False),
+            ([(shifted(x, start), shifted(x, skip)) for x in own], True)]
+
+
+def _visible(prefixes: list[int], hidden: list[Tensor]) -> list[Tensor]:
+    """Of each body (tokens,) bool, False at its hidden tokens. ValueError when they do not fit."""
     for g, (length, row) in enumerate(zip(prefixes, hidden, strict=True)):
         if row.shape != (length,) or row[0] or row[-1]:
             raise ValueError(f"hidden tokens of prefix {g}: need {length} flags,"
                              " the first and the last of them False")
-        visible[g, : length - 1] = ~row[:-1]
-    return visible
+    return [~row[:-1] for row in hidden]
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Softmax attention: q (G, n, H, d), k and v (G, m, K, d) -> (G, n, H, d); K divides H (grouped queries).
 
-    Query i sees the keys 0..i if `causal`, those that the mask (G, 1, n, m) allows if there is one, else all.
+    Query i sees the keys 0..i if `causal`, those that the mask, (n, m) or (G, 1, n, m), allows if there is one, else
+    all.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (G, heads, tokens, d)
-    share = q.shape[1] // k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
-        return ops.Attention.apply(q, k, v, causal, mask).transpose(1, 2)
-    if causal and q.shape[2] < k.shape[2]:
-        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share > 1)
-    return y.transpose(1, 2)
+    gqa = q.shape[1] > k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa).transpose(1, 2)

@@ -13,7 +13,8 @@ Shapes: T packed tokens, D width, H heads, K key-value heads, d head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from model import ops
 from model.config import LlamaConfig
 
 Rope = tuple[Tensor, Tensor]
-PART = 2048  # most tokens whose wide hidden states are alive while an MLP is recomputed
+PART = 1024  # most tokens whose wide hidden states are alive while an MLP is recomputed
 
 
 class RMSNorm(nn.Module):
@@ -37,8 +38,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = ops.RMSNorm.apply(x, self.weight, self.eps)
         # Only linear layers read y. Under autocast each would cast it: q, k and v once, not three times.
-        device = x.device.type
-        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+        return y.to(ops.compute_dtype(y.device, y.dtype))
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> Rope:
@@ -94,13 +94,6 @@ class MLP(nn.Module):
         return self.down_proj(ops.SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def recomputed_in_parts(function: Callable, x: Tensor) -> Tensor:
-    """`function` of x (T, D), whose rows do not depend on one another, keeping nothing of it for the backward: it
-    is recomputed for one part of the tokens at a time."""
-    parts = x.tensor_split(math.ceil(len(x) / PART))
-    return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts])
-
-
 class Layer(nn.Module):
     """Pre-norm block: attention, then the MLP, each added to its input."""
 
@@ -111,15 +104,49 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, attend: Callable, layer: int, skip: int, recompute: bool) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, attend: Callable, layer: int, skip: int, half: Callable | None = None,
+                ) -> Tensor:
         """x (T, D) -> (T - skip, D): the first `skip` tokens serve as keys and values only.
 
-        recompute: the layer is itself recomputed in the backward; its MLP's hidden states, by far the largest,
-            shall not all come back at once.
+        half: called as half(function, x) to run the second half of the layer; left out, it just runs.
         """
         x = _drop(x, skip) + self.self_attn(self.input_layernorm(x), rope, attend, layer, skip)
-        y = self.post_attention_layernorm(x)
-        return x + (recomputed_in_parts(self.mlp, y) if recompute else self.mlp(y))
+        return half(self.second_half, x) if half else self.second_half(x)
+
+    def second_half(self, x: Tensor) -> Tensor:
+        """Norm, MLP and residual: (T, D) -> (T, D)."""
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Recomputed:
+    """Runs a layer so that the backward recomputes it, and the wide hidden states of its MLP a part of the tokens at
+    a time.
+
+    The parts are checkpoints within that of the layer. When the layer is recomputed, only their inputs are wanted, so
+    that they run once each: in the forward, and when the backward reaches them.
+    """
+
+    def __init__(self):
+        self.again = False
+
+    def __call__(self, layer: Layer, *args) -> Tensor:
+        contexts = lambda: (nullcontext(), self._again())  # noqa: E731
+        return checkpoint(layer, *args, self.in_parts, use_reentrant=False, context_fn=contexts)
+
+    def in_parts(self, function: Callable, x: Tensor) -> Tensor:
+        """`function` of x (T, D), whose rows do not depend on one another."""
+        if self.again:
+            function = nn.Identity()
+        parts = x.tensor_split(math.ceil(len(x) / PART))
+        return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts])
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
 
 
 class Decoder(nn.Module):
@@ -139,8 +166,8 @@ class Decoder(nn.Module):
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             recompute = self.checkpointing and torch.is_grad_enabled()
-            args = (x, rope, attend, i, attend.skip if i == last else 0, recompute)
-            x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+            args = (x, rope, attend, i, attend.skip if i == last else 0)
+            x = Recomputed()(layer, *args) if recompute else layer(*args)
         return self.norm(x)
 
 

@@ -18,8 +18,9 @@ tokens among them, D width, V vocabulary, n scored tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from model.packing import lay_out
 from model.views import View
 from model.vlm import VLM
 
-CHUNK_ELEMENTS = 2**22  # logits alive at a time: 16 MiB in fp32
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # logits alive at a time: 16 and 256 MiB in fp32
 
 
 class Sequence(NamedTuple):
@@ -60,20 +61,20 @@ class Packed:
     lengths: list[int]  # response length of each sequence, in the order they were given
     prefixes: list[int]  # prefix length of each group
     responses: list[list[int]]  # input lengths of the distinct responses of each group
+    attend: SharedPrefix  # who sees whom, the same for policy and reference
     questions: list[tuple[int, ...]] = field(default_factory=list)  # of each group with image tokens
 
     def to(self, device: torch.device | str) -> Packed:
         """Move the tensors; from pinned memory the copy does not block."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
-        return Packed(**moved)
+        return self._moved(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
 
     def pin_memory(self) -> Packed:
         """Called by the data loader when it pins batches for CUDA."""
+        return self._moved(lambda x: x.pin_memory())
+
+    def _moved(self, move: Callable) -> Packed:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Packed(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()})
+        return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor | SharedPrefix)})
 
 
 def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed:
@@ -117,6 +118,7 @@ def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed
         labels += s.response
         sources += [anchor, *range(begin, begin + len(s.response) - 1)]
         competitor += [s.competitor] * len(s.response)
+    prefixes, responses = [len(prompt) for _, prompt in groups], [[len(ids) for ids in group] for group in inputs]
     return Packed(
         ids=layout.ids,
         positions=layout.positions,
@@ -126,8 +128,9 @@ def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed
         sources=torch.tensor(sources),
         competitor=torch.tensor(competitor) if any(competitor) else None,
         lengths=[len(s.response) for s in sequences],
-        prefixes=[len(prompt) for _, prompt in groups],
-        responses=[[len(ids) for ids in group] for group in inputs],
+        prefixes=prefixes,
+        responses=responses,
+        attend=SharedPrefix(prefixes, responses),
         questions=layout.questions,
     )
 
@@ -177,7 +180,7 @@ class Scorer(nn.Module):
         with self._precision():
             states = self.states(packed, features)[packed.sources]  # (n, D)
             head = self.model.language_model.lm_head
-            return torch.cat([head(states[part]).argmax(-1) for part in _chunks(len(states), len(head.weight))])
+            return torch.cat([head(states[part]).argmax(-1) for part in _chunks(states, head.weight)])
 
     def states(self, packed: Packed, features: Tensor) -> Tensor:
         """Final decoder states of the tail tokens (tail tokens, D)."""
@@ -188,8 +191,7 @@ class Scorer(nn.Module):
         if self.model.tower_trains:
             features = self.model.vision_features(features)  # (tiles, P, C)
         x = self.model.embed(packed.ids, features, packed.rows, packed.slots, packed.questions)  # (T, D)
-        rule = SharedPrefix(packed.prefixes, packed.responses, x.device)
-        return self.model.language_model.model(x, packed.positions, rule)
+        return self.model.language_model.model(x, packed.positions, packed.attend)
 
     def _precision(self):
         if self.autocast is None:
@@ -214,10 +216,10 @@ class SelectedLogProbs(torch.autograd.Function):
         else:
             matrix = weight.detach()
         hidden = hidden.to(matrix.dtype)
-        labels = labels.clone()
+        labels = labels if competitor is None else labels.clone()
         logps = torch.empty(len(hidden), device=hidden.device)  # (n,)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for part in _chunks(len(hidden), len(matrix)):
+        for part in _chunks(hidden, matrix):
             logits = (hidden[part] @ matrix.T).float()  # (c, V)
             if competitor is not None:
                 labels[part] = _best_competitor(logits, labels[part], competitor[part])
@@ -247,7 +249,7 @@ class SelectedLogProbs(torch.autograd.Function):
 def _head_gradient(grad: Tensor, hidden: Tensor, matrix: Tensor, labels: Tensor) -> Tensor:
     """d(sum grad * logp) / dW = (grad * (onehot - softmax))^T h, chunk by chunk, summed in fp32."""
     result = torch.zeros(matrix.shape, device=matrix.device)  # (V, D)
-    for part in _chunks(len(hidden), len(matrix)):
+    for part in _chunks(hidden, matrix):
         logits = (hidden[part] @ matrix.T).float()  # (c, V)
         odds, total, _ = _softmax(logits)
         error = _error(odds, total, labels[part]).mul_(grad[part, None] / -total)
@@ -277,9 +279,10 @@ def _best_competitor(logits: Tensor, labels: Tensor, competitor: Tensor) -> Tens
     return torch.where(competitor, others, labels)
 
 
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
-    return [slice(i, i + step) for i in range(0, tokens, step)]
+def _chunks(hidden: Tensor, matrix: Tensor) -> list[slice]:
+    """Rows of hidden (n, D) whose logits, with matrix (V, D), are made at a time."""
+    step = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(matrix))
+    return [slice(i, i + step) for i in range(0, len(hidden), step)]
 
 
 def naive_logprobs(model: VLM, sequences: list[Sequence], views: list[View]) -> list[Tensor]:

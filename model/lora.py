@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops import compute_dtype
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -45,11 +47,13 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
-        y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
-            return y
-        low = F.linear(self.dropout(x).to(y.dtype), self.lora_A.to(y.dtype))  # (T, r)
-        return y.addmm_(low, self.lora_B.T.to(y.dtype), alpha=self.scale)
+            return F.linear(x, self.weight, self.bias)
+        dtype = compute_dtype(x.device, self.weight.dtype)
+        low = self.scale * F.linear(self.dropout(x).to(dtype), self.lora_A.to(dtype))  # (T, r)
+        y = F.linear(low, self.lora_B.to(dtype), self.bias)
+        # W x comes last: it is what a checkpoint need not recompute, as the backward reads no result of it.
+        return y.addmm_(x.to(dtype), self.weight.T.to(dtype))
 
     def update(self) -> Tensor:
         """The full-size update (alpha / r) B A, (out, in), fp32."""

@@ -12,6 +12,7 @@ import small
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.llama as llama
 import model.logprobs as logprobs
 from data.batch import scored
 from losses.adavip import SEQUENCES as ADAVIP
@@ -194,24 +195,57 @@ def test_responses_do_not_see_each_other(policy, views):
     assert not any(torch.allclose(a, b, atol=1e-4) for a, b in zip(before, elsewhere))
 
 
-def test_activation_checkpointing_changes_nothing(policy, views):
+@pytest.mark.parametrize("part", [5, 1000])
+def test_activation_checkpointing_changes_nothing(policy, views, monkeypatch, part):
+    monkeypatch.setattr(llama, "PART", part)
     expected = both(policy, score(policy, SETS["mixed"], views))
     policy.language_model.model.checkpointing = True
-    assert_same(both(policy, score(policy, SETS["mixed"], views)), expected, 1e-7)
+    assert_same(both(policy, score(policy, SETS["mixed"], views)), expected)
 
 
-def test_activation_checkpointing_replays_dropout(model, views):
+@pytest.mark.parametrize("part", [5, 1000])
+def test_activation_checkpointing_replays_dropout(model, views, monkeypatch, part):
     """The recomputed forward must draw the dropout masks of the first one."""
     model.requires_grad_(False)
     add_lora(model.language_model.model, rank=3, alpha=6.0, dropout=0.4)
     for layer in lora_layers(model).values():
         torch.nn.init.constant_(layer.lora_B, 0.1)
     model.train()
-    results = []
-    for model.language_model.model.checkpointing in (False, True):
-        torch.manual_seed(7)
-        results.append(both(model, score(model, SETS["dpo"], views)))
-    assert_same(results[1], results[0], 1e-7)
+    monkeypatch.setattr(llama, "PART", part)
+    model.language_model.model.checkpointing = True
+    torch.manual_seed(7)
+    recomputed = both(model, score(model, SETS["dpo"], views))
+    monkeypatch.setattr(llama, "checkpoint", lambda function, *args, **_: function(*args))  # the same, kept
+    torch.manual_seed(7)
+    assert_same(recomputed, both(model, score(model, SETS["dpo"], views)), 1e-7)
+
+
+class BaseProducts(TorchDispatchMode):
+    """Counts the rows that frozen weights of some shapes are multiplied with in LoRA layers, forward."""
+
+    def __init__(self, **shapes: tuple[int, int]):
+        super().__init__()
+        self.shapes, self.rows = shapes, dict.fromkeys(shapes, 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for name, shape in self.shapes.items():
+            if function is torch.ops.aten.addmm_.default and args[2].shape == shape:
+                self.rows[name] += len(args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("part", [1, 5, 1000])
+def test_activation_checkpointing_recomputes_once(policy, views, monkeypatch, part, autocast):
+    """However many parts the MLP has: up and gate twice, down once, as the backward needs none of its results."""
+    monkeypatch.setattr(llama, "PART", part)
+    policy.language_model.model.checkpointing = True
+    D, F = policy.config.text.hidden_size, policy.config.text.intermediate_size
+    with BaseProducts(up=(D, F), down=(F, D)) as counter:
+        both(policy, score(policy, SETS["mixed"], views, autocast=autocast))
+    packed = packed_of(SETS["mixed"], views)
+    tokens = 2 * len(packed.ids) + len(packed.ids) - packed.attend.skip  # in three layers, the last without bodies
+    assert counter.rows == {"up": 2 * 2 * tokens, "down": tokens}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -219,7 +253,7 @@ def test_chunking_changes_nothing(model, views, monkeypatch, rows):
     """Chunks of 1, 2 and 5 tokens, the head's own gradient included."""
     trainable(model, TRAINS["lora, projector, head, embeddings"])
     expected = both(model, score(model, SETS["mixed"], views))
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows * small.VOCAB + 1)
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", rows * small.VOCAB + 1)
     assert_same(both(model, score(model, SETS["mixed"], views)), expected)
 
 
@@ -336,7 +370,7 @@ def test_no_tokens_by_vocabulary_tensor(model, views, monkeypatch, trains):
     The naive path, run the same way, makes and keeps larger ones: the test sees what it looks for.
     """
     trainable(model, TRAINS[trains])
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 3 * small.VOCAB)
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 3 * small.VOCAB)
     rows = {}
     for name, run in (("core", score), ("naive", lambda m, s, p: naive_logprobs(m, s, p))):
         saved: list[torch.Size] = []

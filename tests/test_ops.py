@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model import attention, ops
+from model import ops
 
 
 def both(fast, plain, *inputs: Tensor) -> None:
@@ -70,53 +69,3 @@ def test_rotate():
 
 def test_swiglu():
     both(ops.SwiGLU.apply, lambda a, b: a * torch.sigmoid(a) * b, normal(5, 9), normal(5, 9) + 1)
-
-
-@pytest.mark.parametrize("n, m", [(5, 5), (ops.ROWS, ops.ROWS), (2 * ops.ROWS + 5, 2 * ops.ROWS + 5), (150, 180)])
-def test_causal_attention(n, m):
-    """Query i sees the keys 0..i, so that keys from n on are not seen at all."""
-    visible = torch.ones(n, m, dtype=torch.bool).tril()
-
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.mT / 8**0.5).masked_fill(~visible, float("-inf")).softmax(-1) @ v
-
-    inputs = normal(2, 3, n, 8), normal(2, 3, m, 8) + 0.1, normal(2, 3, m, 8) - 0.1
-    both(lambda *x: ops.Attention.apply(*x, True, None), plain, *inputs)
-
-
-def test_full_attention():
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.mT / 8**0.5).softmax(-1) @ v
-
-    inputs = normal(2, 3, 140, 8), normal(2, 3, 30, 8), normal(2, 3, 30, 8) + 1
-    both(lambda *x: ops.Attention.apply(*x, False, None), plain, *inputs)
-
-
-def test_masked_attention():
-    n, m = ops.ROWS + 9, 40
-    mask = torch.rand(2, 1, n, m, generator=torch.Generator().manual_seed(0)) < 0.5
-    mask[..., 0] = True
-
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.mT / 8**0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
-
-    inputs = normal(2, 3, n, 8), normal(2, 3, m, 8), normal(2, 3, m, 8) + 1
-    both(lambda *x: ops.Attention.apply(*x, False, mask), plain, *inputs)
-
-
-@pytest.mark.parametrize("rule", ["causal", "masked", "full"])
-def test_bf16_attention_on_a_cpu(monkeypatch, rule):
-    """With gradients on, `mix` takes the hand-written path, with grouped heads too, and stays near fp32."""
-    n, m, heads = 70, 80, 4
-    mask = torch.ones(2, 1, n, m, dtype=torch.bool).tril(10) if rule == "masked" else None
-    q, k, v = normal(2, n, heads, 16), normal(2, m, 2, 16), normal(2, m, 2, 16) + 1
-    calls, apply = [], ops.Attention.apply
-    monkeypatch.setattr(ops.Attention, "apply", lambda *x: calls.append(1) or apply(*x))
-    grads = []
-    for dtype in (torch.bfloat16, torch.float32):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        y = attention.mix(*leaves, causal=rule == "causal", mask=mask)
-        grads.append([y.detach().float(), *(g.float() for g in torch.autograd.grad(y.float().square().sum(), leaves))])
-    assert len(calls) == 1
-    for got, expected in zip(*grads):
-        assert F.mse_loss(got, expected).sqrt() < 0.02 * expected.square().mean().sqrt()
