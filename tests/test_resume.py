@@ -71,8 +71,8 @@ def copied(folder, tmp_path) -> Path:
     """The finished run once more, as `run`, to be damaged; its last checkpoints are of steps 7 and 6."""
     write_pairs(tmp_path / "pairs.jsonl")
     shutil.copytree(folder / "whole", tmp_path / "run")
-    for name in (resume.CHECKPOINT, resume.PREVIOUS):
-        edit(tmp_path / "run" / name, lambda saved: saved["config"].update(data=str(tmp_path / "pairs.jsonl")))
+    for path in resume.checkpoints(tmp_path / "run"):
+        edit(path, lambda saved: saved["config"].update(data=str(tmp_path / "pairs.jsonl")))
     return tmp_path
 
 
@@ -214,7 +214,7 @@ def test_a_damaged_log_is_no_hindrance(copied, capsys):
 
 def test_no_flipped_bit_goes_unnoticed(copied):
     """A flip is detected, or it lies between the members of the archive and changes nothing."""
-    path = copied / "run" / resume.CHECKPOINT
+    path = copied / "run" / "checkpoint-7.pt"
     whole, good = resume.load_whole(path), path.read_bytes()
     draw, detected = random.Random(0), 0
     for _ in range(60):
@@ -231,9 +231,8 @@ def test_no_flipped_bit_goes_unnoticed(copied):
 
 
 def test_the_checkpoint_before_a_damaged_one_is_taken(folder, copied, capsys):
-    for name in (resume.CHECKPOINT, resume.PREVIOUS):
-        assert (copied / "run" / name).is_file()
-    current, previous = copied / "run" / resume.CHECKPOINT, copied / "run" / resume.PREVIOUS
+    current, previous = resume.checkpoints(copied / "run")
+    assert (current.name, previous.name) == ("checkpoint-7.pt", "checkpoint-6.pt")
     flip(current, current.stat().st_size // 2)
     assert train.main(command(copied, "run", "--resume")) == 0
     said = capsys.readouterr().err
@@ -249,16 +248,10 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(folder, copied, capsys):
 
 def test_what_a_kill_left_half_written_is_removed(copied):
     """Only that: a file of the user's stays."""
-    left, mine = copied / "run" / ".checkpoint.pt.4321-0123abcd", copied / "run" / ".notes"
+    left, mine = copied / "run" / ".checkpoint-7.pt.4321-0123abcd", copied / "run" / ".notes"
     left.write_bytes(b"half"), mine.write_text("keep")
     assert train.main(command(copied, "run", "--resume")) == 0
     assert not left.exists() and mine.read_text() == "keep"
-
-
-def test_killed_between_two_names(folder, copied):
-    (copied / "run" / resume.CHECKPOINT).unlink()
-    assert train.main(command(copied, "run", "--resume")) == 0
-    assert weights(copied / "run") == weights(folder / "whole")
 
 
 NAME = "model.language_model.model.layers.0.self_attn.q_proj.lora_A"
@@ -277,8 +270,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_checkpoint_that_does_not_fit_is_named(copied, change):
-    (copied / "run" / resume.PREVIOUS).unlink()
-    path = copied / "run" / resume.CHECKPOINT
+    path, previous = resume.checkpoints(copied / "run")
+    previous.unlink()
     edit(path, CHANGES[change])
     with pytest.raises(ValueError, match="of another model|no checkpoint of this version") as error:
         train.main(command(copied, "run", "--resume"))
@@ -290,7 +283,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(copied, change):
 
 def test_other_records_are_noticed(copied):
     write_pairs(copied / "pairs.jsonl", 7)
-    with pytest.raises(ValueError, match="checkpoint.pt belongs to another run: other records"):
+    with pytest.raises(ValueError, match="checkpoint-7.pt belongs to another run: other records"):
         train.main(command(copied, "run", "--resume"))
 
 
@@ -359,7 +352,7 @@ def test_a_run_remembers_its_versions_and_goes_on_with_others(copied, monkeypatc
 
 def test_an_earlier_run_is_not_replaced_unasked(copied, monkeypatch):
     before = weights(copied / "run")
-    with pytest.raises(ValueError, match="holds checkpoint.pt of an earlier run: choose another --out"):
+    with pytest.raises(ValueError, match="holds checkpoint-7.pt of an earlier run: choose another --out"):
         train.main(command(copied, "run"))
     with pytest.raises(ValueError, match="which of them"):
         train.main(command(copied, "run", "--resume", "--overwrite"))
