@@ -326,6 +326,9 @@ def give_up(run: Run, bad: list[BadRecord], done: int) -> None:
     raise BadInput(f"none of the {len(run.records)} records can be used; {bad[-1]}")
 
 
+BAD_BATCH = "bad-batch.json"
+
+
 def end_at_bad_batch(run: Run, drawn: list, step: int, log: Log) -> None:
     """Write bad-batch.json, the ids and metrics of a step whose gradient is not finite, and raise BadInput in all
     processes. A collective call."""
@@ -334,7 +337,7 @@ def end_at_bad_batch(run: Run, drawn: list, step: int, log: Log) -> None:
     metrics = [{name: printable(value) for name, value in added.items()} for added in log.latest]
     metrics = training.gather_all(metrics, run.world)
     what = "loss" if any(type(value) is str for added in metrics for value in added.get("loss", [])) else "gradient"
-    path = run.args.out / "bad-batch.json"
+    path = run.args.out / BAD_BATCH
     if run.rank == 0:
         save_json({"step": step, "not finite": what, "ids": ids, "metrics": metrics}, path)
     if run.world > 1:
@@ -375,9 +378,9 @@ def announce(run: Run, saved: dict | None) -> None:
         print("warning: this CPU has no bf16 instructions, --precision fp32 is many times faster", file=sys.stderr)
     remove_unfinished(args.out)
     found = checkpoints(args.out)
-    for path in (*found[: found.index(saved["path"]) if saved else None], args.out / "result.json"):
+    damaged = found[: found.index(saved["path"]) if saved else None]  # or of an earlier run
+    for path in (*damaged, *(args.out / name for name in ("result.json", BAD_BATCH, STARTING))):
         path.unlink(missing_ok=True)
-    (args.out / STARTING).unlink(missing_ok=True)
     about = {"command": shlex.join(sys.argv), "identity": run.identity, "versions": versions()}
     save_json({**run.config, **facts, **about}, args.out / "config.json")
 
