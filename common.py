@@ -4,6 +4,7 @@ many faults is refused in few lines, and the signatures of functions become the 
 from __future__ import annotations
 
 import argparse
+import errno
 import inspect
 import json
 import os
@@ -26,17 +27,34 @@ class BadInput(ValueError):
     fault in the code and keeps its traceback."""
 
 
+# A disk that is full or cannot be written; what else may go wrong with a file is a fault in the code.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Around a block that writes one file. Raises BadInput naming it where the disk is full or cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
+
+
 @contextmanager
 def written_whole(path: Path | str) -> Iterator[Path]:
-    """A file that appears whole or not at all: the block writes the temporary path that it gets."""
+    """A file that appears whole or not at all: the block writes the temporary path that it gets. Raises BadInput as
+    `writing` does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # its content before its name
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # its content before its name
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -24,7 +24,7 @@ from common import BadInput, add_options, check_ranges, is_url, read_json, refus
 from data.batch import scored
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
 from model.families import TEMPLATES
-from model.resume import CHECKPOINT, PREVIOUS
+from model.resume import checkpoints
 from model.training import SCHEDULES
 from pairs.methods import METHODS
 
@@ -36,8 +36,8 @@ SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev
 
 # What numbers may be: interval -> options, of one function alone where FUNCTION.option. A clip of inf is none.
 RANGES = {
-    "[1, 1e9]": "steps batch_size micro_batch_size max_tokens log_every save_every scenes samples max_new_tokens"
-                " inner_epochs minibatches iterations",
+    "[1, 1e9]": "steps batch_size micro_batch_size max_tokens log_every save_every keep_checkpoints scenes samples"
+                " max_new_tokens inner_epochs minibatches iterations",
     "[2, 1e9]": "ranked_pairs.samples mixed_pairs.samples leave_one_out.samples",  # compared with each other
     "[0, 1e9]": "lora_rank eval_scenes workers seed",
     "(0, inf)": "lr projector_lr vision_lr tflops lora_alpha temperature beta dpo_weighted_loss.gamma",
@@ -139,7 +139,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--tflops", type=float, default=REACHED,
         help="for --estimate, TFLOP/s that a device reaches: 40 %% of an H100's 989 in bf16 (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
-    add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--overwrite", action="store_true", help="replace an earlier run that --out holds")
     add("--steps", type=int, default=60,
         help="optimiser steps; a resumed run may have another number, and from there on the learning rate of a run"
@@ -176,6 +176,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         help="choose settings on dev (default: %(default)s)")
     add("--log-every", type=int, default=5, help="steps between log lines (default: %(default)s)")
     add("--save-every", type=int, default=20, help="steps between checkpoints (default: %(default)s)")
+    add("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest N stay (default: %(default)s)")
     add("--workers", type=int, default=0, help="processes that prepare batches (default: %(default)s)")
     add("--bad-records", choices=("stop", "skip"), default="stop",
         help="when an image turns out to be damaged: save a checkpoint and stop, or put another record in its"
@@ -291,8 +292,8 @@ def resume_problems(args: argparse.Namespace) -> Iterator[str]:
     """A run that cannot go on, or that must not be replaced."""
     if args.resume and args.overwrite:
         yield "--resume goes on with what --out holds, --overwrite replaces it: which of them?"
-    if args.resume and not any((args.out / name).is_file() for name in (CHECKPOINT, PREVIOUS)):
-        yield f"--resume: there is no {args.out / CHECKPOINT}"
+    if args.resume and not checkpoints(args.out):
+        yield f"--resume: there is no checkpoint in {args.out}"
 
 
 def cache_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
@@ -322,7 +323,7 @@ def sampling_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]
 
 def check_places(args: argparse.Namespace) -> None:
     """Refuse an --out that holds an earlier run, and places that cannot be written. Raises BadInput."""
-    earlier = [name for name in (CHECKPOINT, PREVIOUS, "result.json", "model") if (args.out / name).exists()]
+    earlier = [p.name for p in (*checkpoints(args.out), args.out / "result.json", args.out / "model") if p.exists()]
     if earlier and not (args.resume or args.overwrite):
         raise BadInput(f"{args.out} holds {earlier[0]} of an earlier run: choose another --out, go on with"
                        " --resume or replace it with --overwrite")

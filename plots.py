@@ -55,6 +55,16 @@ def is_finite(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def draw(runs: Sequence[Path], out: Path) -> None:
+    """Write the image of one run or several. Raises BadInput where there is nothing to draw."""
+    times = Counter(run.resolve().name for run in runs)
+    logs = {run.resolve().name if times[run.resolve().name] == 1 else str(run): read_log(run) for run in runs}
+    drawn = panels(logs)
+    if not drawn:
+        raise BadInput(f"{', '.join(map(str, runs))}: no metric to draw")
+    svg.write(out, svg.curves(drawn))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """From the command line to the image. Raises BadInput."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,13 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if len(args.runs) > 1 and not args.out:
         parser.error("several runs need --out")
-    times = Counter(run.resolve().name for run in args.runs)
-    logs = {run.resolve().name if times[run.resolve().name] == 1 else str(run): read_log(run) for run in args.runs}
-    drawn = panels(logs)
-    if not drawn:
-        raise BadInput(f"{', '.join(map(str, args.runs))}: no metric to draw")
     out = args.out or args.runs[0] / "plots.svg"
-    svg.write(out, svg.curves(drawn))
+    draw(args.runs, out)
     print(f"{out} written")
 
 

@@ -22,6 +22,7 @@ Shapes: B responses, k of each prompt next to each other; L longest response; ti
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -96,8 +97,9 @@ class Reinforcement:
 # ------------------------------------------------------------------------------------------------- one step
 
 
-def reinforce_step(run: Reinforcement, drawn: list[list[tuple[dict, int]]], step: int, log: Log) -> Tensor:
-    """Sample responses, judge them, and learn from them for some epochs. Returns the last gradient norm.
+def reinforce_step(run: Reinforcement, drawn: list[list[tuple[dict, int]]], step: int, log: Log) -> float:
+    """Sample responses, judge them, and learn from them for some epochs, up to an update whose gradient is not finite.
+    Returns the last gradient norm.
 
     Args:
         drawn: (record, seed) of each micro-batch.
@@ -118,9 +120,11 @@ def reinforce_step(run: Reinforcement, drawn: list[list[tuple[dict, int]]], step
                 with policy.no_sync(more=i != group[-1]):
                     inputs = named("policy", ["sampled"], policy.scorer(rollouts[i].packed, rollouts[i].features))
                     losses, of_loss = run.loss(**pick(run.loss, inputs | targets[i]))  # (B,)
-                    (losses.mean() / len(group)).backward()
+                    policy.backward(losses.mean() / len(group))
                 log.add({"loss": losses, **of_loss})
             norm = policy.update()
+            if not math.isfinite(norm):
+                return norm
     if settings.kl_target:
         responses = settings.batch_size * settings.samples
         kl = over_all(metrics["kl"].sum()) / over_all(torch.tensor(float(len(metrics["kl"]))))  # () of this step

@@ -22,12 +22,15 @@ One step is the loop of `train` below: records -> batch (data/batch.py) -> token
 a pure function; its argument names say which log-probs it gets, its keyword arguments become options (options.py).
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
---out receives: config.json (the resolved configuration, the git commit and versions), pairs.jsonl (if made here),
-metrics.jsonl (one line an interval), checkpoint.pt and checkpoint-previous.pt (to resume), model/ (llava-hf folder,
-adapters merged), adapters/ (PEFT's format, which has no place for a vision tower that trains), result.json (before and
-after, and the records that --bad-records skip has replaced), and from fisao baselines.json and scores.svg (what the
-verifier says of words and sentences, before and after). What an earlier run left there is replaced only with
---overwrite.
+--out receives: config.json (the resolved configuration, the command, the git commit, versions, and hashes of records
+and model), pairs.jsonl (if made here), metrics.jsonl (one line an interval), checkpoint-STEP.pt (to resume), model/
+(llava-hf folder, adapters merged), adapters/ (PEFT's format, which has no place for a vision tower that trains),
+result.json (before and after, and the records that --bad-records skip has replaced), plots.svg, and from fisao
+baselines.json and scores.svg (what the verifier says of words and sentences, before and after). What an earlier run
+left there is replaced only with --overwrite.
+
+Under torchrun --max-restarts N a run whose process was killed goes on by itself. A loss or gradient that is not finite
+ends it before it touches the weights; bad-batch.json then has the records and metrics of that step.
 
 What can be known of the records is checked before the model is loaded, and all bad ones are listed: fields, the
 headers of images, special tokens in texts, responses beyond the decoder's window. That an image is damaged
@@ -40,6 +43,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +60,7 @@ from tqdm import tqdm
 
 import estimate
 import evaluate
+import plots
 import reinforce
 from common import BadInput, remove_unfinished, versions
 from data.batch import BadRecord, Batch, Drawn, MicroBatches, collate, with_seeds, without_bad
@@ -67,7 +72,7 @@ from model.checkpoint import save_json, save_llava
 from model.llava import Llava
 from model.log import Log
 from model.logprobs import Packed
-from model.resume import CHECKPOINT, PREVIOUS
+from model.resume import Writer, checkpoints
 from model.reward import save_reward_head
 from model.training import Policy, StopRequest, learning_rate, named, pick, set_learning_rate
 from options import Recipe, check, check_places, kwargs_of, read_arguments
@@ -125,13 +130,13 @@ class Run:
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def train(run: Run, saved: dict | None = None) -> bool:
+def train(run: Run, writer: Writer, saved: dict | None = None) -> bool:
     """Run the steps that are left, all without `saved`. False when interrupted; the checkpoint then holds all that
     are done."""
     args, recipe, policy, model = run.args, run.recipe, run.policy, run.policy.model
     loss = partial(recipe.loss, **kwargs_of(recipe.loss, args))
-    done, norm = begin(run, saved), None
-    log = Log(args.out / "metrics.jsonl", args.steps, run.device, run.rank, run.world, saved)
+    done = begin(run, saved)
+    log = Log(args.out / "metrics.jsonl", args.steps, run.device, run.rank, run.world, saved, recipe.compares)
     stop = StopRequest(run.world)
     # After StopRequest, whose signal handlers the loader's processes inherit: Ctrl-C must not end them.
     micro_batches = load_micro_batches(run, done)
@@ -143,9 +148,10 @@ def train(run: Run, saved: dict | None = None) -> bool:
         set_learning_rate(policy.optimizer, rate)
         drawn, bad = draw(run, micro_batches)
         if bad and not replaced(run, bad):
-            save(run, done, norm, log)
+            save(run, done, log, writer)
             stop.close()
             give_up(run, bad, done)
+        log.begin_step()
 
         if run.learner:
             norm = reinforce.reinforce_step(run.learner, drawn, step, log)
@@ -163,18 +169,21 @@ def train(run: Run, saved: dict | None = None) -> bool:
                     losses, metrics = loss(**pick(loss, inputs))  # (B,)
                     weighted = losses if batch.weights is None else losses * batch.weights
                     # All records of the process count, those of weight 0 too; DDP takes the mean over processes.
-                    (weighted.sum() * run.world / args.batch_size).backward()
+                    policy.backward(weighted.sum() * run.world / args.batch_size)
                 counted.append({"loss": losses.detach(), **metrics, "weights": batch.weights})
                 tokens += len(packed.ids)
             log.add(*joined(counted, tokens))
             norm = policy.update()
+        if not math.isfinite(norm):
+            stop.close()
+            end_at_bad_batch(run, drawn, done + 1, log)
 
         done, halt = step + 1, stop.asked()
         if done % args.log_every == 0 or done == args.steps:
             replacements = {"bad_records": len(run.bad_records)} if run.bad_records else {}
-            log.write(done, {"grad_norm": norm.item(), "lr": rate, **replacements})
+            log.write(done, {"grad_norm": norm, "lr": rate, **replacements})
         if halt or done % args.save_every == 0 or done == args.steps:
-            save(run, done, norm, log)
+            save(run, done, log, writer)
         if halt:
             break
     stop.close()
@@ -289,17 +298,13 @@ def reference_cache(run: Run) -> dict[str, Tensor]:
     return rows
 
 
-def save(run: Run, done: int, norm: Tensor | None, log: Log) -> None:
-    """Save a checkpoint; BadInput when the last gradient, the same in every process, was not finite. A collective
-    call."""
-    if norm is not None and not math.isfinite(norm.item()):
-        raise BadInput(f"step {done}: the gradient is not finite; {run.args.out / CHECKPOINT} keeps the last good"
-                       " state")
+def save(run: Run, done: int, log: Log, writer: Writer) -> None:
+    """Start to write a checkpoint. A collective call."""
     unfinished = log.unfinished()
     if run.rank == 0:
-        resume.save_checkpoint(
-            run.args.out, run.policy, step=done, config=run.config, identity=run.identity, log=unfinished,
-            bad_records=run.bad_records, reinforcement=asdict(run.learner.memory) if run.learner else {})
+        writer.save(run.policy, step=done, config=run.config, identity=run.identity, log=unfinished,
+                    bad_records=dict(run.bad_records),
+                    reinforcement=asdict(run.learner.memory) if run.learner else {})
 
 
 # ------------------------------------------------------------------------------------------------- bad records
@@ -333,16 +338,53 @@ def give_up(run: Run, bad: list[BadRecord], done: int) -> None:
     """Raise BadInput in all processes, once the first has saved the checkpoint."""
     if run.world > 1:
         dist.barrier()  # torchrun ends all as soon as one has failed
-    stop_at(bad, run.args.bad_records, f"{run.args.out / CHECKPOINT} holds the {done} finished steps: go on with"
+    stop_at(bad, run.args.bad_records, f"a checkpoint in {run.args.out} holds the {done} finished steps: go on with"
                                        " --resume, and with the image mended or --bad-records skip")
     raise BadInput(f"none of the {len(run.records)} records can be used; {bad[-1]}")
 
 
+BAD_BATCH = "bad-batch.json"
+
+
+def end_at_bad_batch(run: Run, drawn: list, step: int, log: Log) -> None:
+    """Write bad-batch.json, the ids and metrics of a step whose gradient is not finite, and raise BadInput in all
+    processes. A collective call."""
+    ids = [[record["id"] for record, _ in part] if run.recipe.samples else part.ids for part in drawn]
+    ids = training.gather_all(sum(ids, []), run.world)
+    metrics = [{name: printable(value) for name, value in added.items()} for added in log.latest]
+    metrics = training.gather_all(metrics, run.world)
+    what = "loss" if any(type(value) is str for added in metrics for value in added.get("loss", [])) else "gradient"
+    path = run.args.out / BAD_BATCH
+    if run.rank == 0:
+        save_json({"step": step, "not finite": what, "ids": ids, "metrics": metrics}, path)
+    if run.world > 1:
+        dist.barrier()  # torchrun ends all as soon as one has failed
+    raise BadInput(f"step {step}: the {what} is not finite, and did not change the weights; {path} has the records and"
+                   f" metrics. Try a lower --lr or a smaller --clip-norm; the checkpoints are as they were")
+
+
+def printable(values: Tensor) -> list:
+    """Numbers for JSON, which has no NaN and no infinity: these become text."""
+    return [value if math.isfinite(value) else str(value) for value in values.float().flatten().tolist()]
+
+
 # --------------------------------------------------------------------------------------------- before and after
+
+STARTING = ".starting"  # in --out from when a run is launched until `announce` has taken away what an earlier one left
+
+
+def go_on_after_a_crash(args: argparse.Namespace) -> None:
+    """torchrun --max-restarts starts all processes again with the same command. Whatever that says, go on with the
+    checkpoints of the attempts before, or start again; only if none came as far as `announce`, do as it says."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if restarted and not (args.out / STARTING).exists():
+        args.resume = bool(checkpoints(args.out))
+        args.overwrite = not args.resume
 
 
 def announce(run: Run, saved: dict | None) -> None:
-    """Say what runs, write it to config.json, and take away what an earlier run left."""
+    """Say what runs, write it to config.json, and take away what an earlier run left, or newer checkpoints that are
+    damaged."""
     args = run.args
     facts = {"processes": run.world, "device": str(run.device),
              "trained_parameters": sum(p.numel() for p in run.policy.trained.values())}
@@ -353,11 +395,12 @@ def announce(run: Run, saved: dict | None) -> None:
     if args.precision == "bf16" and training.emulates_bf16(run.device):
         print("warning: this CPU has no bf16 instructions, --precision fp32 is many times faster", file=sys.stderr)
     remove_unfinished(args.out)
-    if saved and saved["path"].name == PREVIOUS:  # a damaged one must not become the former of the next
-        os.replace(saved["path"], args.out / CHECKPOINT)
-    save_json({**run.config, "versions": versions()}, args.out / "config.json")
-    for name in ("result.json", *(() if saved else (CHECKPOINT, PREVIOUS))):
-        (args.out / name).unlink(missing_ok=True)
+    found = checkpoints(args.out)
+    damaged = found[: found.index(saved["path"]) if saved else None]  # or of an earlier run
+    for path in (*damaged, *(args.out / name for name in ("result.json", BAD_BATCH, STARTING))):
+        path.unlink(missing_ok=True)
+    about = {"command": shlex.join(sys.argv), "identity": run.identity, "versions": versions()}
+    save_json({**run.config, **facts, **about}, args.out / "config.json")
 
 
 def measure(model: Llava, processor: Processor, scenes: int, split: str) -> tuple[dict[str, float], Mapping[str, str]]:
@@ -428,9 +471,12 @@ def main(argv: list[str] | None = None) -> int:
     started, (rank, world) = time.perf_counter(), training.ranks()
     args = read_arguments(LOSSES, argv, __doc__)
     recipe = LOSSES[args.loss]
+    go_on_after_a_crash(args)
     check(args, recipe, world)  # before processes wait for each other
     if not args.estimate:
         check_places(args)
+        if rank == 0:
+            (args.out / STARTING).touch()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite", "estimate", "tflops")}
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
@@ -461,7 +507,8 @@ def main(argv: list[str] | None = None) -> int:
         announce(run, saved)
     measured = measurement(run, held) if rank == 0 else dict
     before = measured()
-    finished = train(run, saved)
+    with Writer(args.out, args.keep_checkpoints) as writer:
+        finished = train(run, writer, saved)
     if rank == 0 and finished:
         write_model(run)
         after, minutes = measured(), (time.perf_counter() - started) / 60
@@ -470,6 +517,7 @@ def main(argv: list[str] | None = None) -> int:
             result["bad_records"] = run.bad_records
             print(f"bad records, whose places others took: {len(run.bad_records)}; result.json lists them")
         save_json(result, args.out / "result.json")
+        plots.draw([args.out], args.out / "plots.svg")
         print(table(before, after) if before else "")
         print(f"{args.out}/model written, {minutes:.1f} minutes")
     elif rank == 0:
@@ -486,3 +534,6 @@ if __name__ == "__main__":
     except (BadInput, ConnectionError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step or after the last one
+        print("train.py: interrupted", file=sys.stderr)
+        sys.exit(1)

@@ -1,10 +1,15 @@
-"""Log: metrics are summed on the device; one JSON line and one console line an interval."""
+"""Log: metrics are summed on the device; one JSON line and one console line an interval.
+
+Where the package `tensorboard` is installed, the same numbers go into its events, below tensorboard/ next to
+metrics.jsonl.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,7 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common import written_whole
+from common import writing, written_whole
+from model import watch
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None
 
 
 class Log:
@@ -25,10 +36,13 @@ class Log:
         steps: of the whole run, for the time that is left.
         saved: the checkpoint that the run goes on from. Lines after it are dropped, and its interval continues;
             with another number of processes the first line covers only the steps since the checkpoint.
+        watched: warn of what model/watch.py knows, each once.
     """
 
     def __init__(self, path: Path, steps: int, device: torch.device, rank: int = 0, world: int = 1,
-                 saved: dict | None = None):
+                 saved: dict | None = None, watched: bool = False):
+        self.latest: list[dict[str, Tensor]] = []  # what `add` was given since the last `begin_step`
+        self.watched, self.warned = watched, set()
         self.path, self.steps, self.device, self.rank, self.world = path, steps, device, rank, world
         self.first = saved["step"] if saved else 0
         self.started = time.perf_counter()
@@ -42,6 +56,11 @@ class Log:
             kept = lines_until(self.path, self.first)
             with written_whole(self.path) as temporary:
                 temporary.write_bytes(b"".join(kept))
+        self.board = make_board(path.with_name("tensorboard"), self.first) if rank == 0 else None
+
+    def begin_step(self) -> None:
+        """Forget what the step before has added."""
+        self.latest.clear()
 
     def begin(self) -> None:
         """Start an interval."""
@@ -57,10 +76,11 @@ class Log:
             rows = [torch.empty_like(mine) for _ in range(self.world)]
             dist.all_gather(rows, mine)
         return {"processes": self.world, "sums": dict(zip(self.sums, torch.stack(rows, 1).cpu())),
-                "counts": self.counts, "tokens": self.tokens, "seconds": time.perf_counter() - self.since}
+                "counts": dict(self.counts), "tokens": self.tokens, "seconds": time.perf_counter() - self.since}
 
     def add(self, metrics: dict[str, Tensor], tokens: int = 0, weights: Tensor | None = None) -> None:
         """Count metrics (B,) or scalars, by their mean, or where examples have weights (B,) by the weighted one."""
+        self.latest.append({name: value.detach() for name, value in metrics.items()})
         for name, value in metrics.items():
             value = value.detach().float().to(self.device)  # metrics of rollouts may be on the CPU
             if weights is not None:
@@ -85,12 +105,29 @@ class Log:
         }
         self.begin()
         if self.rank == 0:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint that has forgotten this interval
             text = "  ".join(f"{k} {v:.4g}" for k, v in line.items())
             tqdm.write(f"step {step}/{self.steps}  {text}")
+            for name, value in line.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
+            if self.board:
+                self.board.flush()
+            for sign, text in watch.signs(line).items() if self.watched else ():
+                if sign not in self.warned:
+                    tqdm.write(f"warning: step {step}: {text}", file=sys.stderr)
+                self.warned.add(sign)
+
+
+def make_board(folder: Path, step: int):
+    """TensorBoard's writer, which hides what an earlier attempt wrote of later steps; None without the package."""
+    if SummaryWriter is None:
+        return None
+    if not step:
+        shutil.rmtree(folder, ignore_errors=True)
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def lines_until(path: Path, step: int) -> list[bytes]:

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from common import BadInput, written_whole
 from model.families import family_of
 from model.hub import resolve
+from model.tensors import save_file
 from model.training import gather_all
 
 BLOCK = 2**16  # bytes of a file that are read at a time

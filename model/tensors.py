@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file as write_file
 from torch import Tensor
 
-from common import BadInput, read_json, written_whole
+from common import BadInput, read_json, writing, written_whole
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -223,6 +223,16 @@ def finite(tensor: Tensor, where: str) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file. Raises OSError, as other writers do, where the disk is full or cannot be written."""
+    try:
+        write_file(tensors, path, metadata)
+    except SafetensorError as error:
+        if not (code := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
     plain = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in tensors.items()}
@@ -270,7 +280,8 @@ def save_shards(tensors: dict[str, Callable[[], Tensor]], folder: Path, shard_by
 def _save_part(shard: dict[str, Tensor], folder: Path, i: int) -> dict[str, int]:
     """Write one shard under a temporary name; returns the size of each tensor."""
     plain = {name: tensor.contiguous() for name, tensor in shard.items()}
-    save_file(plain, folder / f"part-{i}.tmp", metadata={"format": "pt"})
+    with writing(folder / f"part-{i}.tmp"):
+        save_file(plain, folder / f"part-{i}.tmp", metadata={"format": "pt"})
     return {name: tensor.nbytes for name, tensor in shard.items()}
 
 

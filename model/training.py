@@ -93,10 +93,18 @@ class Policy:
         """With several processes, exchange gradients only in the last backward of an update, that without `more`."""
         return self.scorer.no_sync() if more and isinstance(self.scorer, DistributedDataParallel) else nullcontext()
 
-    def update(self) -> Tensor:
-        """Clip, step, zero the gradients. Returns the norm before clipping."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, (). Where it is not finite they become NaN, so that `update` of all processes
+        sees it."""
+        (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
+
+    def update(self) -> float:
+        """Clip, step, zero the gradients. Returns the norm before clipping, the same in all processes; where it is
+        not finite, nothing is updated."""
         norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.clip_norm)
-        self.optimizer.step()
+        # The one wait for the device in a step; the optimiser's kernels are all that could be queued without it.
+        if math.isfinite(norm := norm.item()):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
@@ -171,8 +179,13 @@ class StopRequest:
 
     def __init__(self, world: int):
         self.world, self.flag = world, torch.zeros(1)
-        handler = lambda *_: self.flag.fill_(1)  # noqa: E731
-        self.before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number: int, _) -> None:
+        """The signal handler."""
+        if not self.flag and ranks()[0] == 0:  # print() must not be used in a handler
+            os.write(2, f"\n{signal.Signals(number).name}: a checkpoint is written after this step\n".encode())
+        self.flag.fill_(1)
 
     def asked(self) -> bool:
         """A collective call: every process must make it."""

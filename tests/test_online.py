@@ -38,6 +38,7 @@ from losses import ppo
 from model import reference
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
 from model.logprobs import Sequence, naive_logprobs, pack
+from model.resume import checkpoints
 from model.reward import load_reward_model, save_reward_head
 from model.training import named, pick
 from model.views import stack
@@ -680,7 +681,7 @@ def arguments(pictures: Path, out: Path, loss: str, steps: int = 4) -> list[str]
 
 
 def saved(out: Path) -> dict:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
+    return torch.load(checkpoints(out)[0], weights_only=True)
 
 
 def lines(out: Path) -> list[dict]:

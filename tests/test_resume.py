@@ -5,26 +5,36 @@ All on the embedded model with adapters of rank 4; checkpoints every 3 steps, lo
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
+import math
 import os
 import random
+import resource
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import prepare
 import train
-from common import check_ranges, versions
+from common import BadInput, check_ranges, versions, written_whole
 from data import scenes
 from data.processor import Processor
 from data.records import write_jsonl
 from model import reference, resume, training
 from model.checkpoint import DEFAULT_MODEL
+from model.tensors import save_shards
 from options import RANGES, check, read_arguments
 
 HOME = Path(__file__).resolve().parents[1]
@@ -71,8 +81,8 @@ def copied(folder, tmp_path) -> Path:
     """The finished run once more, as `run`, to be damaged; its last checkpoints are of steps 7 and 6."""
     write_pairs(tmp_path / "pairs.jsonl")
     shutil.copytree(folder / "whole", tmp_path / "run")
-    for name in (resume.CHECKPOINT, resume.PREVIOUS):
-        edit(tmp_path / "run" / name, lambda saved: saved["config"].update(data=str(tmp_path / "pairs.jsonl")))
+    for path in resume.checkpoints(tmp_path / "run"):
+        edit(path, lambda saved: saved["config"].update(data=str(tmp_path / "pairs.jsonl")))
     return tmp_path
 
 
@@ -107,11 +117,11 @@ def kill(monkeypatch, moment: str, step: int) -> None:
     asked, save, done = train.StopRequest.asked, train.save, iter(range(1, STEPS + 1))
 
     def dying_asked(self):
-        if next(done) == step and moment in ("line", "stop"):
-            if moment == "stop":
-                return True
-            self.close()
-            raise Killed
+        if next(done) == step and moment in ("line", "SIGTERM", "SIGINT"):
+            if moment == "line":
+                self.close()
+                raise Killed
+            os.kill(os.getpid(), signal.Signals[moment])
         return asked(self)
 
     def dying_save(run, at, *rest):
@@ -125,14 +135,18 @@ def kill(monkeypatch, moment: str, step: int) -> None:
     monkeypatch.setattr(train, "save", dying_save)
 
 
-@pytest.mark.parametrize("moment, step", [("line", 4), ("checkpoint", 6), ("behind", 3), ("stop", 5)])
-def test_weights_and_log_are_those_of_an_uninterrupted_run(folder, tmp_path, monkeypatch, moment, step):
+@pytest.mark.parametrize("moment, step", [("line", 4), ("checkpoint", 6), ("behind", 3), ("SIGTERM", 5), ("SIGINT", 1)])
+def test_weights_and_log_are_those_of_an_uninterrupted_run(folder, tmp_path, monkeypatch, capfd, moment, step):
     """Also where a log line covers steps before and after the checkpoint, and when stopped by Ctrl-C."""
     out, handlers = tmp_path / "run", [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         kill(patch, moment, step)
-        if moment == "stop":
+        if moment.startswith("SIG"):
             assert train.main(command(folder, str(out))) == 1
+            said = capfd.readouterr()
+            assert f"{moment}: a checkpoint is written after this step\n" in said.err
+            assert f"interrupted; go on with --resume --out {out}\n" in said.out
+            assert resume.load_whole(resume.checkpoints(out)[0])["step"] == step
         else:
             with pytest.raises(Killed):
                 train.main(command(folder, str(out)))
@@ -164,39 +178,326 @@ def test_killed_by_the_system(folder, tmp_path):
 
 
 TWO_PROCESSES = """
-import sys
+import pathlib, sys
 sys.path.insert(0, {home!r})
 import torch.distributed as dist
+import prepare
 import train
+from common import BadInput
+from model import training
+from tests.test_resume import broken
 
 def die(self):
     if next(done) == 5:
         raise KeyError("killed")
     return asked(self)
 
-from model import training
 device, end = training.start_processes(2), dist.destroy_process_group
-training.start_processes, dist.destroy_process_group = lambda world: device, lambda: None  # one group for all three
+training.start_processes, dist.destroy_process_group = lambda world: device, lambda: None  # one group for all
 assert train.main([*sys.argv[1:], "--out", {whole!r}]) == 0
 asked, done, train.StopRequest.asked = train.StopRequest.asked, iter(range(1, 100)), die
 try:
     train.main([*sys.argv[1:], "--out", {parts!r}])
 except KeyError:
     train.StopRequest.asked = asked
+if dist.get_rank() == 1:
+    train.LOSSES["dpo"] = broken(train.LOSSES["dpo"], 2, "infinite loss")  # in the second step since the checkpoint
+try:
+    train.main([*sys.argv[1:], "--out", {parts!r}, "--resume"])
+except BadInput as error:
+    assert str(error).startswith("step 5: the loss is not finite"), error
+    dist.barrier()
+    if dist.get_rank() == 0:
+        pathlib.Path({parts!r}, "bad-batch.json").rename({whole!r} + ".json")
+    dist.barrier()
+else:
+    raise AssertionError(f"process {{dist.get_rank()}} went on")
+train.LOSSES["dpo"] = train.LOSSES["dpo"]._replace(loss=train.dpo.dpo_loss)
 assert train.main([*sys.argv[1:], "--out", {parts!r}, "--resume"]) == 0
 end()
 """
 
 
-def test_two_processes_log_as_if_uninterrupted(folder, tmp_path):
-    """Each process goes on with its own sums."""
-    script, whole, parts = tmp_path / "two.py", tmp_path / "whole", tmp_path / "parts"
-    script.write_text(TWO_PROCESSES.format(home=str(HOME), whole=str(whole), parts=str(parts)))
-    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    done = subprocess.run([*started, *command(folder, "unused")], capture_output=True, text=True, timeout=200,
+def run_on_two(script: Path, *arguments: str, restarts: int = 0) -> str:
+    """Run a script on two processes; returns what it printed."""
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               "--max-restarts", str(restarts), str(script), *arguments]
+    done = subprocess.run(started, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def two(folder, tmp_path_factory) -> Path:
+    """On two processes: `whole`; and `parts`, which dies after four steps, meets a loss that is not finite in one
+    process when it is resumed, and is resumed once more."""
+    out = tmp_path_factory.mktemp("two")
+    (out / "two.py").write_text(
+        TWO_PROCESSES.format(home=str(HOME), whole=str(out / "whole"), parts=str(out / "parts")))
+    run_on_two(out / "two.py", *command(folder, "unused"))
+    return out
+
+
+def test_two_processes_log_as_if_uninterrupted(two):
+    """Each process goes on with its own sums."""
+    whole, parts = two / "whole", two / "parts"
     assert lines(parts) == lines(whole) and len(lines(whole)) == 4 and weights(parts) == weights(whole)
+
+
+def test_two_processes_stop_together_before_the_weights_change(two):
+    """Although only one of them has a loss that is not finite."""
+    found = json.loads((two / "whole.json").read_text())
+    assert found["step"] == 5 and len(set(found["ids"])) == 2 and len(found["metrics"]) == 2
+    assert sorted(added["loss"][0] == "inf" for added in found["metrics"]) == [False, True]
+
+
+RESTARTED = """
+import os, pathlib, signal, sys
+sys.path.insert(0, {home!r})
+import torch
+import train
+
+DEATHS = [("asked 4", 1), ("saved 6", 0), None]  # when, and which process
+deaths, starts = pathlib.Path({deaths!r}), pathlib.Path({starts!r})
+former, rank, steps = len(deaths.read_text().splitlines()), int(os.environ["RANK"]), iter(range(1, 100))
+begin, asked, save = train.begin, train.StopRequest.asked, torch.save
+
+def note(path, line):
+    with path.open("a") as file:
+        file.write(line + "\\n")
+
+def perhaps_die(when):
+    if DEATHS[former] == (when, rank):
+        note(deaths, when)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def noting_begin(*given):
+    done = begin(*given)
+    note(starts, str(rank) + " from step " + str(done))
+    return done
+
+def dying_save(content, file):
+    save(content, file)
+    file.flush()
+    perhaps_die("saved " + str(content["step"]))
+
+train.begin = noting_begin
+train.StopRequest.asked = lambda self: perhaps_die("asked " + str(next(steps))) or asked(self)
+torch.save = dying_save
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_torchrun_goes_on_by_itself(folder, two, tmp_path):
+    """One process is killed between two checkpoints, then the other while it writes one. Neither the first attempt nor
+    --overwrite, which is still in the command, lets anything of an earlier run with the same settings in."""
+    script, out, deaths, starts = (tmp_path / name for name in ("run.py", "run", "deaths", "starts"))
+    script.write_text(RESTARTED.format(home=str(HOME), deaths=str(deaths), starts=str(starts)))
+    deaths.touch()
+    shutil.copytree(two / "whole", out)
+    for path in resume.checkpoints(out):
+        edit(path, lambda saved: saved["config"].update(out=str(out)) or saved["trained"].popitem()[1].add_(1))
+    run_on_two(script, *command(folder, str(out)), "--overwrite", restarts=8)
+    assert deaths.read_text().splitlines() == ["asked 4", "saved 6"]
+    assert sorted(starts.read_text().splitlines()) == [f"{rank} from step {done}" for rank in "01" for done in (0, 3, 3)]
+    assert lines(out) == lines(two / "whole") and weights(out) == weights(two / "whole")
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("starting, kept, resumes", [(True, True, False), (False, True, True), (False, False, False)])
+def test_what_a_restart_does(tmp_path, monkeypatch, starting, kept, resumes):
+    """It goes on with a checkpoint of the attempts before, never with one that --overwrite was to take away."""
+    for name in (train.STARTING,) * starting + ("checkpoint-3.pt",) * kept:
+        (tmp_path / name).touch()
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        args = read_arguments(train.LOSSES, command(tmp_path, str(tmp_path), "--overwrite"))
+        train.go_on_after_a_crash(args)
+        assert (args.resume, args.overwrite) == ((True, False) if resumes and count == "1" else (False, True))
+
+
+# ---- what is written, and when -----------------------------------------------------------------------------
+
+
+def small_policy() -> training.Policy:
+    """Two weights after one step, with gradients for the next."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    policy = training.Policy(model, model, None, torch.optim.AdamW(model.parameters(), lr=0.1), 1.0)
+    for _ in range(2):
+        policy.backward(model(torch.ones(1, 2)).sum())
+        norm = policy.update()
+    assert norm == pytest.approx(2**0.5)
+    policy.backward(model(torch.ones(1, 2)).sum())
+    return policy
+
+
+CONTENT = dict(config={}, identity={}, bad_records={}, reinforcement={}, log={})
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    """Although training changes everything before the thread has written it."""
+    policy, write, go_on = small_policy(), resume.write_checkpoint, threading.Event()
+    monkeypatch.setattr(resume, "write_checkpoint", lambda *given: go_on.wait(60) and write(*given))
+    before = flat({"trained": policy.trained, "optimizer": policy.optimizer.state_dict()}).clone()
+    with resume.Writer(tmp_path, 2) as writer:
+        writer.save(policy, step=1, **CONTENT)
+        policy.update()
+        go_on.set()
+        writer.save(policy, step=2, **CONTENT)
+        assert resume.checkpoints(tmp_path)[-1].name == "checkpoint-1.pt"  # the one before has been waited for
+    newest, older = map(resume.load_whole, resume.checkpoints(tmp_path))
+    assert torch.equal(flat(older), before) and not torch.equal(flat(newest), before)
+
+
+@pytest.mark.parametrize("keep, names", [(1, ["checkpoint-10.pt"]), (3, [f"checkpoint-{i}.pt" for i in (10, 9, 8)])])
+def test_the_newest_checkpoints_stay(tmp_path, keep, names):
+    policy = small_policy()
+    (tmp_path / "checkpoint-mine.pt").touch()
+    with resume.Writer(tmp_path, keep) as writer:
+        for step in range(7, 11):
+            writer.save(policy, step=step, **CONTENT)
+    assert [path.name for path in resume.checkpoints(tmp_path)] == names and (tmp_path / "checkpoint-mine.pt").exists()
+
+
+def test_what_the_thread_runs_into_ends_the_run(tmp_path, monkeypatch):
+    """At the next checkpoint or at the end; where the run ends by another error, that one is seen."""
+    policy = small_policy()
+    monkeypatch.setattr(resume, "write_checkpoint", lambda out, content, keep: 1 / (content["step"] - 1))
+    with pytest.raises(ZeroDivisionError), resume.Writer(tmp_path, 2) as writer:
+        writer.save(policy, step=1, **CONTENT)
+    with pytest.raises(KeyError), resume.Writer(tmp_path, 2) as writer:
+        writer.save(policy, step=1, **CONTENT)
+        raise KeyError
+    with resume.Writer(tmp_path, 2) as writer:
+        writer.save(policy, step=1, **CONTENT)
+        with pytest.raises(ZeroDivisionError):
+            writer.save(policy, step=2, **CONTENT)
+        writer.pending = writer.thread.submit(int)
+
+
+def test_a_full_disk_ends_the_run_in_one_line(folder, tmp_path, monkeypatch):
+    """The checkpoint before is whole, nothing half written is left, and the run goes on when there is room."""
+    out, write, limit = tmp_path / "run", resume.write_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(out, content, keep):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if content["step"] == 6 else limit[0], limit[1]))
+        try:
+            write(out, content, keep)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "write_checkpoint", full)
+        with pytest.raises(BadInput) as error:
+            train.main(command(folder, str(out)))
+    assert str(error.value) == f"{out / 'checkpoint-6.pt'}: cannot be written (File too large)"
+    assert [path.name for path in resume.checkpoints(out)] == ["checkpoint-3.pt"] and not list(out.glob(".*"))
+    assert train.main(command(folder, str(out), "--resume")) == 0
+    assert lines(out) == lines(folder / "whole") and weights(out) == weights(folder / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_what_cannot_be_written_is_named(tmp_path, number):
+    with pytest.raises(BadInput, match=f"file: cannot be written .{os.strerror(number)}"):
+        with written_whole(tmp_path / "file"):
+            raise OSError(number, os.strerror(number))
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "file"):
+        open(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_named(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(BadInput, match="part-0.tmp: cannot be written .File too large"):
+            save_shards({"a": lambda: torch.zeros(1000)}, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+# ---- what is not finite ------------------------------------------------------------------------------------
+
+BREAKS = {  # of a batch's losses: with gradients that are not finite, with finite ones, with nothing else
+    "loss": lambda losses: losses * math.nan,
+    "infinite loss": lambda losses: losses + math.inf,
+    "gradient": lambda losses: losses + (losses * 0).sqrt(),
+}
+
+
+def broken(recipe, call: int, how: str):
+    """A recipe whose loss breaks in one of its calls."""
+    calls = iter(range(1, 1000))
+
+    @functools.wraps(recipe.loss)
+    def loss(**inputs):
+        losses, metrics = recipe.loss(**inputs)
+        return BREAKS[how](losses) if next(calls) == call else losses, metrics
+
+    return recipe._replace(loss=loss)
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_what_is_not_finite_changes_no_weight(how):
+    policy = small_policy()
+    policy.optimizer.zero_grad()
+    state = {"trained": policy.trained, "optimizer": policy.optimizer.state_dict()}
+    before = flat(state).clone()
+    policy.backward(BREAKS[how](policy.model(torch.ones(1, 2)).square().sum()))
+    assert not math.isfinite(policy.update()) and torch.equal(flat(state), before)
+    policy.backward(policy.model(torch.ones(1, 2)).sum())
+    assert math.isfinite(policy.update()) and not torch.equal(flat(state), before)
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_step_that_is_not_finite_ends_the_run_and_names_its_records(folder, tmp_path, monkeypatch, how):
+    """In the fifth of seven steps, in the first of its two micro-batches; a resumed run repeats it."""
+    out, small = tmp_path / "run", ["--micro-batch-size", "1"]
+    with monkeypatch.context() as patch:
+        patch.setitem(train.LOSSES, "dpo", broken(train.LOSSES["dpo"], 9, how))
+        with pytest.raises(BadInput, match=f"^step 5: the {how.split()[-1]} is not finite.* {out}/bad-batch.json"):
+            train.main(command(folder, str(out), *small))
+    found = json.loads((out / "bad-batch.json").read_text())
+    losses = [added["loss"][0] for added in found["metrics"]]
+    assert found["step"] == 5 and found["not finite"] == how.split()[-1] and len(found["ids"]) == len(losses) == 2
+    assert [type(loss) for loss in losses] == [float if how == "gradient" else str, float]
+    assert found["metrics"][0].keys() == {"loss", "reward/chosen", "reward/rejected", "margin", "accuracy"}
+    assert [path.name for path in resume.checkpoints(out)] == ["checkpoint-3.pt"]
+    assert [row["step"] for row in lines(out)] == [2, 4]
+    assert train.main(command(folder, str(out), *small, "--resume")) == 0 and not (out / "bad-batch.json").exists()
+
+
+def test_reinforcement_ends_at_the_first_update_that_is_not_finite(folder, tmp_path, monkeypatch):
+    """Later updates of the step would hide it."""
+    monkeypatch.setitem(train.LOSSES, "rloo", broken(train.LOSSES["rloo"], 3, "gradient"))
+    with pytest.raises(BadInput, match="^step 2: the gradient is not finite"):
+        train.main(["--loss", "rloo", *command(folder, str(tmp_path))[2:], "--judge", "clip", "--samples", "2",
+                    "--max-new-tokens", "4", "--inner-epochs", "2"])
+    found = json.loads((tmp_path / "bad-batch.json").read_text())
+    assert len(found["ids"]) == 2 and [{"kl", "loss"} & added.keys() for added in found["metrics"]] == [{"kl"}, {"loss"}]
+
+
+def test_an_image_that_is_deleted_while_it_trains(folder, tmp_path, monkeypatch):
+    rows = [json.loads(line) | {"image": f"{i}.png"} for i, line in
+            enumerate((folder / "pairs.jsonl").read_text().splitlines())]
+    for row in rows:
+        Image.new("RGB", (8, 8)).save(tmp_path / row["image"])
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    asked = train.StopRequest.asked
+
+    def delete(self):
+        for row in rows:
+            (tmp_path / row["image"]).unlink(missing_ok=True)
+        return asked(self)
+
+    monkeypatch.setattr(train.StopRequest, "asked", delete)
+    with pytest.raises(BadInput, match=r"record '\d': .*\d.png.* the 1 finished steps: go on with --resume"):
+        train.main(command(tmp_path, "run"))
+    assert [path.name for path in resume.checkpoints(tmp_path / "run")] == ["checkpoint-1.pt"]
+
+
+# ---- damaged logs ------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_log_is_no_hindrance(copied, capsys):
@@ -214,7 +515,7 @@ def test_a_damaged_log_is_no_hindrance(copied, capsys):
 
 def test_no_flipped_bit_goes_unnoticed(copied):
     """A flip is detected, or it lies between the members of the archive and changes nothing."""
-    path = copied / "run" / resume.CHECKPOINT
+    path = copied / "run" / "checkpoint-7.pt"
     whole, good = resume.load_whole(path), path.read_bytes()
     draw, detected = random.Random(0), 0
     for _ in range(60):
@@ -231,9 +532,8 @@ def test_no_flipped_bit_goes_unnoticed(copied):
 
 
 def test_the_checkpoint_before_a_damaged_one_is_taken(folder, copied, capsys):
-    for name in (resume.CHECKPOINT, resume.PREVIOUS):
-        assert (copied / "run" / name).is_file()
-    current, previous = copied / "run" / resume.CHECKPOINT, copied / "run" / resume.PREVIOUS
+    current, previous = resume.checkpoints(copied / "run")
+    assert (current.name, previous.name) == ("checkpoint-7.pt", "checkpoint-6.pt")
     flip(current, current.stat().st_size // 2)
     assert train.main(command(copied, "run", "--resume")) == 0
     said = capsys.readouterr().err
@@ -249,16 +549,10 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(folder, copied, capsys):
 
 def test_what_a_kill_left_half_written_is_removed(copied):
     """Only that: a file of the user's stays."""
-    left, mine = copied / "run" / ".checkpoint.pt.4321-0123abcd", copied / "run" / ".notes"
+    left, mine = copied / "run" / ".checkpoint-7.pt.4321-0123abcd", copied / "run" / ".notes"
     left.write_bytes(b"half"), mine.write_text("keep")
     assert train.main(command(copied, "run", "--resume")) == 0
     assert not left.exists() and mine.read_text() == "keep"
-
-
-def test_killed_between_two_names(folder, copied):
-    (copied / "run" / resume.CHECKPOINT).unlink()
-    assert train.main(command(copied, "run", "--resume")) == 0
-    assert weights(copied / "run") == weights(folder / "whole")
 
 
 NAME = "model.language_model.model.layers.0.self_attn.q_proj.lora_A"
@@ -277,8 +571,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_checkpoint_that_does_not_fit_is_named(copied, change):
-    (copied / "run" / resume.PREVIOUS).unlink()
-    path = copied / "run" / resume.CHECKPOINT
+    path, previous = resume.checkpoints(copied / "run")
+    previous.unlink()
     edit(path, CHANGES[change])
     with pytest.raises(ValueError, match="of another model|no checkpoint of this version") as error:
         train.main(command(copied, "run", "--resume"))
@@ -290,7 +584,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(copied, change):
 
 def test_other_records_are_noticed(copied):
     write_pairs(copied / "pairs.jsonl", 7)
-    with pytest.raises(ValueError, match="checkpoint.pt belongs to another run: other records"):
+    with pytest.raises(ValueError, match="checkpoint-7.pt belongs to another run: other records"):
         train.main(command(copied, "run", "--resume"))
 
 
@@ -349,9 +643,17 @@ def test_a_finished_run_is_lengthened(copied, capsys):
         train.main(command(copied, "run", "--resume"))
 
 
-def test_a_run_remembers_its_versions_and_goes_on_with_others(copied, monkeypatch):
+def test_a_run_explains_itself(folder, monkeypatch):
+    found = json.loads((folder / "whole" / "config.json").read_text())
+    assert found["versions"] == versions() and found["beta"] == 1.0 and found["processes"] == 1
+    assert found["identity"].keys() == {"records", "model files", "template or image handling"}
+    assert found["identity"] == resume.load_whole(resume.checkpoints(folder / "whole")[0])["identity"]
+    assert shlex.split(found["command"]) == sys.argv
+    assert "learning rate" in (folder / "whole" / "plots.svg").read_text()
+
+
+def test_a_run_goes_on_with_other_versions(copied, monkeypatch):
     kept = copied / "run" / "config.json"
-    assert json.loads(kept.read_text())["versions"] == versions()
     monkeypatch.setattr(train, "versions", lambda: {"commit": "another"})
     assert train.main(command(copied, "run", "--resume", "--steps", "8")) == 0
     assert json.loads(kept.read_text())["versions"] == {"commit": "another"}
@@ -359,7 +661,7 @@ def test_a_run_remembers_its_versions_and_goes_on_with_others(copied, monkeypatc
 
 def test_an_earlier_run_is_not_replaced_unasked(copied, monkeypatch):
     before = weights(copied / "run")
-    with pytest.raises(ValueError, match="holds checkpoint.pt of an earlier run: choose another --out"):
+    with pytest.raises(ValueError, match="holds checkpoint-7.pt of an earlier run: choose another --out"):
         train.main(command(copied, "run"))
     with pytest.raises(ValueError, match="which of them"):
         train.main(command(copied, "run", "--resume", "--overwrite"))
@@ -373,6 +675,17 @@ def test_an_earlier_run_is_not_replaced_unasked(copied, monkeypatch):
     assert not (copied / "run" / "result.json").exists()
     assert train.main(command(copied, "run", "--overwrite", "--steps", "1")) == 0
     assert train.main(command(copied, "run", "--resume", "--steps", "2")) == 0
+
+
+def test_interrupted_before_the_first_step(folder, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "load_model", interrupt)
+    monkeypatch.setattr(sys, "argv", ["train.py", *command(folder, str(tmp_path))])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(HOME / "train.py"), run_name="__main__")
+    assert ended.value.code == 1 and capsys.readouterr().err == "train.py: interrupted\n"
 
 
 def test_places_that_cannot_be_written_are_named_first(folder, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.records import write_jsonl
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
+from model.resume import checkpoints
 from options import check, options_of, read_arguments
 from pairs.methods import make_pairs
 
@@ -242,7 +243,7 @@ def test_a_damaged_picture_stops_the_run_and_skip_goes_on_bit_for_bit(damaged, t
     assert train.main(bad_run(damaged, whole, "--bad-records", "skip", "--workers", "1")) == 0
     with pytest.raises(ValueError, match="record 'r4': .*p.bmp: not a readable image .*--bad-records skip") as error:
         train.main(bad_run(damaged, parts))
-    done = torch.load(parts / "checkpoint.pt", weights_only=True)["step"]
+    done = torch.load(checkpoints(parts)[0], weights_only=True)["step"]
     assert 0 < done < 6 and f"holds the {done} finished steps" in str(error.value) and "\n" not in str(error.value)
     assert len(losses(parts)) == done
     with pytest.raises(ValueError, match="record 'r4'"):  # again, also from a loader's process, in one line
