@@ -146,7 +146,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="folder or hub id (default: model/tiny)")
     add("--template", help="prompt template (default: the checkpoint's own)")
-    add("--aspect", choices=("crop", "pad", "anyres"), help="how images are shown (default: the checkpoint's way)")
+    add("--aspect", metavar="WAY", help="how images are shown, a way of the model's family (default: the checkpoint's)")
     add("--precision", choices=("fp32", "bf16"), help="(default: bf16 on CUDA, else fp32)")
     add("--data", type=Path, metavar="DIR", help="folder with the official files; of preference: a file of pairs")
     add("--images", type=Path, metavar="DIR", help="folder of the image files (default: --data)")

@@ -167,8 +167,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--reference-cache", type=Path, metavar="FILE",
         help="compute the reference's log-probs once and keep them here; refused if they are not this run's")
     add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
-    add("--aspect", choices=("crop", "pad", "anyres"),
-        help="how images are shown (default: the checkpoint's way)")
+    add("--aspect", metavar="WAY", help="how images are shown, a way of the model's family (default: the checkpoint's)")
     add("--seed", type=int, default=0, help="of scenes, sampling, adapters and order (default: %(default)s)")
     add("--scenes", type=int, default=600, help="scenes that records are made from (default: %(default)s)")
     add("--eval-scenes", type=int, default=300, help="held-out scenes, 0 for none (default: %(default)s)")

@@ -1,6 +1,8 @@
-"""Time and memory at LLaVA-1.5-7B's full shapes: write, load, one AdaViP step, 16 generated tokens.
+"""Time and memory at a model's full shapes: write, load, one AdaViP step, 16 generated tokens.
 
-    python benchmarks/full_size.py                       14.1 GB in a temporary folder, about 19 GiB of memory
+    python benchmarks/full_size.py                       LLaVA-1.5-7B: 14.1 GB in a temporary folder, about 19 GiB of
+                                                         memory
+    python benchmarks/full_size.py --family janus        Janus-Pro-1B, what understands images: 3.9 GB
     python benchmarks/full_size.py --layers 2            a quick look; what the layers cost scales with them
     python benchmarks/full_size.py --folder DIR          keep the checkpoint, or use the one that is there
 
@@ -37,35 +39,42 @@ from torch import Tensor
 from losses.adavip import adavip_loss
 from model.checkpoint import load_llava
 from model.config import LlamaConfig, VisionConfig
-from model.families.llava import hf_config
+from model.families import find_family
 from model.generate import generate
-from model.llava import Llava, LlavaConfig
+from model.janus import JanusConfig
+from model.llava import LlavaConfig
 from model.logprobs import Scorer, Sequence, pack
 from model.lora import Reference, add_lora
 from model.tensors import save_json, save_shards
 from model.views import View, single, stack
+from model.vlm import VLM
 
-VISION = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+CLIP_L = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                       image_size=336, patch_size=14, projection_dim=768)
+SIGLIP_L = replace(CLIP_L, image_size=384, patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu")
 VICUNA = LlamaConfig(rms_norm_eps=1e-5)  # the defaults are Vicuna-7B's
+DEEPSEEK = LlamaConfig(vocab_size=102400, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+                       num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=16384)
+SHAPES = {"llava": LlavaConfig(CLIP_L, VICUNA), "janus": JanusConfig(SIGLIP_L, DEEPSEEK)}
 SHARD_BYTES = 1_000_000_000
 BLOCK = 1_000_003  # a prime, so that rows of a matrix do not repeat
 THRESHOLD = "MALLOC_TRIM_THRESHOLD_"
-IMAGE_TOKENS = VISION.num_patches
 PROMPT, RESPONSE = 40, 100  # text tokens of the prompt and of each response
 
 
-def write_checkpoint(folder: Path, config: LlavaConfig) -> int:
-    """A llava-hf folder with random bf16 weights; returns their bytes. Exits when the disk is too full."""
+def write_checkpoint(folder: Path, config) -> int:
+    """A folder as `transformers` reads it, with random bf16 weights; returns their bytes. Exits when the disk is too
+    full."""
+    family = find_family({"model_type": config.model_type})
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Llava(config).state_dict().items()}
+        shapes = {family.saved_name(n): tensor.shape for n, tensor in family.Model(config).state_dict().items()}
     size, free = sum(2 * shape.numel() for shape in shapes.values()), shutil.disk_usage(folder).free
     if free < 1.05 * size:
         sys.exit(f"{folder} has {free / 1e9:.1f} GB free, the checkpoint takes {size / 1e9:.1f} GB; "
                  "choose another --folder or fewer --layers")
     tensors = {name: partial(random_weight, name, shape) for name, shape in shapes.items()}
     save_shards(tensors, folder, SHARD_BYTES)
-    save_json(hf_config(config), folder / "config.json")  # last: a folder without it is not complete
+    save_json(family.hf_config(config), folder / "config.json")  # last: a folder without it is not complete
     return size
 
 
@@ -77,18 +86,18 @@ def random_weight(name: str, shape: torch.Size) -> Tensor:
     return block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
 
 
-def draw_pair(image_id: int) -> tuple[list[View], list[Sequence]]:
+def draw_pair(config) -> tuple[list[View], list[Sequence]]:
     """The three sequences of AdaViP: chosen and rejected with image 0, chosen with image 1."""
     rng = torch.Generator().manual_seed(0)
     text, chosen, rejected = (tuple(torch.randint(3, 32000, (n,), generator=rng).tolist())
                               for n in (PROMPT, RESPONSE, RESPONSE))
-    prompt = text[: PROMPT // 2] + (image_id,) * IMAGE_TOKENS + text[PROMPT // 2 :]
-    side = VISION.image_size
-    views = [single(torch.randn(3, side, side, generator=rng), IMAGE_TOKENS) for _ in range(2)]
+    prompt = text[: PROMPT // 2] + (config.image_token_index,) * config.tile_tokens + text[PROMPT // 2 :]
+    side = config.vision.image_size
+    views = [single(torch.randn(3, side, side, generator=rng), config.tile_tokens) for _ in range(2)]
     return views, [Sequence(0, prompt, chosen), Sequence(0, prompt, rejected), Sequence(1, prompt, chosen)]
 
 
-def load(folder: Path, rank: int) -> tuple[Llava, Scorer, Reference, torch.optim.Optimizer]:
+def load(folder: Path, rank: int) -> tuple[VLM, Scorer, Reference, torch.optim.Optimizer]:
     """Model, adapters and optimiser, as train.py sets them up."""
     model = load_llava(folder, torch.bfloat16).requires_grad_(False)
     add_lora(model.language_model, rank, 2.0 * rank)
@@ -97,9 +106,9 @@ def load(folder: Path, rank: int) -> tuple[Llava, Scorer, Reference, torch.optim
     return model, Scorer(model, torch.bfloat16), Reference(model), optimizer
 
 
-def train_step(model: Llava, scorer: Scorer, reference: Reference, optimizer, views, sequences) -> int:
+def train_step(model: VLM, scorer: Scorer, reference: Reference, optimizer, views, sequences) -> int:
     """One AdaViP step; returns the tokens that went through the decoder once (shared prefixes count once)."""
-    pixels, rows = stack(views, IMAGE_TOKENS)
+    pixels, rows = stack(views, model.config.tile_tokens)
     packed, features = pack(sequences, rows, model.config.image_token_index), model.vision_features(pixels)
     with reference():
         frozen = scorer(packed, features)[0].sum(1)  # (3,)
@@ -131,12 +140,14 @@ def status(field: str) -> int:
 
 def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, float, int, int]]:
     """All phases: (name, throughput, seconds, CPU seconds, peak, anonymous)."""
-    config = LlavaConfig(VISION, replace(VICUNA, num_hidden_layers=args.layers), image_token_index=32000)
+    shapes = SHAPES[args.family]
+    layers = args.layers or shapes.text.num_hidden_layers
+    config = replace(shapes, text=replace(shapes.text, num_hidden_layers=layers))
     table = []
     if not (folder / "config.json").is_file():
         size, *numbers = measure(lambda: write_checkpoint(folder, config))
         table.append(("write", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
-    views, sequences = draw_pair(config.image_token_index)
+    views, sequences = draw_pair(config)
     (model, *rest), *numbers = measure(lambda: load(folder, args.rank))
     size = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     table.append(("load", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
@@ -147,7 +158,7 @@ def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, f
     _, *numbers = measure(lambda: generate(model, views[:1], prompt, eos_id=-1, max_new_tokens=args.tokens))
     table.append((f"generate {args.tokens}", f"{args.tokens / numbers[0]:.2f} tokens/s", *numbers))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{args.layers} decoder layers, {size / 2e9:.2f} B weights in bf16 ({size / 2**30:.1f} GiB), LoRA "
+    print(f"{args.family}, {layers} decoder layers, {size / 2e9:.2f} B weights in bf16 ({size / 2**30:.1f} GiB), LoRA "
           f"rank {args.rank}: {trained / 1e6:.0f} M weights in fp32, {tokens} tokens a step, "
           f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n")
     return table
@@ -157,7 +168,8 @@ def main() -> None:
     """Rehearse one step at full size and print seconds and memory of its parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="keep the checkpoint there (default: a temporary folder)")
-    parser.add_argument("--layers", type=int, default=32, help="decoder layers (default: all %(default)s)")
+    parser.add_argument("--family", choices=SHAPES, default="llava", help="whose shapes (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: all)")
     parser.add_argument("--rank", type=int, default=128, help="of the adapters (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=16, help="to generate (default: %(default)s)")
     args = parser.parse_args()

@@ -59,6 +59,7 @@ class Processor:
         self.prefix = [*before, *[self.image_id] * self.patches]
         self.tag = self._cut(self.template.after)[-1].rpartition("{prompt}")[2]  # " ASSISTANT:", before the response
         self.tag_ids = self.tokenizer.encode(self.tag)
+        self.tag_text = self.tokenizer.decode(self.tag_ids)
         refused = sorted({IMAGE, *self.family.SPECIAL, *self.tokenizer.special}, reverse=True)  # the longer first
         self.refused = re.compile("|".join(map(re.escape, refused)))
 
@@ -96,9 +97,11 @@ class Processor:
         return self._follow(self.template.answer.partition("{answer}")[0] + self._plain(text)) if text else []
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text without special tokens and without what the template puts after a response."""
-        text = self.tokenizer.decode([i for i in ids if i != self.eos_id])
-        return text.removesuffix(self.template.answer.partition("{answer}")[2])
+        """Ids -> text without special tokens and without what the template puts around a response."""
+        # After the tag, because some tokenizers take a blank off the beginning of what they decode and some do not.
+        text = self.tokenizer.decode([*self.tag_ids, *(i for i in ids if i != self.eos_id)])
+        before, _, after = self.template.answer.partition("{answer}")
+        return text.removeprefix(self.tag_text).removeprefix(before).removesuffix(after)
 
     def _plain(self, text: str) -> str:
         """The text; BadInput when it holds a special token."""

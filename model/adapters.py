@@ -89,7 +89,7 @@ def read_adapter_config(path: Path, connector: str) -> tuple[int, float]:
         connector: the module that may have trained without adapters.
     """
     raw = read_json(path)
-    for key, allowed in {**PLAIN, "modules_to_save": (None, [], [connector])}.items():
+    for key, allowed in {**PLAIN, "modules_to_save": (None, [], [connector], [f"model.{connector}"])}.items():
         if raw.get(key) is not None and raw[key] not in allowed:
             raise BadInput(f"{path}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
     if (initial := raw.get("init_lora_weights")) is not None and initial not in KEEPS_BASE:
@@ -158,10 +158,11 @@ def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
         tensors |= {_peft_name(n): p for n, p in model.named_parameters() if n.startswith(model.CONNECTOR + ".")}
     (rank, scale), = kinds
     leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    whole = [f"model.{model.CONNECTOR}"]  # PEFT takes what ends so, and Janus-Pro also has a generation_aligner
     config = {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": scale * rank,
         "lora_dropout": 0.0, "bias": "none", "target_modules": rf".*language_model.*\.({'|'.join(leaves)})",
-        "modules_to_save": [model.CONNECTOR] if trained else None, "inference_mode": True, "task_type": None,
+        "modules_to_save": whole if trained else None, "inference_mode": True, "task_type": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
     source = resolve(base)

@@ -148,8 +148,8 @@ def _tied(model: nn.Module) -> bool:
 
 def save_llava(model: VLM, folder: Path | str, source: Path | str, dtype: torch.dtype | None = None,
                shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a folder in the layout of the model's own names (of LLaVA: llava-hf's as first published), adapters
-    merged, every file replaced atomically.
+    """Write a folder in the layout of the family that `transformers` reads (of LLaVA: llava-hf's as first published),
+    adapters merged, every file replaced atomically.
 
     Adapters alone are written by `model.adapters.save_adapters`.
 
@@ -181,7 +181,7 @@ def save_llava(model: VLM, folder: Path | str, source: Path | str, dtype: torch.
     copy_companions(source, folder, family.settings_folder(home), family.COMPANIONS)
     if new:
         save_json(new, folder / "config.json")
-    save_shards(tensors, folder, shard_bytes, dtype)
+    save_shards({family.saved_name(name): make for name, make in tensors.items()}, folder, shard_bytes, dtype)
 
 
 def merged_tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:

@@ -27,6 +27,9 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # "gelu" is the exact one, of SigLIP in Janus-Pro
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with biases: (B, T, D) -> (B, T, D)."""
 
@@ -44,15 +47,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, quick GELU, linear: (B, T, D) -> (B, T, D)."""
+    """Linear, GELU of one kind or the other, linear: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(quick_gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class EncoderLayer(nn.Module):
@@ -63,7 +67,7 @@ class EncoderLayer(nn.Module):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.self_attn = Attention(width, config.num_attention_heads)
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, config.intermediate_size)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:

@@ -34,13 +34,18 @@ SHARD_BYTES = 5_000_000_000
 
 
 class Stored(NamedTuple):
-    """Where a tensor is and what it is; `dtype` is None when it is no floating-point type to compute in."""
+    """Where a tensor is and what it is; `dtype` is None when it is no floating-point type to compute in.
+
+    A family may ask for a part of what the file holds under this name, or for another shape of it: `shape` is what is
+    asked for, and `offset` the number of values before it.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     written: str  # the dtype as the file calls it
+    offset: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -134,12 +139,19 @@ def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
         state = _pickled(file) if file.suffix != ".safetensors" else None
         for tensor in members:
             if state is not None:
-                yield tensor, state.pop(tensor.name)
+                yield tensor, _part(state[tensor.name], tensor)
                 continue
             # Opened again for each, so that a mapping lives no longer than the tensors that need it.
             with _safetensors(file) as shard:
                 value = shard.get_tensor(tensor.name)
-            yield tensor, value
+            yield tensor, _part(value, tensor)
+
+
+def _part(value: Tensor, tensor: Stored) -> Tensor:
+    """What `tensor` asks for of the values that the file has under its name."""
+    if value.shape == tensor.shape:
+        return value
+    return value.flatten()[tensor.offset : tensor.offset + math.prod(tensor.shape)].view(tensor.shape)
 
 
 def read_file(file: Path) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ def named(path: Path | str) -> str:
 
 
 def processor(setting: Setting, *, model: Path = DEFAULT_MODEL, template: str | None = None,
-              aspect: Literal["crop", "pad", "anyres"] | None = None) -> Processor:
+              aspect: str | None = None) -> Processor:
     """Before a large model is loaded, all records are named whose texts it would refuse in the middle."""
     made = Processor(resolve(model), template, aspect)
     check_records(setting.records, made, setting.root, setting.file, **setting.checks, progress="checking texts")

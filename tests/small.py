@@ -19,7 +19,9 @@ from torch import Tensor
 
 from model.clip import CLIP, VisionTransformer
 from model.config import clip_config
+from model.families.janus import janus_config, saved_name
 from model.families.llava import llava_config
+from model.janus import Janus
 from model.llava import Llava
 from model.views import View, single
 
@@ -37,6 +39,11 @@ LLAVA = dict(
     model_type="llava", vision_config=VISION, text_config=TEXT, image_token_index=IMAGE_TOKEN,
     vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu",
 )
+JANUS_VISION = dict(
+    model_type="janus_vision_model", hidden_size=24, num_hidden_layers=3, num_attention_heads=3, image_size=SIDE,
+    patch_size=5, mlp_ratio=1.7, projection_dim=18, num_image_tokens=PATCHES,
+)
+JANUS = dict(model_type="janus", vision_config=JANUS_VISION, text_config=TEXT, image_token_id=IMAGE_TOKEN)
 CLIP_TEXT = dict(
     model_type="clip_text_model", vocab_size=VOCAB, hidden_size=18, intermediate_size=30, num_hidden_layers=2,
     num_attention_heads=3, max_position_embeddings=12, projection_dim=10, bos_token_id=65, eos_token_id=40,
@@ -73,6 +80,13 @@ def write_llava(folder: Path, text: dict | None = None, **fields) -> Path:
     if config.text.tie_word_embeddings:
         tensors.pop("language_model.lm_head.weight")
     return write(folder, raw, tensors)
+
+
+def write_janus(folder: Path, text: dict | None = None, **fields) -> Path:
+    """Write a Janus-Pro folder in the layout of transformers, without what generates images."""
+    raw = {**JANUS, "text_config": {**TEXT, **(text or {})}, **fields}
+    state = fill(Janus(janus_config(raw)).state_dict())
+    return write(folder, raw, {saved_name(name): tensor for name, tensor in state.items()})
 
 
 def write_clip(folder: Path, **text) -> Path:

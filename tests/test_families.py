@@ -1,24 +1,35 @@
-"""A new family is a file and a line of the table: it trains, generates, is saved and loaded like LLaVA."""
+"""A new family is a file and a line of the table: it trains, generates, is saved and loaded like LLaVA.
+
+First the toy family, whose image tokens depend on the question; then every family of the table on small random weights.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
 import pytest
 import small
+import test_janus
 import torch
 import toy_family
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_processor import tokenizer
 
+import evaluate
+import generate_pairs
+import train
+from data import scenes
 from data.batch import collate
 from data.processor import Processor
+from data.records import write_jsonl
 from judges import ask
 from losses import dpo
 from model.adapters import save_adapters
-from model.checkpoint import load_llava, save_llava
+from model.checkpoint import DEFAULT_CLIP, load_llava, save_llava
 from model.families import FAMILIES, find_family
 from model.generate import answers
 from model.logprobs import Scorer, Sequence, naive_logprobs
@@ -119,6 +130,132 @@ def test_save_and_load(folder, tmp_path):
         again = load_llava(tmp_path / name)
         assert type(again) is toy_family.Model and Processor(tmp_path / name).template is toy_family.TEMPLATES["toy"]
         torch.testing.assert_close(again.logits(ids, view.pixels, view.rows, (1, 2)), expected, rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- every family
+
+TEXT = dict(vocab_size=400, max_position_embeddings=1024)
+WRITERS = {
+    "llava": lambda folder: (small.write_llava(folder, TEXT, image_token_index=4), tokenizer()),
+    "janus": lambda folder: (small.write_janus(folder, TEXT, image_token_id=5), test_janus.tokenizer()),
+}
+SHORT = ["--samples", "2", "--max-new-tokens", "6"]
+LOSSES = {  # loss -> its options, and its value where policy = reference
+    "dpo": (["--train-projector"], math.log(2)),
+    "adavip": ([], math.log(3)),
+    "ppo": (["--judge", "clip", *SHORT, "--inner-epochs", "1"], None),
+    "fisao": ([*SHORT, "--inner-epochs", "1"], None),
+    "bdhs_online": (["--max-new-tokens", "6"], None),
+}
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def checkpoint(request, tmp_path_factory) -> Path:
+    """A checkpoint of each family, with two images next to it."""
+    path = tmp_path_factory.mktemp(request.param)
+    WRITERS[request.param](path)[1].save(str(path / "tokenizer.json"))
+    state = load_file(path / "model.safetensors")
+    next(head for name, head in state.items() if name.endswith("lm_head.weight"))[1] *= 2  # responses end now and then
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    for name, size in (("a.png", (40, 24)), ("b.png", (23, 57))):
+        Image.fromarray(small.photo(*size)).save(path / name)
+    return path
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses(checkpoint, tmp_path, loss):
+    """Two steps of train.py; the model that comes out differs and is read again."""
+    data, rows = tmp_path / "data.jsonl", [
+        {"id": f"r{i}", "image": scenes.reference(scenes.PAIRS + i), "prompt": "a dog", "chosen": "Yes, a dog.",
+         "rejected": "a dog in", "rejected_image": scenes.reference(scenes.PAIRS + 9 + i)} for i in range(2)]
+    write_jsonl(data, rows)
+    (tmp_path / "baselines.json").write_text(json.dumps(
+        {"correct": 50.0, "hallucinated": 40.0, "low": 30.0, "high": 60.0, "std": 5.0, "unit": "250 * max(cos, 0)"}))
+    more, start = LOSSES[loss]
+    more = more if start else [*more, "--clip-model", str(DEFAULT_CLIP)]
+    more = [*more, "--baselines", str(tmp_path / "baselines.json")] if loss == "fisao" else more
+    assert train.main(["--loss", loss, "--model", str(checkpoint), "--data", str(data), "--out", str(tmp_path / "out"),
+                       "--batch-size", "2", "--steps", "2", "--lora-rank", "2", "--lr", "0.01", "--log-every", "1",
+                       "--eval-scenes", "0", *more]) == 0
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert start is None or first["loss"] == pytest.approx(start, abs=1e-5)  # the random answers may teach nothing
+    before, after = load_llava(checkpoint), load_llava(tmp_path / "out" / "model")
+    moved = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after.state_dict()[name])}
+    trains = ("language_model.model.layers.", *([f"{before.CONNECTOR}."] if loss == "dpo" else []))
+    assert {t for t in trains for name in moved if name.startswith(t)} == set(trains) or start is None
+    assert all(name.startswith(trains) for name in moved)
+
+
+def test_reference_cache(checkpoint, tmp_path):
+    """What is read from the file is what is computed: the same losses."""
+    data = tmp_path / "data.jsonl"
+    write_jsonl(data, [{**row, "image": str(checkpoint / row["image"])} for row in RECORDS])
+    command = ["--loss", "dpo", "--model", str(checkpoint), "--data", str(data), "--batch-size", "3", "--steps", "2",
+               "--lora-rank", "2", "--lr", "0.01", "--log-every", "1", "--eval-scenes", "0"]
+    losses = []
+    for name, more in (("plain", []), ("cached", ["--reference-cache", str(tmp_path / "cache.safetensors")])):
+        assert train.main([*command, "--out", str(tmp_path / name), *more]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][0] != losses[0][1]
+
+
+def test_pairs_and_benchmarks(checkpoint, tmp_path, monkeypatch, capsys):
+    """The commands end well: BDHS pairs, captions, yes and no."""
+    monkeypatch.setattr("sys.argv", ["generate_pairs.py", "--method", "bdhs", "--model", str(checkpoint), "--scenes", "8",
+                                     "--max-new-tokens", "32", "--out", str(tmp_path / "pairs.jsonl")])
+    generate_pairs.main()
+    assert str(tmp_path / "pairs.jsonl") in capsys.readouterr().out
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) > 1
+    evaluate.main(["--benchmark", "chair", "pope", "--model", str(checkpoint), "--scenes", "2", "--max-new-tokens", "4",
+                   "--out", str(tmp_path / "results.json")])
+    assert len((tmp_path / "results.json").read_text().splitlines()) == 2
+
+
+def test_scores_equal_one_sequence_at_a_time(checkpoint):
+    model, processor = load_llava(checkpoint), Processor(checkpoint)
+    batch = collate(RECORDS, dpo.SEQUENCES, processor, checkpoint)
+    logps, mask = Scorer(model)(batch.packed, model.vision_features(batch.pixels))
+    views = [processor.image(record["image"], checkpoint) for record in RECORDS]
+    plain = [Sequence(i, tuple(processor.prompt(r["prompt"])), tuple(processor.response(r[field])))
+             for field in ("chosen", "rejected") for i, r in enumerate(RECORDS)]
+    for row, keep, expected in zip(logps, mask, naive_logprobs(model, plain, views), strict=True):
+        torch.testing.assert_close(row[keep], expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(logps[0], logps[2])  # one text, two images
+
+
+def test_answers_in_a_batch(checkpoint):
+    """Those given one at a time; image and question change them."""
+    model, processor = load_llava(checkpoint), Processor(checkpoint)
+    images, prompts = ["a.png", "a.png", None, "b.png"], [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    together = answers(model, processor, images, prompts, max_new_tokens=6, root=checkpoint)
+    alone = [answers(model, processor, [i], [p], max_new_tokens=6, root=checkpoint)[0] for i, p in zip(images, prompts)]
+    assert together == alone and len({a for a, in together}) == 4
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
+def test_saved_and_read(checkpoint, tmp_path, shard_bytes):
+    """Whole, in shards and as adapters: the same logits."""
+    model, processor = load_llava(checkpoint).requires_grad_(False), Processor(checkpoint)
+    torch.manual_seed(0)
+    add_lora(model.language_model, 2, 4.0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    model.get_submodule(model.CONNECTOR).requires_grad_(True)
+    with torch.no_grad():
+        next(model.get_submodule(model.CONNECTOR).parameters()).add_(0.1)
+    view, ids = processor.image("a.png", checkpoint), torch.tensor(processor.prompt("a dog"))
+    expected = model.eval().logits(ids, view.pixels, view.rows).detach()
+    save_llava(model, tmp_path / "whole", checkpoint, shard_bytes=shard_bytes)
+    save_adapters(model, tmp_path / "adapters", checkpoint)
+    assert (tmp_path / "whole" / "model.safetensors.index.json").exists() == (shard_bytes < 10**6)
+    for name in ("whole", "adapters"):
+        again = load_llava(tmp_path / name)
+        assert Processor(tmp_path / name).template is processor.template
+        torch.testing.assert_close(again.logits(ids, view.pixels, view.rows), expected, rtol=0, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- the table
 
 
 def test_an_unknown_family_is_named(tmp_path):

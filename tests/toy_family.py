@@ -20,6 +20,7 @@ from model.families.llava import (  # noqa: F401  the names that a family has to
     llava_config,
     may_ignore,
     preprocessing,
+    saved_name,
     settings_folder,
     tensors,
 )

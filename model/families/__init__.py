@@ -9,8 +9,9 @@ names (model/families/llava.py has them all):
       converted_config(config, raw)   -> config.json to save where the source's layout is not the one that is saved
       COMPANIONS                      files that go along with a saved model, besides those of model/layouts.py
     tensors
-      tensors(folder)                 -> name in the model: where it is stored; the model's names are those saved
+      tensors(folder)                 -> name in the model: where it is stored
       canonical(name)                 -> name in the model of a tensor of any layout, for adapters
+      saved_name(name)                -> name in a saved folder of a tensor of the model
       may_ignore(config, name)        -> whether a file may hold this tensor although the model has no place for it
     prompt
       TEMPLATES, SPECIAL              text around image, question and response; the special tokens in it
@@ -32,12 +33,13 @@ from types import ModuleType
 
 from common import BadInput
 from model.config import Template, read_config
-from model.families import llava
+from model.families import janus, llava
 from model.layouts import config_folder
 
 FAMILIES: dict[str, ModuleType] = {
     "llava": llava, "llava_next": llava,  # llava-hf
     "llava_llama": llava, "llava_mistral": llava,  # the original repository, which also says "llava"
+    "janus": janus, "multi_modality": janus,  # deepseek-community; the original repository
 }
 TEMPLATES: dict[str, Template] = {
     name: template for family in dict.fromkeys(FAMILIES.values()) for name, template in family.TEMPLATES.items()

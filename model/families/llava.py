@@ -317,6 +317,11 @@ def canonical(name: str) -> str:
     return renamed(name, RENAMES)
 
 
+def saved_name(name: str) -> str:
+    """The same: the model has llava-hf's names as first published."""
+    return name
+
+
 def tensors(folder: Path) -> dict[str, Stored]:
     """Name in the model -> place, for all tensors of a LLaVA folder, or of the model that adapters go onto.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1])]
 
-from model.families import TEMPLATES  # noqa: E402
+from model.families.llava import TEMPLATES  # noqa: E402
 
 TEXTS = (
     "Is it a dog?", "", " ", "  ", "   two  blanks   ", "\n", "\n\na\n", "\t tab\r\n", "a dog\n", "naïve café",
