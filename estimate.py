@@ -54,19 +54,18 @@ def report(args: argparse.Namespace, recipe: Recipe, processor: Processor, recor
     model = with_trained(args, outline(args.model, weights_dtype(args)))
     scorer = make_policy(args, recipe, model, 1).plain.train()
     terms, costs = kept(scorer), {}
-    numbers = [sum(p.numel() for p in scorer.parameters() if p.requires_grad or not only) for only in (False, True)]
     with hollow(scorer):
-        for checkpointing in (not args.checkpointing, args.checkpointing):
-            set_checkpointing(model, checkpointing)
-            cost = cost_of_step(args, recipe, scorer, model, batch, load.micro_batches > 1)
-            costs[checkpointing] = cost
+        for on in (True, False):
+            set_checkpointing(model, on)
+            costs[on] = cost_of_step(args, recipe, scorer, model, batch, load.micro_batches > 1)
+    cost, saved = costs[args.checkpointing], costs[False].peak - costs[True].peak
     terms["activations"] = cost.peak - terms["gradients"]
-    saved = costs[False].peak - costs[True].peak
+    total, other = sum(terms.values()), "without" if args.checkpointing else "with"
     flops = cost.flops * load.mean / len(batch.packed.ids)
     images = len({(how.image, how.view) for how in scored(sequences).values()})
-    total, other = sum(terms.values()), "without" if args.checkpointing else "with"
+    trained = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
     return "\n".join([
-        f"parameters    {numbers[0]:,}, of which {numbers[1]:,} train",
+        f"parameters    {sum(p.numel() for p in scorer.parameters()):,}, of which {trained:,} train",
         f"records       {len(rows):,}: {sum(lengths) / len(rows):,.0f} tokens each, at most {max(lengths):,};"
         f" {images} image{'s' * (images > 1)} each",
         f"step          {args.batch_size // world} records a device, {load.mean:,.0f} tokens,"

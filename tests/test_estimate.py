@@ -62,8 +62,8 @@ def number(report: str, name: str) -> float:
 
 
 @pytest.mark.parametrize("loss, options", [
-    ("adavip", []), ("povid", ["--checkpointing"]), ("reward_model", ["--lora-rank", "0"]),
-    ("dpo", ["--train-vision", "--train-projector", "--checkpointing"]), ("dpo", ["--micro-batch-size", "2"]),
+    ("povid", ["--checkpointing"]), ("reward_model", ["--lora-rank", "0"]),
+    ("adavip", ["--train-vision", "--train-projector", "--micro-batch-size", "2"]),
 ])
 def test_the_report_is_what_a_step_takes(pairs, loss, options, monkeypatch):
     """Operations and every term of the memory, to the digits that are printed; those of the optimiser after a step."""
@@ -115,8 +115,8 @@ def test_memory_is_that_of_what_is_alive():
     def function() -> None:
         a = given + 1
         del a
-        b = given * 2
-        c = b[:50].view(2, 25) + 1
+        b = given.view(10, 10) * 2  # what was there before does not count
+        c = b[:5].view(2, 25) + 1
         assert c.sum()
 
     cost = cost_of(function)
@@ -125,9 +125,9 @@ def test_memory_is_that_of_what_is_alive():
 
 def test_full_size_is_what_was_measured():
     """benchmarks/README.md: a step of AdaViP on one pair at LLaVA-1.5-7B's shapes, 1,529 tokens, LoRA rank 128 in bf16 with
-    checkpointing had 18.5 GiB resident at its peak. Two decoder layers and eight more, the rest by their difference."""
+    checkpointing had 18.5 GiB resident at its peak. Of two decoder layers and of three; the rest by the difference."""
     totals = []
-    for layers in (2, 4):
+    for layers in (2, 3):
         vision = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                               image_size=336, patch_size=14)
         config = LlavaConfig(vision, LlamaConfig(num_hidden_layers=layers), image_token_index=32000)
@@ -151,7 +151,7 @@ def test_full_size_is_what_was_measured():
 
             totals.append(sum(terms.values()) - terms["gradients"] + cost_of(step).peak)
     assert len(packed.ids) == 1529
-    assert (totals[0] + (totals[1] - totals[0]) * 15) / 2**30 == pytest.approx(18.5, rel=0.05)
+    assert (totals[0] + (totals[1] - totals[0]) * 30) / 2**30 == pytest.approx(18.5, rel=0.05)
 
 
 def test_nothing_is_loaded_or_written(pairs, tmp_path, monkeypatch, capsys):
