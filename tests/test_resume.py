@@ -168,6 +168,14 @@ train.main(sys.argv[1:])
 """
 
 
+def test_a_signal_while_processes_exchange_theirs_counts_at_the_next_step(monkeypatch):
+    """Else this process alone would end, and the others wait for it."""
+    stop = training.StopRequest(2)
+    monkeypatch.setattr(training.dist, "all_reduce", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert not stop.asked() and stop.asked()
+    stop.close()
+
+
 def test_killed_by_the_system(folder, tmp_path):
     out = tmp_path / "run"
     died = subprocess.run([sys.executable, "-c", KILL_ITSELF.format(home=str(HOME)), *command(folder, str(out))],
