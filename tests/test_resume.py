@@ -555,6 +555,14 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(folder, copied, capsys):
     assert str(current) in str(error.value) and str(previous) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_damaged_checkpoint_takes_no_place_among_those_that_stay(copied, monkeypatch):
+    """Else the next ones, which are older, would be the ones to go."""
+    flip(copied / "run" / "checkpoint-7.pt", 300_000)
+    monkeypatch.setattr(train, "train", lambda run, *_: False)
+    assert train.main(command(copied, "run", "--resume")) == 1
+    assert [path.name for path in resume.checkpoints(copied / "run")] == ["checkpoint-6.pt"]
+
+
 def test_what_a_kill_left_half_written_is_removed(copied):
     """Only that: a file of the user's stays."""
     left, mine = copied / "run" / ".checkpoint-7.pt.4321-0123abcd", copied / "run" / ".notes"
