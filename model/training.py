@@ -188,10 +188,11 @@ class StopRequest:
         self.flag.fill_(1)
 
     def asked(self) -> bool:
-        """A collective call: every process must make it."""
+        """The same answer in all processes. A collective call."""
+        flag = self.flag.clone()  # a signal that comes now counts at the next step, when all processes hear of it
         if self.world > 1:
-            dist.all_reduce(self.flag, dist.ReduceOp.MAX)  # a CPU tensor: no device synchronisation
-        return bool(self.flag)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)  # a CPU tensor: no device synchronisation
+        return bool(flag)
 
     def close(self) -> None:
         """Put the former signal handlers back."""

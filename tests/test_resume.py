@@ -168,6 +168,14 @@ train.main(sys.argv[1:])
 """
 
 
+def test_a_signal_while_processes_exchange_theirs_counts_at_the_next_step(monkeypatch):
+    """Else this process alone would end, and the others wait for it."""
+    stop = training.StopRequest(2)
+    monkeypatch.setattr(training.dist, "all_reduce", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert not stop.asked() and stop.asked()
+    stop.close()
+
+
 def test_killed_by_the_system(folder, tmp_path):
     out = tmp_path / "run"
     died = subprocess.run([sys.executable, "-c", KILL_ITSELF.format(home=str(HOME)), *command(folder, str(out))],
@@ -545,6 +553,14 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(folder, copied, capsys):
     with pytest.raises(ValueError) as error:
         train.main(command(copied, "run", "--resume"))
     assert str(current) in str(error.value) and str(previous) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_takes_no_place_among_those_that_stay(copied, monkeypatch):
+    """Else the next ones, which are older, would be the ones to go."""
+    flip(copied / "run" / "checkpoint-7.pt", 300_000)
+    monkeypatch.setattr(train, "train", lambda run, *_: False)
+    assert train.main(command(copied, "run", "--resume")) == 1
+    assert [path.name for path in resume.checkpoints(copied / "run")] == ["checkpoint-6.pt"]
 
 
 def test_what_a_kill_left_half_written_is_removed(copied):

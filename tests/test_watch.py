@@ -83,3 +83,13 @@ def test_without_tensorboard_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(log, "SummaryWriter", None)
     write_lines(tmp_path, [{"loss": 1.0}])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_a_checkpoint_gets_of_an_interval_stays_as_it_was(tmp_path):
+    """It is written while training adds to the interval."""
+    one = log.Log(tmp_path / "metrics.jsonl", 9, torch.device("cpu"))
+    one.add({"loss": torch.tensor([1.0, 2.0])})
+    kept = one.unfinished()
+    one.add({"loss": torch.tensor([5.0])})
+    assert kept["counts"] == {"loss": 1} and kept["sums"]["loss"].tolist() == [1.5]
+    assert one.unfinished()["counts"] == {"loss": 2}
