@@ -1,6 +1,7 @@
 """Seconds and memory of a DPO step: Plumbline, the naive way and TRL's DPOTrainer on the same weights and pairs.
 
-    python benchmarks/step.py --size small --precision bf16 --measure seconds
+    python benchmarks/step.py                                          # small, bf16, all sides, seconds
+    python benchmarks/step.py --size small medium --precision bf16 fp32 --measure seconds memory --only "TRL compact"
 
 A step is: policy forward, reference forward (every step, adapters off), DPO loss, backward, clipping, AdamW.
 All sides start from pixels on the CPU that are already preprocessed, so reading and resizing images is not
@@ -16,8 +17,8 @@ with the same LoRA weights (B ~ N(0, 0.01), so that policy and reference differ)
 every round repeats the same arithmetic, AdamW included, and the losses and gradient norms of all sides must
 agree.
 
-`seconds`: CPU seconds of one thread, the median over rounds in which the variants take turns in one process.
-`memory`: the kernel's high-water mark of resident memory during a step (/proc, so Linux only) above what was
+--measure seconds: CPU seconds of one thread, the median over rounds in which the variants take turns in one process.
+--measure memory: the kernel's high-water mark of resident memory during a step (/proc, so Linux only) above what was
 resident before it; weights and optimiser state do not count, activations and gradients do. Each variant is
 measured in a process of its own, because what one leaves in the allocator and in oneDNN's caches would be
 counted to the next.
@@ -38,7 +39,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -308,43 +309,70 @@ def build(
     return steps
 
 
-def seconds(args: argparse.Namespace, only: list[str]) -> dict[tuple[str, bool], float]:
+class Setting(NamedTuple):
+    """What a block of the table is about."""
+
+    size: str
+    precision: str
+    pairs: int
+
+    def build(self, folder: str, only: list[str], modes: tuple[bool, ...]) -> dict[tuple[str, bool], Step]:
+        """As `build`."""
+        size = replace(SIZES[self.size], pairs=self.pairs)
+        write_checkpoint(size, folder)
+        return build(folder, size, DTYPES[self.precision], only, modes)
+
+
+def seconds(setting: Setting, only: list[str], rounds: int) -> dict[tuple[str, bool], float]:
     """CPU seconds of every (variant, checkpointing), taking turns."""
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(SIZES[args.size], folder)
-        steps = build(folder, SIZES[args.size], DTYPES[args.precision], only, (False, True))
-        turns = [{key: cpu_seconds(step) for key, step in steps.items()} for _ in range(args.rounds)]
+        steps = setting.build(folder, only, (False, True))
+        turns = [{key: cpu_seconds(step) for key, step in steps.items()} for _ in range(rounds)]
     return {key: statistics.median(turn[key] for turn in turns) for key in steps}
 
 
-def memory(args: argparse.Namespace, only: list[str]) -> dict[tuple[str, bool], float]:
-    """Peak MiB of every (variant, checkpointing), each in a process of its own."""
+def memory(setting: Setting, only: list[str], rounds: int) -> dict[tuple[str, bool], float]:
+    """Peak MiB of every (variant, checkpointing), once, each in a process of its own."""
     values = {}
     for key in ((name, mode) for mode in (False, True) for name in only):
-        command = [sys.executable, __file__, "--size", args.size, "--precision", args.precision,
-                   "--alone", key[0], str(key[1])]
+        command = [sys.executable, __file__, "--size", setting.size, "--precision", setting.precision,
+                   "--pairs", str(setting.pairs), "--alone", key[0], str(key[1])]
         console = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         values[key] = float(console.splitlines()[-1])
     return values
 
 
-def memory_alone(args: argparse.Namespace) -> None:
+def memory_alone(setting: Setting, name: str, mode: bool) -> None:
     """Print the peak of one variant after a step that warms up; the last line is the figure."""
     return_freed_memory()
-    name, mode = args.alone[0], args.alone[1] == "True"
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(SIZES[args.size], folder)
-        steps = build(folder, SIZES[args.size], DTYPES[args.precision], [name], (mode,))
-        print(peak_mebibytes(steps[name, mode]))
+        print(peak_mebibytes(setting.build(folder, [name], (mode,))[name, mode]))
+
+
+MEASURES = {"seconds": (seconds, "CPU s", 2), "memory": (memory, "peak MiB", 0)}
+
+
+def rows(setting: Setting, measures: list[str], only: list[str], rounds: int) -> list[str]:
+    """The lines of the table about a setting."""
+    values = [MEASURES[m][0](setting, only, rounds) for m in measures]
+    lines = []
+    for name, checkpointing in values[0]:
+        cells = [setting.size, setting.precision, setting.pairs, name, "on" if checkpointing else "off"]
+        for measure, value in zip(measures, values):
+            own = value[name, checkpointing]
+            cells += [f"{own:.{MEASURES[measure][2]}f}", f"{own / value[OURS, checkpointing]:.2f}x"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def main() -> None:
-    """Time the ways asked for, in rounds, and print the table."""
+    """Measure what was asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--measure", choices=("seconds", "memory"), default="seconds")
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["small"])
+    parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=["bf16"])
+    parser.add_argument("--measure", nargs="+", choices=tuple(MEASURES), default=["seconds"])
     parser.add_argument("--rounds", type=int, default=3, help="of seconds; memory is measured once")
+    parser.add_argument("--pairs", type=int, help="in a batch; 4, tiny 16")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help=f"always with {OURS}")
     parser.add_argument("--alone", nargs=2, metavar=("VARIANT", "CHECKPOINTING"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -352,17 +380,18 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    settings = [Setting(size, precision, args.pairs or SIZES[size].pairs)
+                for size in args.size for precision in args.precision]
     if args.alone:
-        return memory_alone(args)
-    values = {"seconds": seconds, "memory": memory}[args.measure](
-        args, [v for v in VARIANTS if v in {OURS, *args.only}])
-    unit, digits = ("peak MiB", 0) if args.measure == "memory" else ("CPU s", 2)
-    print(f"\n{args.size}, {args.precision}, torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"trl {trl.__version__}, peft {peft.__version__}\n")
-    print(f"| step | checkpointing | {unit} | vs {OURS} |\n|---|---|---|---|")
-    for (name, checkpointing), value in values.items():
-        ratio = value / values[OURS, checkpointing]
-        print(f"| {name} | {'on' if checkpointing else 'off'} | {value:.{digits}f} | {ratio:.2f}x |")
+        return memory_alone(settings[0], args.alone[0], args.alone[1] == "True")
+    only = [v for v in VARIANTS if v in {OURS, *args.only}]
+    table = [row for setting in settings for row in rows(setting, args.measure, only, args.rounds)]
+    print(f"\ntorch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
+          f"peft {peft.__version__}\n")
+    head = ["size", "precision", "pairs", "step", "checkpointing"]
+    head += [cell for m in args.measure for cell in (MEASURES[m][1], f"vs {OURS}")]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    print(*table, sep="\n")
 
 
 if __name__ == "__main__":

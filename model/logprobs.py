@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common import BadInput
 from model.attention import SharedPrefix
+from model.ops import compute_dtype
 from model.packing import lay_out
 from model.views import View
 from model.vlm import VLM
@@ -210,12 +211,8 @@ class SelectedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, competitor: Tensor | None) -> Tensor:
         """hidden (n, D), weight (V, D), labels (n,), competitor (n,) bool or None -> (n,) fp32."""
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, matrix = hidden.to(dtype), weight.detach().to(dtype)
-        else:
-            matrix = weight.detach()
-        hidden = hidden.to(matrix.dtype)
+        dtype = compute_dtype(hidden.device, weight.dtype)
+        hidden, matrix = hidden.to(dtype), weight.detach().to(dtype)
         labels = labels if competitor is None else labels.clone()
         logps = torch.empty(len(hidden), device=hidden.device)  # (n,)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
