@@ -39,12 +39,13 @@ grey (127 where the mean is 0.5). By `aspect`:
     pad          the short side is truncated to whole pixels   VLMImageProcessor, the original
     pad_round    it is rounded, halves to even                 JanusImageProcessor of `transformers`
 
-Template, to the letter, with ⏎ a line break and {system} the sentences of SYSTEM; "…" are the image tokens:
+Template, to the letter:
 
-    janus   <｜begin▁of▁sentence｜>{system}⏎⏎<|User|>: <begin_of_image>…<end_of_image>⏎{prompt}⏎⏎
+    janus   <｜begin▁of▁sentence｜>{system}⏎⏎<|User|>: <begin_of_image><image><end_of_image>⏎{prompt}⏎⏎
             <|Assistant|>: {answer}<｜end▁of▁sentence｜>
 
-Without an image "<begin_of_image>…<end_of_image>⏎" is left out.
+with ⏎ a line break, {system} the sentences of SYSTEM and the image tokens in place of <image>. Without an image
+"<begin_of_image><image><end_of_image>⏎" is left out.
 """
 
 from __future__ import annotations
@@ -143,8 +144,9 @@ def read(folder: Path) -> JanusConfig:
     raw, where = read_config(folder), str(folder / "config.json")
     config = _original_config(raw, where) if is_original(raw) else janus_config(raw, where)
     path = folder / "tokenizer.json"
-    if is_original(raw) and path.is_file():  # config.json does not say which token is the image's
-        config = replace(config, image_token_index=dict(token_ids(path)).get(PLACEHOLDER, config.image_token_index))
+    if is_original(raw) and path.is_file():  # config.json does not name these tokens
+        ids = {PLACEHOLDER: config.image_token_index, **dict(zip((BEGIN, END), config.ends)), **dict(token_ids(path))}
+        config = replace(config, image_token_index=ids[PLACEHOLDER], ends=(ids[BEGIN], ids[END]))
     return config
 
 
@@ -205,7 +207,8 @@ def hf_config(config: JanusConfig) -> dict:
     return {
         "model_type": "janus",
         "architectures": ["JanusForConditionalGeneration"],
-        "text_config": {"model_type": "llama", **asdict(config.text), "hidden_act": "silu"},
+        "text_config": {"model_type": "llama", **asdict(config.text), "hidden_act": "silu",
+                        "bos_token_id": config.ends[0], "eos_token_id": config.ends[1]},
         "vision_config": {
             "model_type": "janus_vision_model", **tower, "mlp_ratio": vision.intermediate_size / vision.hidden_size,
             "projection_dim": width, "depth": 2, "num_image_tokens": vision.num_patches,
