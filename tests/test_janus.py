@@ -86,7 +86,6 @@ def write_original(folder: Path, source: Path, monkeypatch, shards: int = 1) -> 
     raw, folder = json.loads((source / "config.json").read_text()), folder / "original"
     folder.mkdir()
     monkeypatch.setitem(janus.TOWERS, "small", {k: v for k, v in small.JANUS_VISION.items() if k != "model_type"})
-    monkeypatch.setattr(janus, "MLP_RATIO", 1.7)
     (folder / "config.json").write_text(json.dumps({
         "model_type": "multi_modality", "architectures": ["MultiModalityCausalLM"],
         "vision_config": {"cls": "CLIPVisionTower", "params": {"model_name": "small", "image_size": small.SIDE,

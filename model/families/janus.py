@@ -66,10 +66,9 @@ from model.config import (
     read_config,
     refuse,
     section,
-    shared,
-    take,
     token_ids,
     value,
+    vision_shapes,
 )
 from model.janus import Janus, JanusConfig
 from model.layouts import adapter_base, by_name, renamed
@@ -95,9 +94,8 @@ ASPECTS = {"VLMImageProcessor": "pad", "JanusImageProcessor": "pad_round"}
 MIN_SIDE = 14  # pixels of the short side
 
 SIGLIP = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=384, patch_size=16,
-              layer_norm_eps=1e-6)
-TOWERS = {"siglip_large_patch16_384": SIGLIP}  # that original checkpoints name
-MLP_RATIO = 4
+              layer_norm_eps=1e-6, mlp_ratio=4)
+TOWERS = {"siglip_large_patch16_384": SIGLIP}  # the towers that original checkpoints name
 
 RENAMES = (
     (r"^model\.language_model\.", "language_model.model."),
@@ -184,13 +182,8 @@ def _original_config(raw: dict, where: str) -> JanusConfig:
 
 def _tower(raw: dict, where: str) -> VisionConfig:
     """SigLIP's shapes; the MLP is `mlp_ratio` times as wide as the rest."""
-    ratio = value(raw, ("mlp_ratio",), MLP_RATIO, where, "float")
-    wide = int(value(raw, ("hidden_size",), 0, where) * ratio)
-    config = take(VisionConfig, raw, where, intermediate_size=wide, hidden_act="gelu")
-    shared(config.hidden_size, config.num_attention_heads, where)
-    if config.patch_size > config.image_size:
-        raise BadInput(f"{where}: patch_size={config.patch_size} is larger than image_size={config.image_size}")
-    return config
+    ratio, width = value(raw, ("mlp_ratio",), None, where, "float"), value(raw, ("hidden_size",), None, where)
+    return vision_shapes(raw, where, intermediate_size=int(width * ratio), hidden_act="gelu")
 
 
 def converted_config(config: JanusConfig, raw: dict) -> dict | None:
