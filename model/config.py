@@ -192,6 +192,11 @@ def llama_config(raw: dict, where: str = "config.json") -> LlamaConfig:
 def vision_config(raw: dict, where: str, **fixed) -> VisionConfig:
     """Read a CLIP vision section. Raises BadInput naming the file and the field."""
     refuse(raw, where, model_type=("clip_vision_model",), hidden_act=("quick_gelu",))
+    return vision_shapes(raw, where, **fixed)
+
+
+def vision_shapes(raw: dict, where: str, **fixed) -> VisionConfig:
+    """The numbers of a vision transformer of any kind. Raises BadInput where they do not fit one another."""
     config = take(VisionConfig, raw, where, **fixed)
     shared(config.hidden_size, config.num_attention_heads, where)
     if config.patch_size > config.image_size:

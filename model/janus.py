@@ -32,15 +32,17 @@ from model.vlm import VLM
 class JanusConfig:
     """SigLIP tower -> two-layer MLP -> LLaMA.
 
-    codes: number and width of the codes that images are generated of, for the config.json of a saved folder.
     surplus_rows: none, as all rows of the tables took part in the softmax of the training.
+    codes, ends: number and width of the codes that images are generated of, ids of the tokens that begin and end a
+        text: for the config.json of a saved folder.
     """
 
     vision: VisionConfig
     text: LlamaConfig
     image_token_index: int = 100581
-    codes: tuple[int, int] = (16384, 8)
     surplus_rows: int = 0
+    codes: tuple[int, int] = (16384, 8)
+    ends: tuple[int, int] = (100000, 100001)
     template: str = "janus"
     model_type: str = "janus"
 

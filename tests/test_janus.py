@@ -86,14 +86,14 @@ def write_original(folder: Path, source: Path, monkeypatch, shards: int = 1) -> 
     raw, folder = json.loads((source / "config.json").read_text()), folder / "original"
     folder.mkdir()
     monkeypatch.setitem(janus.TOWERS, "small", {k: v for k, v in small.JANUS_VISION.items() if k != "model_type"})
-    monkeypatch.setattr(janus, "MLP_RATIO", 1.7)
     (folder / "config.json").write_text(json.dumps({
         "model_type": "multi_modality", "architectures": ["MultiModalityCausalLM"],
         "vision_config": {"cls": "CLIPVisionTower", "params": {"model_name": "small", "image_size": small.SIDE,
                                                                "select_feature": "same", "select_layer": -1}},
         "aligner_config": {"params": {"depth": 2, "input_dim": 24, "n_embed": 18, "projector_type": "mlp_gelu"}},
         "gen_vision_config": {"params": {"image_token_size": 16, "n_embed": 8}}, "language_config": raw["text_config"]}))
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "<image_placeholder>": 64}}}))
+    (folder / "tokenizer.json").write_text(json.dumps(
+        {"model": {"vocab": {"a": 0, "<image_placeholder>": 64}}, "added_tokens": [{"content": TOKENS[1], "id": 3}]}))
     if shards == 1:
         torch.save(tensors, folder / "pytorch_model.bin")
         return folder
@@ -171,9 +171,12 @@ def test_live_original_layout(tmp_path, monkeypatch, shards):
     save_llava(load_llava(folder), tmp_path / "saved", folder)
     raw = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert (raw["vq_config"]["num_embeddings"], raw["vq_config"]["embed_dim"]) == (16, 8)
+    assert (raw["text_config"]["bos_token_id"], raw["text_config"]["eos_token_id"]) == (100000, 3)
     raw["vq_config"] |= VQ  # the original has one size of it only
     (tmp_path / "saved" / "config.json").write_text(json.dumps(raw))
-    torch.testing.assert_close(theirs(reloaded(tmp_path / "saved")), theirs(model), **TIGHT)
+    again = reloaded(tmp_path / "saved")
+    torch.testing.assert_close(theirs(again), theirs(model), **TIGHT)
+    assert again.generation_config.eos_token_id == 3
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "saved"))
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     with pytest.raises(BadInput, match="would be mixed with another layout"):
@@ -348,6 +351,13 @@ def test_the_prompt_to_the_letter(folder):
     assert processor.decode(processor.response("  two blanks ")) == "  two blanks "
     with pytest.raises(BadInput, match="special token <image_placeholder>"):
         processor.prompt("a <image_placeholder>")
+
+
+def test_the_documented_letters_are_the_template():
+    line = janus.__doc__.split("to the letter:\n\n    janus   ")[1].split("\n\n")[0].replace("\n" + " " * 12, "")
+    template = janus.TEMPLATES["janus"]
+    text = template.before + template.image + template.after + template.answer + template.stop
+    assert line.replace("{system}", janus.SYSTEM) == text.replace("\n", "⏎")
 
 
 SIZES = ((40, 24), (23, 57), (31, 31), (5, 90), (16, 17), (300, 211))

@@ -39,12 +39,13 @@ grey (127 where the mean is 0.5). By `aspect`:
     pad          the short side is truncated to whole pixels   VLMImageProcessor, the original
     pad_round    it is rounded, halves to even                 JanusImageProcessor of `transformers`
 
-Template, to the letter, with ⏎ a line break and {system} the sentences of SYSTEM; "…" are the image tokens:
+Template, to the letter:
 
-    janus   <｜begin▁of▁sentence｜>{system}⏎⏎<|User|>: <begin_of_image>…<end_of_image>⏎{prompt}⏎⏎
+    janus   <｜begin▁of▁sentence｜>{system}⏎⏎<|User|>: <begin_of_image><image><end_of_image>⏎{prompt}⏎⏎
             <|Assistant|>: {answer}<｜end▁of▁sentence｜>
 
-Without an image "<begin_of_image>…<end_of_image>⏎" is left out.
+with ⏎ a line break, {system} the sentences of SYSTEM and the image tokens in place of <image>. Without an image
+"<begin_of_image><image><end_of_image>⏎" is left out.
 """
 
 from __future__ import annotations
@@ -65,10 +66,9 @@ from model.config import (
     read_config,
     refuse,
     section,
-    shared,
-    take,
     token_ids,
     value,
+    vision_shapes,
 )
 from model.janus import Janus, JanusConfig
 from model.layouts import adapter_base, by_name, renamed
@@ -94,9 +94,8 @@ ASPECTS = {"VLMImageProcessor": "pad", "JanusImageProcessor": "pad_round"}
 MIN_SIDE = 14  # pixels of the short side
 
 SIGLIP = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=384, patch_size=16,
-              layer_norm_eps=1e-6)
-TOWERS = {"siglip_large_patch16_384": SIGLIP}  # that original checkpoints name
-MLP_RATIO = 4
+              layer_norm_eps=1e-6, mlp_ratio=4)
+TOWERS = {"siglip_large_patch16_384": SIGLIP}  # the towers that original checkpoints name
 
 RENAMES = (
     (r"^model\.language_model\.", "language_model.model."),
@@ -143,8 +142,9 @@ def read(folder: Path) -> JanusConfig:
     raw, where = read_config(folder), str(folder / "config.json")
     config = _original_config(raw, where) if is_original(raw) else janus_config(raw, where)
     path = folder / "tokenizer.json"
-    if is_original(raw) and path.is_file():  # config.json does not say which token is the image's
-        config = replace(config, image_token_index=dict(token_ids(path)).get(PLACEHOLDER, config.image_token_index))
+    if is_original(raw) and path.is_file():  # config.json does not name these tokens
+        ids = {PLACEHOLDER: config.image_token_index, **dict(zip((BEGIN, END), config.ends)), **dict(token_ids(path))}
+        config = replace(config, image_token_index=ids[PLACEHOLDER], ends=(ids[BEGIN], ids[END]))
     return config
 
 
@@ -182,13 +182,8 @@ def _original_config(raw: dict, where: str) -> JanusConfig:
 
 def _tower(raw: dict, where: str) -> VisionConfig:
     """SigLIP's shapes; the MLP is `mlp_ratio` times as wide as the rest."""
-    ratio = value(raw, ("mlp_ratio",), MLP_RATIO, where, "float")
-    wide = int(value(raw, ("hidden_size",), 0, where) * ratio)
-    config = take(VisionConfig, raw, where, intermediate_size=wide, hidden_act="gelu")
-    shared(config.hidden_size, config.num_attention_heads, where)
-    if config.patch_size > config.image_size:
-        raise BadInput(f"{where}: patch_size={config.patch_size} is larger than image_size={config.image_size}")
-    return config
+    ratio, width = value(raw, ("mlp_ratio",), None, where, "float"), value(raw, ("hidden_size",), None, where)
+    return vision_shapes(raw, where, intermediate_size=int(width * ratio), hidden_act="gelu")
 
 
 def converted_config(config: JanusConfig, raw: dict) -> dict | None:
@@ -205,7 +200,8 @@ def hf_config(config: JanusConfig) -> dict:
     return {
         "model_type": "janus",
         "architectures": ["JanusForConditionalGeneration"],
-        "text_config": {"model_type": "llama", **asdict(config.text), "hidden_act": "silu"},
+        "text_config": {"model_type": "llama", **asdict(config.text), "hidden_act": "silu",
+                        "bos_token_id": config.ends[0], "eos_token_id": config.ends[1]},
         "vision_config": {
             "model_type": "janus_vision_model", **tower, "mlp_ratio": vision.intermediate_size / vision.hidden_size,
             "projection_dim": width, "depth": 2, "num_image_tokens": vision.num_patches,
