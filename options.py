@@ -24,7 +24,7 @@ from common import BadInput, add_options, check_ranges, is_url, read_json, refus
 from data.batch import scored
 from data.templates import TEMPLATES
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
-from model.resume import CHECKPOINT, PREVIOUS
+from model.resume import names
 from pairs.methods import METHODS
 
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
@@ -150,6 +150,8 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--train-projector", action="store_true", help="with LoRA, train the projector too")
     add("--precision", choices=("fp32", "bf16"), help="(default: bf16 on CUDA, else fp32)")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--shard", action="store_true",
+        help="spread weights, gradients and optimiser state over the processes (FSDP2), which by default hold all")
     add("--reference-cache", type=Path, metavar="FILE",
         help="compute the reference's log-probs once and keep them here; refused if they are not this run's")
     add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
@@ -262,8 +264,11 @@ def resume_problems(args: argparse.Namespace) -> Iterator[str]:
     """A run that cannot go on, or that must not be replaced."""
     if args.resume and args.overwrite:
         yield "--resume goes on with what --out holds, --overwrite replaces it: which of them?"
-    if args.resume and not any((args.out / name).is_file() for name in (CHECKPOINT, PREVIOUS)):
-        yield f"--resume: there is no {args.out / CHECKPOINT}"
+    there = {sharded: any((args.out / name).exists() for name in names(sharded)) for sharded in (True, False)}
+    if args.resume and not there[args.shard]:
+        newest, other = args.out / names(args.shard)[0], args.out / names(not args.shard)[0]
+        yield (f"--resume: {other} is of a run with{'out' * args.shard} --shard" if there[not args.shard] else
+               f"--resume: there is no {newest}")
 
 
 def cache_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
@@ -293,7 +298,7 @@ def sampling_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]
 
 def check_places(args: argparse.Namespace) -> None:
     """Refuse an --out that holds an earlier run, and places that cannot be written. Raises BadInput."""
-    earlier = [name for name in (CHECKPOINT, PREVIOUS, "result.json", "model") if (args.out / name).exists()]
+    earlier = [name for name in (*names(False), *names(True), "result.json", "model") if (args.out / name).exists()]
     if earlier and not (args.resume or args.overwrite):
         raise BadInput(f"{args.out} holds {earlier[0]} of an earlier run: choose another --out, go on with"
                        " --resume or replace it with --overwrite")

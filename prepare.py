@@ -38,15 +38,17 @@ from pairs.methods import make_pairs
 # ----------------------------------------------------------------------------------------------------- records
 
 
-def find_records(args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor, rank: int,
+def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, processor: Processor, rank: int,
                  world: int) -> tuple[list[dict], Path]:
     """(records, folder that their paths start from): those of --data, or made from scenes and kept in --out.
 
     Only a resumed run uses what --out holds: a new one may have another seed, method or model.
     """
     path = args.data or args.out / "pairs.jsonl"
-    if args.data is None and not (args.resume and path.exists()) and rank == 0:
-        write_jsonl(path, make_records(args, recipe, model, processor))
+    if args.data is None and not (args.resume and path.exists()):
+        with policy.whole(here=rank == 0) as whole:
+            if rank == 0:
+                write_jsonl(path, make_records(args, recipe, whole.model, processor))
     if world > 1:
         dist.barrier()
     data = read_records(path, recipe)
@@ -101,8 +103,8 @@ def check_texts(args: argparse.Namespace, recipe: Recipe, processor: Processor, 
 def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
     """The model, with what trains marked: adapters (and the projector), or decoder and projector in full."""
     full = args.lora_rank == 0
-    dtype = torch.bfloat16 if args.precision == "bf16" and not full else torch.float32
-    model = load_llava(args.model, dtype, device)
+    # Before it is sharded it stays in its files; layer by layer it then moves to the device.
+    model = load_llava(args.model, None, "cpu") if args.shard else load_llava(args.model, dtype_of(args), device)
     merge_lora(model)  # a folder of adapters is a starting point like any other
     model.requires_grad_(False)
     torch.manual_seed(args.seed)  # the same adapters in every process
@@ -116,15 +118,25 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
     return model
 
 
-def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, world: int) -> Policy:
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    """Of the weights: what trains without adapters needs fp32."""
+    return torch.bfloat16 if args.precision == "bf16" and args.lora_rank else torch.float32
+
+
+def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, device: torch.device, world: int) -> Policy:
     """Scorer, reference and optimiser around the model; all that trains is inside the scorer."""
     autocast = torch.bfloat16 if args.precision == "bf16" else None
     scorer = RewardModel(model, autocast) if recipe.rewards else Scorer(model, autocast, recipe.asks_for("values"))
+    kind, kind_of_reference = Policy, Reference
+    if args.shard:
+        from model import shard  # not at the top: importing FSDP takes a second
+        kind, kind_of_reference = shard.shard(scorer, model, dtype_of(args), device, autocast), shard.Reference
     trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-    reference = Reference(model) if recipe.compares else None  # it may hold a copy of the weights
-    return Policy(model, DistributedDataParallel(scorer) if world > 1 else scorer, reference, optimizer,
-                  args.clip_norm)
+    compares = recipe.compares and not args.reference_cache  # a reference may hold a copy of the weights
+    reference = kind_of_reference(model) if compares else None
+    wrapped = DistributedDataParallel(scorer) if world > 1 and not args.shard else scorer
+    return kind(model, wrapped, reference, optimizer, args.clip_norm)
 
 
 # ------------------------------------------------------------------------------------------------------ judges

@@ -2,6 +2,7 @@
 
     torchrun train.py --loss adavip                                     the embedded model, one process
     torchrun --nproc-per-node 2 train.py --loss dpo                     two processes, same losses
+    torchrun --nproc-per-node 8 train.py --loss adavip --shard          weights and all spread over them (FSDP2)
     python train.py --loss rdpo --steps 20                              without torchrun
     python train.py --loss adavip --data pairs.jsonl --model DIR        your pairs, your LLaVA checkpoint
     python train.py --loss dpo --data rlaif-v.parquet --model DIR       published ones, as they are
@@ -64,7 +65,7 @@ from model.checkpoint import save_json, save_llava
 from model.llava import Llava
 from model.log import Log
 from model.logprobs import Packed
-from model.resume import CHECKPOINT, PREVIOUS
+from model.lora import adapters_off
 from model.reward import save_reward_head
 from model.training import Policy, StopRequest, learning_rate, named, pick, set_learning_rate
 from options import Recipe, check, check_places, kwargs_of, read_arguments
@@ -151,7 +152,7 @@ def train(run: Run, saved: dict | None = None) -> bool:
                 features = model.vision_features(batch.pixels)  # (tiles, P, C)
                 packed = batch.packed if batch.noisy is None else pick_in_noise(policy, batch, batch.packed, features)
                 inputs = batch.changed() if recipe.asks_for("chosen_changed") else {}  # (B, L) each
-                if policy.reference:  # reference_chosen_logps (B,), reference_chosen_token_logps (B, L), ...
+                if recipe.compares:  # reference_chosen_logps (B,), reference_chosen_token_logps (B, L), ...
                     inputs |= named("reference", batch.names, (reference_logps(run, batch, packed, features),))
                 with policy.no_sync(more=i + 1 < len(drawn)):  # policy_chosen_logps (B,), chosen_mask (B, L), ...
                     inputs |= named("policy", batch.names, policy.scorer(packed, features))
@@ -186,14 +187,15 @@ def make_learner(run: Run) -> reinforce.Reinforcement:
 def begin(run: Run, saved: dict | None) -> int:
     """Take over what a checkpoint holds, else measure what reinforcement needs. Returns the number of steps done."""
     if saved:
-        resume.restore(saved, run.policy)
+        run.policy.restore(saved) if run.args.shard else resume.restore(saved, run.policy)
         run.bad_records = saved["bad_records"]
         if run.learner:
             run.learner.memory = reinforce.Memory(**saved["reinforcement"])
         return saved["step"]
     if run.learner:
         baselines = run.args.baselines if "verifier" in run.judges else None
-        reinforce.calibrate(run.learner, run.records, baselines)
+        with run.policy.whole():
+            reinforce.calibrate(run.learner, run.records, baselines)
         if run.learner.memory.baselines and run.rank == 0:
             save_json(run.learner.memory.baselines, run.args.out / "baselines.json")
     return 0
@@ -220,8 +222,9 @@ def collate_for(recipe: Recipe, processor: Processor, root: Path | None, records
 def write_batch(run: Run, drawn: list[tuple[dict, int]]) -> Batch:
     """Let the policy write the records of this step (pairs/online.py)."""
     records, seeds = [record for record, _ in drawn], [seed for _, seed in drawn]
-    records = run.recipe.online(records, seeds, run.policy.model, run.processor, run.root, **run.judges,
-                                **kwargs_of(run.recipe.online, run.args))
+    with run.policy.whole() as whole:
+        records = run.recipe.online(records, seeds, whole.model, run.processor, run.root, **run.judges,
+                                    **kwargs_of(run.recipe.online, run.args))
     return collate_for(run.recipe, run.processor, run.root, records, seeds)
 
 
@@ -250,7 +253,7 @@ def reference_logps(run: Run, batch: Batch, packed: Packed, features: Tensor) ->
 
 def reference_cache(run: Run) -> dict[str, Tensor]:
     """The reference's log-probs of every record that can be used, computed once and kept in --reference-cache."""
-    args, policy, bad = run.args, run.policy, []
+    args, bad = run.args, []
     make = partial(collate_for, run.recipe, run.processor, run.root, seeds=None)
 
     def score(records: list[dict]) -> dict[str, Tensor]:
@@ -259,15 +262,16 @@ def reference_cache(run: Run) -> dict[str, Tensor]:
         if batch is None:
             return {}
         batch = batch.to(run.device)
-        with policy.reference():
-            logps, mask, *_ = policy.plain(batch.packed, policy.model.vision_features(batch.pixels))
+        with torch.no_grad(), adapters_off(whole.model):  # nothing has trained yet
+            logps, mask, *_ = whole.plain(batch.packed, whole.model.vision_features(batch.pixels))
         names = [f"{name}/{i}" for name in batch.names for i in batch.ids]
         return {name: row[m].cpu() for name, row, m in zip(names, logps, mask)}
 
-    policy.model.eval()
+    run.policy.model.eval()
     key = reference.fingerprint(args.model, run.records, run.recipe.sequences, run.processor, args.precision)
-    rows = reference.cached(args.reference_cache, key, run.records, run.recipe.sequences, score,
-                            args.micro_batch_size, run.rank, run.world)
+    with run.policy.whole() as whole:
+        rows = reference.cached(args.reference_cache, key, run.records, run.recipe.sequences, score,
+                                args.micro_batch_size, run.rank, run.world)
     stop_at(training.gather_all(bad, run.world), args.bad_records)
     return rows
 
@@ -276,13 +280,18 @@ def save(run: Run, done: int, norm: Tensor | None, log: Log) -> None:
     """Save a checkpoint; BadInput when the last gradient, the same in every process, was not finite. A collective
     call."""
     if norm is not None and not math.isfinite(norm.item()):
-        raise BadInput(f"step {done}: the gradient is not finite; {run.args.out / CHECKPOINT} keeps the last good"
-                       " state")
-    unfinished = log.unfinished()
-    if run.rank == 0:
-        resume.save_checkpoint(
-            run.args.out, run.policy, step=done, config=run.config, identity=run.identity, log=unfinished,
-            bad_records=run.bad_records, reinforcement=asdict(run.learner.memory) if run.learner else {})
+        raise BadInput(f"step {done}: the gradient is not finite; {newest_checkpoint(run)} keeps the last good state")
+    content = dict(step=done, config=run.config, identity=run.identity, log=log.unfinished(),
+                   bad_records=run.bad_records, reinforcement=asdict(run.learner.memory) if run.learner else {})
+    if run.args.shard:
+        run.policy.save_checkpoint(run.args.out, **content)
+    elif run.rank == 0:
+        resume.save_checkpoint(run.args.out, run.policy, **content)
+
+
+def newest_checkpoint(run: Run) -> Path:
+    """Where the next one is written."""
+    return run.args.out / resume.names(run.args.shard)[0]
 
 
 # ------------------------------------------------------------------------------------------------- bad records
@@ -316,7 +325,7 @@ def give_up(run: Run, bad: list[BadRecord], done: int) -> None:
     """Raise BadInput in all processes, once the first has saved the checkpoint."""
     if run.world > 1:
         dist.barrier()  # torchrun ends all as soon as one has failed
-    stop_at(bad, run.args.bad_records, f"{run.args.out / CHECKPOINT} holds the {done} finished steps: go on with"
+    stop_at(bad, run.args.bad_records, f"{newest_checkpoint(run)} holds the {done} finished steps: go on with"
                                        " --resume, and with the image mended or --bad-records skip")
     raise BadInput(f"none of the {len(run.records)} records can be used; {bad[-1]}")
 
@@ -335,11 +344,13 @@ def announce(run: Run, saved: dict | None) -> None:
     if args.precision == "bf16" and training.emulates_bf16(run.device):
         print("warning: this CPU has no bf16 instructions, --precision fp32 is many times faster", file=sys.stderr)
     remove_unfinished(args.out)
-    if saved and saved["path"].name == PREVIOUS:  # a damaged one must not become the former of the next
-        os.replace(saved["path"], args.out / CHECKPOINT)
+    newest, former = (args.out / name for name in resume.names(args.shard))
+    if saved and saved["path"] == former:  # a damaged one must not become the former of the next
+        resume.forget(newest)
+        os.replace(former, newest)
     save_json({**run.config, "versions": versions()}, args.out / "config.json")
-    for name in ("result.json", *(() if saved else (CHECKPOINT, PREVIOUS))):
-        (args.out / name).unlink(missing_ok=True)
+    for name in ("result.json", *(() if saved else (*resume.names(False), *resume.names(True)))):
+        resume.forget(args.out / name)
 
 
 def measure(model: Llava, processor: Processor, scenes: int, split: str) -> tuple[dict[str, float], Mapping[str, str]]:
@@ -389,20 +400,30 @@ def measurement(run: Run, held: list[dict]) -> Callable[[], dict[str, float]]:
     if held:
         return partial(measure_rewards, run, held)
     if run.args.eval_scenes > 0 and all(record["image"].startswith("scene:") for record in run.records):
-        return lambda: measure(run.policy.model, run.processor, run.args.eval_scenes, run.args.eval_split)[0]
+        return partial(measure_captions, run)
     return dict
 
 
+def measure_captions(run: Run) -> dict[str, float]:
+    """`measure` in the first process."""
+    with run.policy.whole(here=run.rank == 0) as whole:
+        return measure(whole.model, run.processor, run.args.eval_scenes, run.args.eval_split)[0] if not run.rank else {}
+
+
 def write_model(run: Run) -> None:
-    """model/ and what else --out receives of a finished run."""
-    args, model = run.args, run.policy.model
-    save_llava(model, args.out / "model", args.model)
-    if args.lora_rank:
-        save_adapters(model, args.out / "adapters", args.model)
-    if run.recipe.rewards:
-        save_reward_head(run.policy.plain, args.out)
+    """model/ and what else --out receives of a finished run, from the first process."""
+    args, first = run.args, run.rank == 0
+    with run.policy.whole(here=first, stored=True) as whole:
+        if first:
+            save_llava(whole.model, args.out / "model", args.model)
+        if first and args.lora_rank:
+            save_adapters(whole.model, args.out / "adapters", args.model)
+        if first and run.recipe.rewards:
+            save_reward_head(whole.plain, args.out)
     if run.learner:
-        reinforce.draw_scores(run.learner, run.records, args.out / "scores.svg")
+        with run.policy.whole(here=first):
+            if first:
+                reinforce.draw_scores(run.learner, run.records, args.out / "scores.svg")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -414,15 +435,16 @@ def main(argv: list[str] | None = None) -> int:
     check_places(args)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite")}
+    device = training.start_processes(world, alone=args.shard)
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
-    device = training.start_processes(world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
     if args.data:  # bad records are named before a large model is loaded
         check_texts(args, recipe, processor, read_records(args.data, recipe), args.data, rank)
     model = load_model(args, device)
-    records, root = find_records(args, recipe, model, processor, rank, world)
+    policy = make_policy(args, recipe, model, device, world)
+    records, root = find_records(args, recipe, policy, processor, rank, world)
     held = records[: max(1, len(records) // 10)] if recipe.rewards else []
-    run = Run(args, recipe, make_policy(args, recipe, model, world), processor, records[len(held) :], root, device,
+    run = Run(args, recipe, policy, processor, records[len(held) :], root, device,
               rank, world, make_judges(args, recipe, model, processor, root), config)
     run.learner = make_learner(run) if recipe.advantages else None
     run.identity = reference.identity(args.model, run.records, processor)
@@ -432,12 +454,13 @@ def main(argv: list[str] | None = None) -> int:
         run.cache = reference_cache(run)
     if rank == 0:
         announce(run, saved)
-    measured = measurement(run, held) if rank == 0 else dict
+    measured = measurement(run, held)
     before = measured()
-    finished = train(run, saved)
-    if rank == 0 and finished:
+    if finished := train(run, saved):
         write_model(run)
-        after, minutes = measured(), (time.perf_counter() - started) / 60
+        after = measured()
+    if rank == 0 and finished:
+        minutes = (time.perf_counter() - started) / 60
         result = {"config": config, "before": before, "after": after, "minutes": minutes}
         if run.bad_records:
             result["bad_records"] = run.bad_records
@@ -447,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.out}/model written, {minutes:.1f} minutes")
     elif rank == 0:
         print(f"interrupted; go on with --resume --out {args.out}")
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return 0 if finished else 1

@@ -15,6 +15,7 @@ verified before anything is read, with weights_only=True.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from common import BadInput, written_whole
 from model.training import Policy
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+FOLDER, FOLDER_PREVIOUS = "checkpoint", "checkpoint-previous"  # of a run with --shard (model/shard.py)
 CONTENT = {  # of a checkpoint
     "step": int,  # how many are done
     "config": dict,  # the settings
@@ -39,6 +41,11 @@ CONTENT = {  # of a checkpoint
 # steps, which the learning rate of those that are left then follows.
 CHANGEABLE = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_split", "bad_records",
               "steps"}
+
+
+def names(sharded: bool) -> tuple[str, str]:
+    """Of a run's newest checkpoint and of the former one."""
+    return (FOLDER, FOLDER_PREVIOUS) if sharded else (CHECKPOINT, PREVIOUS)
 
 
 def save_checkpoint(out: Path, policy: Policy, **content) -> None:
@@ -57,7 +64,7 @@ def read_checkpoint(out: Path, config: dict, rank: int = 0) -> dict:
     naming the files, if none is whole or it belongs to a run of other settings.
     """
     problems = []
-    for path in (out / CHECKPOINT, out / PREVIOUS):
+    for path in (out / name for name in names(config["shard"])):
         try:
             saved = load_whole(path) | {"path": path}
             break
@@ -78,19 +85,27 @@ def read_checkpoint(out: Path, config: dict, rank: int = 0) -> dict:
 
 def load_whole(path: Path) -> dict:
     """A checkpoint whose every bit is as it was written. Raises BadInput, one line that names the file."""
+    if path.is_dir():
+        from model import shard  # not at the top: importing FSDP takes a second
+        return shard.load(path)
+    saved = read_archive(path)
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), kind) for k, kind in CONTENT.items()):
+        raise BadInput(f"{path}: no checkpoint of this version of train.py, which holds {', '.join(CONTENT)}")
+    return saved
+
+
+def read_archive(path: Path, mmap: bool = False) -> object:
+    """What torch.save wrote, on the CPU, or mapped. Raises BadInput as `load_whole`."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise BadInput(f"the checksum of {damaged} is wrong")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise BadInput(f"{path}: not found") from None
     except Exception as error:  # damage has many faces: BadZipFile, RuntimeError, UnpicklingError, EOFError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{path}: damaged or no checkpoint ({reason[:200]})") from None
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), kind) for k, kind in CONTENT.items()):
-        raise BadInput(f"{path}: no checkpoint of this version of train.py, which holds {', '.join(CONTENT)}")
-    return saved
 
 
 def refuse_other(saved: dict, policy: Policy, identity: dict[str, str]) -> None:
@@ -113,6 +128,11 @@ def shapes(trained: dict, moments: dict) -> dict[str, tuple]:
     """Name -> shape, of trained weights and of the optimiser's tensors for each of them."""
     named = {f"optimizer {i} {name}": tensor for i, state in moments.items() for name, tensor in state.items()}
     return {name: tuple(tensor.shape) for name, tensor in (trained | named).items()}
+
+
+def forget(path: Path) -> None:
+    """Remove a checkpoint, be it a file or a folder, if there is one."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def restore(saved: dict, policy: Policy) -> None:

@@ -13,8 +13,8 @@ import inspect
 import math
 import os
 import signal
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -33,8 +33,8 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_processes(world: int) -> torch.device:
-    """The device; joins the process group when torchrun started several of us."""
+def start_processes(world: int, alone: bool = False) -> torch.device:
+    """The device; joins the process group when torchrun started several of us, or forms one `alone`."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -42,6 +42,8 @@ def start_processes(world: int) -> torch.device:
     if world > 1 and not dist.is_initialized():  # they may meet after days of making pairs or evaluating
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=30))
+    elif alone and not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
@@ -74,7 +76,7 @@ class Policy:
 
     model: nn.Module  # model.llava.Llava
     scorer: nn.Module  # model.logprobs.Scorer or model.reward.RewardModel, in DDP where there are several processes
-    reference: Reference | None  # `with reference():` the model is as it was; None where nothing is compared
+    reference: Reference | None  # `with reference():` the model is as it was; None where no copy of it is needed
     optimizer: torch.optim.Optimizer
     clip_norm: float
 
@@ -92,9 +94,18 @@ class Policy:
         """With several processes, exchange gradients only in the last backward of an update, that without `more`."""
         return self.scorer.no_sync() if more and isinstance(self.scorer, DistributedDataParallel) else nullcontext()
 
+    @contextmanager
+    def whole(self, here: bool = True, stored: bool = False) -> Iterator[Policy]:
+        """A policy whose weights are all in this process: itself (model/shard.py has another)."""
+        yield self
+
+    def clip(self) -> Tensor:
+        """Clip the gradients; their norm before."""
+        return nn.utils.clip_grad_norm_(list(self.trained.values()), self.clip_norm)
+
     def update(self) -> Tensor:
         """Clip, step, zero the gradients. Returns the norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.clip_norm)
+        norm = self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
