@@ -435,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     check_places(args)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite")}
-    device = training.start_processes(world, alone=args.shard)
+    device = training.start_processes(world)
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
     if args.data:  # bad records are named before a large model is loaded

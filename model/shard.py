@@ -32,6 +32,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ UNFINISHED, STATE = "checkpoint-unfinished", "state.pt"
 def make_mesh(device: torch.device) -> DeviceMesh:
     """All processes; of several nodes (replicate, shard). Raises BadInput when nodes have unequal numbers."""
     _, world = ranks()
+    if world == 1 and not dist.is_initialized():  # also without torchrun
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % local:
         raise BadInput(f"--shard: {world} processes are not a multiple of the {local} on this node")
@@ -90,6 +93,7 @@ def shard(scorer: nn.Module, model: VLM, dtype: torch.dtype, device: torch.devic
     # miss what an optimiser step, `Reference` or a checkpoint puts into the shards.
     fully_shard(scorer, mesh=mesh, mp_policy=MixedPrecisionPolicy(None, fp32, cast_forward_inputs=False),
                 reshard_after_forward=True, ignored_params=tower)
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # rewards; nothing changes them in place
     if hasattr(scorer, "likeliest"):
         register_fsdp_forward_method(scorer, "likeliest")
     return partial(ShardedPolicy, mesh=mesh, skeleton=empty, autocast=autocast)
@@ -155,6 +159,7 @@ class ShardedPolicy(Policy):
         if self.inside is not None:
             yield self.inside
             return
+        dist.barrier()  # others may have been busy for hours; of all groups, only the default one waits that long
         model, scorer = copy.deepcopy(self.skeleton)
         found = self._gather(here, stored)
         if here:

@@ -33,8 +33,8 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_processes(world: int, alone: bool = False) -> torch.device:
-    """The device; joins the process group when torchrun started several of us, or forms one `alone`."""
+def start_processes(world: int) -> torch.device:
+    """The device; joins the process group when torchrun started several of us."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -42,8 +42,6 @@ def start_processes(world: int, alone: bool = False) -> torch.device:
     if world > 1 and not dist.is_initialized():  # they may meet after days of making pairs or evaluating
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=30))
-    elif alone and not dist.is_initialized():
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 

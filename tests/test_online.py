@@ -61,7 +61,7 @@ def make_run(loss: str, *options: str, moved: bool = True, rows: list[dict] | No
     check(args, recipe, 1)
     device = torch.device("cpu")
     model, processor = prepare.load_model(args, device), Processor(DEFAULT_MODEL)
-    run = train.Run(args, recipe, prepare.make_policy(args, recipe, model, 1), processor, rows or records(), None, device,
+    run = train.Run(args, recipe, prepare.make_policy(args, recipe, model, device, 1), processor, rows or records(), None, device,
                     judges=prepare.make_judges(args, recipe, model, processor, None))
     run.learner = train.make_learner(run) if recipe.advantages else None
     if args.reference_cache:

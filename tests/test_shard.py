@@ -1,7 +1,7 @@
 """--shard: sharded processes compute what one does, and their checkpoints resume on any number of them.
 
 Processes start in groups that run several commands each, as a start costs seconds. On the embedded model; a run has
-three steps of twelve pairs, checkpoints after the second and the third.
+three steps of four pairs, checkpoints after the second and the third.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from model import shard
 from model.checkpoint import load_llava
 
 HOME = Path(__file__).resolve().parents[1]
-FULL = ["--lora-rank", "0", "--lr", "1e-4"]
-PPO = ["--judge", "clip", "--max-new-tokens", "12", "--samples", "2", "--inner-epochs", "2", "--steps", "2"]
+FULL = ["--lora-rank", "0"]
+PPO = ["--judge", "clip", "--max-new-tokens", "8", "--samples", "2", "--inner-epochs", "2", "--steps", "2"]
 KINDS = {
-    "dpo": ["--loss", "dpo", "--train-projector"],
+    "dpo": ["--loss", "dpo", "--train-projector", "--batch-size", "8"],
     "dpo-full": ["--loss", "dpo", "--checkpointing", *FULL],
     "adavip": ["--loss", "adavip"],
     "adavip-full": ["--loss", "adavip", *FULL],
@@ -69,9 +69,9 @@ def run(processes: int, folder: Path, commands: list[tuple[int, list[str]]]) -> 
 
 
 def command(folder: Path, out: str, *more: str) -> list[str]:
-    return ["--data", str(folder / "pairs.jsonl"), "--out", str(folder / out), "--steps", "3", "--batch-size", "12",
+    return ["--data", str(folder / "pairs.jsonl"), "--out", str(folder / out), "--steps", "3", "--batch-size", "4",
             "--micro-batch-size", "1", "--save-every", "2", "--log-every", "1", "--eval-scenes", "0",
-            "--lora-rank", "4", *more]
+            "--lora-rank", "4", "--lr", "1e-4", *more]
 
 
 def lines(out: Path) -> list[dict]:
@@ -103,7 +103,7 @@ def folder(tmp_path_factory) -> Path:
     write_jsonl(folder / "pairs.jsonl", [
         {"id": str(i), "image": scenes.reference(scenes.PAIRS + i), "prompt": scenes.CAPTION_PROMPT,
          "rejected_image": scenes.reference(scenes.PAIRS + i + 50), "chosen": said[i % 3][0], "rejected": said[i % 3][1]}
-        for i in range(14)])
+        for i in range(9)])
     for name, options in KINDS.items():
         assert train.main(command(folder, f"{name}/one", *options)) == 0
     two = [(2, command(folder, f"{name}/two", *options)) for name, options in KINDS.items()]
@@ -209,7 +209,7 @@ def test_other_numbers_of_processes_go_on(folder, resumed, processes):
 
 
 def test_nodes_hold_the_same_shards(folder, resumed):
-    """Two nodes of two processes: gradients are exchanged between nodes once an update, after three micro-batches."""
+    """Two nodes of two processes: gradients are exchanged between nodes once an update, after two micro-batches."""
     assert_same(folder / "nodes", folder / "dpo" / "one")
     assert len(list((folder / "nodes" / "checkpoint").glob("part-*"))) == 2
 
