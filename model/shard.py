@@ -165,9 +165,10 @@ class ShardedPolicy(Policy):
         if here:
             scorer.load_state_dict(found, assign=True)
         self.inside = Policy(model.eval(), scorer, None, self.optimizer, self.clip_norm)
-        half = None if stored else self.autocast
+        device, half = self.model.device.type, None if stored else self.autocast
+        model.vision_features = torch.autocast(device, enabled=False)(model.vision_features)  # as in training
         try:
-            with torch.autocast(self.model.device.type, half, enabled=half is not None):
+            with torch.autocast(device, half, enabled=half is not None):
                 yield self.inside
         finally:
             self.inside = None

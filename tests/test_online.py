@@ -38,6 +38,7 @@ from losses import ppo
 from model import reference
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
 from model.logprobs import Sequence, naive_logprobs, pack
+from model.lora import Reference
 from model.reward import load_reward_model, save_reward_head
 from model.training import named, pick
 from model.views import stack
@@ -594,6 +595,8 @@ def test_bdhs_draws_by_seed_and_falls_back_without_weight(monkeypatch):
 def test_cached_reference_equals_a_fresh_one_and_is_refused_when_stale(tmp_path, score):
     path = tmp_path / "reference.safetensors"
     run = make_run("rdpo_released", "--reference-cache", str(path), moved=False)
+    assert run.policy.reference is None  # it needs none, be it a copy of the weights
+    run.policy.reference = Reference(run.policy.model)
     move(run)
     cached = score(run, batch_of(run))
     run.cache = None

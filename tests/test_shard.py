@@ -177,12 +177,14 @@ def test_each_process_holds_its_share(folder):
 
 
 def test_mixed_precision_starts_at_equal_policies_and_trains_in_fp32(folder, tmp_path):
-    """bf16, in full, in one process: the weights that the reference has are the policy's to the last bit."""
-    for out, more in (("one", []), ("sharded", ["--shard"])):
+    """bf16, in full, in one process: the weights that the reference has are the policy's to the last bit, and so are
+    those that its cache is made with."""
+    for out, more in (("one", []), ("sharded", ["--shard"]),
+                      ("cached", ["--shard", "--reference-cache", str(tmp_path / "reference")])):
         options = [*KINDS["dpo-full"], "--precision", "bf16", "--batch-size", "2", *more]
         assert train.main([*command(folder, out, *options), "--out", str(tmp_path / out)]) == 0
-    one, sharded = lines(tmp_path / "one"), lines(tmp_path / "sharded")
-    assert sharded[0]["margin"] == 0.0 and sharded[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    one, sharded, cached = (lines(tmp_path / out) for out in ("one", "sharded", "cached"))
+    assert cached == sharded and sharded[0]["margin"] == 0.0 and sharded[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert sharded[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=0.1)
     assert {x.dtype for name, x in weights(tmp_path / "sharded").items() if "language_model" in name} == {torch.float32}
 
