@@ -133,7 +133,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--pairs", choices=METHODS,
         help="method that makes pairs of scenes (default: the loss's own)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
-    add("--resume", action="store_true", help="go on from checkpoint.pt in --out")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--overwrite", action="store_true", help="replace an earlier run that --out holds")
     add("--steps", type=int, default=60,
         help="optimiser steps; a resumed run may have another number, and from there on the learning rate of a run"

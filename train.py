@@ -23,7 +23,7 @@ a pure function; its argument names say which log-probs it gets, its keyword arg
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
 --out receives: config.json (the resolved configuration, the git commit and versions), pairs.jsonl (if made here),
-metrics.jsonl (one line an interval), checkpoint.pt and checkpoint-previous.pt (to resume), model/ (llava-hf folder,
+metrics.jsonl (one line an interval), checkpoint.pt and checkpoint-previous.pt (to resume; of --shard folders), model/ (llava-hf folder,
 adapters merged), adapters/ (PEFT's format), result.json (before and after, and the records that --bad-records skip has
 replaced), and from fisao baselines.json and scores.svg (what the verifier says of words and sentences, before and
 after). What an earlier run left there is replaced only with --overwrite.

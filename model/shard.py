@@ -18,7 +18,8 @@ computes what an unsharded one does. Gradients are averaged in fp32, and accumul
 process holds a whole gradient.
 
 n is the number of processes on a node (LOCAL_WORLD_SIZE); nodes hold the same shards and exchange gradients once an
-update (HSDP). Every process must run the scorer equally often.
+update (HSDP). Every process must run the scorer equally often. To sample, each process gathers all weights for a while;
+to measure and to save, the first one does.
 
 A checkpoint is a folder that appears whole or not at all: state.pt, and of each of n processes part-I-of-n.pt with its
 rows of every tensor. They are torch.save's zip archives, checksums verified, read with weights_only=True. The format of
@@ -31,7 +32,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -50,7 +50,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common import BadInput, written_whole
 from model import lora
-from model.resume import FOLDER, FOLDER_PREVIOUS, load_whole, read_archive
+from model.resume import FOLDER, FOLDER_PREVIOUS, forget, load_whole, read_archive
 from model.training import Policy, gather_all, ranks
 from model.vlm import VLM
 
@@ -191,7 +191,7 @@ class ShardedPolicy(Policy):
         """Write checkpoint/, each process its part; the former one becomes checkpoint-previous/."""
         here, rank, parts = out / UNFINISHED, dist.get_rank(), self.mesh["shard"].size()
         if rank == 0:
-            shutil.rmtree(here, ignore_errors=True)
+            forget(here)
             here.mkdir()
         dist.barrier()
         if rank < parts:  # of several nodes, the first
@@ -204,7 +204,7 @@ class ShardedPolicy(Policy):
             groups = self.optimizer.state_dict()["param_groups"]
             _write(here / STATE, {**content, "trained": {}, "optimizer": {"param_groups": groups}, "parts": parts})
             if (out / FOLDER).exists():  # killed in these lines: one of the two is there
-                shutil.rmtree(out / FOLDER_PREVIOUS, ignore_errors=True)
+                forget(out / FOLDER_PREVIOUS)
                 os.replace(out / FOLDER, out / FOLDER_PREVIOUS)
             os.replace(here, out / FOLDER)
         dist.barrier()
@@ -214,9 +214,9 @@ class ShardedPolicy(Policy):
         trained, optimizer = saved.pop("trained"), saved.pop("optimizer")
         for name, parameter in self.trained.items():
             self._fill(parameter.detach(), trained[name])
-        moments = {i: {name: value if value.dim() == 0 else self._fill(torch.empty_like(p.detach()), value)
-                       for name, value in optimizer["state"][i].items()}
-                   for i, p in enumerate(self.trained.values())}
+        parameters = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {i: {name: value if value.dim() == 0 else self._fill(torch.empty_like(p), value)
+                       for name, value in optimizer["state"][i].items()} for i, p in enumerate(parameters)}
         self.optimizer.load_state_dict({**optimizer, "state": moments})
 
     def _fill(self, tensor: DTensor, rows: Rows) -> DTensor:

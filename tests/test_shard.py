@@ -22,7 +22,7 @@ from common import BadInput
 from data import scenes
 from data.records import write_jsonl
 from model import shard
-from model.checkpoint import load_llava
+from model.checkpoint import DEFAULT_MODEL, load_llava
 
 HOME = Path(__file__).resolve().parents[1]
 FULL = ["--lora-rank", "0"]
@@ -96,7 +96,7 @@ def assert_same(out: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Finished runs KIND/one, KIND/two (DDP) and KIND/sharded, one of several nodes, and one with its reference cached."""
+    """Finished runs KIND/one, KIND/two (DDP) and KIND/sharded, and one with its reference cached."""
     folder = tmp_path_factory.mktemp("runs")
     said = [("There is a dog and a cup on the table.", "There is a cat."), ("A red ball lies here.", "A chair."),
             ("I see a cup.", "I see a large blue dog beside a small tree.")]
@@ -115,10 +115,15 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(folder) -> str:
-    """The sharded runs of `dpo-full` and `ppo` as they were after step 2 (or 1), resumed on other numbers of processes;
-    returns what the two processes wrote to stderr."""
+    """The sharded run of `dpo-full` as it was after step 2, resumed on several numbers of processes; and `dpo` on two
+    nodes. Returns what the two processes wrote to stderr."""
     for name in ("resumed-on-2", "resumed-on-4", "resumed-on-1", "damaged"):
-        go_back(folder / "dpo-full" / "sharded", folder / name, keep=name == "damaged")
+        shutil.copytree(folder / "dpo-full" / "sharded", folder / name)
+        shutil.rmtree(folder / name / "model")
+        if name != "damaged":
+            shutil.rmtree(folder / name / "checkpoint")
+        if name in ("resumed-on-2", "resumed-on-4"):  # on 1: killed between the two renames
+            (folder / name / "checkpoint-previous").rename(folder / name / "checkpoint")
     flip(folder / "damaged" / "checkpoint" / "part-1-of-2.pt")
     options = (*KINDS["dpo-full"], "--shard", "--resume")
     said = run(2, folder / "again", [(2, command(folder, out, *options)) for out in ("resumed-on-2", "damaged")])
@@ -126,15 +131,6 @@ def resumed(folder) -> str:
                              (2, command(folder, "nodes", *KINDS["dpo"], "--shard"))])
     assert train.main(command(folder, "resumed-on-1", *options)) == 0
     return said
-
-
-def go_back(source: Path, out: Path, keep: bool) -> None:
-    """Copy a finished run as if it had been killed before its last checkpoint, or with it."""
-    shutil.copytree(source, out)
-    shutil.rmtree(out / "model")
-    if not keep:
-        shutil.rmtree(out / "checkpoint")
-        (out / "checkpoint-previous").rename(out / "checkpoint")
 
 
 def flip(path: Path) -> None:
@@ -159,7 +155,6 @@ def test_the_cached_reference_is_the_sharded_one(folder):
 
 
 def test_what_is_saved_loads_and_gives_the_same_logits(folder, pixels):
-    from model.checkpoint import DEFAULT_MODEL
     models = [load_llava(path) for path in (folder / "dpo-full" / "one" / "model",
                                             folder / "dpo-full" / "sharded" / "model", DEFAULT_MODEL)]
     config = models[0].config
@@ -187,6 +182,14 @@ def test_mixed_precision_starts_at_equal_policies_and_trains_in_fp32(folder, tmp
     assert cached == sharded and sharded[0]["margin"] == 0.0 and sharded[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert sharded[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=0.1)
     assert {x.dtype for name, x in weights(tmp_path / "sharded").items() if "language_model" in name} == {torch.float32}
+
+
+def test_adapters_are_fp32_on_a_bf16_base(folder, tmp_path):
+    options = [*KINDS["dpo"], "--precision", "bf16", "--batch-size", "2", "--steps", "1", "--shard"]
+    assert train.main([*command(folder, "", *options), "--out", str(tmp_path)]) == 0
+    found = {name: x.dtype for name, x in weights(tmp_path).items()}
+    assert {dtype for name, dtype in found.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in found.items() if "mlp" in name and "lora_" not in name} == {torch.bfloat16}
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
