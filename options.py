@@ -164,6 +164,8 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--train-vision", action="store_true", help="train the vision tower too, in full")
     add("--precision", choices=("fp32", "bf16"), help="(default: bf16 on CUDA, else fp32)")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--shard", action="store_true",
+        help="spread weights, gradients and optimiser state over the processes (FSDP2), which by default hold all")
     add("--reference-cache", type=Path, metavar="FILE",
         help="compute the reference's log-probs once and keep them here; refused if they are not this run's")
     add("--template", choices=TEMPLATES, help="prompt template (default: the checkpoint's own)")
@@ -273,6 +275,8 @@ def rate_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--projector-lr: the projector does not train; --train-projector lets it"
     if args.vision_lr and not args.train_vision:
         yield "--vision-lr: the vision tower does not train; --train-vision lets it"
+    if args.train_vision and args.shard:
+        yield "--shard keeps the vision tower whole and frozen, --train-vision trains it: which of them?"
 
 
 def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:

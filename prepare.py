@@ -38,15 +38,17 @@ from pairs.methods import make_pairs
 # ----------------------------------------------------------------------------------------------------- records
 
 
-def find_records(args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor, rank: int,
+def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, processor: Processor, rank: int,
                  world: int) -> tuple[list[dict], Path]:
     """(records, folder that their paths start from): those of --data, or made from scenes and kept in --out.
 
     Only a resumed run uses what --out holds: a new one may have another seed, method or model.
     """
     path = args.data or args.out / "pairs.jsonl"
-    if args.data is None and not (args.resume and path.exists()) and rank == 0:
-        write_jsonl(path, make_records(args, recipe, model, processor))
+    if args.data is None and not (args.resume and path.exists()):
+        with policy.whole(here=rank == 0) as whole:
+            if rank == 0:
+                write_jsonl(path, make_records(args, recipe, whole.model, processor))
     if world > 1:
         dist.barrier()
     data = read_records(path, recipe)
@@ -114,7 +116,8 @@ def record_lengths(args: argparse.Namespace, recipe: Recipe, processor: Processo
 def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
     """The model, with what trains marked: adapters (and the projector), or decoder and projector in full; and the
     vision tower."""
-    model = load_llava(args.model, weights_dtype(args), device)
+    # Before it is sharded it stays in its files; layer by layer it then moves to the device.
+    model = load_llava(args.model, None, "cpu") if args.shard else load_llava(args.model, weights_dtype(args), device)
     merge_lora(model)  # a folder of adapters is a starting point like any other
     return with_trained(args, model)
 
@@ -148,18 +151,23 @@ def set_checkpointing(model: Llava, on: bool) -> None:
             module.checkpointing = on
 
 
-def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, world: int) -> Policy:
+def make_policy(args: argparse.Namespace, recipe: Recipe, model: Llava, device: torch.device, world: int) -> Policy:
     """Scorer, reference and optimiser around the model; all that trains is inside the scorer."""
     autocast = torch.bfloat16 if args.precision == "bf16" else None
     scorer = RewardModel(model, autocast) if recipe.rewards else Scorer(model, autocast, recipe.asks_for("values"))
+    kind, kind_of_reference = Policy, Reference
+    if args.shard:
+        from model import shard  # not at the top: importing FSDP takes a second
+        kind, kind_of_reference = shard.shard(scorer, model, weights_dtype(args), device, autocast), shard.Reference
     ratios = {model.CONNECTOR: (args.projector_lr or args.lr) / args.lr,
               model.TOWER: (args.vision_lr or args.lr) / args.lr}
     optimizer = torch.optim.AdamW(parameter_groups(scorer, ratios), lr=args.lr, betas=(0.9, 0.999),
-                                  weight_decay=args.weight_decay, fused=model.device.type == "cuda" or None)
-    reference = Reference(model) if recipe.compares else None  # it may hold a copy of the weights
-    if world > 1:
+                                  weight_decay=args.weight_decay, fused=device.type == "cuda" or None)
+    compares = recipe.compares and not args.reference_cache  # a reference may hold a copy of the weights
+    reference = kind_of_reference(model) if compares else None
+    if world > 1 and not args.shard:
         scorer = DistributedDataParallel(scorer, gradient_as_bucket_view=True)  # gradients are kept once, not twice
-    return Policy(model, scorer, reference, optimizer, args.clip_norm)
+    return kind(model, scorer, reference, optimizer, args.clip_norm)
 
 
 # ------------------------------------------------------------------------------------------------------ judges

@@ -105,9 +105,10 @@ def reinforce_step(run: Reinforcement, drawn: list[list[tuple[dict, int]]], step
         drawn: (record, seed) of each micro-batch.
     """
     policy, settings, memory, rollouts = run.policy, run.settings, run.memory, []
-    for part in drawn:
-        records, seeds = [record for record, _ in part], [seed for _, seed in part]
-        responses = sample(run, records, seeds, settings.samples, settings.temperature)
+    parts = [([record for record, _ in part], [seed for _, seed in part]) for part in drawn]
+    with policy.whole():
+        sampled = [sample(run, records, seeds, settings.samples, settings.temperature) for records, seeds in parts]
+    for (records, _), responses in zip(parts, sampled):
         rollouts.append(roll_out(policy.plain, policy.reference, records, responses, run.processor, run.root))
     targets, metrics = run.advantages(rollouts, run.parts, memory, **run.judges)
     log.add(metrics, sum(len(r.packed.ids) for r in rollouts))
@@ -135,8 +136,9 @@ def reinforce_step(run: Reinforcement, drawn: list[list[tuple[dict, int]]], step
 def sample(run: Reinforcement, records: list[dict], seeds: list[int], samples: int, temperature: float,
            ) -> list[list[list[int]]]:
     """Responses of the policy to each record, [record][sample] token ids."""
-    return online.sample(run.policy.model, run.processor, records, seeds, run.root, samples=samples,
-                         temperature=temperature, max_new_tokens=run.settings.max_new_tokens)
+    with run.policy.whole() as whole:
+        return online.sample(whole.model, run.processor, records, seeds, run.root, samples=samples,
+                             temperature=temperature, max_new_tokens=run.settings.max_new_tokens)
 
 
 # --------------------------------------------------------------------------------- rollouts and advantages

@@ -2,6 +2,7 @@
 
     torchrun train.py --loss adavip                                     the embedded model, one process
     torchrun --nproc-per-node 2 train.py --loss dpo                     two processes, same losses
+    torchrun --nproc-per-node 8 train.py --loss adavip --shard          weights and all spread over them (FSDP2)
     python train.py --loss rdpo --steps 20                              without torchrun
     python train.py --loss adavip --data pairs.jsonl --model DIR        your pairs, your LLaVA checkpoint
     python train.py --loss dpo --data rlaif-v.parquet --model DIR       published ones, as they are
@@ -23,7 +24,8 @@ a pure function; its argument names say which log-probs it gets, its keyword arg
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
 --out receives: config.json (the resolved configuration, the command, the git commit, versions, and hashes of records
-and model), pairs.jsonl (if made here), metrics.jsonl (one line an interval), checkpoint-STEP.pt (to resume), model/
+and model), pairs.jsonl (if made here), metrics.jsonl (one line an interval), checkpoint-STEP.pt (to resume; of
+--shard a folder), model/
 (llava-hf folder, adapters merged), adapters/ (PEFT's format, which has no place for a vision tower that trains),
 result.json (before and after, and the records that --bad-records skip has replaced), plots.svg, and from fisao
 baselines.json and scores.svg (what the verifier says of words and sentences, before and after). What an earlier run
@@ -72,6 +74,7 @@ from model.checkpoint import save_json, save_llava
 from model.llava import Llava
 from model.log import Log
 from model.logprobs import Packed
+from model.lora import adapters_off
 from model.resume import Writer, checkpoints
 from model.reward import save_reward_head
 from model.training import Policy, StopRequest, learning_rate, named, pick, set_learning_rate
@@ -162,7 +165,7 @@ def train(run: Run, writer: Writer, saved: dict | None = None) -> bool:
                 features = model.seen(batch.pixels)  # (tiles, P, C)
                 packed = batch.packed if batch.noisy is None else pick_in_noise(policy, batch, batch.packed, features)
                 inputs = batch.changed() if recipe.asks_for("chosen_changed") else {}  # (B, L) each
-                if policy.reference:  # reference_chosen_logps (B,), reference_chosen_token_logps (B, L), ...
+                if recipe.compares:  # reference_chosen_logps (B,), reference_chosen_token_logps (B, L), ...
                     inputs |= named("reference", batch.names, (reference_logps(run, batch, packed, features),))
                 with policy.no_sync(more=i + 1 < len(drawn)):  # policy_chosen_logps (B,), chosen_mask (B, L), ...
                     inputs |= named("policy", batch.names, policy.scorer(packed, features))
@@ -210,14 +213,15 @@ def make_learner(run: Run) -> reinforce.Reinforcement:
 def begin(run: Run, saved: dict | None) -> int:
     """Take over what a checkpoint holds, else measure what reinforcement needs. Returns the number of steps done."""
     if saved:
-        resume.restore(saved, run.policy)
+        run.policy.restore(saved) if run.args.shard else resume.restore(saved, run.policy)
         run.bad_records = saved["bad_records"]
         if run.learner:
             run.learner.memory = reinforce.Memory(**saved["reinforcement"])
         return saved["step"]
     if run.learner:
         baselines = run.args.baselines if "verifier" in run.judges else None
-        reinforce.calibrate(run.learner, run.records, baselines)
+        with run.policy.whole():
+            reinforce.calibrate(run.learner, run.records, baselines)
         if run.learner.memory.baselines and run.rank == 0:
             save_json(run.learner.memory.baselines, run.args.out / "baselines.json")
     return 0
@@ -246,8 +250,9 @@ def collate_for(recipe: Recipe, processor: Processor, root: Path | None, records
 def write_batch(run: Run, drawn: list[tuple[dict, int]]) -> Batch:
     """Let the policy write the records of this step (pairs/online.py)."""
     records, seeds = [record for record, _ in drawn], [seed for _, seed in drawn]
-    records = run.recipe.online(records, seeds, run.policy.model, run.processor, run.root, **run.judges,
-                                **kwargs_of(run.recipe.online, run.args))
+    with run.policy.whole() as whole:
+        records = run.recipe.online(records, seeds, whole.model, run.processor, run.root, **run.judges,
+                                    **kwargs_of(run.recipe.online, run.args))
     return collate_for(run.recipe, run.processor, run.root, records, seeds)
 
 
@@ -276,7 +281,7 @@ def reference_logps(run: Run, batch: Batch, packed: Packed, features: Tensor) ->
 
 def reference_cache(run: Run) -> dict[str, Tensor]:
     """The reference's log-probs of every record that can be used, computed once and kept in --reference-cache."""
-    args, policy, bad = run.args, run.policy, []
+    args, bad = run.args, []
     make = partial(collate_for, run.recipe, run.processor, run.root, seeds=None)
 
     def score(records: list[dict]) -> dict[str, Tensor]:
@@ -285,26 +290,29 @@ def reference_cache(run: Run) -> dict[str, Tensor]:
         if batch is None:
             return {}
         batch = batch.to(run.device)
-        with policy.reference():
-            logps, mask, *_ = policy.plain(batch.packed, policy.model.seen(batch.pixels))
+        with torch.no_grad(), adapters_off(whole.model):  # nothing has trained yet
+            logps, mask, *_ = whole.plain(batch.packed, whole.model.seen(batch.pixels))
         names = [f"{name}/{i}" for name in batch.names for i in batch.ids]
         return {name: row[m].cpu() for name, row, m in zip(names, logps, mask)}
 
-    policy.model.eval()
+    run.policy.model.eval()
     key = reference.fingerprint(args.model, run.records, run.recipe.sequences, run.processor, args.precision)
-    rows = reference.cached(args.reference_cache, key, run.records, run.recipe.sequences, score,
-                            args.micro_batch_size, run.rank, run.world)
+    with run.policy.whole() as whole:
+        rows = reference.cached(args.reference_cache, key, run.records, run.recipe.sequences, score,
+                                args.micro_batch_size, run.rank, run.world)
     stop_at(training.gather_all(bad, run.world), args.bad_records)
     return rows
 
 
 def save(run: Run, done: int, log: Log, writer: Writer) -> None:
-    """Start to write a checkpoint. A collective call."""
-    unfinished = log.unfinished()
-    if run.rank == 0:
-        writer.save(run.policy, step=done, config=run.config, identity=run.identity, log=unfinished,
-                    bad_records=dict(run.bad_records),
-                    reinforcement=asdict(run.learner.memory) if run.learner else {})
+    """Start to write a checkpoint, of sharded weights write it. A collective call."""
+    content = dict(step=done, config=run.config, identity=run.identity, log=log.unfinished(),
+                   bad_records=dict(run.bad_records),
+                   reinforcement=asdict(run.learner.memory) if run.learner else {})
+    if run.args.shard:
+        run.policy.save_checkpoint(run.args.out, run.args.keep_checkpoints, **content)
+    elif run.rank == 0:
+        writer.save(run.policy, **content)
 
 
 # ------------------------------------------------------------------------------------------------- bad records
@@ -398,7 +406,7 @@ def announce(run: Run, saved: dict | None) -> None:
     found = checkpoints(args.out)
     damaged = found[: found.index(saved["path"]) if saved else None]  # or of an earlier run
     for path in (*damaged, *(args.out / name for name in ("result.json", BAD_BATCH, STARTING))):
-        path.unlink(missing_ok=True)
+        resume.forget(path)
     about = {"command": shlex.join(sys.argv), "identity": run.identity, "versions": versions()}
     save_json({**run.config, **facts, **about}, args.out / "config.json")
 
@@ -450,20 +458,30 @@ def measurement(run: Run, held: list[dict]) -> Callable[[], dict[str, float]]:
     if held:
         return partial(measure_rewards, run, held)
     if run.args.eval_scenes > 0 and all(record["image"].startswith("scene:") for record in run.records):
-        return lambda: measure(run.policy.model, run.processor, run.args.eval_scenes, run.args.eval_split)[0]
+        return partial(measure_captions, run)
     return dict
 
 
+def measure_captions(run: Run) -> dict[str, float]:
+    """`measure` in the first process."""
+    with run.policy.whole(here=run.rank == 0) as whole:
+        return measure(whole.model, run.processor, run.args.eval_scenes, run.args.eval_split)[0] if not run.rank else {}
+
+
 def write_model(run: Run) -> None:
-    """model/ and what else --out receives of a finished run."""
-    args, model = run.args, run.policy.model
-    save_llava(model, args.out / "model", args.model)
-    if args.lora_rank and not args.train_vision:  # PEFT's format has no place for a tower
-        save_adapters(model, args.out / "adapters", args.model)
-    if run.recipe.rewards:
-        save_reward_head(run.policy.plain, args.out)
+    """model/ and what else --out receives of a finished run, from the first process."""
+    args, first = run.args, run.rank == 0
+    with run.policy.whole(here=first, stored=True) as whole:
+        if first:
+            save_llava(whole.model, args.out / "model", args.model)
+        if first and args.lora_rank and not args.train_vision:  # PEFT's format has no place for a tower
+            save_adapters(whole.model, args.out / "adapters", args.model)
+        if first and run.recipe.rewards:
+            save_reward_head(whole.plain, args.out)
     if run.learner:
-        reinforce.draw_scores(run.learner, run.records, args.out / "scores.svg")
+        with run.policy.whole(here=first):
+            if first:
+                reinforce.draw_scores(run.learner, run.records, args.out / "scores.svg")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -479,8 +497,8 @@ def main(argv: list[str] | None = None) -> int:
             (args.out / STARTING).touch()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite", "estimate", "tflops")}
-    saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     device = training.start_processes(world)
+    saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
     lengths = None
     if args.data:  # bad records are named before a large model is loaded
@@ -491,12 +509,12 @@ def main(argv: list[str] | None = None) -> int:
         print(estimate.report(args, recipe, processor, data.records, data.root, world))
         return 0
     model = load_model(args, device)
-    records, root = find_records(args, recipe, model, processor, rank, world)
+    policy = make_policy(args, recipe, model, device, world)
+    records, root = find_records(args, recipe, policy, processor, rank, world)
     lengths = lengths or record_lengths(args, recipe, processor, records, root)
     held = records[: max(1, len(records) // 10)] if recipe.rewards else []
-    run = Run(args, recipe, make_policy(args, recipe, model, world), processor, records[len(held) :], root, device,
-              rank, world, make_judges(args, recipe, model, processor, root), config,
-              lengths=lengths and lengths[len(held) :])
+    run = Run(args, recipe, policy, processor, records[len(held) :], root, device, rank, world,
+              make_judges(args, recipe, model, processor, root), config, lengths=lengths and lengths[len(held) :])
     run.learner = make_learner(run) if recipe.advantages else None
     run.identity = reference.identity(args.model, run.records, processor)
     if saved:
@@ -505,13 +523,15 @@ def main(argv: list[str] | None = None) -> int:
         run.cache = reference_cache(run)
     if rank == 0:
         announce(run, saved)
-    measured = measurement(run, held) if rank == 0 else dict
+    measured = measurement(run, held)
     before = measured()
     with Writer(args.out, args.keep_checkpoints) as writer:
         finished = train(run, writer, saved)
-    if rank == 0 and finished:
+    if finished:
         write_model(run)
-        after, minutes = measured(), (time.perf_counter() - started) / 60
+        after = measured()
+    if rank == 0 and finished:
+        minutes = (time.perf_counter() - started) / 60
         result = {"config": config, "before": before, "after": after, "minutes": minutes}
         if run.bad_records:
             result["bad_records"] = run.bad_records
@@ -522,7 +542,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.out}/model written, {minutes:.1f} minutes")
     elif rank == 0:
         print(f"interrupted; go on with --resume --out {args.out}")
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return 0 if finished else 1

@@ -47,9 +47,12 @@ EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.l
 
 
 def load_llava(
-    name: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name: Path | str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
 ) -> VLM:
     """Load a folder or hub id of any family; adapters, if the folder holds some, stay adapters.
+
+    Args:
+        dtype: of the weights; None for that of each in the files, which on the CPU then stay mapped.
 
     Raises BadInput naming the file and the tensor or setting that does not fit.
     """
@@ -105,7 +108,7 @@ def fill(
     model: nn.Module,
     found: dict[str, Stored],
     folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str,
     may_ignore: Callable[[str], bool] = lambda name: False,
     surplus_rows: int = 0,

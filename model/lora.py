@@ -141,14 +141,13 @@ class Reference:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Use as `with reference():`; no gradients inside, the policy's weights are back afterwards."""
-        current = [p.data for p in self.trained]
-        self._put(self.frozen)
+        self._exchange()
         try:
             with torch.no_grad(), adapters_off(self.module):
                 yield
         finally:
-            self._put(current)
+            self._exchange()
 
-    def _put(self, tensors: list[Tensor]) -> None:
-        for parameter, tensor in zip(self.trained, tensors):
-            parameter.data = tensor
+    def _exchange(self) -> None:
+        for parameter, kept in zip(self.trained, self.frozen):
+            parameter.data, kept.data = kept.data, parameter.data

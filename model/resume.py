@@ -1,6 +1,7 @@
 """Checkpoints: everything that a resumed run needs.
 
-    Writer           writes checkpoint-STEP.pt in a thread while training goes on, keeps the newest few
+    Writer           writes checkpoint-STEP.pt in a thread while training goes on, keeps the newest few; of sharded
+                     weights, a folder checkpoint-STEP, model/shard.py writes it
     checkpoints      those of a folder, the newest first
     read_checkpoint  the newest one that is undamaged, refused if it belongs to another run
     restore          its weights and optimiser state into the policy
@@ -19,6 +20,7 @@ verified before anything is read, with weights_only=True.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +31,7 @@ import torch
 from common import BadInput, written_whole
 from model.training import Policy
 
-NAME = re.compile(r"checkpoint-(\d{1,12})\.pt")
+NAME = re.compile(r"checkpoint-(\d{1,12})(\.pt)?")
 CONTENT = {  # of a checkpoint
     "step": int,  # how many are done
     "config": dict,  # the settings
@@ -48,7 +50,7 @@ CHANGEABLE = {"out", "workers", "log_every", "save_every", "eval_scenes", "eval_
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a folder, the newest first; none where there is no folder."""
-    found = {int(match[1]): path for path in out.glob("checkpoint-*.pt") if (match := NAME.fullmatch(path.name))}
+    found = {int(match[1]): path for path in out.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))}
     return [found[step] for step in sorted(found, reverse=True)]
 
 
@@ -98,8 +100,13 @@ def write_checkpoint(out: Path, content: dict, keep: int) -> None:
             torch.save(content, file)
         except RuntimeError as error:  # its zip writer hides what the file said
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-    for path in checkpoints(out)[keep:]:
-        path.unlink()
+    keep_newest(out, keep)
+
+
+def keep_newest(out: Path, count: int) -> None:
+    """Delete all checkpoints but the newest."""
+    for path in checkpoints(out)[count:]:
+        forget(path)
 
 
 def read_checkpoint(out: Path, config: dict, rank: int = 0) -> dict:
@@ -130,19 +137,27 @@ def read_checkpoint(out: Path, config: dict, rank: int = 0) -> dict:
 
 def load_whole(path: Path) -> dict:
     """A checkpoint whose every bit is as it was written. Raises BadInput, one line that names the file."""
+    if path.is_dir():
+        from model import shard  # not at the top: importing FSDP takes a second
+        return shard.load(path)
+    saved = read_archive(path)
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), kind) for k, kind in CONTENT.items()):
+        raise BadInput(f"{path}: no checkpoint of this version of train.py, which holds {', '.join(CONTENT)}")
+    return saved
+
+
+def read_archive(path: Path, mmap: bool = False) -> object:
+    """What torch.save wrote, on the CPU, or mapped. Raises BadInput as `load_whole`."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise BadInput(f"the checksum of {damaged} is wrong")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise BadInput(f"{path}: not found") from None
     except Exception as error:  # damage has many faces: BadZipFile, RuntimeError, UnpicklingError, EOFError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{path}: damaged or no checkpoint ({reason[:200]})") from None
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), kind) for k, kind in CONTENT.items()):
-        raise BadInput(f"{path}: no checkpoint of this version of train.py, which holds {', '.join(CONTENT)}")
-    return saved
 
 
 def refuse_other(saved: dict, policy: Policy, identity: dict[str, str]) -> None:
@@ -165,6 +180,11 @@ def shapes(trained: dict, moments: dict) -> dict[str, tuple]:
     """Name -> shape, of trained weights and of the optimiser's tensors for each of them."""
     named = {f"optimizer {i} {name}": tensor for i, state in moments.items() for name, tensor in state.items()}
     return {name: tuple(tensor.shape) for name, tensor in (trained | named).items()}
+
+
+def forget(path: Path) -> None:
+    """Remove a checkpoint, be it a file or a folder, if there is one."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def restore(saved: dict, policy: Policy) -> None:

@@ -13,8 +13,8 @@ import inspect
 import math
 import os
 import signal
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -74,7 +74,7 @@ class Policy:
 
     model: nn.Module  # model.llava.Llava
     scorer: nn.Module  # model.logprobs.Scorer or model.reward.RewardModel, in DDP where there are several processes
-    reference: Reference | None  # `with reference():` the model is as it was; None where nothing is compared
+    reference: Reference | None  # `with reference():` the model is as it was; None where no copy of it is needed
     optimizer: torch.optim.Optimizer
     clip_norm: float
 
@@ -98,10 +98,19 @@ class Policy:
         sees it."""
         (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
 
+    @contextmanager
+    def whole(self, here: bool = True, stored: bool = False) -> Iterator[Policy]:
+        """A policy whose weights are all in this process: itself (model/shard.py has another)."""
+        yield self
+
+    def clip(self) -> Tensor:
+        """Clip the gradients; their norm before."""
+        return nn.utils.clip_grad_norm_(list(self.trained.values()), self.clip_norm)
+
     def update(self) -> float:
         """Clip, step, zero the gradients. Returns the norm before clipping, the same in all processes; where it is
         not finite, nothing is updated."""
-        norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.clip_norm)
+        norm = self.clip()
         # The one wait for the device in a step; the optimiser's kernels are all that could be queued without it.
         if math.isfinite(norm := norm.item()):
             self.optimizer.step()

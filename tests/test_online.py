@@ -38,6 +38,7 @@ from losses import ppo
 from model import reference
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava, save_llava
 from model.logprobs import Sequence, naive_logprobs, pack
+from model.lora import Reference
 from model.resume import checkpoints
 from model.reward import load_reward_model, save_reward_head
 from model.training import named, pick
@@ -62,7 +63,7 @@ def make_run(loss: str, *options: str, moved: bool = True, rows: list[dict] | No
     check(args, recipe, 1)
     device = torch.device("cpu")
     model, processor = prepare.load_model(args, device), Processor(DEFAULT_MODEL)
-    run = train.Run(args, recipe, prepare.make_policy(args, recipe, model, 1), processor, rows or records(), None, device,
+    run = train.Run(args, recipe, prepare.make_policy(args, recipe, model, device, 1), processor, rows or records(), None, device,
                     judges=prepare.make_judges(args, recipe, model, processor, None))
     run.learner = train.make_learner(run) if recipe.advantages else None
     if args.reference_cache:
@@ -595,6 +596,8 @@ def test_bdhs_draws_by_seed_and_falls_back_without_weight(monkeypatch):
 def test_cached_reference_equals_a_fresh_one_and_is_refused_when_stale(tmp_path, score):
     path = tmp_path / "reference.safetensors"
     run = make_run("rdpo_released", "--reference-cache", str(path), moved=False)
+    assert run.policy.reference is None  # it needs none, be it a copy of the weights
+    run.policy.reference = Reference(run.policy.model)
     move(run)
     cached = score(run, batch_of(run))
     run.cache = None
