@@ -13,8 +13,9 @@ responses to it. The prefix is computed once; each response sees the prefix and 
                      c1     x  x  x   x   x  x
                      r1     x  x  x   x          x  x
 
-A prefix may have *hidden* tokens, which no token attends to, not even they themselves: BDHS (pairs/bdhs.py)
-hides image tokens. As queries they go on, and every position keeps its number.
+A prefix may have *hidden* tokens, which no other token attends to: BDHS (pairs/bdhs.py) hides image tokens. Every
+position keeps its number. A hidden token attends to itself, so that every query has a key, also in a prompt that begins
+with an image; what it computes reaches no other token.
 
 The prefix minus its last token is the *body*: ordinary causal attention among equals. The last prefix token
 and the responses are the *tail*: they are the positions that predict response tokens, so in the last layer
@@ -71,8 +72,8 @@ class SharedPrefix:
         prefixes: prefix length of each group, at least 2 tokens.
         responses: for each group the input length of each response (its last token predicts nothing and is no
             input).
-        hidden: for each group (prefix,) bool, True at tokens that are hidden from all; None hides nothing. The
-            first token of all and the last of the prefix must be visible, so that every query has a key.
+        hidden: for each group (prefix,) bool, True at tokens that are hidden from all others; None hides nothing. The
+            last token of the prefix, where every response begins, must be visible.
     """
 
     def __init__(self, prefixes: list[int], responses: list[list[int]], device: torch.device | str = "cpu",
@@ -87,8 +88,8 @@ class SharedPrefix:
         if hidden is not None and any(h.any() for h in hidden):
             visible = _visible(prefixes, hidden, b)[:, None, None]  # (G, 1, 1, b)
             mask[..., :b] &= visible
-            causal = torch.ones(b, b, dtype=torch.bool).tril()
-            self.body_mask = (causal & visible).to(device)  # (G, 1, b, b)
+            causal, itself = torch.ones(b, b, dtype=torch.bool).tril(), torch.eye(b, dtype=torch.bool)
+            self.body_mask = (causal & visible | itself).to(device)  # (G, 1, b, b)
         self.mask = mask.to(device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class SharedPrefix:
 
 
 def _tail_mask(bodies: list[int], responses: list[list[int]], b: int, t: int) -> Tensor:
-    """(G, 1, t, b + t) bool, True where a tail query may look. Padding sees body key 0, so no row is empty."""
+    """(G, 1, t, b + t) bool, True where a tail query may look. Padding sees itself, so no row is empty."""
     segment = torch.zeros(len(bodies), t, dtype=torch.long)  # 0 the last prefix token, 1.. responses, -1 padding
     for g, lengths in enumerate(responses):
         ids = [0] + [1 + i for i, n in enumerate(lengths) for _ in range(n)]
@@ -121,16 +122,15 @@ def _tail_mask(bodies: list[int], responses: list[list[int]], b: int, t: int) ->
     own = (query == key) & torch.ones(t, t, dtype=torch.bool).tril()
     tail = own | ((key == 0) & (query >= 0))  # (G, t, t)
     body = (torch.arange(b) < torch.tensor(bodies)[:, None])[:, None, :].expand(-1, t, -1)  # (G, t, b)
-    return torch.cat([body, tail & (query >= 0)], dim=2)[:, None]
+    return torch.cat([body, tail], dim=2)[:, None]
 
 
 def _visible(prefixes: list[int], hidden: list[Tensor], b: int) -> Tensor:
     """(G, b) bool, False at the hidden tokens of the bodies. ValueError when they do not fit."""
     visible = torch.ones(len(prefixes), b, dtype=torch.bool)
     for g, (length, row) in enumerate(zip(prefixes, hidden, strict=True)):
-        if row.shape != (length,) or row[0] or row[-1]:
-            raise ValueError(f"hidden tokens of prefix {g}: need {length} flags,"
-                             " the first and the last of them False")
+        if row.shape != (length,) or row[-1]:
+            raise ValueError(f"hidden tokens of prefix {g}: need {length} flags, the last of them False")
         visible[g, : length - 1] = ~row[:-1]
     return visible
 
