@@ -317,6 +317,11 @@ def canonical(name: str) -> str:
     return renamed(name, RENAMES)
 
 
+def peft_name(name: str) -> str:
+    """Name in the model -> name in `transformers`' LlavaForConditionalGeneration."""
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
+
+
 def tensors(folder: Path) -> dict[str, Stored]:
     """Name in the model -> place, for all tensors of a LLaVA folder, or of the model that adapters go onto.
 
