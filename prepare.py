@@ -111,7 +111,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Llava:
     else:
         add_lora(model.language_model, args.lora_rank, args.lora_alpha, args.lora_dropout)
     if full or args.train_projector:
-        model.multi_modal_projector.float().requires_grad_(True)
+        model.get_submodule(model.CONNECTOR).float().requires_grad_(True)
     model.language_model.model.checkpointing = args.checkpointing
     return model
 

@@ -35,7 +35,7 @@ Q-Former and the projection in fp32; here they have the dtype of the rest. T5 de
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from PIL import Image
@@ -96,6 +96,21 @@ def read(folder: Path) -> InstructBlipConfig:
     ids = [i for token, i in token_ids(path) if token not in NO_TEXT] if path.is_file() else []
     rows = min(size, 1 + max(ids, default=size - 1))
     return replace(config, text=replace(config.text, vocab_size=rows), surplus_rows=size - rows)
+
+
+def hf_config(config: InstructBlipConfig) -> dict:
+    """config.json of the hub's layout, for tables of `text.vocab_size` rows."""
+    eva, bert = ({"hidden_act": "gelu", **asdict(part)} for part in (config.vision, config.qformer))
+    return {
+        "model_type": "instructblip",
+        "architectures": ["InstructBlipForConditionalGeneration"],
+        "vision_config": {"model_type": "instructblip_vision_model", "qkv_bias": True, **eva},
+        "qformer_config": {"model_type": "instructblip_qformer", "encoder_hidden_size": eva["hidden_size"], **bert},
+        "text_config": {"model_type": "llama", "hidden_act": "silu", **asdict(config.text)},
+        "num_query_tokens": config.num_query_tokens,
+        "image_token_index": config.image_token_index,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+    }
 
 
 def converted_config(config: InstructBlipConfig, raw: dict) -> dict | None:
