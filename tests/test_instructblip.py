@@ -43,7 +43,8 @@ def write(folder: Path, later: bool = True) -> Path:
     text = tokenizer(["<unk>", "<s>", "</s>"], ("[PAD]", "<image>") if later else ("[PAD]",))
     size = text.get_vocab_size()
     fields = dict(image_token_index=size - 1) if later else dict(image_token_index=None)
-    small.write_instructblip(folder, {"vocab_size": size + 9 if later else size}, **fields)
+    text_config = {"vocab_size": size + 9 if later else size, "max_position_embeddings": 1024}
+    small.write_instructblip(folder, text_config, **fields)
     text.save(str(folder / "tokenizer.json"))
     (folder / "qformer_tokenizer").mkdir()
     (folder / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")

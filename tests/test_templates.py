@@ -12,9 +12,8 @@ from tokenizers import normalizers
 
 from data.processor import Processor, cut
 from data.sentencepiece import read_sentencepiece
-from model.families import TEMPLATES
 from model.families import llava as family
-from model.families.llava import SPECIAL
+from model.families.llava import SPECIAL, TEMPLATES
 
 MODEL = Path(__file__).parent / "goldens" / "tokenizer.model"
 NO_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }; appended, it overrides
