@@ -200,7 +200,8 @@ class QFormer(nn.Module):
 
     def forward(self, queries: Tensor, shown: Tensor, questions: list[tuple[int, ...]]) -> Tensor:
         table, count = self.embeddings, queries.shape[1]
-        ids = pad_sequence([torch.tensor(ids) for ids in questions], batch_first=True).to(shown.device)  # (G, T)
+        ids = [torch.tensor(question, dtype=torch.long) for question in questions]
+        ids = pad_sequence(ids, batch_first=True).to(shown.device)  # (G, T)
         lengths = torch.tensor([[count + len(question)] for question in questions])
         there = (torch.arange(count + ids.shape[1]) < lengths).to(shown.device)  # (G, Q + T)
         text = table.word_embeddings(ids) + table.position_embeddings.weight[: ids.shape[1]]  # (G, T, E)

@@ -20,9 +20,11 @@ from tokenizers.models import WordLevel
 
 from data.processor import Processor
 from model.adapters import load_adapters, save_adapters
-from model.checkpoint import load_llava, save_llava
+from model.checkpoint import _Unfilled, load_llava, save_llava
+from model.config import LlamaConfig
 from model.families import instructblip
 from model.generate import generate
+from model.instructblip import EvaConfig, InstructBlip, InstructBlipConfig, QFormerConfig
 from model.logprobs import Scorer, Sequence, naive_logprobs, pack
 from model.lora import add_lora, lora_layers
 from model.views import single, stack
@@ -35,7 +37,7 @@ VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *LETTERS]
 TIGHT = dict(rtol=1e-4, atol=1e-4)
 IMAGE = 67  # of 64 rows that no text uses the first
 ROWS = 131
-QUESTIONS = [(2, 7, 9, 3), (2, 3), (2, 20, 21, 22, 23, 24, 25, 3)]
+QUESTIONS = [(2, 7, 9, 3), (2, 3), (2, 20, 21, 22, 23, 24, 25, 3)]  # of the Q-Former's 61 tokens
 
 
 def write(folder: Path, later: bool = True) -> Path:
@@ -198,6 +200,21 @@ def test_position_ids_of_old_files_are_passed_over(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"qformer.embeddings.position_ids": torch.arange(130)[None]}, folder / "model.safetensors")
     load_llava(folder)
+
+
+@pytest.mark.parametrize("decoder, weights", [
+    (LlamaConfig(vocab_size=32064), 7_913_726_720),
+    (LlamaConfig(vocab_size=32064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                 num_attention_heads=40, num_key_value_heads=40), 14_192_093_952),
+])
+def test_sizes_are_the_published_ones(decoder, weights):
+    """Of the 7B and 13B on the hub, from the defaults that their config.json files leave out."""
+    config = InstructBlipConfig(EvaConfig(), QFormerConfig(vocab_size=30523), decoder)
+    with torch.device("meta"), _Unfilled():
+        assert sum(p.numel() for p in InstructBlip(config).parameters()) == weights
+    raw = instructblip.hf_config(config)
+    assert instructblip.instructblip_config(raw) == config
+    assert instructblip.instructblip_config({**raw, "vision_config": {}}).vision == config.vision
 
 
 # ------------------------------------------------------------------------------------------------- transformers
@@ -407,8 +424,8 @@ def write_lavis(source: Path, folder: Path) -> None:
     shutil.copyfile(source / "qformer_tokenizer" / "vocab.txt", folder / "vocab.txt")
 
 
-SMALL = dict(vision=instructblip.EvaConfig(24, 40, 3, 3, small.SIDE, 5, post_layernorm_eps=1e-5),
-             qformer=instructblip.QFormerConfig(61, 20, 28, 3, 2, 130))
+SMALL = dict(vision=EvaConfig(24, 40, 3, 3, small.SIDE, 5, post_layernorm_eps=1e-5),
+             qformer=QFormerConfig(61, 20, 28, 3, 2, 130))
 
 
 @pytest.fixture
