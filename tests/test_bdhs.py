@@ -180,10 +180,11 @@ def test_a_prompt_may_begin_with_hidden_tokens(model, pictures):
             torch.testing.assert_close(next(ours), expected, rtol=0, atol=1e-5)
 
 
-def test_the_gradient_with_hidden_tokens_is_finite():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_with_hidden_tokens_is_finite(dtype):
     """Padding and hidden tokens have a key, too: none of them gives NaN to what they share the batch with."""
     rule = SharedPrefix([4, 3], [[], [2, 1]], hidden=[torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 1, 0]).bool()])
-    q, k, v = (torch.randn(4 + 3 + 3, 2, 4, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(4 + 3 + 3, 2, 4, dtype=dtype, requires_grad=True) for _ in range(3))
     y = rule(0, q, k, v)
     y.sum().backward()
     assert all(x.isfinite().all() for x in (y, q.grad, k.grad, v.grad))

@@ -160,10 +160,9 @@ def question_reader(folder: Path) -> Callable[[str], tuple[int, ...]]:
     wordpiece.no_padding()
     wordpiece.no_truncation()
     first, last = (wordpiece.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    rows = read(folder).qformer.vocab_size
-    if first is None or last is None or wordpiece.get_vocab_size() > rows:
-        raise BadInput(f"{path}: needs the tokens [CLS] and [SEP], and {rows} at most"
-                       f" (it has {wordpiece.get_vocab_size()})")
+    rows, largest = read(folder).qformer.vocab_size, max(wordpiece.get_vocab().values(), default=0)
+    if first is None or last is None or largest >= rows:
+        raise BadInput(f"{path}: needs the tokens [CLS] and [SEP], and ids below {rows} (its largest is {largest})")
 
     def question(text: str) -> tuple[int, ...]:
         ids = wordpiece.encode(text, add_special_tokens=False).ids
