@@ -3,7 +3,7 @@
     written here and by PEFT   adapter_config.json, adapter_model.safetensors (or .bin)
     written by LLaVA           the same, and non_lora_trainables.bin with what trained without an adapter
 
-    name in the file                                                name in the model
+    name in the file (of LLaVA)                                     name in the model
     base_model.model.model.language_model.layers.0.mlp.up_proj      language_model.model.layers.0.mlp.up_proj
         .lora_A.weight  (r, in)                                         .lora_A
         .lora_B.weight  (out, r)                                        .lora_B
@@ -46,6 +46,7 @@ PLAIN = dict(
     use_bdlora=(None,),
 )
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # init_lora_weights
+PEFT = "base_model.model."  # before the names of `transformers`' model
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 Pairs = dict[str, dict[str, Stored]]  # layer -> its two factors
 
@@ -143,7 +144,8 @@ def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
     Raises BadInput when there are no adapters, when they differ in rank or scale, or when weights train
     that the format has no place for.
     """
-    folder, layers = Path(folder), lora_layers(model)
+    folder, source, layers = Path(folder), resolve(base), lora_layers(model)
+    family = family_of(source)
     kinds = {(layer.lora_A.shape[0], layer.scale) for layer in layers.values()}
     if not kinds:
         raise BadInput("the model has no adapters")
@@ -152,10 +154,11 @@ def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
     trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
     if other := sorted(n for n in trained if not n.startswith(model.CONNECTOR + ".")):
         raise BadInput(f"{other[0]} trains without an adapter; write the whole model instead")
-    tensors = {f"{_peft_name(name)}.{part}.weight": getattr(layer, part)
+    tensors = {f"{PEFT}{family.peft_name(name)}.{part}.weight": getattr(layer, part)
                for name, layer in layers.items() for part in ("lora_A", "lora_B")}
     if trained:
-        tensors |= {_peft_name(n): p for n, p in model.named_parameters() if n.startswith(model.CONNECTOR + ".")}
+        tensors |= {PEFT + family.peft_name(n): p for n, p in model.named_parameters()
+                    if n.startswith(model.CONNECTOR + ".")}
     (rank, scale), = kinds
     leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
     whole = [f"model.{model.CONNECTOR}"]  # PEFT takes what ends so, and Janus-Pro also has a generation_aligner
@@ -165,13 +168,6 @@ def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
         "modules_to_save": whole if trained else None, "inference_mode": True, "task_type": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    source = resolve(base)
-    family = family_of(source)
     copy_companions(source, folder, family.settings_folder(config_folder(source)), family.COMPANIONS)
     save_json(config, folder / "adapter_config.json")
     save_tensors(tensors, folder / "adapter_model.safetensors")
-
-
-def _peft_name(name: str) -> str:
-    """Name in the model -> name in the file, that of `transformers`' LlavaForConditionalGeneration."""
-    return "base_model.model.model." + name.replace("language_model.model.", "language_model.", 1)

@@ -18,9 +18,9 @@ and the responses are the *tail*: they are the positions that predict response t
 only the tail is computed. Packed order: all bodies, then all tails. Four blocks cover what is to be seen, each
 one for all groups: bodies (1) and responses (4) are causal, tails see all of their body (2) and p (3).
 
-A prefix may have *hidden* tokens, which no token attends to, not even they themselves: BDHS (pairs/bdhs.py)
-hides image tokens. As queries they go on, and every position keeps its number. They are no keys of block 2;
-block 1 is then attention with a mask.
+A prefix may have *hidden* tokens, which no other token attends to: BDHS (pairs/bdhs.py) hides image tokens. Every
+position keeps its number. They are no keys of block 2; block 1 is then attention with a mask. A hidden token attends to
+itself, so that every query has a key, also in a prompt that begins with an image; what it computes reaches no other.
 
 Shapes: G groups, T packed tokens, H heads, K key-value heads, d head width.
 """
@@ -56,8 +56,8 @@ class SharedPrefix:
         prefixes: prefix length of each group, at least 2 tokens.
         responses: for each group the input length of each response (its last token predicts nothing and is no
             input).
-        hidden: for each group (prefix,) bool, True at tokens that are hidden from all; None hides nothing. The
-            first token of all and the last of the prefix must be visible, so that every query has a key.
+        hidden: for each group (prefix,) bool, True at tokens that are hidden from all others; None hides nothing. The
+            last token of the prefix, where every response begins, must be visible.
     """
 
     def __init__(self, prefixes: list[int], responses: list[list[int]], device: torch.device | str = "cpu",
@@ -67,7 +67,8 @@ class SharedPrefix:
         bodies, self.masks = _spans(0, self.bodies), None
         if hidden is not None and any(h.any() for h in hidden):
             visible = _visible(prefixes, hidden)
-            self.masks = [torch.ones(len(row), len(row), dtype=torch.bool).tril() & row for row in visible]
+            self.masks = [torch.ones(len(row), len(row), dtype=torch.bool).tril() & (row | torch.eye(len(row)).bool())
+                          for row in visible]
             seen = [row.nonzero()[:, 0] + body.start for row, body in zip(visible, bodies)]
         else:
             seen = bodies
@@ -124,9 +125,8 @@ def _tail_kinds(seen: list[Rows], responses: list[list[int]], skip: int, start: 
 def _visible(prefixes: list[int], hidden: list[Tensor]) -> list[Tensor]:
     """Of each body (tokens,) bool, False at its hidden tokens. ValueError when they do not fit."""
     for g, (length, row) in enumerate(zip(prefixes, hidden, strict=True)):
-        if row.shape != (length,) or row[0] or row[-1]:
-            raise ValueError(f"hidden tokens of prefix {g}: need {length} flags,"
-                             " the first and the last of them False")
+        if row.shape != (length,) or row[-1]:
+            raise ValueError(f"hidden tokens of prefix {g}: need {length} flags, the last of them False")
     return [~row[:-1] for row in hidden]
 
 

@@ -5,8 +5,8 @@
 
 What is left out is CLIP's, with the side that the vision tower takes. What a file of CLIP or LLaVA may say:
 
-    image_processor_type   CLIP, Llava or LlavaNextImageProcessor, and these with Fast or Pil appended
-                           (feature_extractor_type CLIPFeatureExtractor in the oldest)
+    image_processor_type   CLIP, Llava or LlavaNextImageProcessor, BLIP's BlipImageProcessor, and these with Fast or Pil
+                           appended (feature_extractor_type CLIPFeatureExtractor in the oldest)
     size                   n or {"shortest_edge": n}; {"height": h, "width": w} for an image of any shape
     crop_size              S or {"height": S, "width": S}, where S is the side that the tower takes
     do_center_crop         false if `size` is already S x S
@@ -33,18 +33,20 @@ from model.layouts import SETTINGS
 from model.views import CLIP_MEAN, CLIP_STD, Preprocessing
 
 MAX_RESIZE = 2**11  # of the shorter side when resized; the longer one may be MAX_RATIO (data/images.py) times that
-KIND = re.compile(r"(CLIP|Llava|LlavaNext)(ImageProcessor|FeatureExtractor)(Fast|Pil)?")
+KINDS = ("CLIP", "Llava", "LlavaNext")
 
 
-def read_preprocessing(folder: Path, size: int, aspect: str | None = None) -> Preprocessing:
+def read_preprocessing(folder: Path, size: int, aspect: str | None = None,
+                       kinds: tuple[str, ...] = KINDS) -> Preprocessing:
     """The settings of a folder whose tower takes images of `size` pixels a side.
 
     Args:
-        aspect: how the images of a LLaVA are shown (`find_aspect` of its family); None: those of a CLIP.
+        aspect: how the images of a model are shown (`find_aspect` of its family); None: those of a CLIP.
+        kinds: of image processors that the family knows.
     Raises BadInput naming the file and the setting that does not fit or is not supported.
     """
     where, raw = image_settings(folder)
-    kind = kind_of(where, raw)
+    kind = kind_of(where, raw, kinds)
     if aspect is None and kind not in ("CLIP", None):
         raise BadInput(f"{where}: {kind}ImageProcessor does not belong to a CLIP")
     refuse(raw, where, do_resize=(True,), do_rescale=(True,), rescale_factor=(1 / 255,), do_normalize=(True, False),
@@ -79,14 +81,15 @@ def image_settings(folder: Path) -> tuple[str, dict]:
     return where, {key: value for key, value in raw.items() if value is not None}
 
 
-def kind_of(where: str, raw: dict) -> str | None:
-    """"CLIP", "Llava" or "LlavaNext"; None where the settings do not say. BadInput on any other."""
+def kind_of(where: str, raw: dict, kinds: tuple[str, ...] = KINDS) -> str | None:
+    """One of the kinds; None where the settings do not say. BadInput on any other."""
     key = "image_processor_type" if "image_processor_type" in raw else "feature_extractor_type"
     if key not in raw:
         return None
-    if not (found := KIND.fullmatch(str(raw[key]))):
-        raise BadInput(f"{where}: {key}={raw[key]!r:.80} is not supported (supported: CLIP, Llava and"
-                       " LlavaNextImageProcessor)")
+    pattern = rf"({'|'.join(kinds)})(ImageProcessor|FeatureExtractor)(Fast|Pil)?"
+    if not (found := re.fullmatch(pattern, str(raw[key]))):
+        raise BadInput(f"{where}: {key}={raw[key]!r:.80} is not supported (supported: {', '.join(kinds)}"
+                       "ImageProcessor)")
     return found[1]
 
 

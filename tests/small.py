@@ -19,8 +19,10 @@ from torch import Tensor
 
 from model.clip import CLIP, VisionTransformer
 from model.config import clip_config
+from model.families.instructblip import instructblip_config
 from model.families.janus import janus_config, saved_name
 from model.families.llava import llava_config
+from model.instructblip import InstructBlip
 from model.janus import Janus
 from model.llava import Llava
 from model.views import View, single
@@ -44,6 +46,13 @@ JANUS_VISION = dict(
     patch_size=5, mlp_ratio=1.7, projection_dim=18, num_image_tokens=PATCHES,
 )
 JANUS = dict(model_type="janus", vision_config=JANUS_VISION, text_config=TEXT, image_token_id=IMAGE_TOKEN)
+INSTRUCTBLIP = dict(
+    model_type="instructblip", text_config=TEXT, num_query_tokens=5, image_token_index=IMAGE_TOKEN,
+    vision_config=dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
+                       image_size=SIDE, patch_size=5, layer_norm_eps=1e-6),
+    qformer_config=dict(vocab_size=61, hidden_size=20, intermediate_size=28, num_hidden_layers=3,
+                        num_attention_heads=2, max_position_embeddings=130, cross_attention_frequency=2),
+)
 CLIP_TEXT = dict(
     model_type="clip_text_model", vocab_size=VOCAB, hidden_size=18, intermediate_size=30, num_hidden_layers=2,
     num_attention_heads=3, max_position_embeddings=12, projection_dim=10, bos_token_id=65, eos_token_id=40,
@@ -57,7 +66,7 @@ def weight(name: str, shape: tuple[int, ...]) -> Tensor:
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
     if name.endswith("logit_scale"):
         return torch.tensor(2.5)
-    if "norm" in name or "layrnorm" in name:
+    if "norm" in name.lower():
         return torch.from_numpy(draw * 0.2 + (1.0 if name.endswith("weight") else 0.0))
     if len(shape) < 2 or "embed" in name:
         return torch.from_numpy(draw * (0.2 if name.endswith("bias") else 0.6))
@@ -87,6 +96,12 @@ def write_janus(folder: Path, text: dict | None = None, **fields) -> Path:
     raw = {**JANUS, "text_config": {**TEXT, **(text or {})}, **fields}
     state = fill(Janus(janus_config(raw)).state_dict())
     return write(folder, raw, {saved_name(name): tensor for name, tensor in state.items()})
+
+
+def write_instructblip(folder: Path, text: dict | None = None, **fields) -> Path:
+    """Write an InstructBLIP folder in the hub's layout, without tokenizers; `text`, `fields` change it."""
+    raw = {**INSTRUCTBLIP, "text_config": {**TEXT, **(text or {})}, **fields}
+    return write(folder, raw, fill(InstructBlip(instructblip_config(raw)).state_dict()))
 
 
 def write_clip(folder: Path, **text) -> Path:

@@ -161,7 +161,36 @@ def test_positions_do_not_move(model, pictures):
     assert (ours - states[0]).abs().max() < 1e-5 < 1e-2 < (ours - states[1]).abs().max()
 
 
-@pytest.mark.parametrize("flags", [[0, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 1, 0]])
+def test_a_prompt_may_begin_with_hidden_tokens(model, pictures):
+    """Hidden tokens before the first visible one: the heads are those of the visible tokens alone at their positions,
+    also where nothing but the last token is visible, and nothing is NaN."""
+    image = [small.IMAGE_TOKEN] * small.PATCHES
+    prompts, decoder = [[*image, 2, 7, 8], [*image, 2], [*image, 2, 9]], model.language_model.model
+    hidden = [torch.tensor([i < n for i in range(len(p))]) for p, n in zip(prompts, (4, 9, 9))]
+    starts = [[[], [5, 6]], [[7]], [[8, 9, 10]]]
+    ours = iter(heads(model, pictures, prompts, starts=starts, hidden=hidden)[:4])
+    for view, prompt, flags, group in zip(pictures, prompts, hidden, starts):
+        with torch.no_grad():
+            x = model.embed(torch.tensor(prompt), model.vision_features(view.pixels), view.rows)
+        for start in group:
+            with torch.no_grad():
+                whole = torch.cat([x[~flags], decoder.embed_tokens(torch.tensor(start, dtype=torch.long))])
+                places = [i for i in range(len(prompt) + len(start)) if i >= len(prompt) or not flags[i]]
+                expected = decoder(whole, torch.tensor(places), Plain(torch.zeros(len(places)).bool()))[-1]
+            torch.testing.assert_close(next(ours), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_with_hidden_tokens_is_finite(dtype):
+    """Padding and hidden tokens have a key, too: none of them gives NaN to what they share the batch with."""
+    rule = SharedPrefix([4, 3], [[], [2, 1]], hidden=[torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 1, 0]).bool()])
+    q, k, v = (torch.randn(4 + 3 + 3, 2, 4, dtype=dtype, requires_grad=True) for _ in range(3))
+    y = rule(0, q, k, v)
+    y.sum().backward()
+    assert all(x.isfinite().all() for x in (y, q.grad, k.grad, v.grad))
+
+
+@pytest.mark.parametrize("flags", [[0, 0, 0, 0, 1], [0, 1, 0]])
 def test_hidden_flags_that_do_not_fit(flags):
     with pytest.raises(ValueError, match="prefix 0: need 5 flags"):
         SharedPrefix([5], [[]], hidden=[torch.tensor(flags).bool()])

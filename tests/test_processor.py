@@ -17,8 +17,11 @@ QUESTION, ANSWER = "Is there a dog in {the} image?", "Yes, a dog."
 SPECIAL = ["<unk>", "<s>", "<pad>", "</s>", "<image>"]
 
 
-def tokenizer() -> Tokenizer:
-    """Byte-fallback BPE, a blank before every text, bytes not special, as in LLaMA's tokenizer.json."""
+def tokenizer(special: list[str] = SPECIAL, last: tuple[str, ...] = ()) -> Tokenizer:
+    """Byte-fallback BPE, a blank before every text, bytes not special, as in LLaMA's tokenizer.json.
+
+    special: the first tokens; last: special tokens after all others.
+    """
     result = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     result.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     result.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no merges across blanks
@@ -26,12 +29,14 @@ def tokenizer() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL + [f"<0x{i:02X}>" for i in range(256)], show_progress=False
+        vocab_size=400, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)], show_progress=False
     )
     result.train_from_iterator([f"USER: \n{QUESTION} ASSISTANT: {ANSWER}"] * 9, trainer)
     spec = json.loads(result.to_str())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in SPECIAL]
-    return Tokenizer.from_str(json.dumps(spec))
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in special]
+    result = Tokenizer.from_str(json.dumps(spec))
+    result.add_special_tokens(list(last))
+    return result
 
 
 CONFIG = {**small.LLAVA, "text_config": {**small.TEXT, "vocab_size": 400}, "image_token_index": 4}

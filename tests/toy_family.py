@@ -19,6 +19,7 @@ from model.families.llava import (  # noqa: F401  the names that a family has to
     find_aspect,
     llava_config,
     may_ignore,
+    peft_name,
     preprocessing,
     saved_name,
     settings_folder,

@@ -12,6 +12,7 @@ names (model/families/llava.py has them all):
       tensors(folder)                 -> name in the model: where it is stored
       canonical(name)                 -> name in the model of a tensor of any layout, for adapters
       saved_name(name)                -> name in a saved folder of a tensor of the model
+      peft_name(name)                 -> name in the model of `transformers` of a tensor of the model, for adapters
       may_ignore(config, name)        -> whether a file may hold this tensor although the model has no place for it
     prompt
       TEMPLATES, SPECIAL              text around image, question and response; the special tokens in it
@@ -33,13 +34,14 @@ from types import ModuleType
 
 from common import BadInput
 from model.config import Template, read_config
-from model.families import janus, llava
+from model.families import instructblip, janus, llava
 from model.layouts import config_folder
 
 FAMILIES: dict[str, ModuleType] = {
     "llava": llava, "llava_next": llava,  # llava-hf
     "llava_llama": llava, "llava_mistral": llava,  # the original repository, which also says "llava"
     "janus": janus, "multi_modality": janus,  # deepseek-community; the original repository
+    "instructblip": instructblip,
 }
 TEMPLATES: dict[str, Template] = {
     name: template for family in dict.fromkeys(FAMILIES.values()) for name, template in family.TEMPLATES.items()

@@ -228,6 +228,11 @@ def saved_name(name: str) -> str:
     return renamed(name, SAVED)
 
 
+def peft_name(name: str) -> str:
+    """Name in the model -> name in `transformers`' JanusForConditionalGeneration."""
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
+
+
 def tensors(folder: Path) -> dict[str, Stored]:
     """Name in the model -> place, for all tensors of a folder, or of the model that adapters go onto.
 

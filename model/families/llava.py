@@ -322,6 +322,11 @@ def saved_name(name: str) -> str:
     return name
 
 
+def peft_name(name: str) -> str:
+    """Name in the model -> name in `transformers`' LlavaForConditionalGeneration."""
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
+
+
 def tensors(folder: Path) -> dict[str, Stored]:
     """Name in the model -> place, for all tensors of a LLaVA folder, or of the model that adapters go onto.
 
