@@ -23,10 +23,10 @@ a pure function; its argument names say which log-probs it gets, its keyword arg
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
 --out receives: config.json (the resolved configuration, the git commit and versions), pairs.jsonl (if made here),
-metrics.jsonl (one line an interval), checkpoint.pt and checkpoint-previous.pt (to resume; of --shard folders), model/ (llava-hf folder,
-adapters merged), adapters/ (PEFT's format), result.json (before and after, and the records that --bad-records skip has
-replaced), and from fisao baselines.json and scores.svg (what the verifier says of words and sentences, before and
-after). What an earlier run left there is replaced only with --overwrite.
+metrics.jsonl (one line an interval), checkpoint.pt and checkpoint-previous.pt (to resume; with --shard folders without
+.pt), model/ (llava-hf folder, adapters merged), adapters/ (PEFT's format), result.json (before and after, and the
+records that --bad-records skip has replaced), and from fisao baselines.json and scores.svg (what the verifier says of
+words and sentences, before and after). What an earlier run left there is replaced only with --overwrite.
 
 What can be known of the records is checked before the model is loaded, and all bad ones are listed: fields, the
 headers of images, special tokens in texts, responses beyond the decoder's window. That an image is damaged
