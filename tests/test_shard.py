@@ -60,9 +60,9 @@ def run(processes: int, folder: Path, commands: list[tuple[int, list[str]]]) -> 
     they wrote to stderr."""
     folder.mkdir()
     (folder / "commands").write_text(json.dumps(commands))
-    started = [subprocess.Popen([sys.executable, "-c", WORKER.format(home=str(HOME)), str(rank), str(processes), folder],
-                                stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-               for rank in range(processes)]
+    program, environment = WORKER.format(home=str(HOME)), os.environ | {"OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen([sys.executable, "-c", program, str(rank), str(processes), folder],
+                                stderr=subprocess.PIPE, text=True, env=environment) for rank in range(processes)]
     said = [process.communicate(timeout=300)[1] for process in started]
     assert not any(process.returncode for process in started), "\n".join(said)
     return "\n".join(said)
@@ -102,8 +102,8 @@ def folder(tmp_path_factory) -> Path:
             ("I see a cup.", "I see a large blue dog beside a small tree.")]
     write_jsonl(folder / "pairs.jsonl", [
         {"id": str(i), "image": scenes.reference(scenes.PAIRS + i), "prompt": scenes.CAPTION_PROMPT,
-         "rejected_image": scenes.reference(scenes.PAIRS + i + 50), "chosen": said[i % 3][0], "rejected": said[i % 3][1]}
-        for i in range(9)])
+         "rejected_image": scenes.reference(scenes.PAIRS + i + 50), "chosen": chosen, "rejected": rejected}
+        for i, (chosen, rejected) in enumerate(3 * said)])
     for name, options in KINDS.items():
         assert train.main(command(folder, f"{name}/one", *options)) == 0
     two = [(2, command(folder, f"{name}/two", *options)) for name, options in KINDS.items()]
@@ -189,7 +189,8 @@ def test_adapters_are_fp32_on_a_bf16_base(folder, tmp_path):
     assert train.main([*command(folder, "", *options), "--out", str(tmp_path)]) == 0
     found = {name: x.dtype for name, x in weights(tmp_path).items()}
     assert {dtype for name, dtype in found.items() if "lora_" in name} == {torch.float32}
-    assert {dtype for name, dtype in found.items() if "mlp" in name and "lora_" not in name} == {torch.bfloat16}
+    base = {dtype for name, dtype in found.items() if "language_model" in name and "lora_" not in name}
+    assert base == {torch.bfloat16}
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
