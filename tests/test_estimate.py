@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import re
 
@@ -105,7 +106,20 @@ def test_operations_are_those_of_torchs_counter(pairs):
 
     with FlopCounterMode(display=False, custom_mapping=fused) as counter:
         step()
-    assert cost_of(step).flops == counter.get_total_flops() > 10**8
+    learnt = cost_of(step).flops
+    assert learnt == counter.get_total_flops() > 10**8
+
+    def whole(recipe, **more) -> int:
+        args = argparse.Namespace(**vars(setting(pairs, "dpo")[0]), **more)
+        return estimate.cost_of_step(args, recipe, policy.plain, policy.model, batch, False).flops
+
+    seen = policy.model.seen(batch.pixels)
+    with policy.reference():
+        scored = cost_of(lambda: policy.plain(batch.packed, seen)).flops
+    assert whole(recipe) == learnt + scored
+    reinforced = [whole(train.LOSSES["rloo"], inner_epochs=n) for n in (1, 3)]
+    assert reinforced[1] - reinforced[0] == 2 * (learnt - cost_of(lambda: policy.model.seen(batch.pixels)).flops)
+    assert reinforced[0] > whole(recipe)  # the log-probs of the policy that sampled, too
 
 
 def test_memory_is_that_of_what_is_alive():
