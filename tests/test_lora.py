@@ -126,6 +126,13 @@ def test_dropout_only_while_training(decoder):
     assert torch.equal(logits(decoder.eval()), still)
 
 
+def test_dropout_leaves_the_frozen_weight_its_input():
+    """With B = 0 nothing but W x is left, while training too."""
+    layer = LoRALinear(nn.Linear(50, 4), rank=2, alpha=1.0, dropout=0.5)
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
 def test_dropout_acts_on_the_input_of_a():
     """x = 1 on 10000 inputs, A = 1, B = 1: the update is the sum of kept inputs / (1 - p), mean 10000,
     standard deviation 10000 sqrt(p / (1 - p) / 10000) = 50 at p = 0.2; the base path is not dropped."""
