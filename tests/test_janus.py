@@ -230,6 +230,9 @@ def test_live_untied_head(tmp_path):
             {k: v for k, v in raw.items() if k != "tie_word_embeddings"} | change))
         torch.testing.assert_close(ours(tmp_path), theirs(model), **TIGHT)
         torch.testing.assert_close(theirs(reloaded(tmp_path)), theirs(model), **TIGHT)
+    (tmp_path / "config.json").write_text(json.dumps(
+        raw | {"text_config": raw["text_config"] | {"tie_word_embeddings": True}}))
+    torch.testing.assert_close(ours(tmp_path), theirs(model), **TIGHT)
 
 
 # ------------------------------------------------------------------------------------------------ configuration
