@@ -109,7 +109,7 @@ def test_clip_values_that_cannot_be(change, reason):
 
 @pytest.mark.parametrize(
     "family",
-    ["qwen2_vl", "qwen2_5_vl", "mllama", "llava_onevision", "paligemma", "instructblip", "llama", "clip", 3, []],
+    ["qwen2_vl", "qwen2_5_vl", "mllama", "llava_onevision", "paligemma", "blip-2", "llama", "clip", 3, []],
 )
 def test_another_family_is_named(tmp_path, family):
     """Whatever sections such a file has or lacks."""

@@ -149,7 +149,7 @@ WRITERS = {"llava": write_llava, "instructblip": test_instructblip.write, "janus
 SHORT = ["--samples", "2", "--max-new-tokens", "6", "--inner-epochs", "1", "--clip-model", str(DEFAULT_CLIP)]
 LOSSES = {  # loss -> its options, and its value where policy = reference
     "dpo": (["--train-projector"], math.log(2)),
-    "adavip": ([], math.log(3)),
+    "adavip": (["--precision", "bf16"], math.log(3)),
     "ppo": (["--judge", "clip", *SHORT], None),
     "fisao": (SHORT, None),
     "bdhs_online": (["--max-new-tokens", "6", "--clip-model", str(DEFAULT_CLIP)], None),
@@ -187,7 +187,8 @@ def test_losses(checkpoint, tmp_path, loss):
         more = [*more, "--baselines", str(tmp_path / "baselines.json")]
     losses = run_losses(checkpoint, tmp_path / "out", rows, "--loss", loss, *more)
     assert start is None or losses[0] == pytest.approx(start, abs=1e-5) and losses[1] != losses[0]
-    before, after = load_llava(checkpoint), load_llava(tmp_path / "out" / "model")
+    dtype = torch.bfloat16 if "bf16" in more else torch.float32
+    before, after = load_llava(checkpoint, dtype), load_llava(tmp_path / "out" / "model", dtype)
     moved = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after.state_dict()[name])}
     connector = {name for name in moved if name.startswith(before.CONNECTOR)}
     assert bool(connector) == (loss == "dpo")

@@ -28,8 +28,9 @@ uncased WordPiece of BERT in qformer_tokenizer/, [CLS] {prompt} [SEP]; of more t
 
 Images are resized to a square without regard to their aspect ratio: `aspect` "resize".
 
-Departures. LAVIS generates with 5 beams and a repetition penalty of 1.5, here greedily or by sampling. It keeps the
-Q-Former and the projection in fp32; here they have the dtype of the rest. T5 decoders are not supported.
+Departures. LAVIS generates with 5 beams and a repetition penalty of 1.5, here it is greedily or by sampling. It trains
+on the last 128 tokens of a longer prompt; here the decoder reads all of it. It keeps the Q-Former and the projection in
+fp32; here they have the dtype of the rest. T5 decoders are not supported.
 """
 
 from __future__ import annotations
