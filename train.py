@@ -127,12 +127,13 @@ class Run:
     cache: dict[str, Tensor] | None = None  # the reference's log-probs by record, if they are kept on disk
     learner: reinforce.Reinforcement | None = None  # of a loss with advantages
     bad_records: dict[str, str] = field(default_factory=dict)  # name -> reason, of those that others replace
+    writer: Writer = field(default_factory=Writer)  # of checkpoints
 
 
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def train(run: Run, writer: Writer, saved: dict | None = None) -> bool:
+def train(run: Run, saved: dict | None = None) -> bool:
     """Run the steps that are left, all without `saved`. False when interrupted; the checkpoint then holds all that
     are done."""
     args, recipe, policy, model = run.args, run.recipe, run.policy, run.policy.model
@@ -150,7 +151,7 @@ def train(run: Run, writer: Writer, saved: dict | None = None) -> bool:
         set_learning_rate(policy.optimizer, rate)
         drawn, bad = draw(run, micro_batches)
         if bad and not replaced(run, bad):
-            save(run, done, log, writer)
+            save(run, done, log)
             stop.close()
             give_up(run, bad, done)
         log.begin_step()
@@ -185,7 +186,7 @@ def train(run: Run, writer: Writer, saved: dict | None = None) -> bool:
             replacements = {"bad_records": len(run.bad_records)} if run.bad_records else {}
             log.write(done, {"grad_norm": norm, "lr": rate, **replacements})
         if halt or done % args.save_every == 0 or done == args.steps:
-            save(run, done, log, writer)
+            save(run, done, log)
         if halt:
             break
     stop.close()
@@ -303,7 +304,7 @@ def reference_cache(run: Run) -> dict[str, Tensor]:
     return rows
 
 
-def save(run: Run, done: int, log: Log, writer: Writer) -> None:
+def save(run: Run, done: int, log: Log) -> None:
     """Start to write a checkpoint, of sharded weights write it. A collective call."""
     content = dict(step=done, config=run.config, identity=run.identity, log=log.unfinished(),
                    bad_records=dict(run.bad_records),
@@ -311,7 +312,7 @@ def save(run: Run, done: int, log: Log, writer: Writer) -> None:
     if run.args.shard:
         run.policy.save_checkpoint(run.args.out, run.args.keep_checkpoints, **content)
     elif run.rank == 0:
-        writer.save(run.policy, **content)
+        run.writer.save(run.args.out, run.args.keep_checkpoints, run.policy, **content)
 
 
 # ------------------------------------------------------------------------------------------------- bad records
@@ -524,8 +525,8 @@ def main(argv: list[str] | None = None) -> int:
         announce(run, saved)
     measured = measurement(run, held)
     before = measured()
-    with Writer(args.out, args.keep_checkpoints) as writer:
-        finished = train(run, writer, saved)
+    with run.writer:
+        finished = train(run, saved)
     if finished:
         write_model(run)
         after = measured()

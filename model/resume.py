@@ -56,27 +56,25 @@ def checkpoints(out: Path) -> list[Path]:
 
 class Writer:
     """Writes checkpoints one at a time in a thread. A context manager, so that no run ends before its last one is
-    on the disk.
+    on the disk."""
 
-    Args:
-        keep: how many stay, the newest.
-    """
-
-    def __init__(self, out: Path, keep: int):
-        self.out, self.keep = out, keep
+    def __init__(self):
         self.thread, self.pending = ThreadPoolExecutor(1), Future()
         self.pending.set_result(None)
 
-    def save(self, policy: Policy, **content) -> None:
-        """Start to write the state as it is now. `content`: the rest of CONTENT, which nothing changes later.
+    def save(self, out: Path, keep: int, policy: Policy, **content) -> None:
+        """Start to write the state as it is now.
 
+        Args:
+            keep: how many checkpoints stay in `out`, the newest.
+            content: the rest of CONTENT, which nothing changes later.
         Raises what the write before it ran into, such as BadInput of a full disk.
         """
         self.pending.result()
         optimizer = policy.optimizer.state_dict()
         state = {i: in_host_memory(tensors) for i, tensors in optimizer["state"].items()}
         content |= {"trained": in_host_memory(policy.trained), "optimizer": {**optimizer, "state": state}}
-        self.pending = self.thread.submit(write_checkpoint, self.out, content, self.keep)
+        self.pending = self.thread.submit(write_checkpoint, out, content, keep)
 
     def __enter__(self) -> Writer:
         return self

@@ -348,11 +348,11 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
     policy, write, go_on = small_policy(), resume.write_checkpoint, threading.Event()
     monkeypatch.setattr(resume, "write_checkpoint", lambda *given: go_on.wait(60) and write(*given))
     before = flat({"trained": policy.trained, "optimizer": policy.optimizer.state_dict()}).clone()
-    with resume.Writer(tmp_path, 2) as writer:
-        writer.save(policy, step=1, **CONTENT)
+    with resume.Writer() as writer:
+        writer.save(tmp_path, 2, policy, step=1, **CONTENT)
         policy.update()
         go_on.set()
-        writer.save(policy, step=2, **CONTENT)
+        writer.save(tmp_path, 2, policy, step=2, **CONTENT)
         assert resume.checkpoints(tmp_path)[-1].name == "checkpoint-1.pt"  # the one before has been waited for
     newest, older = map(resume.load_whole, resume.checkpoints(tmp_path))
     assert torch.equal(flat(older), before) and not torch.equal(flat(newest), before)
@@ -362,9 +362,9 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
 def test_the_newest_checkpoints_stay(tmp_path, keep, names):
     policy = small_policy()
     (tmp_path / "checkpoint-mine.pt").touch()
-    with resume.Writer(tmp_path, keep) as writer:
+    with resume.Writer() as writer:
         for step in range(7, 11):
-            writer.save(policy, step=step, **CONTENT)
+            writer.save(tmp_path, keep, policy, step=step, **CONTENT)
     assert [path.name for path in resume.checkpoints(tmp_path)] == names and (tmp_path / "checkpoint-mine.pt").exists()
 
 
@@ -372,15 +372,15 @@ def test_what_the_thread_runs_into_ends_the_run(tmp_path, monkeypatch):
     """At the next checkpoint or at the end; where the run ends by another error, that one is seen."""
     policy = small_policy()
     monkeypatch.setattr(resume, "write_checkpoint", lambda out, content, keep: 1 / (content["step"] - 1))
-    with pytest.raises(ZeroDivisionError), resume.Writer(tmp_path, 2) as writer:
-        writer.save(policy, step=1, **CONTENT)
-    with pytest.raises(KeyError), resume.Writer(tmp_path, 2) as writer:
-        writer.save(policy, step=1, **CONTENT)
+    with pytest.raises(ZeroDivisionError), resume.Writer() as writer:
+        writer.save(tmp_path, 2, policy, step=1, **CONTENT)
+    with pytest.raises(KeyError), resume.Writer() as writer:
+        writer.save(tmp_path, 2, policy, step=1, **CONTENT)
         raise KeyError
-    with resume.Writer(tmp_path, 2) as writer:
-        writer.save(policy, step=1, **CONTENT)
+    with resume.Writer() as writer:
+        writer.save(tmp_path, 2, policy, step=1, **CONTENT)
         with pytest.raises(ZeroDivisionError):
-            writer.save(policy, step=2, **CONTENT)
+            writer.save(tmp_path, 2, policy, step=2, **CONTENT)
         writer.pending = writer.thread.submit(int)
 
 
