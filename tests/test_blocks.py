@@ -70,13 +70,16 @@ def test_shared_prefix_is_attention_with_its_mask(prefixes, responses, tail_only
 @pytest.mark.parametrize("tail_only", [False, True])
 def test_hidden_tokens_are_no_keys(tail_only):
     hidden = [torch.zeros(p, dtype=torch.bool) for p in PREFIXES]
-    hidden[0][[2, 3, 5]] = hidden[2][1:11] = True
+    hidden[0][[0, 2, 3, 5]] = hidden[2][1:11] = True
     rule, mask = SharedPrefix(PREFIXES, RESPONSES, hidden=hidden), mask_of(PREFIXES, RESPONSES, hidden)
+    mask |= torch.eye(len(mask), dtype=torch.bool)  # they see themselves
     start = rule.skip if tail_only else 0
     q, k, v, grad = drawn(len(mask))
+    unseen = torch.cat([row[:-1] for row in hidden])  # of the bodies
+    grad[: len(unseen)][unseen] = 0  # what they compute is not used
     got = both(lambda *x: rule(0, *x), q[start:], k, v, grad[start:])
     assert_close(got, both(lambda *x: plain(*x, mask[start:]), q[start:], k, v, grad[start:]))
-    assert not got[2][: 6][hidden[0][:-1]].any()  # no gradient reaches a hidden key
+    assert unseen.any() and not got[2][: len(unseen)][unseen].any()  # no gradient reaches a hidden key
 
 
 def test_each_head_has_its_keys():
