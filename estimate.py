@@ -8,12 +8,14 @@ Memory is what that takes. Operations are scaled from its tokens to those of a m
 from --tflops, what a device is assumed to reach. Of losses that sample, samples count as long as they may get, and what
 sampling itself takes is left out: it is bound by memory, not by operations.
 
-What several processes add is not counted: DDP's buckets, of the size of the gradients, and waiting for each other.
+Under torchrun it is that of one of the processes; with --shard they share weights, gradients and optimiser state. What
+several processes add is not counted: what they send to each other, the layer that --shard gathers, and waiting.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,14 +54,16 @@ def report(args: argparse.Namespace, recipe: Recipe, processor: Processor, recor
     load = load_of(args, rows, lengths, world)
     batch = collate(load.rows, sequences, processor, root, end=recipe.rewards, blank=True)
     model = with_trained(args, outline(args.model, weights_dtype(args)))
-    scorer = make_policy(args, recipe, model, 1).plain.train()
-    terms, costs = kept(scorer), {}
+    whole = argparse.Namespace(**vars(args) | {"shard": False})
+    scorer = make_policy(whole, recipe, model, torch.device("meta"), 1).plain.train()
+    shards = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if args.shard else 1  # model/shard.py
+    terms, costs = {name: size // shards for name, size in kept(scorer).items()}, {}
     with hollow(scorer):
         for on in (True, False):
             set_checkpointing(model, on)
             costs[on] = cost_of_step(args, recipe, scorer, model, batch, load.micro_batches > 1)
     cost, saved = costs[args.checkpointing], costs[False].peak - costs[True].peak
-    terms["activations"] = cost.peak - terms["gradients"]
+    terms["activations"] = cost.peak - shards * terms["gradients"]
     total, other = sum(terms.values()), "without" if args.checkpointing else "with"
     flops = cost.flops * load.mean / len(batch.packed.ids)
     images = len({(how.image, how.view) for how in scored(sequences).values()})
@@ -112,7 +116,7 @@ def cost_of_step(args: argparse.Namespace, recipe: Recipe, scorer: nn.Module, mo
                  accumulates: bool) -> Cost:
     """Of everything that is scored of a micro-batch, and the backward; the peak with gradients, those of the
     micro-batches before where it `accumulates`."""
-    reference, pixels = Reference(model), torch.empty(batch.pixels.shape)
+    reference, pixels = Reference(model), torch.zeros(batch.pixels.shape)
     trained = [p for p in scorer.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter) if accumulates else None
@@ -147,6 +151,8 @@ def advice(args: argparse.Namespace, terms: dict[str, int], saved: int) -> list[
         return []
     change = {
         "--checkpointing": 0 if args.checkpointing else saved,
+        "--shard on several devices": 0 if args.shard else sum(terms.values()) - terms["activations"],
+        "--reference-cache": 0 if args.reference_cache else terms["reference"],
         "adapters in place of all weights (--lora-rank 128)": 0 if args.lora_rank else sum(terms.values()) / 2,
         "a smaller --max-tokens or --micro-batch-size": terms["activations"] / 2,
         "--precision bf16": 0 if args.precision == "bf16" else terms["weights"] / 2,

@@ -506,7 +506,8 @@ def main(argv: list[str] | None = None) -> int:
         check_texts(args, recipe, processor, data, args.data, rank)
         lengths = record_lengths(args, recipe, processor, data.records, data.root)
     if args.estimate:
-        print(estimate.report(args, recipe, processor, data.records, data.root, world))
+        if rank == 0:
+            print(estimate.report(args, recipe, processor, data.records, data.root, world))
         return 0
     model = load_model(args, device)
     policy = make_policy(args, recipe, model, device, world)

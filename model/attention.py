@@ -117,7 +117,8 @@ def _tail_kinds(seen: list[Rows], responses: list[list[int]], skip: int, start: 
     tails = _spans(start, [1 + sum(group) for group in responses])
     own = [slice(row, row + n) for rows, group in zip(begins, responses) for row, n in zip(rows, group) if n]
     shifted = lambda x, by: slice(x.start + by, x.stop + by)  # noqa: E731
-    return [(list(zip(tails, seen)), False),
+    bodies = [(tail, keys) for tail, keys in zip(tails, seen) if isinstance(keys, slice) or len(keys)]  # or all hidden
+    return [(bodies, False),
             ([(tail, slice(skip + row, skip + row + 1)) for tail, row in zip(tails, anchors)], False),
             ([(shifted(x, start), shifted(x, skip)) for x in own], True)]
 

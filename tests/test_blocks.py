@@ -82,6 +82,16 @@ def test_hidden_tokens_are_no_keys(tail_only):
     assert unseen.any() and not got[2][: len(unseen)][unseen].any()  # no gradient reaches a hidden key
 
 
+def test_a_prefix_may_be_hidden_but_for_its_last_token():
+    hidden = [torch.ones(p, dtype=torch.bool) for p in PREFIXES]
+    for row in hidden:
+        row[-1] = False
+    rule, mask = SharedPrefix(PREFIXES, RESPONSES, hidden=hidden), mask_of(PREFIXES, RESPONSES, hidden)
+    inputs = drawn(len(mask))
+    mask |= torch.eye(len(mask), dtype=torch.bool)
+    assert_close(both(lambda *x: rule(0, *x), *inputs), both(lambda *x: plain(*x, mask), *inputs))
+
+
 def test_each_head_has_its_keys():
     """As many key heads as query heads: the kernel of the CPU in both directions."""
     rule, mask = SharedPrefix(PREFIXES, RESPONSES), mask_of(PREFIXES, RESPONSES)

@@ -27,6 +27,7 @@ from model.views import single, stack
 from options import check, read_arguments
 
 SAID = ("There is a dog and a cup on the table.", "There is a cat.")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def ran(pairs, loss: str, *options: str):
     args, recipe, processor = setting(pairs, loss, *options)
     data = prepare.read_records(pairs, recipe)
     report = estimate.report(args, recipe, processor, data.records, data.root, 1)
-    policy = prepare.make_policy(args, recipe, prepare.load_model(args, torch.device("cpu")), 1)
+    policy = prepare.make_policy(args, recipe, prepare.load_model(args, CPU), CPU, 1)
     sequences, rows = estimate.to_score(args, recipe, processor, data.records)
     lengths = [estimate.tokens_of(row, sequences, processor) for row in rows]
     load = estimate.load_of(args, rows, lengths, 1)
@@ -98,7 +99,7 @@ def test_operations_are_those_of_torchs_counter(pairs):
     }
     args, recipe, processor = setting(pairs, "dpo", "--checkpointing")
     data = prepare.read_records(pairs, recipe)
-    policy = prepare.make_policy(args, recipe, prepare.load_model(args, torch.device("cpu")), 1)
+    policy = prepare.make_policy(args, recipe, prepare.load_model(args, CPU), CPU, 1)
     batch = estimate.collate(data.records[:2], recipe.sequences, processor, data.root)
 
     def step() -> None:
@@ -204,3 +205,18 @@ def test_an_outline_has_the_shapes_of_the_model_and_refuses_as_it_does(llava_fol
     (tmp_path / "model.safetensors").symlink_to(llava_folder / "model.safetensors")
     with pytest.raises(BadInput, match="layers.3"):
         outline(tmp_path)
+
+
+def test_sharded_weights_are_shared_out(pairs, monkeypatch):
+    """Of 4 processes each has a quarter of what is kept; activations are its own."""
+    args, recipe, processor = setting(pairs, "dpo", "--lora-rank", "0", "--micro-batch-size", "1")
+    rows = prepare.read_records(pairs, recipe)
+    monkeypatch.setattr(estimate, "GIB", 1)
+    read = lambda: {line.split()[0]: float(line.split()[1]) for line in estimate.report(  # noqa: E731
+        args, recipe, processor, rows.records, rows.root, 4).splitlines() if line.startswith("  ") and "--" not in line}
+    whole = read()
+    args.shard = True
+    shared = read()
+    for name in ("weights", "gradients", "AdamW", "reference"):
+        assert shared[name] == whole[name] // 4
+    assert shared["activations"] == whole["activations"]

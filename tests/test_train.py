@@ -144,7 +144,7 @@ def test_the_tower_trains_and_the_reference_keeps_the_former(pairs, tmp_path):
     recipe = train.LOSSES["dpo"]
     check(args, recipe, 1)
     model, processor = prepare.load_model(args, torch.device("cpu")), Processor(DEFAULT_MODEL)
-    policy = prepare.make_policy(args, recipe, model, 1)
+    policy = prepare.make_policy(args, recipe, model, torch.device("cpu"), 1)
     assert [(group["ratio"], len(group["params"])) for group in policy.optimizer.param_groups] == [
         (pytest.approx(10), len([*model.tower.parameters()])), (1.0, 56)]
     data = prepare.read_records(pairs, recipe)
