@@ -119,7 +119,7 @@ def cost_of_step(args: argparse.Namespace, recipe: Recipe, scorer: nn.Module, mo
     reference, pixels = Reference(model), torch.zeros(batch.pixels.shape)
     trained = [p for p in scorer.parameters() if p.requires_grad]
     for parameter in trained:
-        parameter.grad = torch.empty_like(parameter) if accumulates else None
+        parameter.grad = torch.zeros_like(parameter) if accumulates else None
 
     def learn(seen: Tensor) -> None:
         outputs = scorer(batch.packed, seen)
