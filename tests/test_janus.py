@@ -252,6 +252,7 @@ def test_published_configurations(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(part | {"language_config": text, "aligner_config": aligner}))
         config = janus.read(tmp_path)
         assert (config.tile_tokens, config.image_token_index, config.text.rms_norm_eps) == (576, 100581, 1e-6)
+        assert (config.vision.layer_norm_eps, config.vision.hidden_act) == (1e-6, "gelu")
         with torch.device("meta"):
             assert sum(p.numel() for p in janus.Model(config).parameters()) == weights
         again = janus.janus_config(janus.hf_config(config))
