@@ -161,7 +161,7 @@ def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
                     if n.startswith(model.CONNECTOR + ".")}
     (rank, scale), = kinds
     leaves = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    whole = [f"model.{model.CONNECTOR}"]  # PEFT takes what ends so, and Janus-Pro also has a generation_aligner
+    whole = [family.peft_name(model.CONNECTOR)]  # PEFT takes what ends so, and Janus-Pro also has a generation_aligner
     config = {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": scale * rank,
         "lora_dropout": 0.0, "bias": "none", "target_modules": rf".*language_model.*\.({'|'.join(leaves)})",

@@ -60,7 +60,14 @@ def test_counted_flops(loss):
     text = replace(TINY.config.text, intermediate_size=256, num_hidden_layers=4)
     size = replace(TINY, config=replace(TINY.config, text=text), response=20, rank=16)
     step = gpu.our_step(size, CPU, loss, checkpointing=False)
-    into = {torch.ops.aten.addmm_: lambda _, a, b, *args, **kwargs: 2 * a[0] * a[1] * b[1]}  # LoRA's second product
+    aten = torch.ops.aten
+    into = {  # what it does not know: LoRA's second product, the attention of a CPU
+        aten.addmm_: lambda _, a, b, *args, **kwargs: 2 * a[0] * a[1] * b[1],
+        aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, *_, **__: 4 * q[0] * q[1] * q[2] * k[2] * q[3],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda grad, q, k, *_, **__: 10 * q[0] * q[1] * q[2] * k[2] * q[3],
+    }
     with FlopCounterMode(display=False, custom_mapping=into) as counter:
         step()
     assert gpu.model_flops(size, loss) == pytest.approx(counter.get_total_flops(), rel=0.05)

