@@ -381,13 +381,25 @@ def printable(values: Tensor) -> list:
 STARTING = ".starting"  # in --out from when a run is launched until `announce` has taken away what an earlier one left
 
 
+def restarted() -> bool:
+    """Whether torchrun --max-restarts has started all processes again, with the same command."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def go_on_after_a_crash(args: argparse.Namespace) -> None:
-    """torchrun --max-restarts starts all processes again with the same command. Whatever that says, go on with the
-    checkpoints of the attempts before, or start again; only if none came as far as `announce`, do as it says."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if restarted and not (args.out / STARTING).exists():
+    """Whatever the command of a restart says, go on with the checkpoints of the attempts before, or start again; only
+    if none came as far as `announce`, do as it says."""
+    if restarted() and not (args.out / STARTING).exists():
         args.resume = bool(checkpoints(args.out))
         args.overwrite = not args.resume
+
+
+def refuse_different_steps(saved: dict | None, out: Path, world: int) -> None:
+    """Raises BadInput in all processes if they do not go on from the same step. A collective call."""
+    steps = training.gather_all([saved["step"] if saved else 0], world)
+    if len(set(steps)) > 1:
+        raise BadInput(f"{out}: the processes see different checkpoints, of steps {', '.join(map(str, steps))}; all need"
+                       " the same folder")
 
 
 def announce(run: Run, saved: dict | None) -> None:
@@ -493,12 +505,13 @@ def main(argv: list[str] | None = None) -> int:
     check(args, recipe, world)  # before processes wait for each other
     if not args.estimate:
         check_places(args)
-        if rank == 0:
+        if rank == 0 and not restarted():
             (args.out / STARTING).touch()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite", "estimate", "tflops")}
     device = training.start_processes(world)
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
+    refuse_different_steps(saved, args.out, world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
     lengths = None
     if args.data:  # bad records are named before a large model is loaded
