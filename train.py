@@ -398,8 +398,8 @@ def refuse_different_steps(saved: dict | None, out: Path, world: int) -> None:
     """Raises BadInput in all processes if they do not go on from the same step. A collective call."""
     steps = training.gather_all([saved["step"] if saved else 0], world)
     if len(set(steps)) > 1:
-        raise BadInput(f"{out}: the processes see different checkpoints, of steps {', '.join(map(str, steps))}; all need"
-                       " the same folder")
+        raise BadInput(f"{out}: the processes see different checkpoints, of steps {', '.join(map(str, steps))};"
+                       " all need the same folder")
 
 
 def announce(run: Run, saved: dict | None) -> None:
