@@ -40,7 +40,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -359,12 +358,19 @@ STARTING = ".starting"  # in --out from when a run is launched until `announce` 
 
 
 def go_on_after_a_crash(args: argparse.Namespace) -> None:
-    """torchrun --max-restarts starts all processes again with the same command. Whatever that says, go on with the
-    checkpoints of the attempts before, or start again; only if none came as far as `announce`, do as it says."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if restarted and not (args.out / STARTING).exists():
+    """Whatever the command says that torchrun --max-restarts repeats: go on with the checkpoints of the attempts
+    before, or start again. Only if none of them came as far as `announce`, do as it says."""
+    if training.restarts() and not (args.out / STARTING).exists():
         args.resume = bool(checkpoints(args.out))
         args.overwrite = not args.resume
+
+
+def refuse_different_steps(saved: dict | None, out: Path, world: int) -> None:
+    """Raises BadInput in all processes if they do not go on from the same step. A collective call."""
+    steps = training.gather_all([saved["step"] if saved else 0], world)
+    if len(set(steps)) > 1:
+        raise BadInput(f"{out}: the processes see different checkpoints, of steps {', '.join(map(str, steps))}; all"
+                       " need the same folder")
 
 
 def announce(run: Run, saved: dict | None) -> None:
@@ -458,12 +464,13 @@ def main(argv: list[str] | None = None) -> int:
     go_on_after_a_crash(args)
     check(args, recipe, world)  # before processes wait for each other
     check_places(args)
-    if rank == 0:
+    if rank == 0 and not training.restarts():
         (args.out / STARTING).touch()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite")}
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     device = training.start_processes(world)
+    refuse_different_steps(saved, args.out, world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
     if args.data:  # bad records are named before a large model is loaded
         check_texts(args, recipe, processor, read_records(args.data, recipe), args.data, rank)

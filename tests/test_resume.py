@@ -261,10 +261,11 @@ def test_two_processes_stop_together_before_the_weights_change(two):
 
 
 RESTARTED = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 sys.path.insert(0, {home!r})
 import torch
 import train
+from model.resume import checkpoints
 
 DEATHS = [("asked 4", 1), ("saved 6", 0), None]  # when, and which process
 deaths, starts = pathlib.Path({deaths!r}), pathlib.Path({starts!r})
@@ -277,12 +278,14 @@ def note(path, line):
 
 def perhaps_die(when):
     if DEATHS[former] == (when, rank):
+        while not checkpoints(pathlib.Path({out!r})):  # the other process writes it in a thread
+            time.sleep(0.01)
         note(deaths, when)
         os.kill(os.getpid(), signal.SIGKILL)
 
 def noting_begin(*given):
     done = begin(*given)
-    note(starts, str(rank) + " from step " + str(done))
+    note(starts, str(rank) + " after " + str(former) + " deaths from step " + str(done))
     return done
 
 def dying_save(content, file):
@@ -301,14 +304,15 @@ def test_torchrun_goes_on_by_itself(folder, two, tmp_path):
     """One process is killed between two checkpoints, then the other while it writes one. Neither the first attempt nor
     --overwrite, which is still in the command, lets anything of an earlier run with the same settings in."""
     script, out, deaths, starts = (tmp_path / name for name in ("run.py", "run", "deaths", "starts"))
-    script.write_text(RESTARTED.format(home=str(HOME), deaths=str(deaths), starts=str(starts)))
+    script.write_text(RESTARTED.format(home=str(HOME), out=str(out), deaths=str(deaths), starts=str(starts)))
     deaths.touch()
     shutil.copytree(two / "whole", out)
     for path in resume.checkpoints(out):
         edit(path, lambda saved: saved["config"].update(out=str(out)) or saved["trained"].popitem()[1].add_(1))
-    run_on_two(script, *command(folder, str(out)), "--overwrite", restarts=8)
+    run_on_two(script, *command(folder, str(out)), "--overwrite", restarts=3)
     assert deaths.read_text().splitlines() == ["asked 4", "saved 6"]
-    assert sorted(starts.read_text().splitlines()) == [f"{rank} from step {done}" for rank in "01" for done in (0, 3, 3)]
+    assert set(starts.read_text().splitlines()) == {
+        f"{rank} after {former} deaths from step {done}" for rank in "01" for former, done in enumerate((0, 3, 3))}
     assert lines(out) == lines(two / "whole") and weights(out) == weights(two / "whole")
     assert not list(out.glob(".*"))
 
@@ -323,6 +327,27 @@ def test_what_a_restart_does(tmp_path, monkeypatch, starting, kept, resumes):
         args = read_arguments(train.LOSSES, command(tmp_path, str(tmp_path), "--overwrite"))
         train.go_on_after_a_crash(args)
         assert (args.resume, args.overwrite) == ((True, False) if resumes and count == "1" else (False, True))
+
+
+def test_a_slow_process_of_a_restart_decides_as_the_others(folder, tmp_path, monkeypatch):
+    """What the first one does before they meet changes nothing for those that look later."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (tmp_path / "checkpoint-3.pt").touch()
+    for _ in range(2):
+        monkeypatch.setattr(resume, "read_checkpoint", lambda *_: {"step": 3})
+        monkeypatch.setattr(training, "start_processes", lambda world: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(command(folder, str(tmp_path), "--overwrite"))
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3.pt"]
+
+
+def test_processes_that_see_different_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "gather_all", lambda items, world: [*items, 6][:world])
+    train.refuse_different_steps({"step": 3}, tmp_path, 1)
+    train.refuse_different_steps({"step": 6}, tmp_path, 2)
+    for saved, steps in (({"step": 3}, "3, 6"), (None, "0, 6")):
+        with pytest.raises(BadInput, match=f"different checkpoints, of steps {steps};"):
+            train.refuse_different_steps(saved, tmp_path, 2)
 
 
 # ---- what is written, and when -----------------------------------------------------------------------------
