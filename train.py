@@ -43,7 +43,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -381,15 +380,10 @@ def printable(values: Tensor) -> list:
 STARTING = ".starting"  # in --out from when a run is launched until `announce` has taken away what an earlier one left
 
 
-def restarted() -> bool:
-    """Whether torchrun --max-restarts has started all processes again, with the same command."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def go_on_after_a_crash(args: argparse.Namespace) -> None:
-    """Whatever the command of a restart says, go on with the checkpoints of the attempts before, or start again; only
-    if none came as far as `announce`, do as it says."""
-    if restarted() and not (args.out / STARTING).exists():
+    """Whatever the command says that torchrun --max-restarts repeats: go on with the checkpoints of the attempts
+    before, or start again. Only if none of them came as far as `announce`, do as it says."""
+    if training.restarts() and not (args.out / STARTING).exists():
         args.resume = bool(checkpoints(args.out))
         args.overwrite = not args.resume
 
@@ -505,7 +499,7 @@ def main(argv: list[str] | None = None) -> int:
     check(args, recipe, world)  # before processes wait for each other
     if not args.estimate:
         check_places(args)
-        if rank == 0 and not restarted():
+        if rank == 0 and not training.restarts():
             (args.out / STARTING).touch()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite", "estimate", "tflops")}

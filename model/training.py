@@ -33,6 +33,11 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def restarts() -> int:
+    """How often torchrun --max-restarts has started all processes again, with the same command."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def start_processes(world: int) -> torch.device:
     """The device; joins the process group when torchrun started several of us."""
     device = torch.device("cpu")
@@ -41,7 +46,10 @@ def start_processes(world: int) -> torch.device:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():  # they may meet after days of making pairs or evaluating
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=30))
+        timeout = timedelta(days=30)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"attempt-{restarts()}", store)  # it may hold addresses of processes that have died
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     return device
 
 

@@ -309,7 +309,7 @@ def test_torchrun_goes_on_by_itself(folder, two, tmp_path):
     shutil.copytree(two / "whole", out)
     for path in resume.checkpoints(out):
         edit(path, lambda saved: saved["config"].update(out=str(out)) or saved["trained"].popitem()[1].add_(1))
-    run_on_two(script, *command(folder, str(out)), "--overwrite", restarts=8)
+    run_on_two(script, *command(folder, str(out)), "--overwrite", restarts=3)
     assert deaths.read_text().splitlines() == ["asked 4", "saved 6"]
     assert set(starts.read_text().splitlines()) == {
         f"{rank} after {former} deaths from step {done}" for rank in "01" for former, done in enumerate((0, 3, 3))}
