@@ -289,7 +289,8 @@ def check(results: dict[str, tuple[float, float]], exact: bool) -> None:
     for name, (loss, norm) in results.items():
         off = abs(loss - results[peer][0])
         off_norm = abs(norm / results[peer][1] - 1)
-        print(f"  {name:<12} loss {loss:.6f} ({off:.1e} from {peer}), gradient norm {norm:.5f} ({off_norm:.1e})")
+        print(f"  {name:<12} loss {loss:.6f} ({off:.1e} from {peer}), gradient norm {norm:.5f} ({off_norm:.1e})",
+              file=sys.stderr)
         if exact and max(off, off_norm) > 1e-4:
             sys.exit(f"{name} and {peer} disagree: this would compare different computations")
 
@@ -303,7 +304,7 @@ def build(
         own, layers = our_steps(folder, size, dtype, checkpointing)
         peers = trl_steps(folder, size, dtype, checkpointing, layers) if {COMPACT, STOCK} & set(only) else {}
         chosen = {name: step for name, step in (own | peers).items() if name in only}
-        print(f"checkpointing {'on' if checkpointing else 'off'}")
+        print(f"checkpointing {'on' if checkpointing else 'off'}", file=sys.stderr)
         check({name: step() for name, step in chosen.items()}, exact=dtype is torch.float32)
         steps |= {(name, checkpointing): step for name, step in chosen.items()}
     return steps
@@ -385,13 +386,13 @@ def main() -> None:
     if args.alone:
         return memory_alone(settings[0], args.alone[0], args.alone[1] == "True")
     only = [v for v in VARIANTS if v in {OURS, *args.only}]
-    table = [row for setting in settings for row in rows(setting, args.measure, only, args.rounds)]
     print(f"\ntorch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
           f"peft {peft.__version__}\n")
     head = ["size", "precision", "pairs", "step", "checkpointing"]
     head += [cell for m in args.measure for cell in (MEASURES[m][1], f"vs {OURS}")]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    print(*table, sep="\n")
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
+    for setting in settings:  # each may take many minutes
+        print(*rows(setting, args.measure, only, args.rounds), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten = torch.ops.aten
 FLOPS = flop_registry | {  # and those that it does not know
+    aten.addmm_: lambda total, a, b, *_, **__: 2 * a.shape[0] * a.shape[1] * b.shape[1],
     aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
     aten._scaled_dot_product_flash_attention_for_cpu_backward:

@@ -22,7 +22,7 @@ from model.config import LlamaConfig, VisionConfig
 from model.estimate import cost_of, hollow, kept
 from model.llava import Llava, LlavaConfig
 from model.logprobs import Scorer, Sequence, pack
-from model.lora import Reference, add_lora
+from model.lora import LoRALinear, Reference, add_lora
 from model.views import single, stack
 from options import check, read_arguments
 
@@ -89,9 +89,10 @@ def test_the_report_is_what_a_step_takes(pairs, loss, options, monkeypatch):
 
 
 def test_operations_are_those_of_torchs_counter(pairs):
-    """But for the fused attention of a CPU, which that one does not know: 4 for each query, key and head dimension, and
-    10 in the backward, which has five products for the forward's two."""
+    """But for what that one does not know: products that are added in place, and the fused attention of a CPU, 4 for each
+    query, key and head dimension, and 10 in the backward, which has five products for the forward's two."""
     fused = {
+        torch.ops.aten.addmm_: lambda total, a, b, *_, **__: 2 * a[0] * a[1] * b[1],
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             lambda q, k, *_, **__: 4 * q[0] * q[1] * q[2] * k[2] * q[3],
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -220,3 +221,13 @@ def test_sharded_weights_are_shared_out(pairs, monkeypatch):
     for name in ("weights", "gradients", "AdamW", "reference"):
         assert shared[name] == whole[name] // 4
     assert shared["activations"] == whole["activations"]
+
+
+def test_all_products_of_an_adapted_layer_count():
+    """7 rows, 6 -> 5 at rank 2: 7 x 6 x 2 down, 7 x 2 x 5 up, and 7 x 6 x 5 of the frozen weight, 2 for each; in the
+    backward the input's gradient of all three and the weights' of two."""
+    layer = LoRALinear(torch.nn.Linear(6, 5, bias=False).requires_grad_(False), 2, 4.0, 0.0)
+    x = torch.zeros(7, 6, requires_grad=True)
+    low, up, frozen = 2 * 7 * 6 * 2, 2 * 7 * 2 * 5, 2 * 7 * 6 * 5
+    assert cost_of(lambda: layer(x)).flops == low + up + frozen
+    assert cost_of(lambda: layer(x).sum().backward()).flops == 3 * low + 3 * up + 2 * frozen
