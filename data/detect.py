@@ -17,9 +17,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from common import BadInput, read_json
@@ -45,18 +44,17 @@ Detect = Callable[[str, Image.Image], list[Detection]]
 
 
 def overview(image: Image.Image, detections: list[Detection]) -> Image.Image:
-    """The image with each object's mask tinted, its box and its tag."""
-    pixels = np.asarray(image.convert("RGB"), np.float32).copy()  # (H, W, 3)
-    colours = [ImageColor.getrgb(f"hsl({i * 137 % 360}, 90%, 50%)") for i in range(len(detections))]
-    for colour, found in zip(colours, detections):
-        pixels[found.mask.numpy()] *= 0.5
-        pixels[found.mask.numpy()] += np.array(colour, np.float32) / 2
-    shown = Image.fromarray(pixels.round().astype(np.uint8))
-    draw = ImageDraw.Draw(shown)
-    for colour, found in zip(colours, detections):
-        draw.rectangle(found.box, outline=colour, width=2)
-        draw.text((found.box[0] + 3, found.box[1] + 1), found.label, "white", stroke_width=1, stroke_fill="black")
-    return shown
+    """RGB image -> the same with each object's mask tinted, its box and its tag."""
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image  # take a second, for the gallery alone
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    if not detections:
+        return image
+    colours = [f"hsl({i * 137 % 360}, 90%, 50%)" for i in range(len(detections))]
+    masks = torch.stack([found.mask for found in detections])  # (n, H, W)
+    shown = draw_segmentation_masks(pil_to_tensor(image), masks, 0.5, colours)
+    boxes, labels = torch.tensor([found.box for found in detections]), [found.label for found in detections]
+    return to_pil_image(draw_bounding_boxes(shown, boxes, labels, colours, width=2))
 
 
 def box_of(mask: Tensor) -> Box:

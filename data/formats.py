@@ -44,6 +44,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -385,10 +386,8 @@ def _origin(row: dict) -> dict:
     """What the row says about its making; `origin_split` is JSON inside a string in some files."""
     found = {key: row[key] for key in ORIGIN if row.get(key) is not None}
     if isinstance(found.get("origin_split"), str):
-        try:
+        with suppress(BadInput):  # a plain string is fine, too
             found["origin_split"] = parse_json(found["origin_split"].encode())
-        except ValueError:
-            pass  # a plain string is fine, too
     return found
 
 

@@ -33,7 +33,17 @@ from model.families import family_of
 from model.hub import resolve
 from model.layouts import adapter_base, by_name, config_folder, copy_companions, unwrapped
 from model.lora import LoRALinear, lora_layers
-from model.tensors import SHARD_BYTES, Stored, check_tensors, finite, list_tensors, read, save_json, save_shards
+from model.tensors import (
+    SHARD_BYTES,
+    Stored,
+    check_tensors,
+    finite,
+    list_tensors,
+    read,
+    read_one,
+    save_json,
+    save_shards,
+)
 from model.vlm import VLM
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny"
@@ -177,7 +187,7 @@ def save_llava(model: VLM, folder: Path | str, source: Path | str, dtype: torch.
         tensors[name] = partial(_with_rows, tensors[name], None if new else kept[name], extra)
     for name in sorted(kept.keys() - tensors.keys()):
         if name != "image_newline":
-            tensors[name] = partial(_read_one, kept[name])
+            tensors[name] = partial(read_one, kept[name])
     if model.config.text.tie_word_embeddings:
         tensors.pop(HEAD, None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,9 +212,5 @@ def _merged(weight: Tensor, layer: LoRALinear | None) -> Tensor:
 def _with_rows(make: Callable[[], Tensor], stored: Stored | None, extra: int) -> Tensor:
     """A table with `extra` more rows: the last ones of `stored`, or the mean of its own."""
     table = make().cpu()
-    rows = table.float().mean(0).expand(extra, -1) if stored is None else _read_one(stored)[-extra:]
+    rows = table.float().mean(0).expand(extra, -1) if stored is None else read_one(stored)[-extra:]
     return torch.cat([table, rows.to(table.dtype)])
-
-
-def _read_one(stored: Stored) -> Tensor:
-    return next(read([stored]))[1]

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import mix
 from model.config import LlamaConfig
@@ -130,11 +131,13 @@ class EvaTower(nn.Module):
         self.embeddings = EvaEmbeddings(config)
         self.encoder = named(layers=nn.ModuleList(EvaLayer(config) for _ in range(config.num_hidden_layers)))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.post_layernorm_eps)
+        self.checkpointing = False  # recompute each block in the backward instead of keeping its activations
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.embeddings(pixels.to(self.post_layernorm.weight.dtype))
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for layer in self.encoder.layers:
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return self.post_layernorm(x)
 
 
@@ -199,6 +202,7 @@ class QFormer(nn.Module):
             QFormerLayer(config, source if i % every == 0 else None) for i in range(config.num_hidden_layers)))
 
     def forward(self, queries: Tensor, shown: Tensor, questions: list[tuple[int, ...]]) -> Tensor:
+        """questions: token ids of each prompt's; shorter ones are padded, which no other token sees."""
         table, count = self.embeddings, queries.shape[1]
         ids = [torch.tensor(question, dtype=torch.long) for question in questions]
         ids = pad_sequence(ids, batch_first=True).to(shown.device)  # (G, T)
@@ -229,8 +233,7 @@ class InstructBlip(VLM):
         self.language_projection = nn.Linear(width, config.text.hidden_size)
         self.language_model = CausalLM(config.text)
 
-    @torch.no_grad()
-    def vision_features(self, pixels: Tensor) -> Tensor:
+    def run_tower(self, pixels: Tensor) -> Tensor:
         """pixels (N, 3, S, S) -> features (N, P, C), class token first."""
         return self.vision_model(pixels)
 

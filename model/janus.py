@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -103,8 +102,7 @@ class Janus(VLM):
         self.aligner = Aligner(config.vision.hidden_size, config.text.hidden_size)
         self.language_model = CausalLM(config.text)
 
-    @torch.no_grad()
-    def vision_features(self, pixels: Tensor) -> Tensor:
+    def run_tower(self, pixels: Tensor) -> Tensor:
         """pixels (N, 3, S, S) -> patch features (N, P, C)."""
         return self.vision_model(pixels.to(self.vision_model.post_layernorm.weight.dtype))
 

@@ -96,11 +96,10 @@ class Llava(VLM):
         if config.anyres:
             self.image_newline = nn.Parameter(torch.zeros(config.text.hidden_size))
 
-    def vision_features(self, pixels: Tensor) -> Tensor:
+    def run_tower(self, pixels: Tensor) -> Tensor:
         """pixels (N, 3, S, S) -> patch features (N, P, C) of the chosen layer, class token dropped."""
         dtype = self.vision_tower.vision_model.embeddings.class_embedding.dtype
-        with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
-            return self.vision_tower.vision_model(pixels.to(dtype))[:, 1:]
+        return self.vision_tower.vision_model(pixels.to(dtype))[:, 1:]
 
     def connect(self, features: Tensor, rows: Tensor, questions: list[tuple[int, ...]]) -> Tensor:
         """Patch features (N, P, C), rows (I,) of the flattened (N P, C) features, -1 for `image_newline` -> (I, D).

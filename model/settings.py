@@ -61,13 +61,18 @@ def read_preprocessing(folder: Path, size: int, aspect: str | None = None,
                        " vision tower takes")
     if aspect == "anyres" and resize not in (size, (size, size)):
         raise BadInput(f"{where}: size={raw['size']!r} is not the side of a tile, {size}")
+    mean, std, fill = colours(raw, where)
+    return Preprocessing(size, mean, std, None if resize == size else resize, int(raw.get("resample", 3)), fill)
+
+
+def colours(raw: dict, where: str) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
+    """(mean, deviation, colour of padding), of three channels; the last is the mean as a colour, whether or not images
+    are normalised."""
     mean, std = channels_of(raw, "image_mean", CLIP_MEAN, where), channels_of(raw, "image_std", CLIP_STD, where)
     if min(std) == 0:
         raise BadInput(f"{where}: image_std={raw['image_std']!r} divides by 0")
     fill = tuple(int(x * 255) for x in mean)
-    if not raw.get("do_normalize", True):
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return Preprocessing(size, mean, std, None if resize == size else resize, int(raw.get("resample", 3)), fill)
+    return (mean, std, fill) if raw.get("do_normalize", True) else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), fill)
 
 
 def image_settings(folder: Path) -> tuple[str, dict]:

@@ -154,6 +154,11 @@ def _part(value: Tensor, tensor: Stored) -> Tensor:
     return value.flatten()[tensor.offset : tensor.offset + math.prod(tensor.shape)].view(tensor.shape)
 
 
+def read_one(stored: Stored) -> Tensor:
+    """The tensor, as `read` yields it."""
+    return next(read([stored]))[1]
+
+
 def read_file(file: Path) -> dict[str, Tensor]:
     """All tensors of one file by name. BadInput as from `list_file`, and when there is none."""
     if not file.is_file():

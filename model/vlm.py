@@ -39,7 +39,9 @@ from model.attention import Causal
 
 
 class VLM(nn.Module):
-    """Base of the networks. A subclass makes `language_model` (model/llama.py) and the two methods of the header.
+    """Base of the networks. A subclass makes `language_model` (model/llama.py), `connect` as in the header, and
+
+        run_tower(pixels (N, 3, S, S)) -> features (N, P, C)
 
     CONNECTOR: name of the module that may train without adapters.
     TOWER: name of the module that sees the image; it trains only when told to.
@@ -55,20 +57,28 @@ class VLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the decoder is."""
         return self.language_model.lm_head.weight.device
 
     @property
     def connector(self) -> nn.Module:
+        """What leads from features to the decoder."""
         return self.get_submodule(self.CONNECTOR)
 
     @property
     def tower(self) -> nn.Module:
+        """What makes features of pixels."""
         return self.get_submodule(self.TOWER)
 
     def train_tower(self) -> None:
         """Let the tower train, in fp32."""
         self.tower.float().requires_grad_(True)
         self.tower_trains = True
+
+    def vision_features(self, pixels: Tensor) -> Tensor:
+        """pixels (N, 3, S, S) -> features (N, P, C), with gradients only where the tower trains."""
+        with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
+            return self.run_tower(pixels)
 
     def seen(self, pixels: Tensor) -> Tensor:
         """What a scorer takes of the images: features (N, P, C), or pixels (N, 3, S, S) where the tower trains."""

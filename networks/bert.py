@@ -53,6 +53,7 @@ class BertConfig:
 
     @property
     def mpnet(self) -> bool:
+        """Whether it is MPNet, not BERT."""
         return self.model_type == "mpnet"
 
     @property

@@ -103,6 +103,7 @@ def image_positions(valid: Tensor, width: int) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
+    """Of places (..) in 0..1, those at an edge moved inside by EDGE."""
     return torch.logit(x, eps=EDGE)
 
 
@@ -229,6 +230,7 @@ class ImageLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, image: Tensor, places: Tensor, points: Tensor, shapes: list, valid: Tensor) -> Tensor:
+        """image and places (B, N, D), points (B, N, L, 2), valid (B, N) bool -> (B, N, D)."""
         image = self.norm1(image + self.self_attn(image + places, image, points, shapes, valid))
         return self.norm2(image + self.linear2(F.relu(self.linear1(image))))
 

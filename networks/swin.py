@@ -144,6 +144,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def attend(self, x: Tensor) -> Tensor:
+        """Attention within windows of the padded and, in every second block, shifted map."""
         (_, height, width, _), w, shift = x.shape, self.window, self.shift
         x = pad_to(x, w)
         _, H, W, _ = x.shape
@@ -208,9 +209,11 @@ class Swin(nn.Module):
             self.add_module(self.norm_name(i), nn.LayerNorm(config.width * 2**i))
 
     def norm_name(self, stage: int) -> str:
+        """Of the norm after a stage whose map is returned."""
         return f"norm{stage}" if self.size is None else "norm"
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Raises ValueError on images of another size than the one that is fixed."""
         if self.size is not None and pixels.shape[-2:] != (self.size, self.size):
             raise ValueError(f"images of {tuple(pixels.shape[-2:])} pixels, this network takes {self.size} a side")
         x, maps = self.patch_embed(pixels), []

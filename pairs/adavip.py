@@ -106,7 +106,7 @@ def removable(detections: list[Detection], *, dilation: int = 15, max_area: floa
 
     Args:
         dilation: reconstructed: side of the square by which masks grow, so that no rim of the object stays.
-        max_area: reconstructed: classes whose holes take a larger share of the image are passed over.
+        max_area: reconstructed: classes whose holes take a larger share of the image, or all of it, are passed over.
         instances: "all" objects of a class, or the "best": that of the highest score.
     """
     if instances not in ("all", "best"):
@@ -118,7 +118,7 @@ def removable(detections: list[Detection], *, dilation: int = 15, max_area: floa
         elif instances == "all":
             masks[found.label] = masks[found.label] | found.mask
     holes = [(label, dilate(mask, dilation)) for label, mask in sorted(masks.items()) if mask.any()]
-    return [(label, hole) for label, hole in holes if hole.float().mean() <= max_area]
+    return [(label, hole) for label, hole in holes if hole.float().mean() <= max_area and not hole.all()]
 
 
 def mentions_of(text: str, labels: list[str]) -> list[bool]:

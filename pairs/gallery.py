@@ -96,11 +96,12 @@ def objects(pair: dict, root: Path | str | None) -> Image.Image | None:
     if source.get("method") != "adavip":
         return None
     image, found = open_image(pair["image"], root), []
-    for candidate in source["candidates"]:
+    for candidate in source.get("candidates", []):
         with suppress(BadInput):
-            without = np.asarray(open_image(candidate["image"], root))
-            mask = torch.from_numpy((without != np.asarray(image)).any(-1))  # (H, W)
-            found.append(Detection(candidate["removed"], 1.0, box_of(mask), mask))
+            without = open_image(candidate["image"], root)
+            if without.size == image.size:
+                mask = torch.from_numpy((np.asarray(without) != np.asarray(image)).any(-1))  # (H, W)
+                found.append(Detection(candidate["removed"], 1.0, box_of(mask), mask))
     return overview(image, found) if found else None
 
 

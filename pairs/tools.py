@@ -79,7 +79,6 @@ from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.clip import CLIP
 from model.hub import resolve
 from model.llava import Llava
-from networks.chain import ram_dino_sam
 from pairs.adavip import Candidates, photo_candidates, scene_candidates
 from pairs.corrupt import Writer, model_corrupt, scene_corrupt
 from pairs.progress import readable
@@ -313,6 +312,8 @@ def detect(setting: Setting, used: dict, *, detector: str = "scene", detector_we
         return _mask_rcnn(detector_weights, setting.device)
     if detector != "ram+dino+sam":
         return coco_instances(detector)
+    from networks.chain import ram_dino_sam  # torchvision takes a second, and only this needs it
+
     thresholds = {"tag_threshold": tag_threshold, "box_threshold": box_threshold, "overlap": overlap}
     used["thresholds"] = {**thresholds, **({"tag_threshold": ram_thresholds.name} if ram_thresholds else {})}
     files = {"ram": ram, "ram_tags": ram_tags, "ram_thresholds": ram_thresholds, "dino": dino,

@@ -17,6 +17,7 @@ import test_janus
 import torch
 import toy_family
 from PIL import Image
+from safetensors.torch import load_file
 from test_processor import tokenizer
 
 import evaluate
@@ -194,6 +195,34 @@ def test_losses(checkpoint, tmp_path, loss):
     assert bool(connector) == (loss == "dpo")
     assert all(name.startswith("language_model.model.layers.") for name in moved - connector)
     assert moved or loss in ("fisao", "bdhs_online")  # no object is named, or no answer finished, by random weights
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpointing"]])
+def test_the_tower_trains(checkpoint, tmp_path, more):
+    """With --train-vision, and in the saved model; recomputed or not, to the same losses and weights."""
+    rows = [{**row, "image": str(checkpoint / row["image"])} for row in RECORDS]
+    told = ["--loss", "dpo", "--train-vision", "--vision-lr", "0.001"]
+    losses = run_losses(checkpoint, tmp_path / "out", rows, *told, *more)
+    before, after = load_llava(checkpoint), load_llava(tmp_path / "out" / "model")
+    moved = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after.state_dict()[name])}
+    assert len([name for name in moved if name.startswith(f"{before.TOWER}.")]) > 10
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)  # the reference's tower is the policy's at the start
+    frozen = run_losses(checkpoint, tmp_path / "frozen", rows, "--loss", "dpo")
+    assert losses[1] != frozen[1]
+
+
+def test_it_is_estimated_and_sharded(checkpoint, tmp_path, capsys):
+    """--estimate counts the model's weights; --shard, in one process, trains as without."""
+    rows = [{**row, "image": str(checkpoint / row["image"])} for row in RECORDS]
+    plain = run_losses(checkpoint, tmp_path / "plain", rows, "--loss", "dpo")
+    assert run_losses(checkpoint, tmp_path / "sharded", rows, "--loss", "dpo", "--shard") == pytest.approx(plain, abs=1e-5)
+    capsys.readouterr()
+    assert train.main(["--loss", "dpo", "--model", str(checkpoint), "--data", str(tmp_path / "data.jsonl"),
+                       "--out", str(tmp_path / "no"), "--batch-size", "2", "--steps", "2", "--lora-rank", "2",
+                       "--estimate"]) == 0
+    count = sum(p.numel() for p in load_llava(checkpoint).parameters())
+    adapters = sum(x.numel() for name, x in load_file(tmp_path / "plain" / "adapters" / "adapter_model.safetensors").items())
+    assert f"parameters    {count + adapters:,}, of which {adapters:,} train" in capsys.readouterr().out
 
 
 def test_reference_cache(checkpoint, tmp_path):

@@ -320,7 +320,7 @@ def test_the_papers_detector(photos, tmp_path, monkeypatch):
         asked.append((files, settings))
         return lambda reference, image: [] if "two" in reference else [Detection("ball", 0.9, (30, 20, 50, 40), mask)]
 
-    monkeypatch.setattr("pairs.tools.ram_dino_sam", made)
+    monkeypatch.setattr("networks.chain.ram_dino_sam", made)
     report = run(read_arguments([*command, "--box-threshold", "0.5", "--dilation", "5", "--ram", "r", "--sam", "s"]))
     (pair,) = read_pairs(tmp_path / "p.jsonl", {"rejected_image"})
     assert pair["source"]["thresholds"] == {"tag_threshold": 0.68, "box_threshold": 0.5, "overlap": 0.7}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import written_whole
+from common import BadInput, written_whole
 from model.checkpoint import BUFFERS
 from model.config import llama_config, read_config
 from model.families.instructblip import READER, hf_config
 from model.instructblip import EvaConfig, InstructBlip, InstructBlipConfig, QFormerConfig
 from model.layouts import by_name, copy_companions, renamed
-from model.tensors import Stored, check_tensors, list_file, list_tensors, read, save_json, save_shards
+from model.tensors import Stored, check_tensors, list_file, list_tensors, read_one, save_json, save_shards
 
 TRAINED = (
     (r"^Qformer\.bert\.", "qformer."), (r"^qformer\.embeddings\.LayerNorm\.", "qformer.embeddings.layernorm."),
@@ -77,7 +78,7 @@ def gather(found: dict[str, Stored], config: InstructBlipConfig, where: Path) ->
     check_tensors(found, wanted | {half: width for pair in halves.values() for half in pair}, where,
                   partial(_left_out, config.vision.num_hidden_layers))
     return {name: partial(_fuse, *(found[half] for half in halves[name])) if name in halves
-            else partial(_read_one, found[name]) for name in shapes}
+            else partial(read_one, found[name]) for name in shapes}
 
 
 def _left_out(layers: int, name: str) -> bool:
@@ -86,19 +87,21 @@ def _left_out(layers: int, name: str) -> bool:
 
 
 def _fuse(query: Stored, value: Stored) -> Tensor:
-    q, v = _read_one(query), _read_one(value)
+    q, v = read_one(query), read_one(value)
     return torch.cat([q, torch.zeros_like(q), v])
 
 
-def _read_one(stored: Stored) -> Tensor:
-    return next(read([stored]))[1]
-
-
 def main() -> None:
+    """The command line; exit status 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("trained", "tower", "vicuna", "vocabulary", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    convert(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    try:
+        convert(**vars(arguments))
+    except BadInput as error:
+        print(f"tools.lavis: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

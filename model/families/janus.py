@@ -72,9 +72,9 @@ from model.config import (
 )
 from model.janus import Janus, JanusConfig
 from model.layouts import adapter_base, by_name, renamed
-from model.settings import channels_of, image_settings, size_of
+from model.settings import colours, image_settings, size_of
 from model.tensors import Stored, list_tensors
-from model.views import CLIP_MEAN, CLIP_STD, Preprocessing, Size, View, normalise, pad_to_square, single
+from model.views import Preprocessing, Size, View, normalise, pad_to_square, single
 
 Model = Janus
 
@@ -284,12 +284,7 @@ def preprocessing(folder: Path, config: JanusConfig, aspect: str) -> Preprocessi
            do_pad=(True,), min_size=(MIN_SIDE,), resample=(Image.Resampling.BICUBIC.value,), image_size=(size,))
     if size_of(raw, "size", where) not in (None, (size, size)):
         raise BadInput(f"{where}: size={raw['size']!r} is not what the vision tower takes, {size} x {size}")
-    mean, std = channels_of(raw, "image_mean", CLIP_MEAN, where), channels_of(raw, "image_std", CLIP_STD, where)
-    if min(std) == 0:
-        raise BadInput(f"{where}: image_std={raw['image_std']!r} divides by 0")
-    fill = tuple(int(x * 255) for x in mean)
-    if not raw.get("do_normalize", True):
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std, fill = colours(raw, where)
     return Preprocessing(size, mean, std, fill=fill)
 
 
