@@ -10,12 +10,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from data.images import open_image
 from data.records import write_jsonl
-from pairs.gallery import main, marked, thumbnail, write_gallery
+from pairs.gallery import main, marked, objects, thumbnail, write_gallery
 
 EVIL = "<script>document.title='hacked'</script> & \"quotes\" <img src=x onerror=\"document.title='hacked'\">"
 PAIR = {"id": "a", "image": "scene:1", "prompt": "What?", "chosen": "A dog is here.",
@@ -133,3 +134,17 @@ def test_in_a_browser(tmp_path):
     assert colours <= seen  # the picture is drawn
     dom = subprocess.run([*call, "--dump-dom"], capture_output=True, timeout=90, text=True)
     assert "<title>Pairs</title>" in dom.stdout  # no text of a record ran as a script
+
+
+def test_what_could_be_removed_is_where_candidates_differ(tmp_path):
+    """One channel is enough; candidates that are gone or of another size are passed over."""
+    plain = np.full((40, 60, 3), 90, np.uint8)
+    without = plain.copy()
+    without[10:20, 30:50, 1] = 0
+    for name, pixels in (("a.png", plain), ("b.png", without), ("c.png", plain[:9])):
+        Image.fromarray(pixels).save(tmp_path / name)
+    source = {"method": "adavip", "candidates": [{"removed": "cup", "image": name} for name in ("b.png", "c.png", "d.png")]}
+    shown = np.asarray(objects({"image": "a.png", "source": source}, tmp_path)).astype(int)
+    assert (shown[12:18, 32:48] != 90).any(-1).mean() > 0.9 and (shown[25:, :25] == 90).all()  # tinted; outside
+    assert objects({"image": "a.png", "source": {"method": "adavip"}}, tmp_path) is None
+    assert objects({"image": "a.png"}, tmp_path) is None

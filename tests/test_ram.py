@@ -40,6 +40,10 @@ def test_it_equals_parts_of_transformers(descriptions):
     model = build(5, descriptions)
     swin = transformers.SwinModel(swin_config(transformers, 64)).eval()
     share(model.visual_encoder, swin, peer_names(swin))
+    with torch.no_grad():
+        model.image_proj.weight *= 5  # so that the image's tokens differ, and the descriptions' weights
+        if descriptions > 1:
+            model.reweight_scale.fill_(3.0)
     config = transformers.InstructBlipQFormerConfig(
         hidden_size=24, num_attention_heads=4, intermediate_size=36, encoder_hidden_size=20, cross_attention_frequency=1)
     pixels = torch.randn(2, 3, 64, 64)
@@ -66,8 +70,11 @@ def test_it_equals_parts_of_transformers(descriptions):
             labels = theirs.crossattention(labels, None, image, None)
             labels = labels[0] if isinstance(labels, tuple) else labels
             labels = theirs.output(theirs.intermediate(labels), labels)
-        wanted = model.fc(labels)[..., 0]
+        wanted, summaries, own = model.fc(labels)[..., 0], [], model.label_vectors
+        model.label_vectors = lambda summary: own(summaries.append(summary) or summary)
         torch.testing.assert_close(model(pixels), wanted, atol=1e-5, rtol=1e-5)
+    assert (image[:, 0] - image[:, 1]).abs().max() > 1e-3  # the mean of all is not the first
+    torch.testing.assert_close(summaries[0], image[:, 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("descriptions", "suffix"), [(1, "pth"), (3, "pth"), (3, "safetensors")])
@@ -81,6 +88,11 @@ def test_published_files_are_read(tmp_path, descriptions, suffix):
     assert torch.equal(loaded(pixels), model(pixels)) and not any(p.requires_grad for p in loaded.parameters())
 
 
+def test_weights_are_fp32_whatever_the_file_has(tmp_path):
+    torch.save({name: t.bfloat16() for name, t in build().state_dict().items()}, tmp_path / "ram.pth")
+    assert {p.dtype for p in ram.load_ram(tmp_path / "ram.pth", 5, **SIZES).parameters()} == {torch.float32}
+
+
 def test_wrong_files_are_named(tmp_path):
     path = tmp_path / "ram.pth"
     with pytest.raises(BadInput, match=r"ram\.pth: not found; wanted is ram_plus_swin_large_14m\.pth \(3\.0 GB"):
@@ -92,6 +104,9 @@ def test_wrong_files_are_named(tmp_path):
         ram.load_ram(path, 5, **SIZES)
     with pytest.raises(BadInput, match="15 rows, which does not fit 4 tags"):
         ram.load_ram(path, 4, **SIZES)
+    torch.save({name: t for name, t in published(build()).items() if name != "reweight_scale"}, path)
+    with pytest.raises(BadInput, match="15 rows, which does not fit 5 tags"):  # RAM has one row a tag
+        ram.load_ram(path, 5, **SIZES)
     torch.save({"a": torch.zeros(2)}, path)
     with pytest.raises(BadInput, match="no tensor label_embed; wanted is"):
         ram.load_ram(path, 5, **SIZES)
@@ -105,10 +120,12 @@ def test_tags_and_thresholds(tmp_path):
     assert listed[0] == ["dog", "cat", "abbey", "abbey", "tree"]
     assert ram.read_tags(names)[1].tolist() == [pytest.approx(0.68)] * 5
     model = build()
-    scores = torch.tensor([0.6, 0.6, 0.5, 0.7, 0.81])
+    scores = torch.tensor([0.6, 0.6, 0.95, 0.7, 0.81])
     model.forward = lambda pixels: torch.logit(scores)[None]
     found = model.tags(Image.new("L", (30, 20)), *listed)
-    assert [(tag, round(score, 4)) for tag, score in found] == [("tree", 0.81), ("abbey", 0.7), ("dog", 0.6)]
+    assert [(tag, round(score, 4)) for tag, score in found] == [("abbey", 0.95), ("tree", 0.81), ("dog", 0.6)]
+    model.forward = lambda pixels: torch.full((1, 5), -0.0)  # a half is not above the dog's threshold of a half
+    assert [tag for tag, _ in model.tags(Image.new("L", (30, 20)), *listed)] == ["abbey"]
     levels.write_text("0.5\n0.65")
     with pytest.raises(BadInput, match="2 thresholds for the 5 tags"):
         ram.read_tags(names, levels)
