@@ -1,8 +1,6 @@
 """What all folders share: JSON is read strictly, so that one line names the file and what is wrong with it, a file of
 many faults is refused in few lines, and the signatures of functions become the options of scripts."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import inspect

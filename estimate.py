@@ -12,8 +12,6 @@ Under torchrun it is that of one of the processes; with --shard they share weigh
 several processes add is not counted: what they send to each other, the layer that --shard gathers, and waiting.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from functools import partial

@@ -31,8 +31,6 @@ hallucination against coverage (metrics/compare.py).
 Exit status 2 on bad input, with one line for each of the first problems.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import inspect

@@ -47,8 +47,6 @@ response; the same as one line of JSON. Exit status 2 on bad input, or when a se
 the reasons; 1 when interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -8,8 +8,6 @@
 A model folder may hold train.json, settings that suit the model; they become defaults.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import tempfile

@@ -8,8 +8,6 @@ and of each kind of rejected sequence, `weight` the weights of AdaViP's two nega
 without a metric are left out, and so are values that are not finite. Exit status 2 on bad input.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

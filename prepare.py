@@ -1,7 +1,5 @@
 """What a run of train.py starts from: its records, the model with what trains marked, the judges of its samples."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable

@@ -19,8 +19,6 @@ dropout anywhere.
 Shapes: B responses, k of each prompt next to each other; L longest response; tiles, P, C as in model/llava.py.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import random

@@ -5,8 +5,6 @@
     write("plots.svg", curves([Panel("loss", "step", {"dpo": [(1, 0.69), (2, 0.66)]})]))
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

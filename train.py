@@ -38,8 +38,6 @@ headers of images, special tokens in texts, responses beyond the decoder's windo
 inside shows when it is decoded: --bad-records says what happens then.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

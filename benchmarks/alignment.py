@@ -22,8 +22,6 @@ Every run is kept in --out and made once; delete its folder to make it again. Th
 console and to --out/table.md: mean over seeds, +- standard deviation. --out/table.svg is the plot of it.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

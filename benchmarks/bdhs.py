@@ -14,8 +14,6 @@ new tokens.
     python -m benchmarks.bdhs --size small --examples 4
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import statistics
@@ -66,7 +64,7 @@ def tiny_examples(count: int) -> tuple[Llava, list[Example], int]:
     for seed in range(PAIRS, PAIRS + count):
         rng = np.random.default_rng(seed)
         cuts = cut_sentences(caption(sample_scene(seed), random.Random(seed)), rng)
-        writings, prompt = [Writing.of(processor, cut) for cut in cuts], processor.prompt(CAPTION_PROMPT)
+        writings, prompt = [Writing(processor, cut) for cut in cuts], processor.prompt(CAPTION_PROMPT)
         examples.append(Example(
             processor.image(reference(seed)), prompt, draw_mask(prompt, processor.image_id, RHO, rng),
             [writing.start for writing in writings],

@@ -7,8 +7,6 @@ Each network runs in a process of its own, so that its peak of resident memory i
 nothing to find: GroundingDINO is asked for ten tags, SAM for ten boxes.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import subprocess

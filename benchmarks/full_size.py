@@ -16,8 +16,6 @@ loaded weights are pages of the mapped file, read when they are first used: they
 drop them and read them again, so what must fit is the anonymous memory and whatever speed asks for beyond it.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

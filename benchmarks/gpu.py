@@ -22,8 +22,6 @@ is computed twice: so both compare times. Peak memory is all that torch had allo
 of memory, or is not installed, is reported and does not stop the rest. Exits with status 1 where parity fails.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

@@ -14,8 +14,6 @@ imported everything, which is most of a start's time. Phases, by what a killed r
     end          after the last checkpoint: model/ and plots are being written
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

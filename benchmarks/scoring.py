@@ -6,8 +6,6 @@ Captions are random words, frequent as rank^-1: the work of scoring is real, the
 "Yes", and sentences with the objects shown; FOLDER holds its official files. Prints seconds.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import sys

@@ -26,8 +26,6 @@ counted to the next.
 bfloat16 means weights in bf16, LoRA weights in fp32, autocast.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import gc

@@ -4,8 +4,6 @@ A loss file declares its sequences as {name: keyword arguments of `Scored`}. A n
 log-probs as `policy_NAME_logps` and so on (`model.training.named`).
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -88,15 +86,15 @@ class Batch:
     picked: Tensor | None = None  # (n,) bool: labels of `packed` whose places the picked tokens take
     own: Tensor | None = None  # (n,) bool: those of them that the reference picks for itself
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> "Batch":
         """Move the tensors; from pinned memory the copy does not block."""
         return self._moved(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> "Batch":
         """Called by the data loader when it pins batches for CUDA."""
         return self._moved(lambda x: x.pin_memory())
 
-    def _moved(self, move: Callable) -> Batch:
+    def _moved(self, move: Callable) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor | Packed)})
 

@@ -9,8 +9,6 @@ a text, a response that merges with the tag before it. Then the tokens are count
 Image tokens follow from an image's header alone. Readers of files look at everything else (data/records.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 

@@ -13,8 +13,6 @@ A file is checked as a whole when it is read, so that no image fails later. A se
                   fourth number on, differences to the last but one
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple

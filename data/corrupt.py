@@ -28,8 +28,6 @@ Departures from the released codes
   caller gives a seed, one to a sample: `sample_seed`.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from functools import cache

@@ -1,7 +1,5 @@
 """Changed images on disk: PNG files (lossless, so that only the change differs) and their references."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -11,8 +11,6 @@ A detector is a function (image reference, RGB image) -> detections:
 Another one is any function of that kind.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple

@@ -34,8 +34,6 @@ has no column for (`id`, `rejected_images`) is written as an extra one, and read
 written.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import hashlib

@@ -9,8 +9,6 @@ converted, transparency dropped (hidden colours show). Images are not rotated by
 16-bit RGB files, where `convert` would clip nearly everything to white.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import warnings

@@ -17,8 +17,6 @@ multigrid cycle on ever coarser holes (as McAdams et al. 2010, "A parallel multi
 simulation on large grids"): some ten to twenty steps, whatever the size of the hole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -30,8 +30,6 @@ Departure: released code cuts the result off to bytes; data/corrupt.py's `to_ima
 outside the hole stay exactly what they were.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

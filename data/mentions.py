@@ -14,8 +14,6 @@ is rewarded: reconstructed. Known limits: no part of speech ("an orange shirt" m
 negation ("there is no dog" mentions a dog).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from bisect import bisect_left, bisect_right

@@ -7,8 +7,6 @@ or number. The number of an image is its id where an instances file of COCO give
 of its stem, without leading zeros. What only shares a stem or a number (a.jpg and a.png) is not the same.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path

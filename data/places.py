@@ -6,8 +6,6 @@ bias that CHAIR and POPE-adversarial measure). Every word here is checked by the
 synonym pipeline: a class word maps to its class and no other word maps to any class.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

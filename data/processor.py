@@ -6,8 +6,6 @@ count can never depend on the tokenizer. The response's ids are those that follo
 as one text; the prompt's ids are the same whatever the response, which prefix sharing relies on.
 """
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path

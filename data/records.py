@@ -19,8 +19,6 @@ run must not die in its third hour of a typo in line 20,000. So nothing passes t
 shown or tokenised: half a character, NUL, texts of which nothing is visible, and in `source` what JSON lacks.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

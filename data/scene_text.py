@@ -10,8 +10,6 @@ All texts draw from rng.random() only, and every word is one of about 200; none 
 data/places.py is a CHAIR synonym. Probabilities are reconstructed.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Sequence

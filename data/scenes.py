@@ -14,8 +14,6 @@ All sizes, probabilities and rules of the world are reconstructed: the tables ar
 captions and questions (re-exported here) in data/scene_text.py.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import random

@@ -28,8 +28,6 @@ text ("aa", "a", "aa" where "aaa" is a piece) are joined in the merges' order, n
 Unigram models, Unicode normalisation and the removal of blanks are refused: none of these models uses them.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path

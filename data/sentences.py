@@ -4,8 +4,6 @@ A sentence ends at `.`, `!` or `?` with what closes after it, unless a small let
 line. Abbreviations, initials and the numbers of a list end nothing.
 """
 
-from __future__ import annotations
-
 import re
 
 END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s+[^\sa-z]|\s*$)|(?=\s*\n)""")

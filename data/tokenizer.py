@@ -7,8 +7,6 @@
 The first that is there counts. Nothing is added, cut or padded here: text in, ids of that text out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -18,8 +18,6 @@ that is repeated or goes on after an interruption pays for nothing twice. The ke
 variable, is sent to that server only, written nowhere and masked where a server repeats it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import http.client

@@ -10,8 +10,6 @@ Mentions are those of CHAIR's list (metrics/chair.py). A class of the list that 
 absent wherever it is mentioned. Mask R-CNN knows all 80 of them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from data.detect import Detect

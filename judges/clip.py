@@ -1,7 +1,5 @@
 """CLIP as judge, by likeness of images and texts: reconstructed scores, for photographs without a description."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -14,8 +14,6 @@ comparison without a clear verdict counts for neither; a record without any is d
 (pairs/rank.py) and counted there.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from itertools import combinations

@@ -1,7 +1,5 @@
 """What images show, where that is known."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from data import scenes

@@ -1,7 +1,5 @@
 """A reward model as judge: its rewards are the scores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

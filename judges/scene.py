@@ -1,7 +1,5 @@
 """The scene world as judge: mentions are compared with the scene's own record (CHAIR's words, metrics/chair.py)."""
 
-from __future__ import annotations
-
 from functools import cache
 
 from common import BadInput

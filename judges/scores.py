@@ -6,8 +6,6 @@ responses, or None where it came to no verdict.
 A `Judgement` counts claims, a `Score` only compares. FiSAO's verifier scores words instead: judges/words.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -13,8 +13,6 @@ does: 384 tokens for all-mpnet-base-v2, 256 for all-MiniLM-L6-v2.
 Shapes: B texts, T tokens of the longest, D width; the embedding width E is D.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import huggingface_hub

@@ -10,8 +10,6 @@ Reconstructed: a word is embedded alone, without a sentence around it (`template
 CLIP preprocesses it.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple

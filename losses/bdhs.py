@@ -28,8 +28,6 @@ Departures
 - From the released code: none is public.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -35,8 +35,6 @@ Departures
   reference-free variant is left out.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

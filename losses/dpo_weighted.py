@@ -38,8 +38,6 @@ Departures
   not compared. The paper's corrected segments come from its annotators.
 """
 
-from __future__ import annotations
-
 import math
 from difflib import SequenceMatcher
 from typing import Literal

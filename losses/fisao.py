@@ -59,8 +59,6 @@ Departures
 - From the released code: there is none.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

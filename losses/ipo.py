@@ -32,8 +32,6 @@ Departures
   beta_GPO = 2 beta.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -32,8 +32,6 @@ Departures
   drawn from the sample's own seed, and both models see it.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

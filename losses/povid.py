@@ -36,8 +36,6 @@ Departures
 - The released code trains in two stages, first losses/dpo.py on (y_w, y_l), then this loss.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

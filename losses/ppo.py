@@ -62,8 +62,6 @@ Departures
   token (there on padding), and the KL estimate in the reward is not cut at 0.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

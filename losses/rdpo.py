@@ -33,8 +33,6 @@ Departures
   not known.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

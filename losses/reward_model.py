@@ -29,8 +29,6 @@ Departures
   not see each other.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

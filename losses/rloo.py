@@ -42,8 +42,6 @@ Departures
   neither, a score that is not finite is refused.
 """
 
-from __future__ import annotations
-
 import torch
 
 

@@ -21,8 +21,6 @@ Departures
   For the token mean: -sum(metrics["logps/chosen"]) / sum(metrics["tokens/chosen"]).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

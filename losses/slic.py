@@ -33,8 +33,6 @@ Departures
   log-probs are sums; the defaults delta = 1 and lambda = 0.5 are reconstructed. There is no released code.
 """
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

@@ -32,8 +32,6 @@ not print, is that of the rounded figures, half up. Its answers name no image: w
 files are not needed and a row's image is None.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, count

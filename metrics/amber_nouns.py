@@ -12,8 +12,6 @@ The lemmas agree with WordNet 3.0 on every noun and plural. The tagger's weights
 reconstructed. On 2,000 captions of LLaVA-1.5 it rejects 97 of 19,701 forms, not counting can and hot.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 

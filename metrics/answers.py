@@ -4,8 +4,6 @@ An id that is missing, unknown or given twice is refused, and so is an image wit
 file would otherwise give a plausible, wrong score.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property

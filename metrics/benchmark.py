@@ -23,8 +23,6 @@ What is measured without a generated text has `measure`, whose `said` holds numb
     measure(model, processor, rows, **options) -> said
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple

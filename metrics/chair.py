@@ -39,8 +39,6 @@ Options
     max_sentences  only the first sentences of a caption are scored
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache

@@ -1,8 +1,6 @@
 """Multiple choice: a question, its choices after the letters A, B, ..., and the request for a letter, as LLaVA asks;
 and the shares of right answers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from metrics.chair import ratio

@@ -30,8 +30,6 @@ All of it is this world's own: reconstructed after AMBER (arXiv:2311.07397). Cap
 claim and leave nothing unread; every error that pairs/corrupt.py writes is a false claim (tests/test_claims.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -27,8 +27,6 @@ Options
 Reconstructed after AMBER (arXiv:2311.07397) and POPE (arXiv:2305.10355).
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

@@ -14,8 +14,6 @@ CIDEr weighs words by the references of the images scored: figures of a subset a
 Answers are joined by the image's number in COCO; an answers file may be the official list of {image_id, caption}.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal

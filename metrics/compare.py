@@ -14,8 +14,6 @@ published.json is a list of rows:
     note          what the paper does not say; "inferred": its digits or text imply it. Optional
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path

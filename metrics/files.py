@@ -4,8 +4,6 @@ The readers give pairs (FILE:LINE, entry). `each` makes a value of every entry, 
 BadInput as `field` and `texts` do.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

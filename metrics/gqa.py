@@ -15,8 +15,6 @@ Options
 Answers are joined by id, question_id or questionId: GQA's prediction files and LLaVA's answers are both read.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -29,8 +29,6 @@ Departures: the judge prompt is our own; its second question (is the answer the 
 which only sorts the errors, is not asked. Nothing is added to the questions, as in the paper.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence

@@ -8,8 +8,6 @@ Judge prompts are our own, following the released rules; another wording is anot
 version. `requests` takes the released template as `prompt`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean, pstdev

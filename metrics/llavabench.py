@@ -21,8 +21,6 @@ Departures: context.jsonl may hold one caption as a text, which the released scr
 score whose reference mean is 0 is 0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

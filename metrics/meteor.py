@@ -1,8 +1,6 @@
 """METEOR (Denkowski and Lavie, WMT 2014), by its own program: meteor-1.5.jar, which Java runs and which needs its
 paraphrase table (data/paraphrase-en.gz) in its folder. Both are in the PyPI package pycocoevalcap, folder meteor."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path

@@ -29,8 +29,6 @@ Images are in the file, as base64 (or as the index of the row that has it). Wher
 to a folder EDITION-images next to it. LLaVA's answers are read by `question_id` and `round_id`.
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 import io

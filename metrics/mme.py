@@ -25,8 +25,6 @@ figure on the released files: the questions of an image are found by its name, n
 None while one of its tasks is missing.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath

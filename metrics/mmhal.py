@@ -22,8 +22,6 @@ Official files: the answer template, JSON, whose `model_answer` an answers file 
 `image_id` or as in `image_src`. Reviews: a JSON list of completions or of texts, in the order of the questions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath

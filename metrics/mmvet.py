@@ -23,8 +23,6 @@ Departures
 - The released template has no place for the question: append "\\n{question} | {reference} | {answer} | " to use it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -23,8 +23,6 @@ v(w) = count(w) (log N - log max(1, df(w))); l counts bigrams. The mean over cap
 A score divided by nothing is 0.0 in place of an error: no captions, captions of less than n words in CIDEr.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce

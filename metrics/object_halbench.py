@@ -36,8 +36,6 @@ Departures, all reconstructed
   that cannot be read counts as an empty list and as `unparsed`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ An annotation file is one JSON object {image id: [classes]} or an instances file
 files are matched: data/names.py.
 """
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

@@ -38,8 +38,6 @@ Options
     parser       how an answer is read: official (above), lmms (exactly yes or no, in any case; else `other` and wrong)
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

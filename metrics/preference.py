@@ -21,8 +21,6 @@ The file is one of pairs, in any format of data/formats.py. The reference is a s
 its adapters off, which is what it was before training if nothing but adapters trained.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

@@ -10,8 +10,6 @@ Departures: of its abbreviations only those likely in captions are known; emotic
 numbers are taken apart.
 """
 
-from __future__ import annotations
-
 import re
 
 _A = r"[^\W_]"  # letter or digit

@@ -23,8 +23,6 @@ Rules of LLaVA's released code: an answer is a letter A-E alone; or starts with 
 is", one capital and one more character exactly once. Everything else is `failed`, and wrong.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -21,8 +21,6 @@ its middle frame, extracted before: SEED-Bench-video-image/DIMENSION_QUESTION.pn
 are taken in their order, and a single one answers both (LLaVA: the last one answers both).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -14,8 +14,6 @@ lower case. Answers are joined by `id` or the data set's `question_id`. In LLaVA
 image, and `prompt` holds the question: they are joined by both, and equal questions in the order of the file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

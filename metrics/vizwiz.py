@@ -11,8 +11,6 @@ The prompt is LLaVA's. Answers are joined by the image, which `id`, `question_id
 way of data/names.py (LLaVA's question_id 7 is VizWiz_test_00000007.jpg); upload files are read as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal

@@ -21,8 +21,6 @@ Normalisation (`normalise`), oddities included, for published figures contain th
   all marks go; and where all annotators agree nothing is normalised, on neither side.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence

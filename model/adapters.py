@@ -18,8 +18,6 @@ LoRA-GA): the update is then one to weights that the base folder does not hold.
 Adapters of the vision tower are refused too: policy and reference share its output.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

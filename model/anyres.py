@@ -28,8 +28,6 @@ Sizes and pinpoints are (height, width).
 Shapes: S side of a tile, p patches a side, P = p^2, n tiles with overview.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -25,8 +25,6 @@ itself, so that every query has a key, also in a prompt that begins with an imag
 Shapes: G groups, T packed tokens, H heads, K key-value heads, d head width.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from itertools import accumulate
@@ -86,15 +84,15 @@ class SharedPrefix:
         seen = [mix(*(x[None] for x in qkv), mask=mask)[0] for mask, *qkv in bodies]
         return torch.cat([*seen, self.tail(q[self.skip :], k, v)])
 
-    def to(self, device: torch.device | str) -> SharedPrefix:
+    def to(self, device: torch.device | str) -> "SharedPrefix":
         """On a device; from pinned memory the copy does not block."""
         return copy.copy(self)._map(lambda x: x.to(device, non_blocking=True))
 
-    def pin_memory(self) -> SharedPrefix:
+    def pin_memory(self) -> "SharedPrefix":
         """In pinned memory."""
         return copy.copy(self)._map(lambda x: x.pin_memory())
 
-    def _map(self, move: Callable) -> SharedPrefix:
+    def _map(self, move: Callable) -> "SharedPrefix":
         self.whole, self.tail = self.whole.map(move), self.tail.map(move)
         self.masks = self.masks and [move(mask) for mask in self.masks]
         return self

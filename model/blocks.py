@@ -15,8 +15,6 @@ is a call, of torch's kernel for the CPU where that is fast. Its gradient in bf1
 Shapes: n queries, m keys, H heads, K key-value heads, d head width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
@@ -37,7 +35,7 @@ class Block(NamedTuple):
     ends: tuple[Tensor, ...] = ()  # of several: where stretches of queries, of keys end, from 0; int32
     longest: tuple[int, ...] = ()  # of several: the longest stretch of queries, of keys
 
-    def map(self, move: Callable) -> Block:
+    def map(self, move: Callable) -> "Block":
         """With `move` applied to its tensors."""
         return self._replace(ends=tuple(map(move, self.ends)), **{
             side: move(rows) for side, rows in (("queries", self.queries), ("keys", self.keys))
@@ -59,7 +57,7 @@ class Blocks:
         """q (n, H, d), k and v (m, K, d), K divides H (grouped queries) -> (n, H, d)."""
         return BlockAttention.apply(q, k, v, self.joined if _flash(q) else self.single)
 
-    def map(self, move: Callable) -> Blocks:
+    def map(self, move: Callable) -> "Blocks":
         """With `move` applied to all tensors."""
         moved = Blocks([])
         moved.single, moved.joined = ([b.map(move) for b in blocks] for blocks in (self.single, self.joined))

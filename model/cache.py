@@ -17,8 +17,6 @@ Shapes: M prompts, P tokens of the longest, n responses to each (or at most), N 
 now, H heads, K key-value heads, d head width, D decoder width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +43,7 @@ class Prompts:
     states: Tensor
     layers: Layers
 
-    def take(self, rows: list[int], room: int) -> Prompts:
+    def take(self, rows: list[int], room: int) -> "Prompts":
         """These prompts with room for so many tokens after each: a copy, unless all of it is here."""
         P = self.blocked.shape[1]
         if rows == list(range(len(self.lengths))) and P + room <= self.layers[0][0].shape[2]:

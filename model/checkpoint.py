@@ -14,8 +14,6 @@ Vocabulary rows that no text uses are left in the file; `save_llava` carries the
 The model is built without weights, and each tensor goes from the mapped file to its final dtype and device by itself.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

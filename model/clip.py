@@ -10,8 +10,6 @@ state dict loads without a translation table.
 Shapes: B batch, P patches, T tokens, D width, H heads, d = D / H, E shared space.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -10,8 +10,6 @@ Mistral's sliding window is the same as full attention up to its length, so it b
 Mistral of LLaVA-1.6 has none.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -99,8 +97,8 @@ class Template(NamedTuple):
 
 MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8}  # defaults that are not LLaMA's
 TYPES = {  # annotation of a field -> what JSON may hold for it, and what that is called
-    "int": (int, "a whole number"), "float": ((int, float), "a number"), "bool": (bool, "true or false"),
-    "str": (str, "a string"),
+    int: (int, "a whole number"), float: ((int, float), "a number"),
+    bool: (bool, "true or false"), str: (str, "a string"),
 }
 LIMITS = {  # smallest and largest value; of the numbers not named here 1 and 2**20
     "num_hidden_layers": (1, 1000), "image_size": (1, 2048), "max_position_embeddings": (1, 2**31),
@@ -125,17 +123,17 @@ def take(cls, raw: dict, where: str, **fixed):
     return cls(**known)
 
 
-def check(name: str, value, kind: str, where: str) -> None:
+def check(name: str, value, kind: type, where: str) -> None:
     """Raise BadInput when a value is not of the kind (a key of TYPES), or beyond its LIMITS."""
     types, called = TYPES[kind]
-    if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
+    if not isinstance(value, types) or isinstance(value, bool) != (kind is bool):
         raise BadInput(f"{where}: {name}={value!r:.80} is not {called}")
     low, high = LIMITS.get(name, (1, 2**20))
-    if kind in ("int", "float") and not low <= value <= high:
+    if kind in (int, float) and not low <= value <= high:
         raise BadInput(f"{where}: {name}={value!r:.80} is not between {low} and {high}")
 
 
-def value(raw: dict, names: tuple[str, ...], default, where: str, kind: str = "int"):
+def value(raw: dict, names: tuple[str, ...], default, where: str, kind: type = int):
     """The first of the keys that is there; BadInput as from `check`."""
     name, found = next(((n, raw[n]) for n in names if raw.get(n) is not None), (names[0], default))
     check(name, found, kind, where)
@@ -181,7 +179,7 @@ def llama_config(raw: dict, where: str = "config.json") -> LlamaConfig:
         base,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or base.hidden_size // heads,
-        rope_theta=float(value(rope, ("rope_theta",), base.rope_theta, f"{where}: {key}", "float")),
+        rope_theta=float(value(rope, ("rope_theta",), base.rope_theta, f"{where}: {key}", float)),
         max_position_embeddings=longest,
     )
     shared(heads, config.num_key_value_heads, where, "num_attention_heads, num_key_value_heads")

@@ -11,8 +11,6 @@ so both follow the code, whatever it is. Fused attention is that of torch on a C
 what an allocator loses between blocks is not known here.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple

@@ -12,8 +12,6 @@ Shapes: M prompts, n responses to each (or at most), N responses in all, N' of t
 vocabulary, T tokens, P patches and C width of the vision tower.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ Only what is read is downloaded: configuration, tokenizer and preprocessing file
 folder of its own, and the weights as safetensors or, where a repository has none, as .bin files.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

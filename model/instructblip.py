@@ -16,8 +16,6 @@ Shapes: N tiles (images), S pixels a side, P patches and the class token, C towe
 with an image, Q queries, T tokens of the longest question, E Q-Former width; D decoder width, I = G Q image tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -14,8 +14,6 @@ model/families/janus.py.
 Shapes: N tiles, S pixels a side, P patches, C vision width, D decoder width, I image tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch.nn.functional as F

@@ -4,8 +4,6 @@ What PEFT, DDP, FSDP and torch.compile put before a tensor's name is taken off f
 names of its layouts on disk to those of the model (model/families).
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable

@@ -10,8 +10,6 @@ the attention itself, and the same code serves scoring, prefill and cached decod
 Shapes: T packed tokens, D width, H heads, K key-value heads, d head width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

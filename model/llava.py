@@ -10,8 +10,6 @@ What its files decide is in model/families/llava.py.
 Shapes: N tiles, S pixels a side, P patches, C vision width, D decoder width, I image tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

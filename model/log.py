@@ -4,8 +4,6 @@ Where the package `tensorboard` is installed, the same numbers go into its event
 metrics.jsonl.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -16,8 +16,6 @@ Shapes: N sequences, L longest response, tiles of images, P patches, C vision wi
 tokens among them, D width, V vocabulary, n scored tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -65,15 +63,15 @@ class Packed:
     attend: SharedPrefix  # who sees whom, the same for policy and reference
     questions: list[tuple[int, ...]] = field(default_factory=list)  # of each group with image tokens
 
-    def to(self, device: torch.device | str) -> Packed:
+    def to(self, device: torch.device | str) -> "Packed":
         """Move the tensors; from pinned memory the copy does not block."""
         return self._moved(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
 
-    def pin_memory(self) -> Packed:
+    def pin_memory(self) -> "Packed":
         """Called by the data loader when it pins batches for CUDA."""
         return self._moved(lambda x: x.pin_memory())
 
-    def _moved(self, move: Callable) -> Packed:
+    def _moved(self, move: Callable) -> "Packed":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor | SharedPrefix)})
 

@@ -14,8 +14,6 @@ keeps and swaps in.
 Shapes: T tokens, r rank.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -14,8 +14,6 @@ The fourth, attention, is in model/blocks.py.
 Shapes: T tokens, D width, H heads, d head width.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -19,8 +19,6 @@ Two groups, # an image token:
     begins                                           1     3       5        tail row where each response begins
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

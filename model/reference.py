@@ -10,8 +10,6 @@ A resumed run must start from the same as well: `identity` has a hash of each pa
     reference.safetensors    "chosen/ID" -> (tokens,) fp32, ...; metadata: fingerprint
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable

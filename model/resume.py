@@ -17,8 +17,6 @@ torch.save writes a zip archive with a checksum of each member, which torch.load
 verified before anything is read, with weights_only=True.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys
@@ -76,7 +74,7 @@ class Writer:
         content |= {"trained": in_host_memory(policy.trained), "optimizer": {**optimizer, "state": state}}
         self.pending = self.thread.submit(write_checkpoint, out, content, keep)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:

@@ -11,8 +11,6 @@ layout) and `reward_head.safetensors`.
 Shapes: N sequences, D decoder width.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

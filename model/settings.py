@@ -20,8 +20,6 @@ Everything else that would change an image is refused. Further fields of process
 vision_feature_select_strategy, num_additional_image_tokens) count image tokens, which config.json decides here.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -28,8 +28,6 @@ torch.distributed.checkpoint is not used: it has no checksums, and its reader un
 Shapes: rows are a tensor's first dimension; process i of n holds those from i ceil(rows / n) on.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import warnings
@@ -74,7 +72,7 @@ def make_mesh(device: torch.device) -> DeviceMesh:
 
 
 def shard(scorer: nn.Module, model: VLM, dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None,
-          ) -> Callable[..., ShardedPolicy]:
+          ) -> "Callable[..., ShardedPolicy]":
     """Spread the weights of a scorer over the processes, one decoder layer after another.
 
     Args:
@@ -219,7 +217,7 @@ class ShardedPolicy(Policy):
                        for name, value in optimizer["state"][i].items()} for i, p in enumerate(parameters)}
         self.optimizer.load_state_dict({**optimizer, "state": moments})
 
-    def _fill(self, tensor: DTensor, rows: Rows) -> DTensor:
+    def _fill(self, tensor: DTensor, rows: "Rows") -> DTensor:
         """Copy this process's rows into a tensor."""
         mine, shards = tensor.to_local(), self.mesh["shard"]
         first = shards.get_local_rank() * -(-len(tensor) // shards.size())

@@ -6,8 +6,6 @@ after another, backed by the memory-mapped file: what is converted or moved cost
 dtype and device costs no memory of its own, only file pages that the system may drop and read again.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -11,8 +11,6 @@ The pickle is followed step by step, the few opcodes that TorchScript writes and
 call becomes a `Call`, which is only looked at. Damaged files are BadInput.
 """
 
-from __future__ import annotations
-
 import math
 import pickletools
 import zipfile

@@ -7,8 +7,6 @@
 Shapes: B examples, L longest response, N = names x B sequences, n labels (model/logprobs.py).
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import os
@@ -107,7 +105,7 @@ class Policy:
         (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
 
     @contextmanager
-    def whole(self, here: bool = True, stored: bool = False) -> Iterator[Policy]:
+    def whole(self, here: bool = True, stored: bool = False) -> "Iterator[Policy]":
         """A policy whose weights are all in this process: itself (model/shard.py has another)."""
         yield self
 

@@ -5,8 +5,6 @@ to the target size (Pillow, bicubic), centre crop, scale to [0, 1], normalise ea
 numbers and the filter (model/settings.py). What comes before depends on the family (model/families).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -30,8 +30,6 @@ The configuration has these fields and properties:
 Shapes: N tiles, S pixels a side, P patches, C vision width, D decoder width, T tokens, I image tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

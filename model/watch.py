@@ -6,8 +6,6 @@
     reward collapses        the score, standardised by the untrained model's, is SCORE_DROP deviations below theirs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 FALLEN = 2.0  # of reward/chosen: beta times nats

@@ -14,8 +14,6 @@ tokens see each other (networks/dino.py).
 Shapes: B texts, T tokens of the longest, D width, H heads, d = D / H.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

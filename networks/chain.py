@@ -10,8 +10,6 @@ all. Its thresholds are not given either. That a file is missing is said at once
 first needed.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

@@ -25,8 +25,6 @@ numbers of heads are read off the tensors.
 Shapes: B images, N positions of all levels, T text tokens, Q queries, D = 256, L levels, K points.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -24,8 +24,6 @@ Departure: AdaViP names RAM, not its thresholds; `threshold` is reconstructed, a
 thresholds of the file.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -20,8 +20,6 @@ Weights: as published (sam_vit_b_01ec64.pth, ...) or in transformers' names; all
 Shapes: B images, S x S positions, C width of the encoder, D of the decoder (256), n boxes.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -20,8 +20,6 @@ here.
 Shapes: B images, H x W positions of a stage's map, C its width, w window, n windows of a map.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """Published weights into a network, strictly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -40,8 +40,6 @@ Departures
 - The paper does not name its CLIP; any that the loader reads will do. There is no public code of the paper.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable

@@ -48,8 +48,6 @@ beginnings of words, so that at least the last word is written again; `temperatu
 that end a row of patches (LLaVA-1.6) are masked like the others.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable

@@ -20,8 +20,6 @@ corruption changes the answer; one that does not is dropped and counted. All of 
 choices are drawn from the seed and the record's id, and are reconstructed.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

@@ -7,8 +7,6 @@ One HTML file that needs nothing else: the images are inside it as small JPEGs, 
 Content-Security-Policy forbids to load anything. Whatever a record says is escaped.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

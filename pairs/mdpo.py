@@ -14,8 +14,6 @@ needs no files). Here the window is drawn on the image itself, once per record, 
 and every loss that reads `rejected_image` can use it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -11,8 +11,6 @@ So with given pairs `povid` begins at `noise_pairs`, with given chosen responses
 are tools, made once for all chunks (pairs/tools.py); the keyword-only arguments are options.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

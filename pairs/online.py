@@ -31,8 +31,6 @@ As in the paper, alpha is drawn for each example. Departure: its annotator is LL
 of pairs/rank.py.
 """
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

@@ -20,8 +20,6 @@ Departures
 - Each image's noise is drawn once, from a seed; the released code draws again in every epoch.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Literal

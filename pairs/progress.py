@@ -15,8 +15,6 @@ That the result is the same holds if `work` treats each record on its own: its r
 the record (its id or its row in the whole list), never from its place in the chunk.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import os

@@ -20,8 +20,6 @@ judged equal, when the judge came to no verdict or when the worst of the respons
 wrong: such a pair says nothing about hallucination. The score of judges/clip.py is reconstructed.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 

@@ -32,8 +32,6 @@ Departures from the paper, whose pair-making code is not public
 - The paper gives neither k nor the image feature: k is an argument, the feature CLIP's projected embedding.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What is known about pairs that were made: how many, why others were dropped, and of scenes how wrong they are."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from data import scenes

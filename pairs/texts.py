@@ -7,8 +7,6 @@ Where only a chosen response is wanted, a stronger model may write it instead: t
 `best_responses` of the policy, or another model's reply.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping
 

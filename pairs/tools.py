@@ -51,8 +51,6 @@ as a function that makes it, because the options decide what is needed: `clip()`
     max_area          reconstructed: objects that take a larger share of the image are left in it
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial

@@ -11,8 +11,6 @@ is embedded again, and one folder may serve several models. Shards are written w
 soon as it is full; nothing is ever deleted.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import astuple
 from pathlib import Path

@@ -4,8 +4,6 @@ For retrieval Re-Align names openai/clip-vit-large-patch14 (224 px) but not the 
 embedding, the one that CLIP's cosine is defined on.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -11,8 +11,6 @@ not assumed: `recall` compares with the exact index. Exact search costs about 6 
 vectors of 768 on one core, so the approximate one is for larger sets.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path

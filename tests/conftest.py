@@ -1,7 +1,5 @@
 """Shared by all tests: the repository root on the path, one thread, small random models (tests/small.py)."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -8,8 +8,6 @@ but BadInput is raised, when the error names no file, when reading takes more th
 what was read cannot be written, read again as the same, shown and tokenised. Exit status 1 if there are faults.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy

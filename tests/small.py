@@ -6,8 +6,6 @@ tokens. Weights are drawn per tensor from a generator seeded by the tensor's nam
 fixes them and the goldens need not store them.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from pathlib import Path

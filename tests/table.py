@@ -6,8 +6,6 @@
     V          -3     -0.3   -1.4   -4      0     -1.5     of the state before the token
 """
 
-from __future__ import annotations
-
 import json
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LoRA adapters on disk: against PEFT in both directions, LLaVA's own files, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """End to end: pairs from scenes, a short alignment, less hallucination on held-out scenes."""
 
-from __future__ import annotations
-
 import json
 
 import train

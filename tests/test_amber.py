@@ -1,7 +1,5 @@
 """AMBER: hand arithmetic, the nouns of its vocabulary, the official files and their known scores."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

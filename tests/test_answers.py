@@ -1,7 +1,5 @@
 """Official files and images in one folder that holds the downloads of several benchmarks, and the one join."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

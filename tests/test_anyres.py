@@ -3,8 +3,6 @@
 The small model has tiles of 17 pixels with 3 x 3 patches (tests/small.py) and the five published shapes of canvas.
 """
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

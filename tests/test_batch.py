@@ -1,7 +1,5 @@
 """Records -> batch: each picture once, image tokens by the picture, errors that name the pair."""
 
-from __future__ import annotations
-
 import pickle
 
 import pytest

@@ -1,7 +1,5 @@
 """BDHS: hidden image tokens, completions that share a prompt, sentences and cuts, Algorithm 1."""
 
-from __future__ import annotations
-
 import random
 from functools import partial
 from unittest.mock import patch

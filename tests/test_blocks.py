@@ -1,7 +1,5 @@
 """model/blocks.py and the rule made of its blocks against attention with a mask, differentiated by autograd."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

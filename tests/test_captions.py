@@ -1,7 +1,5 @@
 """COCO captions: tokens, BLEU, ROUGE-L, CIDEr-D and METEOR by hand, properties, the files, parity where it can be had."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

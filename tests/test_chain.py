@@ -1,7 +1,5 @@
 """networks/chain.py: three networks in a row, on small random weights and with made-up answers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import test_ram

@@ -1,7 +1,5 @@
 """judges/chair.py: what a detector finds against what a response mentions."""
 
-from __future__ import annotations
-
 import torch
 from PIL import Image
 

@@ -1,7 +1,5 @@
 """Texts are refused at the start exactly where they would be refused later."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

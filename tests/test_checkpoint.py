@@ -1,7 +1,5 @@
 """Checkpoints: what is refused and with which words, what may be surplus, round trips, atomic writes."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

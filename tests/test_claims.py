@@ -1,7 +1,5 @@
 """Claims about scenes: what the reader finds, that it agrees with the world, that it sees errors; and the questions."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """evaluate.py --compare: runs next to each other, marked where they differ, with the papers' rows of the same variant."""
 
-from __future__ import annotations
-
 import copy
 import json
 import xml.etree.ElementTree as ET

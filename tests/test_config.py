@@ -1,7 +1,5 @@
 """Broken and foreign config.json: one line that names file, section and key, before anything is built."""
 
-from __future__ import annotations
-
 import json
 import re
 

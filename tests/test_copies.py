@@ -1,8 +1,6 @@
 """The rule of the house: a loss file that is copied under another name and registered by one line trains as the original
 does, to the last digit. Nothing asks which loss it is."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Corrupted pictures and the pairs made of them: POVID's noise, mDPO's crop."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

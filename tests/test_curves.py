@@ -6,8 +6,6 @@ Another processor rounds differently, so values are compared to a thousandth. PP
 only: later ones learn from tokens that were sampled from changed weights, and one that flips changes all that follow.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

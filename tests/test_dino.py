@@ -1,7 +1,5 @@
 """networks/dino.py against transformers, on small random weights."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """train.py --estimate against steps that are run: operations, memory by term, and what was measured at full size."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import re

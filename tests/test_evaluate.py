@@ -1,7 +1,5 @@
 """evaluate.py: questions, joining files by id, the command line, and the way to a model."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -3,8 +3,6 @@
 First the toy family, whose image tokens depend on the question; then every family of the table on small random weights.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

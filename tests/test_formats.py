@@ -1,7 +1,5 @@
 """Preference data in other people's formats."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """The page of preference pairs: parsed, and looked at by a browser where there is one."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

@@ -1,7 +1,5 @@
 """Generation: greedy search, sampling, batching, the cache, and the text interface."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """generate_pairs.py as a whole: every method, interruptions, processes, formats, judges, photographs."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

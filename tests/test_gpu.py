@@ -1,7 +1,5 @@
 """The benchmark for GPUs, rehearsed on a CPU: its sections, what it counts, and what it survives."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """HallusionBench: groups by hand, the expected counts over the official questions, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

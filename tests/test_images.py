@@ -1,7 +1,5 @@
 """Opening pictures of every kind, good and bad; crop, pad and what decides between them."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,8 +1,6 @@
 """InstructBLIP: the prompt as trained, what the Q-Former reads, both vocabularies, LAVIS' files; against `transformers`
 on small random weights."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

@@ -1,7 +1,5 @@
 """Janus-Pro against transformers: logits, greedy text, both published layouts, prompts, pixels, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

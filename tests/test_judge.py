@@ -1,7 +1,5 @@
 """Models that are asked: a real server with failures, the embedded model; verdicts, ranking, corruption."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

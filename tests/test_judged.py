@@ -1,8 +1,6 @@
 """MM-Vet, LLaVA-Bench and MMHal-Bench: official reviews to the digit, hand arithmetic, the released ways to read a reply,
 strict files."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

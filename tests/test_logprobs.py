@@ -3,8 +3,6 @@
 All models are the small random one with LoRA on every decoder layer (B not zero, so that adapters matter).
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """LoRA: by hand, against peft, freezing, merging, switching off, dropout (`Reference`: test_logprobs.py)."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -5,8 +5,6 @@ Unless a test says otherwise the log-ratios log pi - log pi_ref are (chosen, rej
 rewards (2, -1, 1) and (-1, 1, 2).
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import math

@@ -5,8 +5,6 @@ Unless a test says otherwise the log-ratios log pi - log pi_ref are those of tes
 rejected, third) = (+20, -10, +10) and (-10, +10, +20): rewards (2, -1, 1) and (-1, 1, 2) at beta = 0.1.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections import defaultdict

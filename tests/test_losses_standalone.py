@@ -1,7 +1,5 @@
 """Every file in losses/ works on its own: copied into an empty folder it runs with only torch installed."""
 
-from __future__ import annotations
-
 import ast
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """CHAIR and POPE: hand-made cases, properties, and the released rules on official predictions."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """MMBench: letters, circular questions by hand, rounds, images inside the file, and what is refused."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io

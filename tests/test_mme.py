@@ -1,7 +1,5 @@
 """MME: arithmetic by hand, the three forms of answers, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

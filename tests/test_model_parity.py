@@ -4,8 +4,6 @@ Twice: against goldens (tests/goldens/make.py), which need nothing but this repo
 `transformers` is installed. Sizes are awkward on purpose (tests/small.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

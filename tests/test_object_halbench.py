@@ -1,7 +1,5 @@
 """Object HalBench: words to classes, replies of the judge, hand arithmetic, files, official captions against CHAIR."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Everything here runs on the embedded model with adapters of rank 4 and a few sce
 differ the adapters are set to random numbers instead of their zeros.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

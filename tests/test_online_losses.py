@@ -1,7 +1,5 @@
 """Online losses: PPO, RLOO, FiSAO's rewards, and the object words they are placed on."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """The hand-written gradients of model/ops.py against autograd on the plain formulas."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Which records meet in a batch, a process and a micro-batch; that the step does not depend on how they are cut; rates."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """The layout that scoring and generation share, against the drawing in its header."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

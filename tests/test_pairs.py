@@ -1,7 +1,5 @@
 """Pair making: ranking, masking and filling in, removal, and the command line."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

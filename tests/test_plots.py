@@ -1,7 +1,5 @@
 """plots.py: every metric of a run in its panel, several runs in the same ones."""
 
-from __future__ import annotations
-
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Held-out preference accuracy: the figures of dpo_loss itself, whatever the batch size, and by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """tools/pretrain.py: rows of equal size, a loss that equals scoring every segment alone, and what was shipped."""
 
-from __future__ import annotations
-
 import json
 import random
 

@@ -1,7 +1,5 @@
 """Prompt template, special tokens and decoding, on a small tokenizer built like LLaMA's."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Runs that are interrupted, continued and shared by processes."""
 
-from __future__ import annotations
-
 import json
 import random
 import subprocess

@@ -1,7 +1,5 @@
 """networks/ram.py against parts of transformers: Swin, and the cross-attention layers of InstructBLIP's Q-Former."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

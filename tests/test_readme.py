@@ -3,8 +3,6 @@
 Commands run as written, with options appended that make them short; the two one-line set-ups are run by .ci/run.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """Reading and writing of pair records."""
 
-from __future__ import annotations
-
 import json
 import os
 

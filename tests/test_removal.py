@@ -1,7 +1,5 @@
 """Removing objects: masks, filling, LaMa, detectors, and AdaViP's candidates for photographs."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

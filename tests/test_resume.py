@@ -3,8 +3,6 @@
 All on the embedded model with adapters of rank 4; checkpoints every 3 steps, log lines every 2, 7 steps.
 """
 
-from __future__ import annotations
-
 import errno
 import functools
 import json

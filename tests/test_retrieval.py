@@ -1,7 +1,5 @@
 """Embedding and nearest-neighbour search."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from pathlib import Path

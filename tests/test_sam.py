@@ -1,7 +1,5 @@
 """networks/sam.py against transformers, on small random weights."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

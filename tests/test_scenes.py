@@ -1,7 +1,5 @@
 """The scene world: determinism, exact counterfactuals, truthful texts, balanced questions."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

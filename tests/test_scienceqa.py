@@ -1,7 +1,5 @@
 """ScienceQA: LLaVA's letters, total and IMG, the official groups, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SEED-Bench: letters, kinds and dimensions by hand, the id that occurs twice, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

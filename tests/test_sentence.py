@@ -1,7 +1,5 @@
 """Sentence encoders: BERT and MPNet against `transformers`, the folder format, and real MiniLM weights."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """tokenizer.model without the sentencepiece library: its ids and texts, as goldens and, if there, asked again."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import random

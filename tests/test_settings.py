@@ -1,7 +1,5 @@
 """Image settings of a folder: every layout and number that `transformers` writes, and what is refused."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -4,8 +4,6 @@ Processes start in groups that run several commands each, as a start costs secon
 three steps of four pairs, checkpoints after the second and the third.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

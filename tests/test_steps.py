@@ -1,7 +1,5 @@
 """One step of train.py on paper: rate, clipping, weights, what is scored (the policy is tests/table.py's)."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

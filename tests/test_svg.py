@@ -1,7 +1,5 @@
 """SVG images: valid, complete, every value where it belongs, labels that can be read."""
 
-from __future__ import annotations
-
 import random
 import re
 import xml.etree.ElementTree as ET

@@ -1,7 +1,5 @@
 """networks/swin.py against transformers, as GroundingDINO uses it (any size) and as RAM does (fixed size)."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

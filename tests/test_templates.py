@@ -1,7 +1,5 @@
 """Every template's exact tokens, from both kinds of tokenizer file, against LLaVA's way of tokenising."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which of a folder's tokenizer files counts, and CLIP's BPE from vocab.json and merges.txt."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TorchScript archives read as data: the tensors of torch.jit.load, no code run, damage named."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 from pathlib import Path

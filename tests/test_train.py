@@ -1,7 +1,5 @@
 """train.py: starts at the known values, resumes bit for bit, gives the same with two processes, refuses nonsense."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """VQA accuracy, TextVQA, VizWiz, GQA: hand-made cases, properties, and the form of official answer files."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Warnings of a run that goes wrong, once each; TensorBoard's events where it is installed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -48,7 +46,7 @@ def test_each_is_said_once(tmp_path, capsys):
 class Board:
     """Stands in for TensorBoard's SummaryWriter."""
 
-    made: list[Board] = []
+    made: "list[Board]" = []
 
     def __init__(self, folder: Path, purge_step: int):
         folder.mkdir(exist_ok=True)

@@ -9,8 +9,6 @@ The policy is a table (tests/table.py). Its two answers, the second cut off at t
     V            -3     -0.3  -1.5        V            -1.4   -4
 """
 
-from __future__ import annotations
-
 import json
 import math
 from types import SimpleNamespace

@@ -5,8 +5,6 @@ on the question (four queries read the patches, each shifted by the words of the
 and a token opens and another closes the image.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -24,8 +24,6 @@ None is in DENIED. Departure from the paper: there the words of every sense and 
 "chair" brings "lead" and "moderate", and "taco" brings slurs; that list has 5,678 words.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

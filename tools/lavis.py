@@ -12,8 +12,6 @@ Every tensor keeps its dtype. Missing, unexpected and mis-shaped tensors are nam
 1e-5, which `transformers` does not know: there it is 1e-6.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

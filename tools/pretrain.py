@@ -21,8 +21,6 @@ goes on with three captions and one question an image. Captions mention an absen
 The weights in model/tiny were trained with a cosine that began at step 0; here it begins after the warm-up.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

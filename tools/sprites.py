@@ -13,8 +13,6 @@ in all three) and `index.json` (category, package and code point of every tile).
 at run time, so a rendered scene is the same bytes with every version of Pillow. Licences: data/sprites/LICENSE.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -27,8 +27,6 @@ names (model/families/llava.py has them all):
 A new family is a new file and a line of FAMILIES.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import ModuleType
 

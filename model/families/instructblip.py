@@ -33,8 +33,6 @@ on the last 128 tokens of a longer prompt; here the decoder reads all of it. It 
 fp32; here they have the dtype of the rest. T5 decoders are not supported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -48,8 +48,6 @@ with ⏎ a line break, {system} the sentences of SYSTEM and the image tokens in 
 "<begin_of_image><image><end_of_image>⏎" is left out.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable
@@ -182,7 +180,7 @@ def _original_config(raw: dict, where: str) -> JanusConfig:
 
 def _tower(raw: dict, where: str) -> VisionConfig:
     """SigLIP's shapes; the MLP is `mlp_ratio` times as wide as the rest."""
-    ratio, width = value(raw, ("mlp_ratio",), None, where, "float"), value(raw, ("hidden_size",), None, where)
+    ratio, width = value(raw, ("mlp_ratio",), None, where, float), value(raw, ("hidden_size",), None, where)
     return vision_shapes(raw, where, intermediate_size=int(width * ratio), hidden_act="gelu")
 
 

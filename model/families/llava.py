@@ -69,8 +69,6 @@ at the start, as in Yi's); "…" leaves tokens out, "|" is where the answer begi
     chatml_direct      <|im_start|> … <0x0A> <image> <0x0A> A ▁dog ? <|im_end|> … <0x0A> | Y es . <|im_end|>
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace

@@ -6,8 +6,6 @@ The file holds outputs only; inputs and weights come from tests/small.py. The te
 `transformers` nor the network.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

@@ -4,8 +4,6 @@ sentencepiece library (pip install sentencepiece) makes of awkward texts with it
     python tests/goldens/make_sentencepiece.py
 """
 
-from __future__ import annotations
-
 import io
 import json
 import sys
