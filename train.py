@@ -22,6 +22,7 @@ recall (share of present objects that are mentioned) and POPE (accuracy of yes /
 One step is the loop of `train` below: records -> batch (data/batch.py) -> token log-probs of policy and reference
 (model/logprobs.py) -> loss (losses/) -> AdamW. The reference is the model itself with its adapters off. A loss is
 a pure function; its argument names say which log-probs it gets, its keyword arguments become options (options.py).
+Terms that can be added to a loss are such functions too: a loss has those whose log-probs it scores anyway.
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
 --out receives: config.json (the resolved configuration, the command, the git commit, versions, and hashes of records
