@@ -11,19 +11,19 @@ A model folder may hold train.json, settings that suit the model; they become de
 import argparse
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import common
-from common import BadInput, add_options, check_ranges, is_url, read_json, refuse
+from common import BadInput, add_options, arguments_of, check_ranges, is_url, read_json, refuse
 from data.batch import scored
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
 from model.families import TEMPLATES
 from model.resume import checkpoints
-from model.training import SCHEDULES
+from model.training import SCHEDULES, named
 from pairs.methods import METHODS
 
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
@@ -39,7 +39,7 @@ RANGES = {
     "[2, 1e9]": "ranked_pairs.samples mixed_pairs.samples leave_one_out.samples",  # compared with each other
     "[0, 1e9]": "lora_rank eval_scenes workers seed",
     "(0, inf)": "lr projector_lr vision_lr tflops lora_alpha temperature beta dpo_weighted_loss.gamma",
-    "[0, inf)": "weight_decay kl_coef kl_target missing_eos_penalty value_coef margin sft_weight centring_weight"
+    "[0, inf)": "weight_decay kl_coef kl_target missing_eos_penalty value_coef margin anchor sft_weight centring_weight"
                 " slic_hf_loss.delta bdhs_triples.temperature",
     "(0, inf]": "clip_norm clip value_clip limit",
     "[0, inf]": "rloo_loss.clip",  # 0: none
@@ -47,7 +47,7 @@ RANGES = {
     "[0, 0.5)": "label_smoothing",
     "[0, 1]": "gamma lam offline rho_th",
     "[-1, 1]": "eps_s",  # a cosine
-    "(-inf, inf)": "delta",
+    "(-inf, inf)": "delta anchor_delta",
 }
 
 
@@ -62,6 +62,20 @@ class Recipe(NamedTuple):
     advantages: Callable | None = None  # reinforcement: rollouts of a step -> what the loss learns from
     parts: tuple[Callable, ...] = ()  # the functions of losses/ that `advantages` puts together
     inner_epochs: int = 4  # how often reinforcement goes through a step's samples
+    has: tuple[str, ...] = ()  # terms that are part of the loss already
+    terms: Mapping[str, Callable] = {}  # that can be added to it: option of the weight -> function of losses/
+
+    def with_terms(self, terms: Mapping[str, Callable]) -> "Recipe":
+        """The same with those of `terms` whose arguments its sequences fill and that are not part of it already."""
+        return self._replace(terms={name: term for name, term in terms.items()
+                                    if name not in self.has and self.inputs.issuperset(arguments_of(term))})
+
+    @property
+    def inputs(self) -> set[str]:
+        """Names of the arguments that scoring its sequences fills (model.training.named)."""
+        names, row = [*self.sequences], torch.zeros(len(self.sequences), 1)
+        found = named("policy", names, row if self.rewards else (row, row))
+        return {*found, *(named("reference", names, (row,)) if self.compares else ())}
 
     @property
     def functions(self) -> list[Callable]:
@@ -114,6 +128,7 @@ def read_arguments(losses: dict[str, Recipe], argv: list[str] | None = None, abo
     own = options_of(*recipe.functions)
     add_options(group, *recipe.functions, skip=MEASURED,
                 tuned={name: f"{tuned[name]} by {TUNED}, else {own[name][1]}" for name in own.keys() & tuned.keys()})
+    add_terms(group, recipe)
     if recipe.samples:
         add_sampling_options(group, recipe)
     parser.set_defaults(**tuned)
@@ -182,6 +197,15 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
              " place (default: %(default)s)")
 
 
+def add_terms(group, recipe: Recipe) -> None:
+    """Weights of the terms that can be added to the loss, and those of their options that the loss does not share."""
+    for name, term in recipe.terms.items():
+        what, _, _ = term.__doc__.partition(".\n")
+        group.add_argument(f"--{name.replace('_', '-')}", type=float, default=0.0, metavar="WEIGHT",
+                           help=f"add WEIGHT times {term.__name__}: {what} (default: %(default)s)")
+        add_options(group, term, skip=options_of(*recipe.functions))
+
+
 def add_sampling_options(group, recipe: Recipe) -> None:
     """Who judges the samples, how they are drawn and how often they are used."""
     add = group.add_argument
@@ -242,7 +266,7 @@ def check(args: argparse.Namespace, recipe: Recipe, world: int) -> None:
     """Fill in what depends on other settings, and refuse impossible ones. Raises one BadInput that lists all."""
     check_ranges(vars(args), RANGES, *recipe.functions)
     problems = [*batch_problems(args, recipe, world), *rate_problems(args), *record_problems(args, recipe),
-                *resume_problems(args), *cache_problems(args, recipe)]
+                *resume_problems(args), *cache_problems(args, recipe), *term_problems(args, recipe)]
     if args.micro_batch_size is None:  # with --max-tokens, of what is scored without gradients
         args.micro_batch_size = 1 if args.max_tokens else max(1, args.batch_size // world)
     if args.lora_alpha is None:
@@ -303,6 +327,17 @@ def cache_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
         yield f"--reference-cache: {args.loss} has no reference"
     elif args.reference_cache and recipe.drawn:
         yield f"--reference-cache: what {args.loss} scores is drawn again at every step"
+
+
+def term_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
+    """Options of terms that are not added."""
+    shared = options_of(*recipe.functions)
+    for name, term in recipe.terms.items():
+        changed = [option for option, (_, default) in options_of(term).items()
+                   if option not in shared and getattr(args, option) != default]
+        if changed and not getattr(args, name):
+            yield (f"--{changed[0].replace('_', '-')} is of a term that is not added: --{name.replace('_', '-')} WEIGHT"
+                   " adds it")
 
 
 def sampling_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:

@@ -6,6 +6,7 @@
     python train.py --loss rdpo --steps 20                              without torchrun
     python train.py --loss adavip --data pairs.jsonl --model DIR        your pairs, your LLaVA checkpoint
     python train.py --loss dpo --data rlaif-v.parquet --model DIR       published ones, as they are
+    python train.py --loss dpo --anchor 1 --sft-weight 0.1              with terms that hold the chosen response
     python train.py --loss adavip --out runs/adavip --resume            go on after an interruption
     python train.py --loss adavip --resume --steps 90                   and make a run longer
     python train.py --loss reward_model                                 a reward model, for the next line
@@ -21,6 +22,7 @@ recall (share of present objects that are mentioned) and POPE (accuracy of yes /
 One step is the loop of `train` below: records -> batch (data/batch.py) -> token log-probs of policy and reference
 (model/logprobs.py) -> loss (losses/) -> AdamW. The reference is the model itself with its adapters off. A loss is
 a pure function; its argument names say which log-probs it gets, its keyword arguments become options (options.py).
+Terms that can be added to a loss are such functions too: a loss has those whose log-probs it scores anyway.
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
 --out receives: config.json (the resolved configuration, the command, the git commit, versions, and hashes of records
@@ -63,7 +65,23 @@ import reinforce
 from common import BadInput, remove_unfinished, versions
 from data.batch import BadRecord, Batch, Drawn, MicroBatches, collate, with_seeds, without_bad
 from data.processor import Processor
-from losses import adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic
+from losses import (
+    adavip,
+    anchor,
+    bdhs,
+    dpo,
+    dpo_weighted,
+    fisao,
+    ipo,
+    mdpo,
+    povid,
+    ppo,
+    rdpo,
+    reward_model,
+    rloo,
+    sft,
+    slic,
+)
 from model import reference, resume, training
 from model.adapters import save_adapters
 from model.checkpoint import save_json, save_llava
@@ -79,15 +97,15 @@ from pairs import online
 from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records, record_lengths
 
 LOSSES = {
-    "sft": Recipe(sft.sft_loss, sft.SEQUENCES, "rank"),
+    "sft": Recipe(sft.sft_loss, sft.SEQUENCES, "rank", has=("sft_weight",)),
     "dpo": Recipe(dpo.dpo_loss, dpo.SEQUENCES, "rank"),
     "ipo": Recipe(ipo.ipo_loss, ipo.SEQUENCES, "rank"),
     "slic": Recipe(slic.slic_loss, slic.SEQUENCES, "rank"),
-    "slic_hf": Recipe(slic.slic_hf_loss, slic.SEQUENCES, "rank"),
+    "slic_hf": Recipe(slic.slic_hf_loss, slic.SEQUENCES, "rank", has=("sft_weight",)),
     "dpo_weighted": Recipe(dpo_weighted.dpo_weighted_loss, dpo_weighted.SEQUENCES, "rank"),
     "rdpo": Recipe(rdpo.rdpo_loss, rdpo.SEQUENCES, "realign"),
     "rdpo_released": Recipe(rdpo.rdpo_loss, rdpo.SEQUENCES_RELEASED, "realign"),
-    "mdpo": Recipe(mdpo.mdpo_loss, mdpo.SEQUENCES, "rank"),
+    "mdpo": Recipe(mdpo.mdpo_loss, mdpo.SEQUENCES, "rank", has=("anchor",)),
     "adavip": Recipe(adavip.adavip_loss, adavip.SEQUENCES, "adavip"),
     "povid": Recipe(povid.povid_loss, povid.SEQUENCES, "rank"),
     "povid_released": Recipe(povid.povid_loss, povid.SEQUENCES_RELEASED, "rank"),
@@ -102,6 +120,8 @@ LOSSES = {
     "fisao": Recipe(ppo.ppo_loss, reinforce.SEQUENCES, advantages=reinforce.fisao_advantages,
                     parts=(ppo.token_rewards, ppo.gae, fisao.mention_rewards, fisao.place)),
 }
+TERMS = {"anchor": anchor.anchor_loss, "sft_weight": sft.sft_loss}  # option of the weight -> what it adds to a loss
+LOSSES = {name: recipe.with_terms(TERMS) for name, recipe in LOSSES.items()}
 
 
 @dataclass
@@ -134,7 +154,6 @@ def train(run: Run, saved: dict | None = None) -> bool:
     """Run the steps that are left, all without `saved`. False when interrupted; the checkpoint then holds all that
     are done."""
     args, recipe, policy, model = run.args, run.recipe, run.policy, run.policy.model
-    loss = partial(recipe.loss, **kwargs_of(recipe.loss, args))
     done = begin(run, saved)
     log = Log(args.out / "metrics.jsonl", args.steps, run.device, run.rank, run.world, saved, recipe.compares)
     stop = StopRequest(run.world)
@@ -166,7 +185,7 @@ def train(run: Run, saved: dict | None = None) -> bool:
                     inputs |= named("reference", batch.names, (reference_logps(run, batch, packed, features),))
                 with policy.no_sync(more=i + 1 < len(drawn)):  # policy_chosen_logps (B,), chosen_mask (B, L), ...
                     inputs |= named("policy", batch.names, policy.scorer(packed, features))
-                    losses, metrics = loss(**pick(loss, inputs))  # (B,)
+                    losses, metrics = loss_of(recipe, args, inputs)  # (B,)
                     weighted = losses if batch.weights is None else losses * batch.weights
                     # All records of the process count, those of weight 0 too; DDP takes the mean over processes.
                     policy.backward(weighted.sum() * run.world / args.batch_size)
@@ -189,6 +208,17 @@ def train(run: Run, saved: dict | None = None) -> bool:
     stop.close()
     model.eval()
     return done == args.steps
+
+
+def loss_of(recipe: Recipe, args: argparse.Namespace, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each record (B,), the terms that have a weight added, and its metrics, `loss/TERM` among them."""
+    losses, metrics = recipe.loss(**pick(recipe.loss, inputs), **kwargs_of(recipe.loss, args))
+    for name, term in recipe.terms.items():
+        if weight := getattr(args, name):
+            added, more = term(**pick(term, inputs), **kwargs_of(term, args))  # (B,)
+            losses = losses + weight * added
+            metrics = metrics | more | {f"loss/{term.__name__.removesuffix('_loss')}": added.detach()}
+    return losses, metrics
 
 
 def joined(counted: list[dict[str, Tensor | None]], tokens: int) -> tuple[dict[str, Tensor], int, Tensor | None]:

@@ -1,18 +1,21 @@
 """The tables of the README: every loss, and DPO on every kind of pairs, on the scene world, several seeds.
 
-    python benchmarks/alignment.py                              all rows, three seeds
-    python benchmarks/alignment.py --rows dpo ppo --seeds 0     some rows again
-    python benchmarks/alignment.py --jobs 2                     two runs at a time
+    python benchmarks/alignment.py                                  all rows, three seeds
+    python benchmarks/alignment.py --rows dpo dpo+anchor --seeds 0  some rows again
+    python benchmarks/alignment.py --jobs 2                         two runs at a time
 
-A row is a loss of train.py, or LOSS/METHOD: that loss on the pairs of a method of generate_pairs.py. A seed
-changes the scenes that pairs are made from, the sampling and the initial adapters. The held-out scenes are
-those of the test split, the same for every run, and were not used to choose any setting. Beside each row:
+A row is a loss of train.py, or LOSS/METHOD: that loss on the pairs of a method of generate_pairs.py, or one of ROWS,
+with options of its own or in two stages. "sft, then dpo" is OPA-DPO's order (arXiv 2501.09695) on the same pairs: its
+reference is the fine-tuned model, its figures compare with the start like all others. A seed changes the scenes that
+pairs are made from, the sampling and the initial adapters. The held-out scenes are those of the test split, the same
+for every run, and were not used to choose any setting. Next to each row:
 
     cut      CHAIR_s of the start's captions cut after whole sentences to the mean length of the row: what
              shortening alone would give. K sentences are too short and K + 1 too long on average, so both are
              mixed in the proportion that fits.
     POPE     of the first 100 scenes
-    KL       nats an answer: mean over captions sampled for these of log pi(y) - log pi_ref(y)
+    chosen   nats a response: mean over the first 100 chosen responses it learned from of log pi(y) - log pi_start(y)
+    KL       the same, mean over captions it says of the first 100 held-out scenes
     minutes  making the pairs and training, on one core
 
 `sft` on the chosen answers with the same steps and pairs is the second control. ppo and rloo learn from the
@@ -24,12 +27,14 @@ console and to --out/table.md: mean over seeds, +- standard deviation. --out/tab
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
@@ -42,7 +47,7 @@ import train  # noqa: E402
 from common import read_json  # noqa: E402
 from data.batch import collate  # noqa: E402
 from data.processor import Processor  # noqa: E402
-from data.records import write_jsonl  # noqa: E402
+from data.records import read_pairs, write_jsonl  # noqa: E402
 from metrics import chair  # noqa: E402
 from model.checkpoint import DEFAULT_MODEL, load_llava, save_json  # noqa: E402
 from model.logprobs import Scorer  # noqa: E402
@@ -54,14 +59,43 @@ OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo
            "povid", "povid_released")
 ONLINE = ("online_dpo", "mixed_dpo", "bdhs_online", "ppo", "rloo", "fisao")
 METHODS = ("dpo/realign", "dpo/bdhs", "dpo/corrupt", "povid/povid")  # the rows above learn from rank, realign, adavip
-KL_SCENES = 100
-COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "false attribute", "false relation", "repetition",
-           "POPE adversarial", "KL", "minutes")
+COMPARED = 100  # responses whose log-probs are compared with the start's
+COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "false existence", "false attribute", "false relation",
+           "coverage", "repetition", "POPE adversarial", "chosen", "KL", "minutes")
 AXES = ("recall: share of the present objects that a caption names, percent (right is better)",
         "CHAIR_s: share of captions that name an absent object, percent (down is better)")
 
 
-def measure(folder: Path, split: str, number: int, out: Path) -> dict:
+class Row(NamedTuple):
+    """What a row trains."""
+
+    loss: str
+    method: str = ""  # that makes its pairs (default: the loss's own)
+    options: tuple[str, ...] = ()  # of train.py
+    start: str = ""  # row from whose model of the same seed it starts (default: the embedded model)
+
+
+ROWS = {
+    "dpo+anchor": Row("dpo", options=("--anchor", "1")),
+    "dpo+sft": Row("dpo", options=("--sft-weight", "1")),
+    "sft, then dpo": Row("dpo", start="sft"),
+}
+GROUPS = {"start and control": ("start", "sft"), "on other pairs": METHODS, "samples of its own": ONLINE,
+          "terms and stages": ROWS}  # colours of the plot
+
+
+def row_of(name: str) -> Row:
+    """A row of ROWS, LOSS or LOSS/METHOD."""
+    row = ROWS.get(name) or Row(*name.split("/"))
+    return row._replace(method=row.method or train.LOSSES[row.loss].pairs)
+
+
+def folder_of(row: str, seed: int, out: Path) -> Path:
+    """Where a run is kept."""
+    return out / f"{re.sub('[^a-z_]+', '-', row)}-{seed}"
+
+
+def measure(folder: Path, split: str, number: int, out: Path, pairs: Path | None = None) -> dict:
     """Figures of a checkpoint on held-out scenes and its captions, computed once and kept in `out`."""
     if out.is_file():
         kept = read_json(out)
@@ -69,38 +103,37 @@ def measure(folder: Path, split: str, number: int, out: Path) -> dict:
             return kept
     model, processor = load_llava(folder), Processor(folder)
     figures, said = train.measure(model, processor, number, split)
-    rows = chair.questions(None, None, scenes=min(number, KL_SCENES), split=split)
-    figures["KL"] = kl_to_start(model, processor, rows)
+    rows = chair.questions(None, None, scenes=min(number, COMPARED), split=split)
+    figures["KL"] = gain(model, processor, captioned(model, processor, rows), "answer")
+    if pairs:
+        figures["chosen"] = gain(model, processor, read_pairs(pairs)[:COMPARED], "chosen", pairs.parent)
     result = {"figures": figures, "captions": said, "split": split, "scenes": number}
     save_json(result, out)
     return result
 
 
+def captioned(model, processor: Processor, rows: list[dict]) -> list[dict]:
+    """Records with a caption each, sampled from a model as token ids."""
+    records = [{**row, "id": row["image"]} for row in rows]
+    said = sample(model, processor, records, list(range(len(rows))), None, samples=1, temperature=1.0,
+                  max_new_tokens=96)
+    return [{**record, "answer": ids[0]} for record, ids in zip(records, said)]
+
+
 @torch.no_grad()
-def kl_to_start(model, processor: Processor, rows: list[dict]) -> float:
-    """Nats an answer between a model and the start, over captions sampled from the model."""
-    start = load_llava(DEFAULT_MODEL)
-    total = 0.0
-    for part in (rows[i : i + 50] for i in range(0, len(rows), 50)):
-        records = [{**row, "id": row["image"]} for row in part]
-        said = sample(model, processor, records, list(range(len(part))), None, samples=1, temperature=1.0,
-                      max_new_tokens=96)
-        records = [{**record, "answer": ids[0]} for record, ids in zip(records, said)]
-        batch = collate(records, {"answer": dict(image="image", response="answer")}, processor)
+def gain(model, processor: Processor, records: list[dict], response: str, root: Path | None = None) -> float:
+    """Nats a response that a model finds more likely than the start does, mean over a field of records."""
+    start, total = load_llava(DEFAULT_MODEL), 0.0
+    for part in (records[i : i + 50] for i in range(0, len(records), 50)):
+        batch = collate(part, {response: dict(image="image", response=response)}, processor, root)
         logps = [Scorer(m)(batch.packed, m.vision_features(batch.pixels))[0].sum() for m in (model, start)]
         total += (logps[0] - logps[1]).item()
-    return total / len(rows)
+    return total / len(records)
 
 
 def pairs_file(method: str, seed: int, out: Path) -> Path:
     """The pairs of a method and a seed, made once and kept."""
     return out / f"pairs-{method}-{seed}" / "pairs.jsonl"
-
-
-def parts(row: str) -> tuple[str, str | None]:
-    """The loss of a row, and the method of its pairs if it has some."""
-    loss, _, method = row.partition("/")
-    return loss, method or train.LOSSES[loss].pairs
 
 
 def make_pairs(method: str, seed: int, args: argparse.Namespace) -> None:
@@ -117,17 +150,24 @@ def make_pairs(method: str, seed: int, args: argparse.Namespace) -> None:
     write_jsonl(path, records)
 
 
-def run(row: str, seed: int, args: argparse.Namespace) -> Path:
+def command_of(name: str, seed: int, args: argparse.Namespace) -> list[str]:
+    """The command that trains one row with one seed."""
+    row, out = row_of(name), folder_of(name, seed, args.out)
+    command = [sys.executable, str(HOME / "train.py"), "--loss", row.loss, "--seed", str(seed), "--out", str(out)]
+    command += ["--data", str(pairs_file(row.method, seed, args.out))] if row.method else []
+    command += ["--model", str(folder_of(row.start, seed, args.out) / "model")] if row.start else []
+    if row.loss in ("ppo", "rloo"):
+        command += ["--reward", str(folder_of("reward_model", seed, args.out))]
+    # --overwrite what an interrupted run left
+    return [*command, *row.options, "--eval-scenes", "0", "--overwrite", *args.options]
+
+
+def run(name: str, seed: int, args: argparse.Namespace) -> Path:
     """Train one row with one seed, unless that was done; the folder of the run."""
-    loss, method = parts(row)
-    out = args.out / f"{row.replace('/', '-')}-{seed}"
+    out = folder_of(name, seed, args.out)
     if not (out / "result.json").is_file():  # written last
         out.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(HOME / "train.py"), "--loss", loss, "--seed", str(seed), "--out", str(out)]
-        command += ["--data", str(pairs_file(method, seed, args.out))] if method else []
-        command += ["--eval-scenes", "0", "--overwrite", *args.options]  # of what an interrupted run left
-        if loss in ("ppo", "rloo"):
-            command += ["--reward", str(args.out / f"reward_model-{seed}")]
+        command = command_of(name, seed, args)
         with (out / "console.txt").open("w") as console:
             environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
             code = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT, env=environment).returncode
@@ -136,22 +176,23 @@ def run(row: str, seed: int, args: argparse.Namespace) -> Path:
     return out
 
 
-def figures_of(row: str, seed: int, cuts: list[dict], args: argparse.Namespace) -> dict[str, float]:
+def figures_of(name: str, seed: int, cuts: list[dict], args: argparse.Namespace) -> dict[str, float]:
     """Train and measure one row with one seed."""
-    out = run(row, seed, args)
-    figures = dict(measure(out / "model", args.split, args.scenes, out / "measured.json")["figures"])
+    row, out = row_of(name), run(name, seed, args)
+    pairs = pairs_file(row.method, seed, args.out) if row.method else None
+    figures = dict(measure(out / "model", args.split, args.scenes, out / "measured.json", pairs)["figures"])
     figures["cut"] = cut_to(figures["words"], cuts)
-    figures["minutes"] = read_json(out / "result.json")["minutes"]
-    _, method = parts(row)
-    if method and not (out / "pairs.jsonl").is_file():  # it did not make its own
-        figures["minutes"] += read_json(pairs_file(method, seed, args.out).with_name("minutes.json"))["minutes"]
+    spent = [out / "result.json"]
+    spent += [pairs.with_name("minutes.json")] if pairs else []
+    spent += [folder_of(row.start, seed, args.out) / "result.json"] if row.start else []
+    figures["minutes"] = sum(read_json(path)["minutes"] for path in spent)
     return figures
 
 
 def own_rewards(row: str, seeds: list[int], out: Path) -> str:
     """How the reward that a reinforced row maximises went, from its first to its last logged interval."""
     name = "reward" if row == "fisao" else "score"
-    ends = [[line[name] for line in read_log(out / f"{row}-{seed}")] for seed in seeds]
+    ends = [[line[name] for line in read_log(folder_of(row, seed, out))] for seed in seeds]
     first, last = (statistics.mean(values[i] for values in ends) for i in (0, -1))
     return f"{row}: its own reward went from {first:.3f} to {last:.3f}"
 
@@ -186,15 +227,15 @@ def point(name: str, results: list[dict[str, float]]) -> svg.Point:
     """A row's place in the plot."""
     recall, chair = ([r[column] for r in results] for column in ("recall", "CHAIR_s"))
     deviation = statistics.stdev if len(results) > 1 else lambda _: 0.0
-    group = ("on other pairs" if name in METHODS else "samples of its own" if name in ONLINE else
-             "start and control" if name in ("start", "sft") else "given pairs")
+    group = next((group for group, names in GROUPS.items() if name in names), "given pairs")
     return svg.Point(statistics.mean(recall), statistics.mean(chair), deviation(recall), deviation(chair), group)
 
 
 def main() -> None:
     """Make what is missing, run by run, then the table and its plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=OFFLINE + ONLINE + METHODS, metavar="LOSS[/METHOD]")
+    parser.add_argument("--rows", nargs="+", default=OFFLINE + ONLINE + METHODS + tuple(ROWS), metavar="ROW",
+                        help=f"LOSS, LOSS/METHOD or one of {', '.join(map(repr, ROWS))} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--scenes", type=int, default=300, help="held-out scenes (default: 300)")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="(default: test)")
@@ -209,15 +250,17 @@ def main() -> None:
     jobs = [(row, seed) for seed in args.seeds for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
         rewarded = ["reward_model"] if {"ppo", "rloo"} & set(args.rows) else []
-        methods = dict.fromkeys(parts(row)[1] for row in [*args.rows, *rewarded])
+        first = list(dict.fromkeys([*rewarded, *filter(None, (row_of(name).start for name in args.rows))]))
+        methods = dict.fromkeys(row_of(name).method for name in [*args.rows, *first])
         list(pool.map(lambda job: make_pairs(*job, args), [(m, s) for m in methods if m for s in args.seeds]))
-        rewards = list(pool.map(lambda seed: run("reward_model", seed, args), args.seeds if rewarded else []))
+        list(pool.map(lambda job: run(*job, args), [(name, seed) for name in first for seed in args.seeds]))
         results = dict(zip(jobs, pool.map(lambda job: figures_of(*job, cuts, args), jobs)))
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|",
              line("start", [start["figures"]])]
     lines += [line(row, [results[row, seed] for seed in args.seeds]) for row in args.rows]
-    if rewards:
-        accuracy = statistics.mean(read_json(out / "result.json")["after"]["accuracy"] for out in rewards)
+    if rewarded:
+        folders = [folder_of("reward_model", seed, args.out) for seed in args.seeds]
+        accuracy = statistics.mean(read_json(out / "result.json")["after"]["accuracy"] for out in folders)
         lines.append(f"\nreward_model: accuracy on held-out pairs {accuracy:.1f} %")
     lines += [own_rewards(row, args.seeds, args.out) for row in ("ppo", "rloo", "fisao") if row in args.rows]
     text = "\n".join(lines) + "\n"

@@ -14,8 +14,13 @@ with x the prompt, v the image and y_w the chosen response, whose |y_w| tokens i
 
 There is no reference model and there are no hyper-parameters.
 
+Also a term of other losses, L_0 + w L_SFT, which keeps the chosen response likely: iterative RPO (R. Y. Pang et al.,
+NeurIPS 2024, arXiv 2404.19733) adds it to DPO with w = 1, normalised by the length as here; so does the generation
+loss of MPO (W. Wang et al., 2024, arXiv 2411.10442). TRL's `rpo_alpha`, since version 1 the loss type "sft" with a
+weight, takes the mean over all chosen tokens of the batch, see below.
+
 Departures
-- From the released LLaVA code: it takes the mean over all response tokens of the batch, where a long response
+- From the released LLaVA code and TRL: they take the mean over all response tokens of the batch, where a long response
   weighs more than a short one and an example's weight depends on its neighbours. Here each example is the
   mean over its own tokens and the caller averages examples: all weigh the same, however they are batched.
   For the token mean: -sum(metrics["logps/chosen"]) / sum(metrics["tokens/chosen"]).

@@ -23,7 +23,7 @@ def signs(line: Mapping[str, float]) -> dict[str, str]:
     chosen, margin = line.get("reward/chosen", 0.0), line.get("margin", 0.0)
     if chosen < -max(FALLEN, margin):
         found["chosen"] = (f"the chosen responses lose probability (reward/chosen {chosen:.3g}, margin {margin:.3g}):"
-                           " try a lower --lr, a larger --beta, or mdpo, whose anchor holds them")
+                           " try a lower --lr, a larger --beta, or --anchor 1, the term of mdpo that holds them")
     if (kl := line.get("kl", 0.0)) > KL_NATS:
         found["kl"] = (f"the policy is {kl:.3g} nats a response from the reference: try a larger --kl-coef or a lower"
                        " --lr")
