@@ -383,6 +383,14 @@ def test_masks():
     assert not torch.equal(hidden, draw_mask(prompt, 64, 0.9, np.random.default_rng(1)))
 
 
+def test_some_image_tokens_stay_visible():
+    """Those of the largest rho: what a lower rho_th shows first. More than there are: all."""
+    prompt, mask = [1, *[64] * 50, 7], lambda rho, **more: draw_mask(prompt, 64, rho, np.random.default_rng(0), **more)
+    assert mask(1.0).sum() == 50 and mask(1.0, visible=6).sum() == 44 and mask(1.0, visible=60).sum() == 0
+    lower = np.sort(np.random.default_rng(0).random(50))[-6]
+    assert torch.equal(mask(1.0, visible=6), mask(lower)) and torch.equal(mask(0.5, visible=6), mask(0.5))
+
+
 # ----------------------------------------------------------------------------------------------- the embedded model
 
 
