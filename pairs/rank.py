@@ -27,7 +27,8 @@ from collections.abc import Callable
 
 from judges.scores import Judge, Judgement, Score, order
 
-UNFAITHFUL = "the chosen answer is not faithful"
+UNFAITHFUL = "the chosen response is not faithful"
+
 Sample = Callable[[list[dict]], list[list[str]]]  # records -> responses to each, "" for one that was cut
 
 

@@ -442,6 +442,15 @@ def test_greedy_without_a_mask_is_what_the_model_writes(tiny, scenes):
     assert text == " ".join(filter(None, expected))
 
 
+def test_what_stays_visible_is_seen(tiny, scenes):
+    """All of the 64 image tokens hidden but all kept: as with none hidden; the records say how many are kept."""
+    kept, all_seen, blind = ([pair["rejected"] for pair in bdhs_pairs(scenes[:2], *tiny, words_shared, **options)[0]]
+                             for options in (dict(rho_th=1.0, visible=64), dict(rho_th=0.0), dict(rho_th=1.0)))
+    assert kept == all_seen != blind and len(kept) == 2
+    (pair,), _ = bdhs_pairs(scenes[:1], *tiny, words_shared, visible=6)
+    assert (pair["source"]["rho"], pair["source"]["visible"]) == (0.99, 6)
+
+
 def test_a_sentence_cut_at_the_limit_is_not_finished(tiny, scenes):
     pairs, dropped = bdhs_pairs(scenes[:2], *tiny, words_shared, max_new_tokens=2, iterations=2)
     assert pairs == [] and dropped == {"not finished within the token limit": 2}
