@@ -22,6 +22,7 @@ it, unswapped. A hidden image token is a key that no query sees, in any layer; p
     N           iterations       attempts: guided ones, then a free one; a single one is guided and taken as it is
     eps_s       eps_s            similarity that a rejected response must stay below; .97 is meant for the cosine of
                                  all-mpnet-base-v2 (judges/sentence.py)
+                differ           reconstructed: a rejected response must name an object that the chosen one does not
     1/2         swap             probability that a leading yes or no is swapped
     x-tilde     noise            BDHS-noise: a noisy image, and no hidden tokens (rho_th = 0)
                 noise_step       diffusion step of that noise, 0 to 999
@@ -69,6 +70,7 @@ from data.sentences import sentence_end, split_sentences
 from judges.clip import Similarity
 from model.generate import generate
 from model.llava import Llava
+from pairs.texts import names_another
 
 YES_NO = re.compile(r"\s*(yes|no)\b", re.I)
 OPENING = {"”": "“", ")": "(", "]": "["}
@@ -217,20 +219,20 @@ def assemble(cuts: list[Cut], texts: list[str | None]) -> str | None:
 
 def bdhs_pairs(answered: list[dict], model: Llava, processor: Processor, similarity: Similarity, batch_size: int = 32,
                root: Path | None = None, source: dict | None = None, *, rho_th: float = 0.99, visible: int = 0,
-               iterations: int = 5, eps_s: float = 0.97, noise: bool = False, noise_step: int = 500,
-               overflow: Literal["clamp", "wrap"] = "clamp", temperature: float = 1.0, max_new_tokens: int = 96,
-               seed: int = 0) -> tuple[list[dict], Counter]:
+               iterations: int = 5, eps_s: float = 0.97, differ: bool = False, noise: bool = False,
+               noise_step: int = 500, overflow: Literal["clamp", "wrap"] = "clamp", temperature: float = 1.0,
+               max_new_tokens: int = 96, seed: int = 0) -> tuple[list[dict], Counter]:
     """BDHS pairs of records with a chosen response."""
     noisy = (lambda image, seed: add_noise(image, noise_step, seed, overflow)) if noise else None
     write = partial(complete, model=model, processor=processor, noise=noisy, visible=visible,
                     max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size, root=root)
     origin = {"noise_step": noise_step, "overflow": overflow} if noise else {"visible": visible} if visible else {}
     return algorithm_1(answered, write, similarity, rho_th=0.0 if noise else rho_th, iterations=iterations,
-                       eps_s=eps_s, seed=seed, source={**(source or {}), **origin})
+                       eps_s=eps_s, differ=differ, seed=seed, source={**(source or {}), **origin})
 
 
 def algorithm_1(answered: list[dict], complete: Complete, similarity: Similarity, *, rho_th: float = 0.99,
-                iterations: int = 5, eps_s: float = 0.97, swap: float = 0.5, seed: int = 0,
+                iterations: int = 5, eps_s: float = 0.97, swap: float = 0.5, differ: bool = False, seed: int = 0,
                 source: dict | None = None) -> tuple[list[dict], Counter]:
     """Steps 2 and 4, and the loop around them. Raises BadInput on settings out of range."""
     if not 0 <= rho_th <= 1 or iterations < 1:
@@ -241,7 +243,7 @@ def algorithm_1(answered: list[dict], complete: Complete, similarity: Similarity
     for i in range(1, iterations + 1):
         last, free = i == iterations, 1 < i == iterations
         texts = complete([_attempt(answered[row], i, free, rho_th, swap, seed) for row in waiting])
-        failures = [_failure(answered[row], text) for row, text in zip(waiting, texts)]
+        failures = [_failure(answered[row], text, differ) for row, text in zip(waiting, texts)]
         usable = [(row, text) for row, text, failure in zip(waiting, texts, failures) if not failure]
         similarities = similarity([answered[row]["chosen"].strip() for row, _ in usable], [text for _, text in usable])
         for (row, text), score in zip(usable, similarities):
@@ -262,10 +264,12 @@ def _attempt(record: dict, iteration: int, free: bool, rho_th: float, swap: floa
     return Attempt(record["image"], record["prompt"], cuts, rho_th, number)
 
 
-def _failure(record: dict, text: str | None) -> str:
+def _failure(record: dict, text: str | None, differ: bool) -> str:
     """Why a text cannot be a rejected answer; "" if it can."""
     if text is None:
         return "not finished within the token limit"
+    if differ and text and not names_another(text, record["chosen"]):
+        return "names no other object than the chosen answer"
     return "empty answer" if not text else "same as the chosen answer" if text == record["chosen"].strip() else ""
 
 

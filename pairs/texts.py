@@ -8,6 +8,7 @@ Where only a chosen response is wanted, a stronger model may write it instead: t
 
 The papers' chosen responses are written by people or stronger models. The policy's best sample may still hallucinate
 (one in six of the embedded model's does), and what follows then learns from it: a `referee` keeps such records out.
+A rejected response that is written from the chosen one may differ in wording only: `names_another` tells.
 """
 
 import random
@@ -19,7 +20,9 @@ from common import refuse
 from data import scenes
 from data.corrupt import sample_seed
 from judges.ask import Reply
+from judges.scene import judge_mentions, synonyms
 from judges.scores import Judge, order
+from metrics.chair import mentions
 from model.generate import answers
 from pairs.rank import UNFAITHFUL, Sample
 
@@ -40,6 +43,12 @@ def faithful(answered: list[dict], referee: Judge) -> list[dict]:
     """The records whose `chosen` claims nothing wrong; one without a verdict is not known to."""
     verdicts = referee(answered, [[record["chosen"]] for record in answered])
     return [record for record, verdict in zip(answered, verdicts, strict=True) if verdict and verdict[0].faultless]
+
+
+def names_another(rejected: str, chosen: str) -> bool:
+    """Whether it names an object, in CHAIR's words, that the chosen response does not name."""
+    (found,) = judge_mentions({name for _, name in mentions(chosen, synonyms())}, [rejected])
+    return found.wrong > 0
 
 
 def best_responses(records: list[dict], sample: Sample, judge: Judge) -> list[Reply]:

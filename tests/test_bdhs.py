@@ -361,6 +361,13 @@ def test_unfinished_empty_and_equal_texts():
     assert run(lambda attempt, i: "new", records=[])[0] == []
 
 
+def test_without_another_object_it_is_tried_again_and_dropped():
+    said = lambda attempt, i: "A dog runs." if attempt.image == "0.png" or i < 2 else "A horse runs."  # noqa: E731
+    pairs, dropped, _ = run(said, iterations=3, differ=True)
+    assert [(pair["id"], pair["source"]["iteration"]) for pair in pairs] == [("r1", 2), ("r2", 2)]
+    assert dropped == {"names no other object than the chosen answer": 1} and len(run(said)[0]) == 3
+
+
 def test_draws_depend_on_the_record_and_the_seed_only():
     forward, backward, other = (run(lambda a, i: "new", records=records, seed=seed)[2][0]
                                 for records, seed in ((RECORDS, 0), (RECORDS[::-1], 0), (RECORDS, 1)))

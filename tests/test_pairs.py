@@ -29,7 +29,7 @@ from pairs.adavip import adavip_pairs, candidate_scores, mentions_of, scene_cand
 from pairs.methods import make_pairs
 from pairs.rank import UNFAITHFUL, rank_pairs
 from pairs.realign import Job, algorithm_1, fill, infill, mask_words, suit
-from pairs.texts import best_responses, chosen_responses, scene_captions
+from pairs.texts import best_responses, chosen_responses, names_another, scene_captions
 
 HOME = Path(__file__).resolve().parents[1]
 SEEDS = range(scenes.PAIRS, scenes.PAIRS + 12)
@@ -187,7 +187,7 @@ def test_fill_goes_from_left_to_right_and_batches_equal_gaps():
     assert log == [[(0, ""), (1, "My")], [(0, "A giraffe on")]]
 
 
-def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95):
+def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95, **options):
     """Run the acceptance rule with a completion that is the neighbour's name and a similarity table."""
     asked: list[list[str]] = []
 
@@ -201,7 +201,7 @@ def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95):
 
     records = [record(seed, chosen="A dog.") for seed in range(len(neighbours))]
     found = [[(name, 0.5) for name in names] for names in neighbours]
-    return *algorithm_1(records, found, complete, similarity, tau=tau), asked
+    return *algorithm_1(records, found, complete, similarity, tau=tau, **options), asked
 
 
 def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
@@ -218,6 +218,13 @@ def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
 def test_an_unchanged_answer_is_never_a_rejected_one():
     pairs, dropped, _ = retrieve({"A dog.": 0.9999, "A cat.": 0.9999}, [["dog", "cat"]], tau=1.0)
     assert [pair["rejected"] for pair in pairs] == ["A cat."] and not dropped
+
+
+def test_without_another_object_the_next_neighbour_is_asked():
+    alike = {"A big dog.": 0.1, "A puppy.": 0.2, "A cat.": 0.3}
+    pairs, dropped, _ = retrieve(alike, [["big dog", "cat"], ["puppy"]], differ=True)
+    assert [pair["rejected"] for pair in pairs] == ["A cat."] and dropped == {"no completion below similarity 0.95": 1}
+    assert [pair["rejected"] for pair in retrieve(alike, [["big dog", "cat"], ["puppy"]])[0]] == ["A big dog.", "A puppy."]
 
 
 def test_answers_without_visual_words_are_dropped():
@@ -339,6 +346,24 @@ def test_realign_takes_another_picture_and_an_unlike_answer(made, models):
         assert pair["rejected_image"] != pair["image"] and pair["rejected_image"].startswith("scene:")
         (alike,) = similarity([pair["chosen"]], [pair["rejected"]])
         assert alike < 0.95 and alike == pytest.approx(pair["source"]["similarity"], abs=1e-3)
+
+
+def test_another_object():
+    """Neither other words, counts and places nor something left out; synonyms are one object."""
+    chosen = "There is a large dog on the left. Two bicycles are next to it."
+    said = ["A dog.", "Three small bikes are on the right of a dog.", "A dog and a cat.", "A cat.", "Nothing."]
+    assert [names_another(text, chosen) for text in said] == [False, False, True, True, False]
+    assert names_another(chosen, "A dog.")
+
+
+def test_rejected_responses_name_another_object(models):
+    """Some of what is completed with half of the image in sight does not; it is then written again."""
+    other = lambda pair: names_another(pair["rejected"], pair["chosen"])  # noqa: E731
+    options = dict(scene_seeds=SEEDS, author="scene", progress=False)
+    usual, differing = (make_pairs("bdhs", *models, **options, rho_th=0.5, differ=differ)[0] for differ in (False, True))
+    assert not all(map(other, usual)) and all(map(other, differing))
+    assert [pair for pair in usual if other(pair)] == [pair for pair in differing if pair in usual] != differing
+    assert all(map(other, make_pairs("realign", *models, **options, differ=True)[0]))
 
 
 def test_the_same_text_is_entirely_similar(models):
