@@ -73,6 +73,7 @@ FIRST_SEED = {"pairs": scenes.PAIRS, "train": scenes.TRAIN, "dev": scenes.DEV}
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANGES = {  # what numbers may be: interval -> options
     "[1, 1e9]": "scenes batch_size samples max_new_tokens top_k nprobe iterations dilation",
+    "[0, 1e9]": "visible",
     "[0, 10]": "temperature",
     "[0, 999]": "noise_step",
     "[0, 1]": "rho_th max_area tag_threshold box_threshold overlap",

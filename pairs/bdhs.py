@@ -18,9 +18,11 @@ it, unswapped. A hidden image token is a key that no query sees, in any layer; p
     symbol      argument         meaning
     y+          answered         records with a chosen response
     rho_th      rho_th           share of the image tokens that is hidden: 0 hides none, 1 all; .99 leaves 1 % visible
+                visible          reconstructed: so many image tokens, those of the largest rho, stay visible anyway
     N           iterations       attempts: guided ones, then a free one; a single one is guided and taken as it is
     eps_s       eps_s            similarity that a rejected response must stay below; .97 is meant for the cosine of
                                  all-mpnet-base-v2 (judges/sentence.py)
+                differ           reconstructed: a rejected response must name an object that the chosen one does not
     1/2         swap             probability that a leading yes or no is swapped
     x-tilde     noise            BDHS-noise: a noisy image, and no hidden tokens (rho_th = 0)
                 noise_step       diffusion step of that noise, 0 to 999
@@ -41,7 +43,7 @@ Departures from the paper, which has no public code
   end.
 
 rho_th = .99 was chosen where an image is up to 2880 image tokens; with fewer it is harsher: of LLaVA-1.5's
-576 it leaves 6, of the embedded model's 64 mostly none, whose texts stay more fluent at .9.
+576 it leaves 6, of the embedded model's 64 mostly none. `visible` keeps a number of them, whatever their share.
 
 Reconstructed, because the paper does not say: what is a sentence (`sentence_end`); cuts uniform over the
 beginnings of words, so that at least the last word is written again; `temperature` and `top_p`; image tokens
@@ -68,6 +70,7 @@ from data.sentences import sentence_end, split_sentences
 from judges.clip import Similarity
 from model.generate import generate
 from model.llava import Llava
+from pairs.texts import names_another
 
 YES_NO = re.compile(r"\s*(yes|no)\b", re.I)
 OPENING = {"”": "“", ")": "(", "]": "["}
@@ -149,8 +152,8 @@ class Writing:
 
 
 def complete(attempts: list[Attempt], model: Llava, processor: Processor, *, noise: Noise | None = None,
-             max_new_tokens: int = 96, temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 32,
-             root: Path | None = None) -> list[str | None]:
+             visible: int = 0, max_new_tokens: int = 96, temperature: float = 1.0, top_p: float = 1.0,
+             batch_size: int = 32, root: Path | None = None) -> list[str | None]:
     """Steps 1 and 3. All sentences of an attempt continue one computed prompt.
 
     Args:
@@ -162,14 +165,14 @@ def complete(attempts: list[Attempt], model: Llava, processor: Processor, *, noi
     texts, training = [], model.training
     model.eval()
     for start in range(0, len(attempts), batch_size):
-        texts += _write(attempts[start : start + batch_size], model, processor, noise, root, max_new_tokens,
+        texts += _write(attempts[start : start + batch_size], model, processor, noise, root, visible, max_new_tokens,
                         temperature=temperature, top_p=top_p)
     model.train(training)
     return texts
 
 
 def _write(attempts: list[Attempt], model: Llava, processor: Processor, noise: Noise | None, root: Path | None,
-           max_new_tokens: int, **sampling: float) -> list[str | None]:
+           visible: int, max_new_tokens: int, **sampling: float) -> list[str | None]:
     """One batch of attempts."""
     asked = []
     for row, attempt in enumerate(attempts):
@@ -180,7 +183,7 @@ def _write(attempts: list[Attempt], model: Llava, processor: Processor, noise: N
         prompt = processor.prompt(attempt.prompt, len(view.rows))
         group = [Writing(processor, cut) for cut in attempt.cuts or [None]]
         if len(prompt) + max(len(writing.start) for writing in group) + max_new_tokens <= processor.window:
-            hidden = draw_mask(prompt, processor.image_id, attempt.rho_th, rng)
+            hidden = draw_mask(prompt, processor.image_id, attempt.rho_th, rng, visible)
             asked.append((row, view, prompt, processor.question(attempt.prompt), hidden, seed, group))
     texts: list[str | None] = [None] * len(attempts)
     if not asked:
@@ -197,11 +200,13 @@ def _write(attempts: list[Attempt], model: Llava, processor: Processor, noise: N
     return texts
 
 
-def draw_mask(prompt: list[int], image_id: int, rho_th: float, rng: np.random.Generator) -> Tensor:
-    """Eq. 6: ids (T,) -> (T,) bool, True at the image tokens that are hidden."""
+def draw_mask(prompt: list[int], image_id: int, rho_th: float, rng: np.random.Generator, visible: int = 0) -> Tensor:
+    """Eq. 6: ids (T,) -> (T,) bool, True at the image tokens that are hidden; the `visible` largest rho never are."""
     is_image = torch.tensor(prompt) == image_id
-    hidden = torch.from_numpy(rng.random(int(is_image.sum())) < rho_th)  # (k,)
-    return torch.zeros_like(is_image).masked_scatter(is_image, hidden)
+    rho = rng.random(int(is_image.sum()))  # (k,)
+    hidden = rho < rho_th
+    hidden[np.argsort(-rho)[:visible]] = False
+    return torch.zeros_like(is_image).masked_scatter(is_image, torch.from_numpy(hidden))
 
 
 def assemble(cuts: list[Cut], texts: list[str | None]) -> str | None:
@@ -213,21 +218,21 @@ def assemble(cuts: list[Cut], texts: list[str | None]) -> str | None:
 
 
 def bdhs_pairs(answered: list[dict], model: Llava, processor: Processor, similarity: Similarity, batch_size: int = 32,
-               root: Path | None = None, source: dict | None = None, *, rho_th: float = 0.99, iterations: int = 5,
-               eps_s: float = 0.97, noise: bool = False, noise_step: int = 500,
-               overflow: Literal["clamp", "wrap"] = "clamp", temperature: float = 1.0, max_new_tokens: int = 96,
-               seed: int = 0) -> tuple[list[dict], Counter]:
+               root: Path | None = None, source: dict | None = None, *, rho_th: float = 0.99, visible: int = 0,
+               iterations: int = 5, eps_s: float = 0.97, differ: bool = False, noise: bool = False,
+               noise_step: int = 500, overflow: Literal["clamp", "wrap"] = "clamp", temperature: float = 1.0,
+               max_new_tokens: int = 96, seed: int = 0) -> tuple[list[dict], Counter]:
     """BDHS pairs of records with a chosen response."""
     noisy = (lambda image, seed: add_noise(image, noise_step, seed, overflow)) if noise else None
-    write = partial(complete, model=model, processor=processor, noise=noisy, max_new_tokens=max_new_tokens,
-                    temperature=temperature, batch_size=batch_size, root=root)
-    origin = {"noise_step": noise_step, "overflow": overflow} if noise else {}
+    write = partial(complete, model=model, processor=processor, noise=noisy, visible=visible,
+                    max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size, root=root)
+    origin = {"noise_step": noise_step, "overflow": overflow} if noise else {"visible": visible} if visible else {}
     return algorithm_1(answered, write, similarity, rho_th=0.0 if noise else rho_th, iterations=iterations,
-                       eps_s=eps_s, seed=seed, source={**(source or {}), **origin})
+                       eps_s=eps_s, differ=differ, seed=seed, source={**(source or {}), **origin})
 
 
 def algorithm_1(answered: list[dict], complete: Complete, similarity: Similarity, *, rho_th: float = 0.99,
-                iterations: int = 5, eps_s: float = 0.97, swap: float = 0.5, seed: int = 0,
+                iterations: int = 5, eps_s: float = 0.97, swap: float = 0.5, differ: bool = False, seed: int = 0,
                 source: dict | None = None) -> tuple[list[dict], Counter]:
     """Steps 2 and 4, and the loop around them. Raises BadInput on settings out of range."""
     if not 0 <= rho_th <= 1 or iterations < 1:
@@ -238,7 +243,7 @@ def algorithm_1(answered: list[dict], complete: Complete, similarity: Similarity
     for i in range(1, iterations + 1):
         last, free = i == iterations, 1 < i == iterations
         texts = complete([_attempt(answered[row], i, free, rho_th, swap, seed) for row in waiting])
-        failures = [_failure(answered[row], text) for row, text in zip(waiting, texts)]
+        failures = [_failure(answered[row], text, differ) for row, text in zip(waiting, texts)]
         usable = [(row, text) for row, text, failure in zip(waiting, texts, failures) if not failure]
         similarities = similarity([answered[row]["chosen"].strip() for row, _ in usable], [text for _, text in usable])
         for (row, text), score in zip(usable, similarities):
@@ -259,10 +264,12 @@ def _attempt(record: dict, iteration: int, free: bool, rho_th: float, swap: floa
     return Attempt(record["image"], record["prompt"], cuts, rho_th, number)
 
 
-def _failure(record: dict, text: str | None) -> str:
+def _failure(record: dict, text: str | None, differ: bool) -> str:
     """Why a text cannot be a rejected answer; "" if it can."""
     if text is None:
         return "not finished within the token limit"
+    if differ and text and not names_another(text, record["chosen"]):
+        return "names no other object than the chosen answer"
     return "empty answer" if not text else "same as the chosen answer" if text == record["chosen"].strip() else ""
 
 

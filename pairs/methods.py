@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common import BadInput, arguments_of, options_of
+from common import BadInput, arguments_of, options_of, refuse
 from data import scenes
 from pairs.adavip import adavip_pairs
 from pairs.bdhs import bdhs_pairs
@@ -70,8 +70,10 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
         raise BadInput("there are no images to make pairs of")
     settings = {name: more.pop(name) for name in Setting._fields if name in more}
     functions, options = chain(method, records), complete_options(method, more)
-    if options.get("author", "policy") != "policy" and "author" not in options_of(*with_tools(*functions)):
-        raise BadInput("--author writes chosen responses that are not given; these records bring theirs")
+    own = options_of(*with_tools(*functions))
+    refuse(f"--{name.replace('_', '-')} is for chosen responses that are not given; these records bring theirs"
+           for name, default in (("author", "policy"), ("clean_chosen", False))
+           if options.get(name, default) != default and name not in own)
     setting = Setting(records, **settings, checks=checks(functions, options))
     given = {"model": model, "processor": processor, "clip": clip, "clip_processor": clip_processor}
     tools = Tools(setting, options, {name: tool for name, tool in given.items() if tool is not None})

@@ -5,11 +5,13 @@ answers a question about an image n times and an annotator counts the wrong and 
 response. The response with the fewest wrong claims is chosen (right claims decide between equals), the one at the
 other end is rejected. All responses are the model's own, so a pair differs in its claims, not in its author.
 
-    symbol        argument     type
-    x, v          records      `id`, `image`, `prompt`
-    y_1 .. y_n    sample       records -> n texts for each, "" for an unfinished one   (pairs/texts.py)
-    annotator     judge        (records, responses of each) -> a `Judgement` or `Score` of each, or None
-                               for a record without a verdict
+    symbol        argument        type
+    x, v          records         `id`, `image`, `prompt`
+    y_1 .. y_n    sample          records -> n texts for each, "" for an unfinished one   (pairs/texts.py)
+    annotator     judge           (records, responses of each) -> a `Judgement` or `Score` of each, or None
+                                  for a record without a verdict
+                  clean_chosen    reconstructed: drop records whose chosen response --judge scene or chair does
+                                  not find faithful
 
 Judges are listed in judges/README.md; or pass a function that asks a person. Responses that were cut at the token
 limit are unfinished and come as "": an empty response is never ranked.
@@ -25,11 +27,13 @@ from collections.abc import Callable
 
 from judges.scores import Judge, Judgement, Score, order
 
+UNFAITHFUL = "the chosen response is not faithful"
+
 Sample = Callable[[list[dict]], list[list[str]]]  # records -> responses to each, "" for one that was cut
 
 
-def rank_pairs(records: list[dict], sample: Sample, judge: Judge,
-               source: dict | None = None) -> tuple[list[dict], Counter]:
+def rank_pairs(records: list[dict], sample: Sample, judge: Judge, source: dict | None = None, *,
+               clean_chosen: bool = False) -> tuple[list[dict], Counter]:
     """Best against worst response to every record; `source` goes into the pair records."""
     pairs, dropped = [], Counter()
     samples = sample(records)
@@ -38,7 +42,7 @@ def rank_pairs(records: list[dict], sample: Sample, judge: Judge,
             dropped["no verdict of the judge"] += 1
             continue
         ranking = order(texts, verdict)
-        if reason := _useless([verdict[i] for i in ranking]):
+        if reason := _useless([verdict[i] for i in ranking], clean_chosen):
             dropped[reason] += 1
             continue
         best, worst = ranking[0], ranking[-1]
@@ -51,10 +55,12 @@ def rank_pairs(records: list[dict], sample: Sample, judge: Judge,
     return pairs, dropped
 
 
-def _useless(ranked: list[Judgement] | list[Score]) -> str:
+def _useless(ranked: list[Judgement] | list[Score], clean_chosen: bool) -> str:
     """Why these judgements, best first, give no pair; "" if they do."""
     if len(ranked) < 2:
         return "fewer than two non-empty answers"
     if ranked[-1].faultless:
         return "no answer hallucinates"
+    if clean_chosen and not ranked[0].faultless:
+        return UNFAITHFUL
     return "all answers judged equal" if ranked[0] == ranked[-1] else ""

@@ -17,6 +17,7 @@ Optimization", EMNLP 2025, arXiv 2502.13146, section 3.1 and Algorithm 1. For an
     similarity   similarity    two lists of texts -> cosines
     tau          tau           similarity that a rejected response must stay below; .95 is from the project page, the
                                paper's text gives no value
+                 differ        reconstructed: a rejected response must name an object that the chosen one does not
 
 Departures from the paper, whose pair-making code is not public
 - Masking: the paper asks GPT-4o mini. `mask_words` goes by word lists: the objects of CHAIR, attributes,
@@ -44,6 +45,7 @@ from metrics.chair import TWO_WORDS, load_synonyms, singularize
 from model.cache import Prompts
 from model.generate import read, write
 from model.llava import Llava
+from pairs.texts import names_another
 
 Span = tuple[int, int]
 
@@ -187,7 +189,7 @@ def suit(proposal: str, hidden: str) -> str:
 
 def realign_pairs(answered: list[dict], model: Llava, processor: Processor, neighbours: Neighbours,
                   similarity: Similarity, batch_size: int = 64, root: Path | None = None,
-                  source: dict | None = None, *, tau: float = 0.95) -> tuple[list[dict], Counter]:
+                  source: dict | None = None, *, tau: float = 0.95, differ: bool = False) -> tuple[list[dict], Counter]:
     """Re-Align pairs of records with a chosen response.
 
     Args:
@@ -199,11 +201,11 @@ def realign_pairs(answered: list[dict], model: Llava, processor: Processor, neig
     """
     complete = partial(infill, model=model, processor=processor, batch_size=batch_size, root=root)
     near = [neighbours(record["image"]) for record in answered]
-    return algorithm_1(answered, near, complete, similarity, tau=tau, source=source)
+    return algorithm_1(answered, near, complete, similarity, tau=tau, differ=differ, source=source)
 
 
 def algorithm_1(answered: list[dict], near: list[list[Hit]], complete: Complete, similarity: Similarity, *,
-                mask: Callable[[str], list[Span]] = mask_words, tau: float = 0.95,
+                mask: Callable[[str], list[Span]] = mask_words, tau: float = 0.95, differ: bool = False,
                 source: dict | None = None) -> tuple[list[dict], Counter]:
     """Steps 1, 3 and 4: (pair records, how many were dropped for which reason).
 
@@ -223,7 +225,8 @@ def algorithm_1(answered: list[dict], near: list[list[Hit]], complete: Complete,
         texts = complete(jobs)
         similarities = similarity([job.text for job in jobs], texts)
         for row, text, score in zip(waiting, texts, similarities):
-            if score < tau and text.strip() != answered[row]["chosen"].strip():
+            chosen = answered[row]["chosen"]
+            if score < tau and text.strip() != chosen.strip() and (not differ or names_another(text, chosen)):
                 found = {"rank": rank + 1, "cosine": round(near[row][rank][1], 4), "similarity": round(score, 4)}
                 made[row] = _pair(answered[row], text, near[row][rank][0], {**(source or {}), **found})
     unmasked = sum(not found for found in spans)

@@ -7,6 +7,7 @@ as a function that makes it, because the options decide what is needed: `clip()`
     model, processor, clip, clip_processor: the policy and the CLIP model
     similarity: two lists of texts -> cosines
     judge: (records, responses of each) -> verdicts (judges/scores.py)
+    referee: a judge of chosen responses that are not given, or None where all are taken
     sample, author: records -> several responses, or one, to each (pairs/texts.py)
     writer: records -> corruptions of `chosen` (pairs/corrupt.py)
     candidates: record -> labels of objects with the image without them (pairs/adavip.py)
@@ -26,8 +27,9 @@ as a function that makes it, because the options decide what is needed: `clip()`
     judge             who ranks the samples: scene, chair (what --detector finds), clip, policy (the model itself),
                       another LLaVA (folder or hub id) or a server's URL
     judge_model       name of the model at that server
-    author            who writes the chosen responses that are not given: policy (the best of its samples), another
-                      LLaVA or a server's URL
+    clean_chosen      reconstructed: drop records whose chosen response --judge scene or chair does not find faithful
+    author            who writes the chosen responses that are not given: policy (the best of its samples), scene (its
+                      own caption), another LLaVA or a server's URL
     author_model      name of the model at that server
     writer            who writes errors: scene (rules), policy, another LLaVA or a server's URL
     writer_model      name of the model at that server
@@ -82,14 +84,15 @@ from pairs.corrupt import Writer, model_corrupt, scene_corrupt
 from pairs.progress import readable
 from pairs.rank import Sample
 from pairs.realign import Neighbours
-from pairs.texts import Author, best_responses, sample_responses
+from pairs.texts import Author, best_responses, sample_responses, scene_captions
 from retrieval.cache import cached_images
 from retrieval.embed import embed_images
 from retrieval.index import Duplicates, approximate_neighbours
 from retrieval.index import neighbours as exact_neighbours
 
 SHARD = 1024  # images that a process embeds at a time, when several do
-WHO = {"judge": ("scene", "chair", "clip", "policy"), "author": ("policy",), "writer": ("scene", "policy")}
+WHO = {"judge": ("scene", "chair", "clip", "policy"), "author": ("policy", "scene"), "writer": ("scene", "policy")}
+COUNTING = ("scene", "chair")  # judges that count claims
 
 
 class Share(NamedTuple):
@@ -171,6 +174,9 @@ def check_options(options: dict) -> None:
                            " http URL")
         if is_url(who) != bool(name):
             raise BadInput(f"--{role} URL and --{role}-model NAME belong together")
+    if options.get("clean_chosen") and options["judge"] not in COUNTING:
+        raise BadInput(f"--clean-chosen asks whether a response is faithful, --judge {options['judge']} only compares"
+                       f" responses: choose {' or '.join(COUNTING)}")
     detector = options.get("detector", "scene")
     if detector not in ("scene", "ram+dino+sam", "maskrcnn") and not detector.endswith(".json"):
         raise BadInput(f"--detector {detector!r} is none of scene, ram+dino+sam, maskrcnn or a .json file")
@@ -254,6 +260,11 @@ def judge(model, processor, clip, clip_processor, detect, setting: Setting, used
     return model_judge(_asked(judge, judge_model, model, processor, setting, used), seed=seed)
 
 
+def referee(judge, *, clean_chosen: bool = False) -> Judge | None:
+    """Who says whether a chosen response is faithful."""
+    return judge() if clean_chosen else None
+
+
 def writer(model, processor, setting: Setting, used: dict, *, writer: str = "scene",
            writer_model: str | None = None, seed: int = 0) -> Writer:
     """Who writes errors. Raises BadInput where rules do not know an image."""
@@ -268,10 +279,14 @@ def writer(model, processor, setting: Setting, used: dict, *, writer: str = "sce
 
 
 def author(sample, judge, model, processor, setting: Setting, used: dict, *, author: str = "policy",
-           author_model: str | None = None) -> Author:
-    """Who writes the chosen responses that are not given."""
+           author_model: str | None = None, seed: int = 0) -> Author:
+    """Who writes the chosen responses that are not given. Raises BadInput where the scenes' author has no caption."""
     if author == "policy":
         return partial(best_responses, judge=judge(), sample=sample())
+    if author == "scene":
+        used.update(seed=seed, author="scene")
+        scene_captions(setting.records)  # raises now, of all records
+        return partial(scene_captions, seed=seed)
     used["author"] = author_model or author
     asked = _asked(author, author_model, model, processor, setting, used)
     return lambda records: asked.ask([Request(record["image"], record["prompt"]) for record in records])
@@ -401,5 +416,5 @@ def source(used: dict) -> dict:
 
 
 TOOLS = {tool.__name__: tool for tool in (
-    clip_processor, similarity, detect, candidates, judge, writer, clip, author, sample, processor, model, neighbours,
-    models, source)}
+    clip_processor, similarity, detect, candidates, judge, referee, writer, clip, author, sample, processor, model,
+    neighbours, models, source)}

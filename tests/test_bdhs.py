@@ -361,6 +361,13 @@ def test_unfinished_empty_and_equal_texts():
     assert run(lambda attempt, i: "new", records=[])[0] == []
 
 
+def test_without_another_object_it_is_tried_again_and_dropped():
+    said = lambda attempt, i: "A dog runs." if attempt.image == "0.png" or i < 2 else "A horse runs."  # noqa: E731
+    pairs, dropped, _ = run(said, iterations=3, differ=True)
+    assert [(pair["id"], pair["source"]["iteration"]) for pair in pairs] == [("r1", 2), ("r2", 2)]
+    assert dropped == {"names no other object than the chosen answer": 1} and len(run(said)[0]) == 3
+
+
 def test_draws_depend_on_the_record_and_the_seed_only():
     forward, backward, other = (run(lambda a, i: "new", records=records, seed=seed)[2][0]
                                 for records, seed in ((RECORDS, 0), (RECORDS[::-1], 0), (RECORDS, 1)))
@@ -381,6 +388,14 @@ def test_masks():
     assert draw_mask(prompt, 64, 0.0, np.random.default_rng(0)).sum() == 0
     assert draw_mask(prompt, 64, 1.0, np.random.default_rng(0)).sum() == 2000
     assert not torch.equal(hidden, draw_mask(prompt, 64, 0.9, np.random.default_rng(1)))
+
+
+def test_some_image_tokens_stay_visible():
+    """Those of the largest rho: what a lower rho_th shows first. More than there are: all."""
+    prompt, mask = [1, *[64] * 50, 7], lambda rho, **more: draw_mask(prompt, 64, rho, np.random.default_rng(0), **more)
+    assert mask(1.0).sum() == 50 and mask(1.0, visible=6).sum() == 44 and mask(1.0, visible=60).sum() == 0
+    lower = np.sort(np.random.default_rng(0).random(50))[-6]
+    assert torch.equal(mask(1.0, visible=6), mask(lower)) and torch.equal(mask(0.5, visible=6), mask(0.5))
 
 
 # ----------------------------------------------------------------------------------------------- the embedded model
@@ -432,6 +447,15 @@ def test_greedy_without_a_mask_is_what_the_model_writes(tiny, scenes):
         rest = whole[len(cut.before) :] if cut.before else whole
         expected.append(rest[: rest.index(".") + 1] if "." in rest else rest)  # or the end of the answer
     assert text == " ".join(filter(None, expected))
+
+
+def test_what_stays_visible_is_seen(tiny, scenes):
+    """All of the 64 image tokens hidden but all kept: as with none hidden; the records say how many are kept."""
+    kept, all_seen, blind = ([pair["rejected"] for pair in bdhs_pairs(scenes[:2], *tiny, words_shared, **options)[0]]
+                             for options in (dict(rho_th=1.0, visible=64), dict(rho_th=0.0), dict(rho_th=1.0)))
+    assert kept == all_seen != blind and len(kept) == 2
+    (pair,), _ = bdhs_pairs(scenes[:1], *tiny, words_shared, visible=6)
+    assert (pair["source"]["rho"], pair["source"]["visible"]) == (0.99, 6)
 
 
 def test_a_sentence_cut_at_the_limit_is_not_finished(tiny, scenes):

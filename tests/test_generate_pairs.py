@@ -25,7 +25,9 @@ from judges.scene import judge_scene
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.generate import answers
 from pairs import bdhs, mdpo, realign, texts, tools
-from pairs.methods import METHODS, chain, complete_options, make_pairs
+from pairs.methods import METHODS, chain, complete_options, make_pairs, scene_records
+from pairs.rank import UNFAITHFUL
+from pairs.texts import scene_captions
 from pairs.tools import Setting, Tools, with_tools
 
 HOME = Path(__file__).resolve().parents[1]
@@ -67,6 +69,25 @@ def test_the_report_counts_what_the_pairs_say(models, tmp_path):
     lies = sum(judge_scene({**pair, "image": pair["rejected_image"]}, [pair["chosen"]])[0].wrong
                > judge_scene(pair, [pair["chosen"]])[0].wrong for pair in pairs)
     assert report["rejected_image"] == {"contradicts": lies / len(pairs), "gone": 1.0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_clean_chosen_drops_what_is_not_faithful_and_nothing_else(method, models, tmp_path):
+    usual, report = make(method, models, tmp_path, samples=2)
+    clean, counted = make(method, models, tmp_path, samples=2, clean_chosen=True)
+    assert clean == [pair for pair in usual if not judge_scene(pair, [pair["chosen"]])[0].wrong] != usual
+    assert counted["hallucinating"]["chosen"] == 0 and counted["dropped"][UNFAITHFUL] >= len(usual) - len(clean)
+
+
+def test_the_scene_writes_chosen_answers(models, tmp_path):
+    """No samples, no judge, no policy where it is not needed for more."""
+    asked = scene_records(SEEDS)
+    assert loads("corrupt", asked, author="scene") == [] and loads("corrupt", asked, clean_chosen=True) == ["model"]
+    texts = [reply.text for reply in scene_captions(asked, seed=2)]
+    for method in ("corrupt", "bdhs", "realign"):
+        pairs, report = make(method, models, tmp_path, author="scene", seed=2)
+        assert len(pairs) == len(SEEDS) and [pair["chosen"] for pair in pairs] == texts
+        assert {pair["source"]["author"] for pair in pairs} == {"scene"} and report["hallucinating"]["chosen"] == 0
 
 
 def test_corruption_by_rule_makes_every_answer_wrong_in_its_way(models, tmp_path):
@@ -390,6 +411,7 @@ def test_pictures_that_are_lists_as_candidates_move_too(tmp_path):
     (["--method", "povid", "--writer-model", "x"], "--writer URL and --writer-model NAME belong together"),
     (["--method", "adavip", "--dilation", "4"], "--dilation 4: must be odd"),
     (["--author", "model/tiny"], "unrecognized arguments: --author"),
+    (["--judge", "clip", "--clean-chosen"], "--judge clip only compares responses: choose scene or chair"),
     (["--format", "trl", "--out", "x.jsonl"], "scenes have no files to point to"),
     (["--out", "x.parquet"], "written with --format trl"),
     (["--method", "adavip", "--detector", "nowhere.json"], "nowhere.json: not found"),
@@ -563,9 +585,9 @@ def test_records_without_a_chosen_response_are_dropped_and_counted():
 
 
 def test_an_author_has_nothing_to_write_where_answers_are_given(photos, tmp_path):
-    with pytest.raises(BadInput, match="--author writes chosen responses that are not given"):
+    with pytest.raises(BadInput, match="(?s)^--author is for chosen responses.*\n--clean-chosen is for .* bring theirs"):
         run(read_arguments(["--method", "bdhs", "--author", str(DEFAULT_MODEL), "--data", str(photos / "pairs.jsonl"),
-                            "--out", str(tmp_path / "p.jsonl")]))
+                            "--clean-chosen", "--out", str(tmp_path / "p.jsonl")]))
 
 
 def test_former_names_of_data():

@@ -11,29 +11,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import BadInput
 from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
 from data.sentences import sentences
 from generate_pairs import main, read_arguments, relocate, run
+from judges.ask import Reply
 from judges.clip import clip_similarity
 from judges.scene import judge_scene
-from judges.scores import Judgement, one_by_one
+from judges.scores import Judgement, Score, one_by_one
+from metrics import claims
 from metrics.chair import load_synonyms, mentions
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.generate import generate
 from pairs.adavip import adavip_pairs, candidate_scores, mentions_of, scene_candidates
 from pairs.methods import make_pairs
-from pairs.rank import rank_pairs
+from pairs.rank import UNFAITHFUL, rank_pairs
 from pairs.realign import Job, algorithm_1, fill, infill, mask_words, suit
-from pairs.texts import best_responses
+from pairs.texts import best_responses, chosen_responses, names_another, scene_captions
 
 HOME = Path(__file__).resolve().parents[1]
 SEEDS = range(scenes.PAIRS, scenes.PAIRS + 12)
 
 
 def record(seed: int = 1_000_000, **more) -> dict:
-    return {"id": f"scene-{seed}", "image": f"scene:{seed}", "prompt": scenes.CAPTION_PROMPT, **more}
+    return {"id": f"scene-{seed}", "image": f"scene:{seed}", "prompt": scenes.CAPTION_PROMPT} | more
 
 
 # ---------------------------------------------------------------------------------------- ranking
@@ -62,6 +65,48 @@ def test_pictures_without_a_useful_pair_are_counted():
     assert dropped == {"no answer hallucinates": 1, "all answers judged equal": 1,
                        "fewer than two non-empty answers": 1}
     assert best_responses([record()], lambda _: [["", " "]], judge) == [("", "no finished answer, or no verdict")]
+
+
+def test_a_clean_chosen_answer_is_asked_for():
+    """Of the best answers the first is faithful, the second is not; of a score that is not known."""
+    judge = judge_by({"good": (0, 2), "poor": (1, 1), "bad": (2, 1)})
+    answers = [["poor", "good"], ["bad", "poor"]]
+    pairs, dropped = rank_pairs([record(seed) for seed in range(2)], lambda _: answers, judge, clean_chosen=True)
+    assert [(pair["id"], pair["chosen"]) for pair in pairs] == [("scene-0", "good")] and dropped == {UNFAITHFUL: 1}
+    assert len(rank_pairs([record(seed) for seed in range(2)], lambda _: answers, judge)[0]) == 2
+    scores = one_by_one(lambda _, answers: [Score(float(len(answer))) for answer in answers])
+    assert rank_pairs([record()], lambda _: answers[1:], scores, clean_chosen=True) == ([], {UNFAITHFUL: 1})
+
+
+def test_a_referee_keeps_unfaithful_records_out():
+    """It sees the chosen answers alone, not the record without one; what has no verdict is not known to be faithful."""
+    asked = []
+
+    def referee(records, answers):
+        asked.extend(zip([record["id"] for record in records], answers, strict=True))
+        return [None if texts == ["odd"] else [Judgement(len(text) - 2, 0) for text in texts] for texts in answers]
+
+    replies = [Reply(text) for text in ("ok", "three", "", "odd", "so")]
+    records = [record(seed) for seed in range(5)]
+    kept, dropped = chosen_responses(records, lambda _: replies, referee)
+    assert kept == [{**records[0], "chosen": "ok"}, {**records[4], "chosen": "so"}]
+    assert dropped == {UNFAITHFUL: 2, "an empty answer": 1}
+    assert asked == [("scene-0", ["ok"]), ("scene-1", ["three"]), ("scene-3", ["odd"]), ("scene-4", ["so"])]
+    assert len(chosen_responses(records, lambda _: replies)[0]) == 4
+
+
+def test_the_scene_as_author_says_nothing_wrong():
+    """By every claim, also where objects are removed; and whatever the order."""
+    records = [record(seed) for seed in range(scenes.PAIRS, scenes.PAIRS + 40)]
+    removed = max(scenes.objects_present(scenes.sample_scene(scenes.PAIRS)))
+    records.append(record(id="removed", image=scenes.reference(scenes.PAIRS, [removed])))
+    texts = [reply.text for reply in scene_captions(records, seed=3)]
+    figures = claims.score(records, {row["id"]: text for row, text in zip(records, texts)})
+    assert figures["all"]["claims"] > 300 and figures["all"]["false"] == figures["captions"]["unread_sentences"] == 0
+    assert [reply.text for reply in scene_captions(records[::-1], seed=3)] == texts[::-1]
+    assert sum(reply.text == text for reply, text in zip(scene_captions(records), texts)) < 4
+    with pytest.raises(BadInput, match="(?s)^p: --author scene describes scenes.*\nq: .* 'Describe the image in detail.'"):
+        scene_captions([record(id="p", image="p.png"), records[0], record(id="q", prompt="How many dogs?")])
 
 
 def test_scene_annotator():
@@ -142,7 +187,7 @@ def test_fill_goes_from_left_to_right_and_batches_equal_gaps():
     assert log == [[(0, ""), (1, "My")], [(0, "A giraffe on")]]
 
 
-def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95):
+def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95, **options):
     """Run the acceptance rule with a completion that is the neighbour's name and a similarity table."""
     asked: list[list[str]] = []
 
@@ -156,7 +201,7 @@ def retrieve(alike: dict[str, float], neighbours: list[list[str]], tau=0.95):
 
     records = [record(seed, chosen="A dog.") for seed in range(len(neighbours))]
     found = [[(name, 0.5) for name in names] for names in neighbours]
-    return *algorithm_1(records, found, complete, similarity, tau=tau), asked
+    return *algorithm_1(records, found, complete, similarity, tau=tau, **options), asked
 
 
 def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
@@ -173,6 +218,13 @@ def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
 def test_an_unchanged_answer_is_never_a_rejected_one():
     pairs, dropped, _ = retrieve({"A dog.": 0.9999, "A cat.": 0.9999}, [["dog", "cat"]], tau=1.0)
     assert [pair["rejected"] for pair in pairs] == ["A cat."] and not dropped
+
+
+def test_without_another_object_the_next_neighbour_is_asked():
+    alike, neighbours = {"A big dog.": 0.1, "A lawn.": 0.2, "A cat.": 0.3}, [["big dog", "cat"], ["lawn"]]
+    pairs, dropped, _ = retrieve(alike, neighbours, differ=True)
+    assert [pair["rejected"] for pair in pairs] == ["A cat."] and dropped == {"no completion below similarity 0.95": 1}
+    assert [pair["rejected"] for pair in retrieve(alike, neighbours)[0]] == ["A big dog.", "A lawn."]
 
 
 def test_answers_without_visual_words_are_dropped():
@@ -294,6 +346,24 @@ def test_realign_takes_another_picture_and_an_unlike_answer(made, models):
         assert pair["rejected_image"] != pair["image"] and pair["rejected_image"].startswith("scene:")
         (alike,) = similarity([pair["chosen"]], [pair["rejected"]])
         assert alike < 0.95 and alike == pytest.approx(pair["source"]["similarity"], abs=1e-3)
+
+
+def test_another_object():
+    """Neither other words, counts and places nor something left out; synonyms are one object."""
+    chosen = "There is a large dog on the left. Two bicycles are next to it."
+    said = ["A dog.", "Three small bikes are on the right of a dog.", "A dog and a cat.", "A cat.", "Nothing."]
+    assert [names_another(text, chosen) for text in said] == [False, False, True, True, False]
+    assert names_another(chosen, "A dog.")
+
+
+def test_rejected_responses_name_another_object(models):
+    """Some of what is completed with half of the image in sight does not; it is then written again."""
+    other = lambda pair: names_another(pair["rejected"], pair["chosen"])  # noqa: E731
+    options = dict(scene_seeds=SEEDS, author="scene", progress=False)
+    usual, differing = (make_pairs("bdhs", *models, **options, rho_th=0.5, differ=differ)[0] for differ in (False, True))
+    assert not all(map(other, usual)) and all(map(other, differing))
+    assert [pair for pair in usual if other(pair)] == [pair for pair in differing if pair in usual] != differing
+    assert all(map(other, make_pairs("realign", *models, **options, differ=True)[0]))
 
 
 def test_the_same_text_is_entirely_similar(models):
