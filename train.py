@@ -63,7 +63,24 @@ import reinforce
 from common import BadInput, remove_unfinished, versions
 from data.batch import BadRecord, Batch, Drawn, MicroBatches, collate, with_seeds, without_bad
 from data.processor import Processor
-from losses import adavip, bdhs, dpo, dpo_weighted, fisao, ipo, mdpo, povid, ppo, rdpo, reward_model, rloo, sft, slic
+from losses import (
+    adavip,
+    bdhs,
+    dpo,
+    dpo_weighted,
+    fisao,
+    ipo,
+    lpoi,
+    mdpo,
+    povid,
+    ppo,
+    rdpo,
+    reward_model,
+    rloo,
+    sft,
+    slic,
+    symmpo,
+)
 from model import reference, resume, training
 from model.adapters import save_adapters
 from model.checkpoint import save_json, save_llava
@@ -89,6 +106,8 @@ LOSSES = {
     "rdpo_released": Recipe(rdpo.rdpo_loss, rdpo.SEQUENCES_RELEASED, "realign"),
     "mdpo": Recipe(mdpo.mdpo_loss, mdpo.SEQUENCES, "rank"),
     "adavip": Recipe(adavip.adavip_loss, adavip.SEQUENCES, "adavip"),
+    "lpoi": Recipe(lpoi.lpoi_loss, lpoi.SEQUENCES, "adavip"),
+    "symmpo": Recipe(symmpo.symmpo_loss, symmpo.SEQUENCES, "symmpo"),
     "povid": Recipe(povid.povid_loss, povid.SEQUENCES, "rank"),
     "povid_released": Recipe(povid.povid_loss, povid.SEQUENCES_RELEASED, "rank"),
     "reward_model": Recipe(reward_model.reward_model_loss, reward_model.SEQUENCES, "rank"),
