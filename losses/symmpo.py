@@ -35,9 +35,9 @@ If policy and reference agree, L_SymMPO = (1 + 2 lambda + 2 eta) ln 2 = 4 ln 2 (
     log pi_ref(y_w' | x, v')    reference_other_logps             (B,)
     beta                        beta                              float  strength of the pull towards the reference
     delta                       delta                             float  the anchor, a reward
-    lambda                      pair_weight                       float
-    gamma                       margin_weight                     float
-    eta                         anchor_weight                     float
+    lambda                      pair_weight                       float  weight of L_Pair
+    gamma                       margin_weight                     float  weight of L_Margin
+    eta                         anchor_weight                     float  weight of L_AncPO
 
 Departures. The released trainer was read; of the paper its abstract and a summary of its equations and settings.
 - From the paper: none known; the defaults are its settings.
