@@ -51,6 +51,8 @@ def test_lpoi_by_hand():
     anchored, metrics = lpoi_loss(*rewards(*values), delta=ln(16))
     torch.testing.assert_close(anchored - loss, double(softplus(ln(2)) - ln(9 / 8), ln(17) - ln(2)), **EXACT)
     assert metrics["accuracy/anchor"].tolist() == [0, 0]
+    mixed = lpoi_loss(*rewards(*((value, value) for value in (1, 0, 3, 2, 4, 0))))[1]  # falls after 3 and after 4
+    assert mixed["accuracy/ranking"].tolist() == [0.5, 0.5]
 
 
 def test_lpoi_is_the_product_of_its_equation():
