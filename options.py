@@ -40,7 +40,7 @@ RANGES = {
     "[0, 1e9]": "lora_rank eval_scenes workers seed",
     "(0, inf)": "lr projector_lr vision_lr tflops lora_alpha temperature beta dpo_weighted_loss.gamma",
     "[0, inf)": "weight_decay kl_coef kl_target missing_eos_penalty value_coef margin anchor sft_weight centring_weight"
-                " slic_hf_loss.delta bdhs_triples.temperature",
+                " slic_hf_loss.delta bdhs_triples.temperature pair_weight margin_weight anchor_weight",
     "(0, inf]": "clip_norm clip value_clip limit",
     "[0, inf]": "rloo_loss.clip",  # 0: none
     "[0, 1)": "warmup lora_dropout",

@@ -80,7 +80,8 @@ def read_records(path: Path, recipe: Recipe) -> Data:
     """Validated records with what this loss reads; images and questions only if it samples everything."""
     command = f"python generate_pairs.py --method {recipe.pairs}"
     hints = {"rejected": f"{command} --data {path} makes pairs",
-             "rejected_image": f"{command} --data {path} adds one"}
+             "rejected_image": f"{command} --data {path} adds one",
+             "rejected_image_response": f"{command} --data {path} adds one"}
     needs = fields_of(recipe.sequences) - {"generated"} if recipe.pairs else ()
     return load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
 

@@ -73,6 +73,7 @@ from losses import (
     dpo_weighted,
     fisao,
     ipo,
+    lpoi,
     mdpo,
     povid,
     ppo,
@@ -81,6 +82,7 @@ from losses import (
     rloo,
     sft,
     slic,
+    symmpo,
 )
 from model import reference, resume, training
 from model.adapters import save_adapters
@@ -107,6 +109,8 @@ LOSSES = {
     "rdpo_released": Recipe(rdpo.rdpo_loss, rdpo.SEQUENCES_RELEASED, "realign"),
     "mdpo": Recipe(mdpo.mdpo_loss, mdpo.SEQUENCES, "rank", has=("anchor",)),
     "adavip": Recipe(adavip.adavip_loss, adavip.SEQUENCES, "adavip"),
+    "lpoi": Recipe(lpoi.lpoi_loss, lpoi.SEQUENCES, "adavip", has=("anchor",)),
+    "symmpo": Recipe(symmpo.symmpo_loss, symmpo.SEQUENCES, "symmpo", has=("anchor",)),
     "povid": Recipe(povid.povid_loss, povid.SEQUENCES, "rank"),
     "povid_released": Recipe(povid.povid_loss, povid.SEQUENCES_RELEASED, "rank"),
     "reward_model": Recipe(reward_model.reward_model_loss, reward_model.SEQUENCES, "rank"),

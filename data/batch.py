@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common import BadInput
-from data.corrupt import add_noise, crop
+from data.corrupt import add_noise, crop, hide
 from data.images import open_image
 from data.processor import Processor
 from losses.dpo_weighted import changed_tokens
@@ -42,11 +42,13 @@ Tokens = Literal["given", "best_other", "picked_in_noise", "own_picked_in_noise"
 
 @dataclass(frozen=True)
 class Scored:
-    """One response under one image, as a loss asks for it. Raises ValueError on an unknown view or kind of tokens."""
+    """One response under one image, as a loss asks for it. Raises ValueError on an unknown view or kind of tokens, and
+    where a part of the image is hidden and what is left is to be cropped or noisy."""
 
     image: str  # field of the record that names the image
     response: str  # field of the record that holds the response
     view: Shown = "clean"  # a crop or noise drawn for each record and step
+    hidden: float = 0.0  # share of what the record's `rejected_image` lacks that is hidden as there (data.corrupt.hide)
     # Which tokens are scored along the response, under that image: its own; in the place of each the model's best other
     # one; those that the policy finds likeliest under the noisy image, or policy and reference each their own of these.
     tokens: Tokens = "given"
@@ -55,6 +57,8 @@ class Scored:
         for value, kinds in ((self.view, get_args(Shown)), (self.tokens, get_args(Tokens))):
             if value not in kinds:
                 raise ValueError(f"{value!r} is none of {', '.join(kinds)}, which a sequence of a loss may ask for")
+        if self.hidden and (self.view != "clean" or self.in_noise):
+            raise ValueError("a partly hidden image has neither a crop nor noise")
 
     @property
     def in_noise(self) -> bool:
@@ -110,7 +114,9 @@ class Batch:
 
 def fields_of(sequences: Mapping[str, Mapping]) -> set[str]:
     """The fields of a pair record that these sequences read."""
-    return {"prompt"} | {field for how in scored(sequences).values() for field in (how.image, how.response)}
+    asked = scored(sequences).values()
+    return {"prompt", *(field for how in asked for field in (how.image, how.response)),
+            *("rejected_image" for how in asked if how.hidden)}
 
 
 def collate(
@@ -134,7 +140,7 @@ def collate(
     plain = []
     for name, how in asked.items():
         for record, seed in zip(records, seeds):
-            image = images.number(record, how.image, how.view, seed)
+            image = images.number(record, how.image, how.view, seed, how.hidden)
             responses[name].append(_response(record, how.response, processor))
             plain.append(_sequence(record, responses[name][-1], image, images, how, end))
     # Tokens that are picked in noise are scored where the loop above put their sequence, but the model picks them under
@@ -165,20 +171,23 @@ class _Images:
         self.views: list[View] = []
         self.numbers: dict[tuple, int] = {}
 
-    def number(self, record: dict, field: str, view: str, seed: int) -> int:
+    def number(self, record: dict, field: str, view: str, seed: int, hidden: float = 0.0) -> int:
         """Which of `views` shows this image. Raises BadRecord when it cannot be opened."""
-        key = (record[field], view, 0 if view == "clean" else seed)
+        other = record["rejected_image"] if hidden else None
+        key = (record[field], view, 0 if view == "clean" else seed, hidden, other)
         if key not in self.numbers:
             try:
-                self.views.append(self._open(record[field], view, seed))
+                self.views.append(self._open(record[field], view, seed, hidden, other))
             except BadInput as error:
                 raise BadRecord(record["id"], str(error)) from None
             self.numbers[key] = len(self.views) - 1
         return self.numbers[key]
 
-    def _open(self, reference: str, view: str, seed: int) -> View:
+    def _open(self, reference: str, view: str, seed: int, hidden: float, other: str | None) -> View:
         if view == "noise":
             return self.processor.view(add_noise(open_image(reference, self.root), seed=seed))
+        if hidden:
+            return self.processor.view(hide(open_image(reference, self.root), open_image(other, self.root), hidden))
         clean = self.processor.image(reference, self.root)
         return clean._replace(pixels=crop(clean.pixels, seed)) if view == "crop" else clean
 
@@ -186,7 +195,7 @@ class _Images:
 class _Headers(_Images):
     """Images as their headers announce them: as many image tokens, and at least as many tiles as these need."""
 
-    def _open(self, reference: str, view: str, seed: int) -> View:
+    def _open(self, reference: str, view: str, seed: int, hidden: float, other: str | None) -> View:
         rows, side = self.processor.image_tokens(reference, self.root), self.processor.preprocessing.size
         pixels = torch.empty(-(-rows // self.processor.patches), 3, side, side, device="meta")
         return View(pixels, torch.arange(rows) % (len(pixels) * self.processor.patches))
@@ -231,10 +240,10 @@ def tokens_of(record: dict, sequences: Mapping[str, Mapping], processor: Process
     inputs: dict[tuple, set] = {}  # distinct responses under each image
     for how in scored(sequences).values():
         response = _response(record, how.response, processor)
-        inputs.setdefault((record[how.image], how.view), set()).add(response if end else response[:-1])
+        inputs.setdefault((record[how.image], how.view, how.hidden), set()).add(response if end else response[:-1])
     text = len(processor.prompt(record["prompt"])) - processor.patches  # without image tokens
-    images = {reference: processor.image_tokens(reference, root) for reference, _ in inputs}
-    return sum(images[reference] + text + sum(map(len, group)) for (reference, _), group in inputs.items())
+    images = {reference: processor.image_tokens(reference, root) for reference, *_ in inputs}
+    return sum(images[reference] + text + sum(map(len, group)) for (reference, *_), group in inputs.items())
 
 
 def check_image(record: dict, root: Path | str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Corrupted images: diffusion noise (POVID) and small random crops (mDPO).
+"""Corrupted images: diffusion noise (POVID), small random crops (mDPO) and partly hidden objects (LPOI).
 
 Noise: Zhou et al. 2024, "Aligning Modalities in Vision Large Language Models via Preference Fine-tuning"
 (POVID), arXiv 2402.11411; the same schedule as Leng et al. 2023 (VCD), arXiv 2311.16922. Forward diffusion of
@@ -10,6 +10,9 @@ T = 1000 steps,
 
 Crop: Wang et al. 2024, "mDPO: Conditional Preference Optimization for Multimodal Large Language Models",
 arXiv 2406.11839: a window of 1 to 20 % of the image, stretched to the full size again.
+
+Hidden: Pesaran Zadeh et al. 2025, "LPOI: Listwise Preference Optimization for Vision Language Models", arXiv
+2505.21061: of an object's box a share is covered, from the side inwards. Here it is what another image has there.
 
     symbol   argument   shape
     v        image      RGB image, read as (3, H, W) in [0, 1]
@@ -35,7 +38,7 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from common import BadInput
@@ -113,6 +116,18 @@ def crop(pixels: Tensor, seed: int, scale: tuple[float, float] = (0.01, 0.2),
     window = pixels[..., top : top + height, left : left + width]
     stretched = F.interpolate(window.reshape(-1, 3, height, width), size, mode="bilinear", antialias=True)
     return stretched.reshape(pixels.shape)
+
+
+def hide(image: Image.Image, other: Image.Image, share: float) -> Image.Image:
+    """An RGB image with the left part of what differs replaced: of the columns of the box around all pixels in which
+    another one, brought to its size, differs from it, a share, rounded to whole pixels, is the other's."""
+    other = other.resize(image.size)  # nothing changes where they agree
+    if box := ImageChops.difference(image, other).getbbox():
+        left, top, right, bottom = box
+        part = (left, top, left + round(share * (right - left)), bottom)
+        image = image.copy()
+        image.paste(other.crop(part), part)
+    return image
 
 
 def to_pixels(image: Image.Image) -> Tensor:

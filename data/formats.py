@@ -54,7 +54,7 @@ from data.images import open_image
 from data.records import Row, brief, collect, json_rows, relocate, without_mark, write_jsonl
 
 QUESTION, ANSWER = ("human", "user"), ("gpt", "assistant")
-ANSWERS = ("chosen", "rejected", "rejected_image", "source")
+ANSWERS = ("chosen", "rejected", "rejected_image", "rejected_image_response", "source")
 ORIGIN = ("ds_name", "origin_dataset", "origin_split")  # what RLHF-V and RLAIF-V say about a row's making
 
 

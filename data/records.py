@@ -7,6 +7,7 @@
     chosen           string   preferred answer, y_w
     rejected         string   dispreferred answer, y_l (differs from `chosen`)
     rejected_image   string   optional (or null): image reference v_l on which `chosen` is no longer right
+    rejected_image_response  string   optional: the answer that is right for `rejected_image`, y_w' of SymMPO
     source           object   optional, free-form: where each part came from (method, seed, model, scores)
 
 Any other key is refused, so a misspelt `rejected_image` cannot turn a vision loss into a text loss unnoticed.
@@ -34,7 +35,7 @@ from data.images import image_size
 IMAGE_TEXTS = ("id", "image", "prompt")
 IMAGE_OPTIONAL = ("chosen", "source")
 PAIR_TEXTS = ("id", "image", "prompt", "chosen", "rejected")
-PAIR_OPTIONAL = ("rejected_image", "source")
+PAIR_OPTIONAL = ("rejected_image", "rejected_image_response", "source")
 REFERENCES = ("image", "rejected_image")
 IMAGE = "<image>"
 MARK = re.compile(r"<\|?(?:img|image)\w*\|?>", re.IGNORECASE)  # <image>, <ImageHere>, <|image_pad|>, ...
@@ -233,7 +234,7 @@ def _text_flaw(text: str, key: str = "") -> str:
         return f"contains {mark.group()}: only one {IMAGE} at either end is accepted; the template places the image"
     if key == "prompt" and text.rstrip().endswith(TAGS):
         return f"ends as a template does ({' or '.join(TAGS)}): the question alone is wanted"
-    if key in ("chosen", "rejected") and IMAGE in text:
+    if key in ("chosen", "rejected", "rejected_image_response") and IMAGE in text:
         return f"contains {IMAGE}"
     return ""
 

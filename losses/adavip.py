@@ -20,7 +20,10 @@ The balance of the two negatives D_+- and D_-+ adapts by itself: the gradient of
     w_+- = sigma(r_+- - r_-+),  w_-+ = sigma(r_-+ - r_+-),  w_+- + w_-+ = 1                           Eq. 13
 
 so the negative with the higher reward is pushed down harder. The weights are a property of the loss: they are
-reported as metrics and must not be multiplied in.
+reported as metrics and must not be multiplied in. They compare rewards of two images: DPO's reward is
+r(v, y) + beta log Z(x, v), whose partition function Z r_++ and r_+- share and r_-+ does not. The loss takes
+c = beta [log Z(x, v_l) - log Z(x, v)] for 0 (SymMPO, arXiv 2506.11712); with r_-+ + c for r_-+, s and the weights would
+be others, so how the push is divided between the negatives, not whether a log-prob goes up or down.
 
     symbol                     argument                    shape
     log pi(y_w | x, v)         policy_chosen_logps         (B,)   sum over the response tokens, EOS included

@@ -13,6 +13,9 @@ F. Wang, W. Zhou, J. Y. Huang, N. Xu, S. Zhang, H. Poon, M. Chen, EMNLP 2024, ar
 with x the prompt, v the image, y_w the chosen and y_l the rejected response, sigma the logistic function and
 v_l a random crop of less than a fifth of v. The first term is DPO; the second prefers the image; the third
 keeps the reward of the chosen response above the anchor delta, since the differences can grow while it falls.
+DPO's true reward is r(v, y) + beta log Z(x, v), and only L_DPOm compares responses under one Z (SymMPO, arXiv
+2506.11712). beta log Z(x, v) is the soft value of the image, beta log E_ref exp(reward / beta), and r an advantage over
+it: L_CoPO asks that y_w exceeds the value of v by more than that of v_l, and delta bounds an advantage, not a reward.
 If policy and reference agree, L_mDPO = 3 ln 2 (at delta = 0).
 
     symbol                     argument                   shape

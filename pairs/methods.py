@@ -28,6 +28,7 @@ from pairs.progress import in_chunks, readable
 from pairs.rank import rank_pairs
 from pairs.realign import realign_pairs
 from pairs.report import report_on
+from pairs.symmpo import symmetric_pairs
 from pairs.texts import chosen_responses
 from pairs.tools import Setting, Tools, check_options, with_tools
 
@@ -35,6 +36,7 @@ METHODS = {
     "rank": [rank_pairs],
     "realign": [chosen_responses, realign_pairs],
     "adavip": [rank_pairs, adavip_pairs],
+    "symmpo": [rank_pairs, symmetric_pairs],
     "bdhs": [chosen_responses, bdhs_pairs],
     "povid": [chosen_responses, corrupt_pairs, noise_pairs],
     "mdpo": [rank_pairs, crop_pairs],

@@ -90,15 +90,32 @@ def test_each_record_has_a_crop_of_its_own(monkeypatch):
     assert batch.pixels[:, 0, 0, 0].tolist() == [1, 6, 7]
 
 
+def test_an_image_is_hidden_as_the_rejected_image_of_its_record(monkeypatch):
+    """Two records show one image: of either a quarter and a half as in its own other one, and what is shown whole once."""
+    monkeypatch.setattr(data.batch, "open_image", lambda reference, root: reference)
+    monkeypatch.setattr(data.batch, "hide", lambda image, other, share: (image, other, share))
+    hidden = []
+    words = Words()
+    words.view = lambda image: hidden.append(image) or View(torch.full((1, 3, 2, 2), 9.0), torch.tensor([0]))
+    rows = [{**row, "image": "1", "rejected_image": other} for row, other in zip(RECORDS, "23")]
+    whole, quarter, half = (dict(image="image", response="chosen", **more) for more in ({}, {"hidden": 0.25}, {"hidden": 0.5}))
+    collate(rows, {"a": whole, "b": quarter, "c": half, "d": quarter | dict(response="rejected")}, words, seeds=[5, 6])
+    assert hidden == [("1", "2", 0.25), ("1", "3", 0.25), ("1", "2", 0.5), ("1", "3", 0.5)] and words.opened == ["1"]
+
+
 def test_what_a_loss_may_ask_for():
     """Fields that are read; what differs from step to step; a word that means nothing is refused."""
     assert fields_of({"x": dict(image="rejected_image", response="chosen")}) == {"prompt", "rejected_image", "chosen"}
-    kinds = [{}, {"tokens": "best_other"}, {"view": "crop"}, {"view": "noise"}, {"tokens": "picked_in_noise"},
+    assert fields_of({"x": dict(image="image", response="chosen", hidden=0.5)}) == {"prompt", "image", "rejected_image", "chosen"}
+    kinds = [{"hidden": 0.5}, {"tokens": "best_other"}, {"view": "crop"}, {"view": "noise"}, {"tokens": "picked_in_noise"},
              {"tokens": "own_picked_in_noise"}]
     assert [Scored("image", "chosen", **kind).drawn for kind in kinds] == [False, False, True, True, True, True]
     for kind in ({"view": "crops"}, {"tokens": "noisy"}):
         with pytest.raises(ValueError, match="is none of"):
             Scored("image", "chosen", **kind)
+    for kind in ({"view": "crop"}, {"view": "noise"}, {"tokens": "picked_in_noise"}):
+        with pytest.raises(ValueError, match="neither a crop nor noise"):
+            Scored("image", "chosen", hidden=0.5, **kind)
 
 
 def test_errors_name_the_pair():

@@ -37,7 +37,8 @@ def pairs(tmp_path_factory) -> Path:
     write_jsonl(path, [
         {"id": f"r{i}", "image": f"scene:{scenes.PAIRS + i}", "rejected_image": f"scene:{scenes.PAIRS + i + 9}",
          "prompt": scenes.CAPTION_PROMPT, "chosen": f"There is a dog and {i} cups on the grass.",
-         "rejected": f"There is a cat and {i} dogs on the red grass."} for i in range(3)])
+         "rejected": f"There is a cat and {i} dogs on the red grass.",
+         "rejected_image_response": f"There are {i} cats."} for i in range(3)])
     return path
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from data import scenes
-from data.corrupt import add_noise, crop, crop_window, sample_seed, signal_shares, to_image, to_pixels
+from data.corrupt import add_noise, crop, crop_window, hide, sample_seed, signal_shares, to_image, to_pixels
 from data.derived import file_name, store
 from data.images import open_image
 from data.records import read_pairs, write_jsonl
@@ -63,6 +63,31 @@ def test_wrapping_erases_the_picture():
              for how in ("clamp", "wrap")}
     assert means["clamp"][1] - means["clamp"][0] > 0.25
     assert means["wrap"] == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+@pytest.mark.parametrize("share, columns", [(0, 0), (0.25, 2), (0.5, 4), (0.75, 6), (1, 8)])
+def test_the_left_part_of_what_differs_is_hidden(share, columns):
+    """They differ in two pixels, at (3, 2) and (10, 5): of the box of columns 3 .. 10 and rows 2 .. 5 a share is the
+    other's, whose other pixels there are equal."""
+    other = plain(9, (16, 12))
+    other.putpixel((3, 2), (8, 9, 9))
+    other.putpixel((10, 5), (9, 9, 200))
+    image = plain(9, (16, 12))
+    found = hide(image, other, share)
+    changed = {(x, y) for x in range(16) for y in range(12) if found.getpixel((x, y)) != (9, 9, 9)}
+    assert changed == {spot for spot in [(3, 2), (10, 5)] if spot[0] < 3 + columns}
+    assert image.tobytes() == plain(9, (16, 12)).tobytes()  # the image that was given stays
+
+
+def test_more_and_more_of_a_scene_is_hidden():
+    """From the scene itself to the scene without the object, and each share leaves less of what differs."""
+    image, other = scenes.open_scene("scene:5"), scenes.open_scene("scene:6")
+    left = [(np.array(hide(image, other, share)) != np.array(other)).sum() for share in (0, 0.25, 0.5, 0.75, 1)]
+    assert left[0] == (np.array(image) != np.array(other)).sum() and left[-1] == 0
+    assert left == sorted(left, reverse=True) and len(set(left)) == 5
+    assert hide(image, image, 0.5).tobytes() == image.tobytes()
+    small = np.array(hide(image, other.resize((9, 5)), 1))
+    assert (small == np.array(other.resize((9, 5)).resize(image.size))).all()
 
 
 def test_noise_is_a_function_of_the_seed():

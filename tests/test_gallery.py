@@ -90,6 +90,11 @@ def test_pictures_are_inside(tmp_path):
     assert policy.startswith("default-src 'none'")
 
 
+def test_the_response_to_the_rejected_picture_is_shown(tmp_path):
+    html, _ = page(tmp_path, {**PAIR, "rejected_image": "scene:2", "rejected_image_response": "A <b>cup</b>."}, side=48)
+    assert "A &lt;b&gt;cup&lt;/b&gt;." in html and "rejected image</h3>" not in page(tmp_path, PAIR, side=48)[0]
+
+
 def test_size_of_pictures(tmp_path):
     Image.new("RGB", (2000, 500)).save(tmp_path / "p.png")
     url, width, height = thumbnail(open_image("p.png", tmp_path), 240)

@@ -100,17 +100,18 @@ def test_corruption_by_rule_makes_every_answer_wrong_in_its_way(models, tmp_path
 
 
 def test_given_texts_stay(models, tmp_path):
-    """adavip, povid and mdpo keep both texts and load no model; realign, bdhs and corrupt keep `chosen`."""
+    """adavip, povid and mdpo keep both texts and load no model, symmpo keeps both; realign, bdhs and corrupt keep
+    `chosen`."""
     given, _ = make("rank", models, tmp_path)
     for method in METHODS.keys() - {"rank"}:
         own = "model" in loads(method, given)
         some = models if own else (None, None, *models[2:])
         pairs, _ = make(method, some, tmp_path, records=given)
         texts = {pair["id"]: pair for pair in given}
-        assert own == (method in ("realign", "bdhs"))
+        assert own == (method in ("realign", "symmpo", "bdhs"))
         assert pairs and all(pair["chosen"] == texts[pair["id"]]["chosen"] for pair in pairs)
         kept = [pair["rejected"] == texts[pair["id"]]["rejected"] for pair in pairs]
-        assert all(kept) if method in ("adavip", "povid", "mdpo") else not any(kept)
+        assert all(kept) if method in ("adavip", "symmpo", "povid", "mdpo") else not any(kept)
         assert all(pair["source"]["text"]["method"] == "rank" for pair in pairs)
 
 
@@ -139,7 +140,7 @@ def test_what_is_loaded():
     assert all("model" in loads(method, asked) for method in METHODS)
     assert loads("corrupt", answered, writer="policy") == ["model"]
     assert loads("corrupt", asked, author="http://x", author_model="m", cache=Path("x")) == []
-    assert [method for method in METHODS if "clip" in loads(method, asked)] == ["realign", "adavip", "bdhs"]
+    assert [method for method in METHODS if "clip" in loads(method, asked)] == ["realign", "adavip", "symmpo", "bdhs"]
     assert "clip" in loads("rank", asked, judge="clip")
 
 
@@ -542,7 +543,7 @@ def test_a_method_begins_where_the_records_are():
     asked, answered, paired = {}, {"chosen": "A"}, {"chosen": "A", "rejected": "B"}
     lengths = {method: [len(chain(method, [{"id": "a", **more}])) for more in (asked, answered, paired)]
                for method in METHODS if method != "rank"}
-    assert lengths == {"realign": [2, 1, 1], "adavip": [2, 2, 1], "bdhs": [2, 1, 1], "povid": [3, 2, 1],
+    assert lengths == {"realign": [2, 1, 1], "adavip": [2, 2, 1], "symmpo": [2, 2, 1], "bdhs": [2, 1, 1], "povid": [3, 2, 1],
                        "mdpo": [2, 2, 1], "corrupt": [2, 1, 1]}
 
 

@@ -21,15 +21,19 @@ from data.batch import Scored
 from losses.adavip import adavip_loss
 from losses.bdhs import bdhs_loss
 from losses.dpo import dpo_loss
+from losses.lpoi import lpoi_loss
 from losses.rdpo import rdpo_loss
 from losses.sft import sft_loss
+from losses.symmpo import symmpo_loss
 
 ONLINE = {"fisao", "ppo", "rloo"}  # score what the model generates; they have tests of their own
 LOSSES = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "losses").glob("*.py")
                 if path.stem not in ONLINE | {"__init__"})
 PUBLIC = {"slic": ["slic_hf_loss", "slic_loss"], "dpo_weighted": ["changed_tokens", "dpo_weighted_loss"]}
 IMAGES = ("image", "rejected_image")
-PREFERENCE = [(dpo_loss, 2, math.log(2)), (rdpo_loss, 3, 2 * math.log(2)), (adavip_loss, 3, math.log(3))]
+RESPONSES = ("chosen", "rejected", "generated", "rejected_image_response")
+PREFERENCE = [(dpo_loss, 2, math.log(2)), (rdpo_loss, 3, 2 * math.log(2)), (adavip_loss, 3, math.log(3)),
+              (lpoi_loss, 6, math.log(480)), (symmpo_loss, 5, 4 * math.log(2))]
 EXACT = dict(rtol=0, atol=1e-12)
 
 REFERENCE = torch.tensor([[-60.0, -45.0], [-52.0, -70.0], [-58.0, -64.0]], dtype=torch.float64)  # (3, B)
@@ -412,7 +416,7 @@ def test_skeleton(name):
         assert needle in module.__doc__, f"the header of losses/{name}.py has no {needle!r}"
 
 
-@pytest.mark.parametrize("name", ["dpo", "rdpo", "adavip", "bdhs", "mdpo", "povid", "slic"])
+@pytest.mark.parametrize("name", ["dpo", "rdpo", "adavip", "bdhs", "lpoi", "mdpo", "povid", "slic", "symmpo"])
 def test_preference_signature(name):
     """Policy then reference log-probs in the order of SEQUENCES, then beta = 0.1."""
     module = importlib.import_module(f"losses.{name}")
@@ -427,7 +431,7 @@ def test_sequences_name_fields_of_a_pair(name):
     sequences = importlib.import_module(f"losses.{name}").SEQUENCES
     assert sequences["chosen"] == dict(image="image", response="chosen")
     asked = [Scored(**kwargs) for kwargs in sequences.values()]
-    assert all(how.image in IMAGES and how.response in ("chosen", "rejected", "generated") for how in asked)
+    assert all(how.image in IMAGES and how.response in RESPONSES for how in asked)
     assert len(set(asked)) == len(asked)
 
 

@@ -52,7 +52,8 @@ SEEDS = [11, 12, 13]
 
 def records() -> list[dict]:
     return [{"id": f"r{i}", "image": scenes.reference(scenes.PAIRS + i), "prompt": scenes.CAPTION_PROMPT,
-             "chosen": chosen, "rejected": rejected, "rejected_image": scenes.reference(scenes.PAIRS + 50 + i)}
+             "chosen": chosen, "rejected": rejected, "rejected_image": scenes.reference(scenes.PAIRS + 50 + i),
+             "rejected_image_response": f"There are {i + 2} chairs."}
             for i, (chosen, rejected) in enumerate(ANSWERS)]
 
 
@@ -116,7 +117,8 @@ def test_equal_responses_are_computed_once_and_each_keeps_its_gradient():
 
 
 STARTS = {"dpo": math.log(2), "ipo": 25.0, "slic": 1.0, "dpo_weighted": math.log(2), "rdpo": 2 * math.log(2),
-          "rdpo_released": 2 * math.log(2), "mdpo": 3 * math.log(2), "adavip": math.log(3), "povid": math.log(2),
+          "rdpo_released": 2 * math.log(2), "mdpo": 3 * math.log(2), "adavip": math.log(3), "lpoi": math.log(480),
+          "symmpo": 4 * math.log(2), "povid": math.log(2),
           "povid_released": math.log(2), "bdhs_online": math.log(2)}
 
 

@@ -12,7 +12,7 @@ import train
 from common import BadInput
 from data.batch import BadRecord, MicroBatches, collate, dealt, filled, tokens_of
 from data.processor import Processor
-from losses.adavip import SEQUENCES
+from losses import adavip, lpoi
 from model.checkpoint import DEFAULT_MODEL
 from model.training import learning_rate, parameter_groups, set_learning_rate
 from options import check, read_arguments
@@ -132,17 +132,18 @@ def test_a_replacement_is_no_longer_than_what_it_replaces():
         assert LENGTHS[found] <= max(LENGTHS[own], min(good))
 
 
-def test_tokens_of_a_record_are_those_of_its_batch():
-    """Of AdaViP's three sequences with two images, with and without the repeated end token."""
+@pytest.mark.parametrize("sequences", [adavip.SEQUENCES, lpoi.SEQUENCES], ids=["adavip", "lpoi"])
+def test_tokens_of_a_record_are_those_of_its_batch(sequences):
+    """Of AdaViP's three sequences with two images, LPOI's six with five; with and without the repeated end token."""
     processor = Processor(DEFAULT_MODEL)
     record = dict(id="a", image="scene:7", rejected_image="scene:8", prompt="What is there?", chosen="a dog and a cup.",
                   rejected="a dog.")
     for more in ({}, {"rejected_image": "scene:7"}, {"rejected": record["chosen"]}):
         for end in (False, True):
             row = record | more
-            expected = len(collate([row], SEQUENCES, processor, end=end).packed.ids)
-            assert tokens_of(row, SEQUENCES, processor, end=end) == expected
-            blank = collate([row], SEQUENCES, processor, end=end, blank=True)
+            expected = len(collate([row], sequences, processor, end=end).packed.ids)
+            assert tokens_of(row, sequences, processor, end=end) == expected
+            blank = collate([row], sequences, processor, end=end, blank=True)
             assert len(blank.packed.ids) == expected and blank.pixels.device.type == "meta"
 
 

@@ -29,6 +29,7 @@ from pairs.adavip import adavip_pairs, candidate_scores, mentions_of, scene_cand
 from pairs.methods import make_pairs
 from pairs.rank import UNFAITHFUL, rank_pairs
 from pairs.realign import Job, algorithm_1, fill, infill, mask_words, suit
+from pairs.symmpo import symmetric_pairs
 from pairs.texts import best_responses, chosen_responses, names_another, scene_captions
 
 HOME = Path(__file__).resolve().parents[1]
@@ -213,6 +214,27 @@ def test_the_next_neighbour_is_asked_until_one_is_unlike_enough():
     assert [p["source"]["rank"] for p in pairs] == [1, 3] and pairs[1]["source"]["similarity"] == 0.94
     assert dropped == {"no completion below similarity 0.95": 1, "no other image is found": 1}
     assert asked == [["car", "hound", "wolf"], ["wolf"], ["cat"]]
+
+
+def test_the_next_neighbour_is_asked_until_one_has_a_response_of_its_own():
+    """Of image 0 the nearest has y_w again, the next y_l, the third none; image 3 has no other."""
+    says = {"a": "A dog.", "b": "A cat.", "c": "", "d": "A cup.", "e": "A cow."}
+    near = {"0": "abcd", "1": "ed", "2": "cab", "3": ""}
+    asked = []
+
+    def author(records):
+        asked.append([(record["id"], record["prompt"], record["image"]) for record in records])
+        return [Reply(says[record["image"]]) for record in records]
+
+    pairs = [{"id": f"r{i}", "image": i, "prompt": f"{i}?", "chosen": "A dog.", "rejected": "A cat."} for i in near]
+    made, dropped = symmetric_pairs(pairs, lambda image: [(name, 0.5) for name in near[image]], author, {"model": "m"})
+    assert [(p["id"], p["image"], p["rejected_image"], p["rejected_image_response"]) for p in made] == [
+        ("r0", "0", "d", "A cup."), ("r1", "1", "e", "A cow.")]
+    assert all((p["chosen"], p["rejected"]) == ("A dog.", "A cat.") for p in made)
+    assert made[0]["source"] == {"method": "symmpo", "model": "m", "rank": 4, "cosine": 0.5, "text": None}
+    assert dropped == {"no other image is found": 1, "no response to a similar image": 1}
+    assert asked == [[("r0", "0?", "a"), ("r1", "1?", "e"), ("r2", "2?", "c")], [("r0", "0?", "b"), ("r2", "2?", "a")],
+                     [("r0", "0?", "c"), ("r2", "2?", "b")], [("r0", "0?", "d")]]
 
 
 def test_an_unchanged_answer_is_never_a_rejected_one():

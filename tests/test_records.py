@@ -27,6 +27,7 @@ def test_what_is_written_is_read_back(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
     rows = [
         {**GOOD, "rejected_image": "scene:5?without=dog", "source": {"method": "hand", "scores": [1, 2.5]}},
+        {**GOOD, "id": "b", "rejected_image": "scene:6", "rejected_image_response": "A cup."},
         {**GOOD, "id": "ü", "image": "photo.png", "rejected_image": None},
         {**GOOD, "id": "c", "image": str(tmp_path / "photo.png"), "chosen": "Zwei\nZeilen\u2028."},
     ]
@@ -55,6 +56,8 @@ def test_what_is_written_is_read_back(tmp_path):
     ({"rejected": "A\0dog"}, "'rejected' holds a NUL character"),
     ({"rejected": "\u200b\u00a0\ufeff"}, "'rejected' is empty"),
     ({"rejected": "One <image>."}, "'rejected' contains <image>"),
+    ({"rejected_image_response": "One <image>."}, "'rejected_image_response' contains <image>"),
+    ({"rejected_image_response": ""}, "'rejected_image_response' is empty"),
     ({"prompt": "USER: <image>\nWhat?"}, "'prompt' contains <image>"),
     ({"prompt": "<image>What?<image>"}, "'prompt' contains <image>"),
     ({"prompt": "<ImageHere>What?"}, "'prompt' contains <ImageHere>"),
