@@ -38,6 +38,9 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from common import BadInput
+from data.tokenizer import load_tokenizer
+from model.attention import mix
+from model.layouts import renamed
 from networks import bert
 from networks.swin import Swin, SwinConfig
 from networks.weights import Tensors, fuse, load_weights
@@ -48,7 +51,7 @@ TOKENIZER = "tokenizer.json of huggingface.co/google-bert/bert-base-uncased (0.5
 UNUSED = re.compile(r"^label_enc\.|position_ids$|^bert\.pooler\.|relative_position_index$|attn_mask$|swin\.layernorm\."
                     r"|^decoder\.bbox_embed\.|^bbox_embed\.[1-9]")  # the boxes' MLP is one, stored twelve times
 NAMES = (  # as published -> as here
-    (r"^module\.", ""), (r"^transformer\.", ""), (r"^backbone\.0\.", "backbone."), (r"\.in_proj_", ".in_proj."),
+    (r"^transformer\.", ""), (r"^backbone\.0\.", "backbone."), (r"\.in_proj_", ".in_proj."),
 )
 PEER_NAMES = (  # of transformers -> as published
     (r"^model\.", ""), (r"^backbone\.conv_encoder\.model\.", "backbone."), (r"^text_backbone\.", "bert."),
@@ -136,10 +139,8 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
         """q (B, T, D), k and v (B, K, D), visible (B, T or 1, K) bool -> (B, T, D)."""
         weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for x, w, b in zip((q, k, v), weights, biases))
-        mask = None if visible is None else visible[:, None]
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)) for x, w, b in zip((q, k, v), weights, biases))
+        return self.out_proj(mix(q, k, v, mask=None if visible is None else visible[:, None]).flatten(2))
 
 
 class DeformableAttention(nn.Module):
@@ -194,12 +195,12 @@ class Fusion(nn.Module):
         """image (B, N, D), text (B, T, D), valid (B, N) and words (B, T) bool, False at padding."""
         image, text = self.layer_norm_v(image), self.layer_norm_l(text)
         given = {"v": image, "l": text, "values_v": image, "values_l": text}
-        v, t, values_v, values_t = (self.attn[f"{name}_proj"](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                                    for name, x in given.items())  # (B, heads, N or T, d)
-        to_image = F.scaled_dot_product_attention(v, t, values_t, attn_mask=words[:, None, None])
-        to_text = F.scaled_dot_product_attention(t, v, values_v, attn_mask=valid[:, None, None])
-        image = image + self.gamma_v * self.attn["out_v_proj"](to_image.transpose(1, 2).flatten(2))
-        return image, text + self.gamma_l * self.attn["out_l_proj"](to_text.transpose(1, 2).flatten(2))
+        v, t, values_v, values_t = (self.attn[f"{name}_proj"](x).unflatten(-1, (self.heads, -1))
+                                    for name, x in given.items())  # (B, N or T, heads, d)
+        to_image = mix(v, t, values_t, mask=words[:, None, None]).flatten(2)
+        to_text = mix(t, v, values_v, mask=valid[:, None, None]).flatten(2)
+        image = image + self.gamma_v * self.attn["out_v_proj"](to_image)
+        return image, text + self.gamma_l * self.attn["out_l_proj"](to_text)
 
 
 class TextLayer(nn.Module):
@@ -455,15 +456,11 @@ def preprocess(image: Image.Image, shortest: int = 800, longest: int = 1333) -> 
 
 def convert(tensors: Tensors) -> Tensors:
     """As published or in transformers' names -> as here."""
-    tables = NAMES if any(name.endswith("feat_map.weight") for name in tensors) else PEER_NAMES
-    result = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in tables:
-            name = re.sub(pattern, replacement, name)
-        if not UNUSED.search(name):
-            name = bert.canonical(name) if name.startswith("bert.") else name
-            result[re.sub(r"^bbox_embed\.0\.", "bbox_embed.", name)] = tensor
-    result = fuse(result, (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv.")
+    names = NAMES if any(name.endswith("feat_map.weight") for name in tensors) else PEER_NAMES
+    names = (*names, (r"^bbox_embed\.0\.", "bbox_embed."), *bert.NAMES)
+    named = {renamed(name, names): tensor for name, tensor in tensors.items()}
+    result = fuse({name: tensor for name, tensor in named.items() if not UNUSED.search(name)}, 
+                  (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv.")
     return fuse(result, (".query.", ".key.", ".value."), ".in_proj.")
 
 
@@ -498,8 +495,5 @@ def load_dino(path: Path | str, tokenizer: Path | str, device: torch.device | st
         tokenizer: tokenizer.json of bert-base-uncased.
         heads: other numbers than those published, arguments of `build`.
     """
-    try:
-        words = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # the library raises no other class
-        raise BadInput(f"{tokenizer}: not a readable tokenizer ({str(error)[:200]}); wanted is {TOKENIZER}") from None
+    words = load_tokenizer(Path(tokenizer))
     return Detector(load_weights(lambda found: build(found, **heads), path, PUBLISHED, convert, device), words)

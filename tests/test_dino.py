@@ -138,7 +138,7 @@ def test_wrong_files_are_named(peer, tmp_path):
     _, folder = peer
     with pytest.raises(BadInput, match=r"none\.pth: not found; wanted is groundingdino_swint_ogc\.pth \(0\.7 GB\)"):
         load(folder, "none.pth")
-    with pytest.raises(BadInput, match=r"not a readable tokenizer .* tokenizer\.json of"):
+    with pytest.raises(BadInput, match=r"none\.json: not a readable tokenizer"):
         dino.load_dino(folder / "model.safetensors", tmp_path / "none.json")
     state = load_file(folder / "model.safetensors")
     del state["model.decoder.layers.1.fc2.bias"]
