@@ -1,17 +1,14 @@
 """Plain SVG images: histograms, points with labels, and curves, in panels. Each function returns the text of a file.
 
-    write("scores.svg", histograms([Panel("Words, before", "score", {"correct": [61.2, ...], "hallucinated": [...]})]))
-    write("tradeoff.svg", scatters([Scatter("", "recall", "CHAIR_s", {"dpo": Point(83.9, 3.4, 0.6, 1.7)})]))
-    write("plots.svg", curves([Panel("loss", "step", {"dpo": [(1, 0.69), (2, 0.66)]})]))
+    histograms([Panel("Words, before", "score", {"correct": [61.2, ...], "hallucinated": [...]})])
+    scatters([Scatter("", "recall", "CHAIR_s", {"dpo": Point(83.9, 3.4, 0.6, 1.7)})])
+    curves([Panel("loss", "step", {"dpo": [(1, 0.69), (2, 0.66)]})])
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
-
-from common import written_whole
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#d1500a", "#17becf", "#8c564b", "#444444")
 DASHES = ("none", "6 3", "2 2", "8 2 2 2")  # once the colours are used up
@@ -78,12 +75,6 @@ class Axes(NamedTuple):
         turned = f'text-anchor="middle" transform="rotate(-90 14 {middle:g})"'
         return [*parts, _text((LEFT + end) / 2, base + 33, xlabel, 'text-anchor="middle"'),
                 _text(14, middle, ylabel, turned), _text(LEFT, 18, title, 'font-weight="bold"')]
-
-
-def write(path: str | Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def histograms(panels: Sequence[Panel], *, bins: int = 30) -> str:

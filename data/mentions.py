@@ -58,22 +58,17 @@ def load_entities(path: str | Path = ENTITIES) -> dict[str, str]:
     return table
 
 
-def mentions(ids: Sequence[int], decode: Callable[[list[int]], str], entities: Mapping[str, str], *,
-             repeats: bool = True) -> list[Mention]:
+def mentions(ids: Sequence[int], decode: Callable[[list[int]], str], entities: Mapping[str, str]) -> list[Mention]:
     """Mentions of a response in the order of the text.
 
     Args: token ids; `decode` turns a list of ids into text and leaves out special tokens (Processor.decode);
-    word -> entity. `repeats=False` keeps the first mention of each entity only (reconstructed).
+    word -> entity.
     """
     ids = list(ids)
     text = decode(ids)
     ends = token_ends(ids, decode, text)
-    found = [Mention(word, entities[word], bisect_right(ends, first), bisect_left(ends, last) + 1)
-             for word, first, last in find(text, entities)]
-    if not repeats:
-        earliest = {mention.entity: mention for mention in reversed(found)}
-        found = [mention for mention in found if earliest[mention.entity] is mention]
-    return found
+    return [Mention(word, entities[word], bisect_right(ends, first), bisect_left(ends, last) + 1)
+            for word, first, last in find(text, entities)]
 
 
 def token_ends(ids: list[int], decode: Callable[[list[int]], str], text: str) -> list[int]:

@@ -73,12 +73,10 @@ def load_adapters(model: VLM, folder: Path | str) -> None:
         for name, stored in plain.items():
             model.get_parameter(name).copy_(values[stored])
         for name, pair in pairs.items():
-            parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            layer = LoRALinear(getattr(owner, leaf), rank, alpha, dropout=0.0)
+            layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout=0.0)
             for part, stored in pair.items():
                 getattr(layer, part).copy_(values[stored])
-            setattr(owner, leaf, layer)
+            model.set_submodule(name, layer)
 
 
 def read_adapter_config(path: Path, connector: str) -> tuple[int, float]:

@@ -54,9 +54,7 @@ EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.l
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def load_llava(
-    name: Path | str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
-) -> VLM:
+def load_llava(name: Path | str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> VLM:
     """Load a folder or hub id of any family; adapters, if the folder holds some, stay adapters.
 
     Args:
@@ -112,15 +110,9 @@ def load_clip(name: Path | str, dtype: torch.dtype = torch.float32, device: torc
     return model.eval().requires_grad_(False)
 
 
-def fill(
-    model: nn.Module,
-    found: dict[str, Stored],
-    folder: Path,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    may_ignore: Callable[[str], bool] = lambda name: False,
-    surplus_rows: int = 0,
-) -> None:
+def fill(model: nn.Module, found: dict[str, Stored], folder: Path, dtype: torch.dtype | None,
+         device: torch.device | str, may_ignore: Callable[[str], bool] = lambda name: False, surplus_rows: int = 0,
+         ) -> None:
     """Put tensors into a model built on the meta device; the tables in the file have `surplus_rows` more.
 
     Raises BadInput naming every tensor that does not fit, or the first that is not finite.
@@ -151,7 +143,7 @@ def _match(model: nn.Module, found: dict[str, Stored], folder: Path, may_ignore:
 
 def _tied(model: nn.Module) -> bool:
     """Whether the head is the table of embeddings."""
-    return getattr(getattr(model.config, "text", None), "tie_word_embeddings", False)
+    return getattr(getattr(getattr(model, "config", None), "text", None), "tie_word_embeddings", False)
 
 
 # ----------------------------------------------------------------------------------------------------- saving
@@ -204,7 +196,7 @@ def merged_tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 @torch.no_grad()
 def _merged(weight: Tensor, layer: LoRALinear | None) -> Tensor:
-    return weight if layer is None else (weight.float() + layer.update()).to(weight.dtype)
+    return weight if layer is None else layer.merged()
 
 
 def _with_rows(make: Callable[[], Tensor], stored: Stored | None, extra: int) -> Tensor:

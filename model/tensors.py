@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as write_file
 from torch import Tensor
 
-from common import BadInput, read_json, writing, written_whole
+from common import BadInput, read_json, write_text, writing, written_whole
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -302,5 +302,4 @@ def _save_part(shard: dict[str, Tensor], folder: Path, i: int) -> dict[str, int]
 
 def save_json(value: object, path: Path) -> None:
     """Write a JSON file, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -560,12 +560,12 @@ def entities():
     return load_entities()
 
 
-def spans(tokenizer, entities, text: str, **options) -> list[tuple[str, str, str]]:
+def spans(tokenizer, entities, text: str) -> list[tuple[str, str, str]]:
     """(word, entity, text of the tokens) of each mention."""
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     ids = [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id("</s>")]
     assert decode(ids) == text
-    found = mentions(ids, decode, entities, **options)
+    found = mentions(ids, decode, entities)
     return [(m.word, m.entity, decode(ids[m.start : m.stop]).strip()) for m in found]
 
 
@@ -587,10 +587,8 @@ def test_mentions_and_their_tokens(tokenizer, entities, text, expected):
 
 
 def test_repeated_mentions(tokenizer, entities):
-    """By entity, not by word: "dogs" after "dog" is a repeat."""
     text = "a dog, a cat, two dogs and a cat"
     assert [m[0] for m in spans(tokenizer, entities, text)] == ["dog", "cat", "dogs", "cat"]
-    assert [m[0] for m in spans(tokenizer, entities, text, repeats=False)] == ["dog", "cat"]
 
 
 def test_unfinished_letters_belong_to_the_token_that_finishes_them():

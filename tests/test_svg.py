@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from common import write_text
 from svg import (
     BOTTOM,
     LARGE,
@@ -23,7 +24,6 @@ from svg import (
     scatters,
     shares,
     ticks,
-    write,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -130,6 +130,6 @@ def test_ticks(low, high, expected):
 
 
 def test_a_file_appears_whole(tmp_path):
-    write(tmp_path / "new" / "a.svg", "<svg>é</svg>")
+    write_text(tmp_path / "new" / "a.svg", "<svg>é</svg>")
     assert (tmp_path / "new" / "a.svg").read_text(encoding="utf-8") == "<svg>é</svg>"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.svg"]
