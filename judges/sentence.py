@@ -27,7 +27,7 @@ from model.config import read_config
 from model.hub import resolve
 from model.layouts import by_name, renamed, unwrapped
 from model.tensors import list_tensors
-from networks.bert import NAMES, UNUSED, Bert, BertConfig, bert_config
+from networks.bert import NAMES, UNUSED, Bert, bert_config
 
 
 class SentenceTransformer(Bert):
@@ -64,7 +64,11 @@ class SentenceEncoder:
             huggingface_hub.snapshot_download(str(name), allow_patterns=["*_Pooling/config.json"])
         root = _transformer_folder(folder)
         config = bert_config(read_config(root), str(root / "config.json"))
-        self.model = _load(config, root, dtype, device)
+        with torch.device("meta"):
+            model = SentenceTransformer(config)
+        name_of = lambda name: renamed(unwrapped(name).removeprefix(f"{config.model_type}."), NAMES)  # noqa: E731
+        fill(model, by_name(list_tensors(root), name_of), root, dtype, device, lambda name: bool(UNUSED.search(name)))
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(root / "tokenizer.json")
         self.tokenizer.no_padding()  # published files pad every text to 128
         settings = root / "sentence_bert_config.json"
@@ -105,13 +109,3 @@ def _transformer_folder(folder: Path) -> Path:
     if modes != ["pooling_mode_mean_tokens"]:
         raise BadInput(f"{pooling}: {modes} is not supported (supported: pooling_mode_mean_tokens alone)")
     return folder / modules[0]["path"]
-
-
-def _load(config: BertConfig, folder: Path, dtype: torch.dtype, device) -> SentenceTransformer:
-    """Strictly: every tensor present, none unknown, all of the right shape."""
-    with torch.device("meta"):
-        model = SentenceTransformer(config)
-    name_of = lambda name: renamed(unwrapped(name).removeprefix(f"{config.model_type}."), NAMES)  # noqa: E731
-    found = by_name(list_tensors(folder), name_of)
-    fill(model, found, folder, dtype, device, lambda name: bool(UNUSED.search(name)))
-    return model.eval().requires_grad_(False)

@@ -163,7 +163,6 @@ def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
         "lora_dropout": 0.0, "bias": "none", "target_modules": rf".*language_model.*\.({'|'.join(leaves)})",
         "modules_to_save": whole if trained else None, "inference_mode": True, "task_type": None,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     copy_companions(source, folder, family.settings_folder(config_folder(source)), family.COMPANIONS)
     save_json(config, folder / "adapter_config.json")
     save_tensors(tensors, folder / "adapter_model.safetensors")

@@ -58,9 +58,8 @@ class LoRALinear(nn.Linear):
         return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
 
 
-def add_lora(
-    module: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] = TARGETS
-) -> list[str]:
+def add_lora(module: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
+             targets: tuple[str, ...] = TARGETS) -> list[str]:
     """Freeze `module` and put an adapter on every linear layer whose last name is in `targets`.
 
     Returns the names of the adapted layers. Raises ValueError when a target matches nothing, when there are
@@ -127,9 +126,8 @@ class Reference:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.trained = [
-            p for n, p in module.named_parameters() if p.requires_grad and not n.endswith(("lora_A", "lora_B"))
-        ]
+        self.trained = [p for n, p in module.named_parameters()
+                        if p.requires_grad and not n.endswith(("lora_A", "lora_B"))]
         self.frozen = [p.detach().clone() for p in self.trained]
 
     @contextmanager
