@@ -278,6 +278,8 @@ class Dino(nn.Module):
         fusion: inner width of the fusion. text_hidden: of the text layers' MLPs.
     """
 
+    tokenizer: Tokenizer  # of bert-base-uncased, set by `load_dino`
+
     def __init__(self, swin: SwinConfig, text: bert.BertConfig, *, width: int = 256, heads: int = 8, hidden: int = 2048,
                  fusion: int = 1024, text_hidden: int = 1024, encoder: int = 6, decoder: int = 6, queries: int = 900):
         super().__init__()
@@ -371,27 +373,6 @@ class Dino(nn.Module):
         boxes = (boxes + proposals.gather(1, best.expand(-1, -1, 4))).sigmoid()
         return self.tgt_embed.weight[: boxes.shape[1]].expand(len(image), -1, -1), boxes
 
-
-def centres(mask: Tensor) -> Tensor:
-    """(B, H, W) -> the centres of its positions (1, H * W, 2), x and y in shares of the map."""
-    H, W = mask.shape[1:]
-    y, x = torch.meshgrid(torch.arange(H, device=mask.device), torch.arange(W, device=mask.device), indexing="ij")
-    return torch.stack([(x + 0.5) / W, (y + 0.5) / H], -1).flatten(0, 1)[None]
-
-
-# -------------------------------------------------------------------------------------------------------- detection
-
-
-class Detector:
-    """The network with its tokenizer.
-
-    Args:
-        tokenizer: of bert-base-uncased: its tokenizer.json.
-    """
-
-    def __init__(self, model: Dino, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-
     @torch.no_grad()
     def boxes(self, image: Image.Image, tags: list[str], *, threshold: float = 0.35, overlap: float = 0.7,
               ) -> list[tuple[str, float, tuple[float, float, float, float]]]:
@@ -401,13 +382,12 @@ class Detector:
             threshold: least score of a box.
             overlap: reconstructed: boxes of one tag that share more (intersection over union) count as one.
         """
-        device = self.model.feat_map.weight.device
-        pixels = preprocess(image)[None].to(device, self.model.feat_map.weight.dtype)
-        maps, found = self.model.maps(pixels), []
+        pixels = preprocess(image)[None].to(self.feat_map.weight)
+        device, maps, found = pixels.device, self.maps(pixels), []
         inside = torch.ones(1, *pixels.shape[-2:], dtype=torch.bool, device=device)
         for ids, spans in captions(tags, self.tokenizer):
             row = torch.tensor([ids], device=device)
-            logits, boxes = self.model(maps, inside, row, torch.ones_like(row, dtype=torch.bool))
+            logits, boxes = self(maps, inside, row, torch.ones_like(row, dtype=torch.bool))
             scores = torch.stack([logits[0, :, a:b].amax(-1) for _, (a, b) in spans], -1).sigmoid()  # (Q, tags)
             best, which = scores.max(-1)
             for i in (best > threshold).nonzero()[:, 0].tolist():
@@ -420,6 +400,13 @@ class Detector:
         labels = torch.tensor([tags.index(tag) for tag, *_ in found])
         kept = batched_nms(corners, torch.tensor([score for _, score, _ in found]), labels, overlap)
         return [(found[i][0], found[i][1], tuple(corners[i].tolist())) for i in kept.tolist()]
+
+
+def centres(mask: Tensor) -> Tensor:
+    """(B, H, W) -> the centres of its positions (1, H * W, 2), x and y in shares of the map."""
+    H, W = mask.shape[1:]
+    y, x = torch.meshgrid(torch.arange(H, device=mask.device), torch.arange(W, device=mask.device), indexing="ij")
+    return torch.stack([(x + 0.5) / W, (y + 0.5) / H], -1).flatten(0, 1)[None]
 
 
 def captions(tags: list[str], tokenizer: Tokenizer) -> list[tuple[list[int], list[tuple[str, tuple[int, int]]]]]:
@@ -488,7 +475,7 @@ def build(found: Tensors, heads: int = 8, bert_heads: int = 12) -> Dino:
                 queries=len(found["tgt_embed.weight"]))
 
 
-def load_dino(path: Path | str, tokenizer: Path | str, device: torch.device | str = "cpu", **heads: int) -> Detector:
+def load_dino(path: Path | str, tokenizer: Path | str, device: torch.device | str = "cpu", **heads: int) -> Dino:
     """GroundingDINO with either Swin. BadInput naming what does not fit.
 
     Args:
@@ -496,4 +483,6 @@ def load_dino(path: Path | str, tokenizer: Path | str, device: torch.device | st
         heads: other numbers than those published, arguments of `build`.
     """
     words = load_tokenizer(Path(tokenizer))
-    return Detector(load_weights(lambda found: build(found, **heads), path, PUBLISHED, convert, device), words)
+    model = load_weights(lambda found: build(found, **heads), path, PUBLISHED, convert, device)
+    model.tokenizer = words
+    return model

@@ -66,7 +66,7 @@ def tile(image: Image.Image, size: int) -> Image.Image:
 
 
 def open_sprite(folder: Path, category: str, package: str, code: str) -> Image.Image:
-    """The picture of one object in RGBA. Raises ValueError when its file is missing."""
+    """The image of one object in RGBA. Raises ValueError when its file is missing."""
     path = source(folder, package, code)
     if not path.exists():
         raise ValueError(f"{category}: no image {path}")
