@@ -82,12 +82,10 @@ def search(index: faiss.Index, queries: np.ndarray, k: int,
         queries: (Q, E) unit vectors.
         exclude: for each query the rows that must not be found, among them the query's own row.
     """
-    if len(exclude) != len(queries):
-        raise ValueError(f"{len(queries)} queries but {len(exclude)} sets of excluded rows")
     deep = min(index.ntotal, k + max((len(rows) for rows in exclude), default=0))
     scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), max(deep, 1))  # (Q, deep)
     return [[(row, score) for row, score in zip(*found) if row >= 0 and row not in banned][:k]
-            for *found, banned in zip(rows.tolist(), scores.tolist(), exclude)]
+            for *found, banned in zip(rows.tolist(), scores.tolist(), exclude, strict=True)]
 
 
 class Duplicates:

@@ -110,18 +110,6 @@ def test_curves():
     assert len(set(style)) == 9
 
 
-@pytest.mark.parametrize("draw, one", [(histograms, 1.0), (curves, (1.0, 1.0))])
-def test_series_without_values_are_named(draw, one):
-    bad = float("nan") if draw is histograms else (1.0, float("inf"))
-    for series in ([], [one, bad]):
-        with pytest.raises(ValueError, match="panel 'before': series 'correct' is empty or not finite"):
-            draw([Panel("before", "x", {"all": [one], "correct": series})])
-    with pytest.raises(ValueError, match="has no series"):
-        draw([Panel("before", "x", {})])
-    with pytest.raises(ValueError, match="no panel"):
-        draw([])
-
-
 @pytest.mark.parametrize("low, high, expected", [
     (0, 10, [0, 2, 4, 6, 8, 10]), (-0.5, 0.5, [-0.4, -0.2, 0, 0.2, 0.4]), (1000, 1006, [1000, 1001, 1002, 1003, 1004,
     1005, 1006]), (0.3, 0.33, [0.3, 0.305, 0.31, 0.315, 0.32, 0.325, 0.33]), (0, 60, [0, 10, 20, 30, 40, 50, 60])])
