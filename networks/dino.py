@@ -352,7 +352,7 @@ class Dino(nn.Module):
 
     def reference(self, masks: list[Tensor], ratios: Tensor) -> Tensor:
         """(B, N, L, 2): the centre of each position, in shares of the valid part, as a point of each level."""
-        points = [centres(mask) / ratios[:, None, i] for i, mask in enumerate(masks)]
+        points = [centres(*mask.shape[1:], mask.device) / ratios[:, None, i] for i, mask in enumerate(masks)]
         return torch.cat(points, 1)[:, :, None] * ratios[:, None]
 
     def propose(self, image: Tensor, text: Tensor, masks: list[Tensor], words: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,7 +361,7 @@ class Dino(nn.Module):
         for level, mask in enumerate(masks):
             height, width = mask[:, :, 0].sum(1), mask[:, 0].sum(1)  # (B,)
             full = torch.tensor([mask.shape[2], mask.shape[1]], device=mask.device)
-            middle = centres(mask) * full / torch.stack([width, height], -1)[:, None]
+            middle = centres(*mask.shape[1:], mask.device) * full / torch.stack([width, height], -1)[:, None]
             proposals.append(torch.cat([middle, torch.full_like(middle, 0.05 * 2**level)], -1))
         proposals = torch.cat(proposals, 1)  # (B, N, 4)
         usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1)  # padding lies beyond 1
@@ -402,10 +402,9 @@ class Dino(nn.Module):
         return [(found[i][0], found[i][1], tuple(corners[i].tolist())) for i in kept.tolist()]
 
 
-def centres(mask: Tensor) -> Tensor:
-    """(B, H, W) -> the centres of its positions (1, H * W, 2), x and y in shares of the map."""
-    H, W = mask.shape[1:]
-    y, x = torch.meshgrid(torch.arange(H, device=mask.device), torch.arange(W, device=mask.device), indexing="ij")
+def centres(H: int, W: int, device: torch.device) -> Tensor:
+    """The centres of a map's positions (1, H * W, 2), x and y in shares of the map."""
+    y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing="ij")
     return torch.stack([(x + 0.5) / W, (y + 0.5) / H], -1).flatten(0, 1)[None]
 
 

@@ -32,7 +32,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from model.attention import mix
 from model.layouts import renamed
-from networks.dino import Head
+from networks.dino import Head, centres
 from networks.swin import from_windows, pad_to, to_windows
 from networks.weights import Tensors, load_weights
 
@@ -165,9 +165,7 @@ class PromptEncoder(nn.Module):
     def grid(self, side: int) -> Tensor:
         """Of the image's positions, (side * side, D)."""
         matrix = self.pe_layer["positional_encoding_gaussian_matrix"]
-        centres = (torch.arange(side, device=matrix.device, dtype=matrix.dtype) + 0.5) / side
-        y, x = torch.meshgrid(centres, centres, indexing="ij")
-        return self.positions(torch.stack([x, y], -1)).flatten(0, 1)
+        return self.positions(centres(side, side, matrix.device).to(matrix)[0])
 
 
 class Attention(nn.Module):
@@ -270,9 +268,7 @@ class Sam(nn.Module):
 
     @torch.no_grad()
     def masks(self, image: Image.Image, boxes: Tensor) -> Tensor:
-        """RGB image and boxes (n, 4), left, top, right, bottom in its pixels -> (n, H, W) bool."""
-        if not len(boxes):
-            return torch.zeros(0, image.height, image.width, dtype=torch.bool)
+        """RGB image and boxes (n, 4), n > 0, left, top, right, bottom in its pixels -> (n, H, W) bool."""
         weight = self.image_encoder.pos_embed
         pixels, (height, width) = preprocess(image, self.size)
         scale = torch.tensor([width / image.width, height / image.height] * 2)
