@@ -57,6 +57,12 @@ def written_whole(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """A UTF-8 text file, as `written_whole` writes one."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Delete what `written_whole` leaves in a folder when the process is killed in the middle of a write."""
     for path in folder.iterdir():

@@ -45,8 +45,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-import svg
-from common import BadInput, add_options, check_ranges, is_url, options_of, read_json, refuse, versions
+from common import BadInput, add_options, check_ranges, is_url, options_of, read_json, refuse, versions, write_text
 from data.check import check_records
 from data.processor import Processor
 from data.records import write_jsonl
@@ -80,29 +79,10 @@ from model.reference import identity
 from model.training import ranks, start_processes
 from pairs.progress import forget, in_chunks
 
-BENCHMARKS = {
-    "chair": chair.BENCHMARK,
-    "pope": pope.BENCHMARK,
-    "claims": claims.BENCHMARK,
-    "claims_questions": claims_questions.BENCHMARK,
-    "amber": amber.BENCHMARK,
-    "mme": mme.BENCHMARK,
-    "scienceqa": scienceqa.BENCHMARK,
-    "mmbench": mmbench.BENCHMARK,
-    "seedbench": seedbench.BENCHMARK,
-    "textvqa": textvqa.BENCHMARK,
-    "vizwiz": vizwiz.BENCHMARK,
-    "gqa": gqa.BENCHMARK,
-    "coco_captions": coco_captions.BENCHMARK,
-    "hallusionbench": hallusionbench.BENCHMARK,
-    "mmhal": mmhal.BENCHMARK,
-    "mmhal_v": mmhal.BENCHMARK_V,
-    "object_halbench": object_halbench.BENCHMARK,
-    "object_halbench_rules": object_halbench.BENCHMARK_RULES,
-    "mmvet": mmvet.BENCHMARK,
-    "llavabench": llavabench.BENCHMARK,
-    "preference": preference.BENCHMARK,
-}
+BENCHMARKS: dict[str, Benchmark] = {module.__name__.removeprefix("metrics."): module.BENCHMARK for module in (
+    chair, pope, claims, claims_questions, amber, mme, scienceqa, mmbench, seedbench, textvqa, vizwiz, gqa,
+    coco_captions, hallusionbench, mmhal, object_halbench, mmvet, llavabench, preference)}
+BENCHMARKS |= {"mmhal_v": mmhal.BENCHMARK_V, "object_halbench_rules": object_halbench.BENCHMARK_RULES}
 RANGES = {"[1, 1e9]": "max_new_tokens batch_size judge_runs scenes num max_sentences n", "(0, inf)": "beta",
           "[0, 1e9]": "seed"}
 HOME = Path(__file__).resolve().parent
@@ -396,7 +376,7 @@ def compare_results(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     runs = compare.read_runs(args.compare, BENCHMARKS)
     if args.plot:
-        svg.write(args.plot, compare.picture(runs, BENCHMARKS))
+        write_text(args.plot, compare.picture(runs, BENCHMARKS))
     for name, mine in compare.by_benchmark(runs).items():
         cells, notes = compare.compare(mine, BENCHMARKS[name], compare.read_published(name))
         print("\n".join([name, table(cells), *notes, ""]))

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import svg
-from common import BadInput
+from common import BadInput, write_text
 from model.log import lines_until
 
 PANELS = {"loss": "loss", "reward": "reward", "margin": "margin to the chosen response", "accuracy": "accuracy",
@@ -60,7 +60,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     drawn = panels(logs)
     if not drawn:
         raise BadInput(f"{', '.join(map(str, runs))}: no metric to draw")
-    svg.write(out, svg.curves(drawn))
+    write_text(out, svg.curves(drawn))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import svg
-from common import BadInput, read_json
+from common import BadInput, read_json, write_text
 from data.batch import BadRecord, check_image, collate
 from data.mentions import find
 from data.processor import Processor
@@ -446,4 +446,4 @@ def draw_scores(run: Reinforcement, records: list[dict], path: Path) -> None:
         verifier = run.judges["verifier"]
         after = look_at_scores(run, [record for record in records if verifier.known(record["image"])])
         if drawn := panels(run.memory.scores, after, verifier.unit):  # responses may have no object words
-            svg.write(path, svg.histograms(drawn))
+            write_text(path, svg.histograms(drawn))

@@ -44,7 +44,7 @@ import torch  # noqa: E402
 import prepare  # noqa: E402
 import svg  # noqa: E402
 import train  # noqa: E402
-from common import read_json  # noqa: E402
+from common import read_json, write_text  # noqa: E402
 from data.batch import collate  # noqa: E402
 from data.processor import Processor  # noqa: E402
 from data.records import read_pairs, write_jsonl  # noqa: E402
@@ -267,7 +267,7 @@ def main() -> None:
     (args.out / "table.md").write_text(text)
     points = {"start": point("start", [start["figures"]])}
     points |= {row: point(row, [results[row, seed] for seed in args.seeds]) for row in args.rows}
-    svg.write(args.out / "table.svg", svg.scatters([svg.Scatter("", *AXES, points, [
+    write_text(args.out / "table.svg", svg.scatters([svg.Scatter("", *AXES, points, [
         (cut["recall"], cut["CHAIR_s"]) for cut in cuts], "start, captions cut short")]))  # fmt: skip
     print(text)
 

@@ -34,6 +34,7 @@ Departures from the released codes
 import math
 import random
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ def signal_shares() -> Tensor:
     return (1 - betas).cumprod(0)
 
 
-def add_noise(image: Image.Image, step: int = 500, seed: int = 0, overflow: str = "clamp") -> Image.Image:
+def add_noise(image: Image.Image, step: int = 500, seed: int = 0,
+              overflow: Literal["clamp", "wrap"] = "clamp") -> Image.Image:
     """Diffuse an RGB image at its own resolution.
 
     Args:
@@ -67,8 +69,6 @@ def add_noise(image: Image.Image, step: int = 500, seed: int = 0, overflow: str 
     """
     if not 0 <= step < STEPS:
         raise BadInput(f"noise step {step}: want 0 .. {STEPS - 1}")
-    if overflow not in ("clamp", "wrap"):
-        raise BadInput(f"overflow {overflow!r}: want 'clamp' or 'wrap'")
     pixels = to_pixels(image)  # (3, H, W)
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
     share = float(signal_shares()[step])

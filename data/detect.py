@@ -42,12 +42,10 @@ Detect = Callable[[str, Image.Image], list[Detection]]
 
 
 def overview(image: Image.Image, detections: list[Detection]) -> Image.Image:
-    """RGB image -> the same with each object's mask tinted, its box and its tag."""
+    """RGB image -> the same with each object's mask tinted, its box and its tag; at least one object."""
     from torchvision.transforms.functional import pil_to_tensor, to_pil_image  # take a second, for the gallery alone
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-    if not detections:
-        return image
     colours = [f"hsl({i * 137 % 360}, 90%, 50%)" for i in range(len(detections))]
     masks = torch.stack([found.mask for found in detections])  # (n, H, W)
     shown = draw_segmentation_masks(pil_to_tensor(image), masks, 0.5, colours)

@@ -22,8 +22,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from common import BadInput
-
 ENTITIES = Path(__file__).with_name("entities.txt")
 _WORD = re.compile(r"[^\W_]+")
 
@@ -37,43 +35,23 @@ class Mention(NamedTuple):
     stop: int
 
 
-def load_entities(path: str | Path = ENTITIES) -> dict[str, str]:
-    """word -> entity. Lines are "word, tab, entity", or begin with #. BadInput names a bad file or line."""
-    table: dict[str, str] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, start=1):
-        if line.startswith("#"):
-            continue
-        word, tab, entity = line.partition("\t")
-        if not (tab and entity and word == " ".join(_WORD.findall(word.lower()))):
-            raise BadInput(f"{path}:{number}: want a lower-case word, a tab and its entity, found {line!r}")
-        if word in table:
-            raise BadInput(f"{path}:{number}: {word!r} was given before")
-        table[word] = entity
-    if not table:
-        raise BadInput(f"{path}: has no words")
-    return table
+def load_entities() -> dict[str, str]:
+    """word -> entity. Lines are "word, tab, entity", or begin with #."""
+    lines = ENTITIES.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("\t") for line in lines if not line.startswith("#"))
 
 
-def mentions(ids: Sequence[int], decode: Callable[[list[int]], str], entities: Mapping[str, str], *,
-             repeats: bool = True) -> list[Mention]:
+def mentions(ids: Sequence[int], decode: Callable[[list[int]], str], entities: Mapping[str, str]) -> list[Mention]:
     """Mentions of a response in the order of the text.
 
     Args: token ids; `decode` turns a list of ids into text and leaves out special tokens (Processor.decode);
-    word -> entity. `repeats=False` keeps the first mention of each entity only (reconstructed).
+    word -> entity.
     """
     ids = list(ids)
     text = decode(ids)
     ends = token_ends(ids, decode, text)
-    found = [Mention(word, entities[word], bisect_right(ends, first), bisect_left(ends, last) + 1)
-             for word, first, last in find(text, entities)]
-    if not repeats:
-        earliest = {mention.entity: mention for mention in reversed(found)}
-        found = [mention for mention in found if earliest[mention.entity] is mention]
-    return found
+    return [Mention(word, entities[word], bisect_right(ends, first), bisect_left(ends, last) + 1)
+            for word, first, last in find(text, entities)]
 
 
 def token_ends(ids: list[int], decode: Callable[[list[int]], str], text: str) -> list[int]:

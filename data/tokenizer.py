@@ -72,15 +72,16 @@ def _read(folder: Path) -> tuple[Path, Tokenizer, Callable[[str], str]]:
     names = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
     fast, sentencepiece, vocabulary, merges = (folder / name for name in names)
     if fast.is_file():
-        return fast, _load(Tokenizer.from_file, fast), str
+        return fast, load_tokenizer(fast), str
     if sentencepiece.is_file():
         return sentencepiece, *read_sentencepiece(sentencepiece)
     if vocabulary.is_file() and merges.is_file():
-        return vocabulary, _load(clip_bpe, vocabulary, merges), str
+        return vocabulary, load_tokenizer(vocabulary, merges, read=clip_bpe), str
     raise BadInput(f"{folder}: has no tokenizer.json, no tokenizer.model and no vocab.json with merges.txt")
 
 
-def _load(read: Callable[..., Tokenizer], *paths: Path) -> Tokenizer:
+def load_tokenizer(*paths: Path, read: Callable[..., Tokenizer] = Tokenizer.from_file) -> Tokenizer:
+    """What `read` makes of the files. Raises BadInput naming them."""
     try:
         return read(*map(str, paths))
     except Exception as error:  # the library raises bare Exception

@@ -37,7 +37,7 @@ from email.message import Message
 from pathlib import Path
 from typing import NamedTuple
 
-from common import BadInput, parse_json, read_json, written_whole
+from common import BadInput, parse_json, read_json, write_text
 from data.images import data_url, open_image
 from data.processor import Processor
 from model.generate import generate
@@ -186,8 +186,7 @@ def _place(cache: Path, asked: list) -> Path:
 
 def _keep(path: Path, name: str, request: Request, reply: Reply) -> None:
     row = {"model": name, "image": request.image, "text": request.text, "reply": reply._asdict()}
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    write_text(path, json.dumps(row, ensure_ascii=False))
 
 
 def _kept(path: Path) -> Reply:

@@ -18,16 +18,16 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from common import BadInput, read_json
+from data.tokenizer import load_tokenizer
 from model.checkpoint import fill
 from model.config import read_config
 from model.hub import resolve
-from model.layouts import by_name, unwrapped
+from model.layouts import by_name, renamed, unwrapped
 from model.tensors import list_tensors
-from networks.bert import UNUSED, Bert, BertConfig, bert_config, canonical
+from networks.bert import NAMES, UNUSED, Bert, bert_config
 
 
 class SentenceTransformer(Bert):
@@ -64,14 +64,12 @@ class SentenceEncoder:
             huggingface_hub.snapshot_download(str(name), allow_patterns=["*_Pooling/config.json"])
         root = _transformer_folder(folder)
         config = bert_config(read_config(root), str(root / "config.json"))
-        self.model = _load(config, root, dtype, device)
-        path = root / "tokenizer.json"
-        if not path.is_file():
-            raise BadInput(f"{path}: not found")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no other class
-            raise BadInput(f"{path}: not a readable tokenizer ({str(error)[:200]})") from None
+        with torch.device("meta"):
+            model = SentenceTransformer(config)
+        name_of = lambda name: renamed(unwrapped(name).removeprefix(f"{config.model_type}."), NAMES)  # noqa: E731
+        fill(model, by_name(list_tensors(root), name_of), root, dtype, device, lambda name: bool(UNUSED.search(name)))
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = load_tokenizer(root / "tokenizer.json")
         self.tokenizer.no_padding()  # published files pad every text to 128
         settings = root / "sentence_bert_config.json"
         chosen = read_json(settings).get("max_seq_length") if settings.is_file() else None
@@ -111,13 +109,3 @@ def _transformer_folder(folder: Path) -> Path:
     if modes != ["pooling_mode_mean_tokens"]:
         raise BadInput(f"{pooling}: {modes} is not supported (supported: pooling_mode_mean_tokens alone)")
     return folder / modules[0]["path"]
-
-
-def _load(config: BertConfig, folder: Path, dtype: torch.dtype, device) -> SentenceTransformer:
-    """Strictly: every tensor present, none unknown, all of the right shape."""
-    with torch.device("meta"):
-        model = SentenceTransformer(config)
-
-    found = by_name(list_tensors(folder), lambda name: canonical(unwrapped(name).removeprefix(f"{config.model_type}.")))
-    fill(model, found, folder, dtype, device, lambda name: bool(UNUSED.search(name)))
-    return model.eval().requires_grad_(False)

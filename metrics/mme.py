@@ -145,28 +145,22 @@ def _with_tasks(data: Path) -> Path:
 def _lines(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
     """(FILE:LINE, task, [image, question, label, ...]) of the release or of results."""
     for task in TASKS:
-        if (folder / task).is_dir():
-            for file in _files(folder / task, "questions_answers_YN", "*.txt"):
-                yield from ((where, task, [file.stem, *cells]) for where, cells in _cells(file))
-        elif (file := folder / f"{task}.txt").is_file():
-            yield from ((where, task, cells) for where, cells in _cells(file))
+        release = (folder / task).is_dir()
+        files = _files(folder / task, "questions_answers_YN", "*.txt") if release else [folder / f"{task}.txt"]
+        for file in filter(Path.is_file, files):
+            image = [file.stem] if release else []
+            yield from ((where, task, image + line.split("\t")) for where, line in read_lines(file))
 
 
 def _results(folder: Path) -> list[tuple[str, dict]]:
     """(FILE:LINE, answer) of official results."""
-    files = {task: folder / f"{task}.txt" for task in TASKS if (folder / f"{task}.txt").is_file()}
-    if not files:
+    lines = list(_lines(folder))
+    if not lines:
         raise BadInput(f"{folder}: holds none of MME's results, {TASKS[0]}.txt and others")
-    lines = [(where, task, cells) for task, file in files.items() for where, cells in _cells(file)]
     refuse(f"{where}: want image, question, label and reply, separated by tabs, found {len(cells)} cells"
            for where, _, cells in lines if len(cells) != 4)  # fmt: skip
     return [(where, {"question_id": f"{task}/{image}", "prompt": question, "text": reply})
             for where, task, (image, question, _, reply) in lines]  # fmt: skip
-
-
-def _cells(file: Path) -> list[tuple[str, list[str]]]:
-    """(FILE:LINE, cells) of each line that is not blank."""
-    return [(where, line.split("\t")) for where, line in read_lines(file)]
 
 
 def _images(folder: Path, root: Path) -> dict[str, str]:

@@ -44,20 +44,19 @@ from functools import lru_cache
 from pathlib import Path
 
 from common import BadInput, brief, parse_json, read_json
-from data.coco import read_instances
-from data.names import as_id
 from metrics import judged
 from metrics.answers import id_of, join, text_of, with_files
 from metrics.benchmark import Benchmark, find
 from metrics.chair import TWO_WORDS, classes_of, joined, load_synonyms, pooled, ratio, tokenize
 from metrics.files import each, field, read_jsonl, read_list, read_table, texts, unique
+from metrics.objects import read_captions
+from metrics.objects import read_objects as objects_of
 
 QUESTIONS = "obj_halbench_300_with_image.jsonl"
-COCO = [f"{kind}_{split}2014.json" for kind in ("instances", "captions") for split in ("train", "val")]
-FILES = {
-    QUESTIONS: "https://github.com/RLHF-V/RLHF-V (eval/data, from its download link)",
-    **dict.fromkeys(COCO, "https://cocodataset.org (2014 train/val annotations)"),
-}
+KINDS = ("instances", "captions")
+FILES = {QUESTIONS: "https://github.com/RLHF-V/RLHF-V (eval/data, from its download link)"} | {
+    f"{kind}_{split}2014.json": "https://cocodataset.org (2014 train/val annotations)"
+    for kind in KINDS for split in ("train", "val")}
 FIGURES = ("response_hallucination", "mention_hallucination", "non_rsp", "non_men", "chair_s", "recall", "words")
 SHORT = 3  # words of a response that is not judged
 ADDED = {"person": ("brother", "pedestrian"), "dining table": ("coffee table",), "remote": ("remote control",)}
@@ -113,24 +112,13 @@ def _shown(data: Path, rows: Sequence[dict]) -> dict[str, set[str]]:
             return set(names)
 
         return join(path, rows, lambda item: item[0] if item[0] in shown else None, classes, entries=read_table(path))
-    for name in COCO:
-        path = find(data, name, "coco", FILES)
-        for key, classes in (_instances if name.startswith("instances") else _captions)(path, shown):
-            shown[key] |= classes
+    for split in ("train", "val"):
+        instances, captions = (find(data, f"{kind}_{split}2014.json", "coco", FILES) for kind in KINDS)
+        objects, spoken = {row["image_id"]: row["objects"] for row in objects_of(instances)}, read_captions(captions)
+        for key, classes in shown.items():
+            classes.update(objects.get(key, ()))
+            classes.update(name for text in spoken.get(key, ()) for _, name in caption_mentions(text))
     return shown
-
-
-def _instances(path: Path, wanted: Mapping) -> list[tuple[str, set[str]]]:
-    found = read_instances(read_json(path), path).annotations
-    return [(key, {name for name, _ in found[key]}) for key in wanted if key in found]
-
-
-def _captions(path: Path, wanted: Mapping) -> list[tuple[str, set[str]]]:
-    """The classes that each reference caption names."""
-    notes = [(where, note) for where, note in read_list(path, "annotations")
-             if not isinstance(note, dict) or as_id(note.get("image_id")) in wanted]  # fmt: skip
-    return each(notes, lambda note: (id_of(note, ("image_id",)), {
-        name for _, name in caption_mentions(field(note, "caption"))}))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- from words to classes

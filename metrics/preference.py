@@ -84,10 +84,8 @@ def _logps(model: Llava, batch) -> torch.Tensor:
 def score(rows: Sequence[dict], said: Mapping[str, Mapping[str, float]], *, beta: float = 0.1) -> dict:
     """FIGURES over all pairs, `n`, `right` and `ties`, and `rounded`: percent with one decimal, others with four.
 
-    said: as from `measure`. Raises BadInput if there is no pair or beta is not positive.
+    said: as from `measure`.
     """
-    if not rows or not beta > 0:
-        raise BadInput(f"no pairs to score, or beta {beta} is not positive")
     pairs = [said[row["id"]] for row in rows]
     chosen, rejected = ([beta * (pair[f"policy_{name}"] - pair[f"reference_{name}"]) for pair in pairs]
                         for name in SEQUENCES)  # fmt: skip

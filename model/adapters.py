@@ -73,12 +73,10 @@ def load_adapters(model: VLM, folder: Path | str) -> None:
         for name, stored in plain.items():
             model.get_parameter(name).copy_(values[stored])
         for name, pair in pairs.items():
-            parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            layer = LoRALinear(getattr(owner, leaf), rank, alpha, dropout=0.0)
+            layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout=0.0)
             for part, stored in pair.items():
                 getattr(layer, part).copy_(values[stored])
-            setattr(owner, leaf, layer)
+            model.set_submodule(name, layer)
 
 
 def read_adapter_config(path: Path, connector: str) -> tuple[int, float]:
@@ -165,7 +163,6 @@ def save_adapters(model: VLM, folder: Path | str, base: Path | str) -> None:
         "lora_dropout": 0.0, "bias": "none", "target_modules": rf".*language_model.*\.({'|'.join(leaves)})",
         "modules_to_save": whole if trained else None, "inference_mode": True, "task_type": None,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     copy_companions(source, folder, family.settings_folder(config_folder(source)), family.COMPANIONS)
     save_json(config, folder / "adapter_config.json")
     save_tensors(tensors, folder / "adapter_model.safetensors")

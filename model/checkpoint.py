@@ -54,9 +54,7 @@ EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.l
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def load_llava(
-    name: Path | str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
-) -> VLM:
+def load_llava(name: Path | str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> VLM:
     """Load a folder or hub id of any family; adapters, if the folder holds some, stay adapters.
 
     Args:
@@ -65,12 +63,11 @@ def load_llava(
     Raises BadInput naming the file and the tensor or setting that does not fit.
     """
     folder = resolve(name)
-    base, family, model = adapter_base(folder), family_of(folder), _network(folder)
-    may_ignore = partial(family.may_ignore, model.config)
-    fill(model, family.tensors(folder), base or folder, dtype, device, may_ignore, model.config.surplus_rows)
+    model, stored = _network(folder)
+    fill(model, **stored, dtype=dtype, device=device)
     if model.config.text.tie_word_embeddings:
         model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
-    if base:
+    if adapter_base(folder):
         load_adapters(model, folder)
     return model.eval()
 
@@ -78,18 +75,18 @@ def load_llava(
 def outline(name: Path | str, dtype: torch.dtype = torch.float32) -> VLM:
     """What `load_llava` would load and merge, on the meta device: shapes of config.json, compared with the headers of
     the weights. BadInput naming what does not fit; no weight is read."""
-    folder = resolve(name)
-    base, family, model = adapter_base(folder), family_of(folder), _network(folder)
-    may_ignore = partial(family.may_ignore, model.config)
-    _match(model, family.tensors(folder), base or folder, may_ignore, model.config.surplus_rows)
+    model, stored = _network(resolve(name))
+    _match(model, **stored)
     return model.to(dtype).eval()
 
 
-def _network(folder: Path) -> VLM:
-    """The family's network on the meta device."""
+def _network(folder: Path) -> tuple[VLM, dict]:
+    """The family's network on the meta device, and what is stored of it: arguments of `_match`."""
     family = family_of(folder)
     with torch.device("meta"), _Unfilled():
-        return family.Model(family.read(config_folder(folder)))
+        model = family.Model(family.read(config_folder(folder)))
+    return model, dict(found=family.tensors(folder), folder=adapter_base(folder) or folder,
+                       may_ignore=partial(family.may_ignore, model.config), surplus_rows=model.config.surplus_rows)
 
 
 class _Unfilled(TorchFunctionMode):
@@ -112,15 +109,9 @@ def load_clip(name: Path | str, dtype: torch.dtype = torch.float32, device: torc
     return model.eval().requires_grad_(False)
 
 
-def fill(
-    model: nn.Module,
-    found: dict[str, Stored],
-    folder: Path,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    may_ignore: Callable[[str], bool] = lambda name: False,
-    surplus_rows: int = 0,
-) -> None:
+def fill(model: nn.Module, found: dict[str, Stored], folder: Path, dtype: torch.dtype | None,
+         device: torch.device | str, may_ignore: Callable[[str], bool] = lambda name: False, surplus_rows: int = 0,
+         ) -> None:
     """Put tensors into a model built on the meta device; the tables in the file have `surplus_rows` more.
 
     Raises BadInput naming every tensor that does not fit, or the first that is not finite.
@@ -151,7 +142,8 @@ def _match(model: nn.Module, found: dict[str, Stored], folder: Path, may_ignore:
 
 def _tied(model: nn.Module) -> bool:
     """Whether the head is the table of embeddings."""
-    return getattr(getattr(model.config, "text", None), "tie_word_embeddings", False)
+    named = model.state_dict(keep_vars=True)
+    return HEAD in named and named[HEAD] is named[EMBEDDINGS]
 
 
 # ----------------------------------------------------------------------------------------------------- saving
@@ -204,7 +196,7 @@ def merged_tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 @torch.no_grad()
 def _merged(weight: Tensor, layer: LoRALinear | None) -> Tensor:
-    return weight if layer is None else (weight.float() + layer.update()).to(weight.dtype)
+    return weight if layer is None else layer.merged()
 
 
 def _with_rows(make: Callable[[], Tensor], stored: Stored | None, extra: int) -> Tensor:

@@ -10,6 +10,8 @@ state dict loads without a translation table.
 Shapes: B batch, P patches, T tokens, D width, H heads, d = D / H, E shared space.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,11 +76,11 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The blocks one after the other: (B, T, D) -> (B, T, D)."""
+    """Blocks one after the other: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config: VisionConfig | ClipTextConfig, layers: int):
+    def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(layers))
+        self.layers = nn.ModuleList(layers)
         self.checkpointing = False  # recompute each block in the backward instead of keeping its activations
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
@@ -116,7 +118,8 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = Encoder(config, config.num_hidden_layers if layers is None else layers)
+        count = config.num_hidden_layers if layers is None else layers
+        self.encoder = Encoder(EncoderLayer(config) for _ in range(count))
         if layers is None:
             self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -147,7 +150,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config, config.num_hidden_layers)
+        self.encoder = Encoder(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ TYPES = {  # annotation of a field -> what JSON may hold for it, and what that i
 LIMITS = {  # smallest and largest value; of the numbers not named here 1 and 2**20
     "num_hidden_layers": (1, 1000), "image_size": (1, 2048), "max_position_embeddings": (1, 2**31),
     "layer_norm_eps": (0, 1), "post_layernorm_eps": (0, 1), "rms_norm_eps": (0, 1), "rope_theta": (1, 1e12),
-    "eos_token_id": (0, 2**20), "image_token_index": (0, 2**20), "image_token_id": (0, 2**20),
+    **dict.fromkeys(("eos_token_id", "pad_token_id", "image_token_index", "image_token_id"), (0, 2**20)),
 }
 
 

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import mix
+from model.clip import Encoder
 from model.config import LlamaConfig
 from model.llama import CausalLM
 from model.vlm import VLM
@@ -100,9 +100,9 @@ class EvaLayer(nn.Module):
         self.self_attn = named(qkv=nn.Linear(width, 3 * width), projection=nn.Linear(width, width))
         self.mlp = named(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         q, k, v = self.self_attn.qkv(self.layer_norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (N, P, H, d)
-        x = x + self.self_attn.projection(mix(q, k, v).flatten(2))
+        x = x + self.self_attn.projection(mix(q, k, v, causal).flatten(2))
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x))))
 
 
@@ -127,16 +127,11 @@ class EvaTower(nn.Module):
     def __init__(self, config: EvaConfig):
         super().__init__()
         self.embeddings = EvaEmbeddings(config)
-        self.encoder = named(layers=nn.ModuleList(EvaLayer(config) for _ in range(config.num_hidden_layers)))
+        self.encoder = Encoder(EvaLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.post_layernorm_eps)
-        self.checkpointing = False  # recompute each block in the backward instead of keeping its activations
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.embeddings(pixels.to(self.post_layernorm.weight.dtype))
-        recompute = self.checkpointing and torch.is_grad_enabled()
-        for layer in self.encoder.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
-        return self.post_layernorm(x)
+        return self.post_layernorm(self.encoder(self.embeddings(pixels.to(self.post_layernorm.weight.dtype))))
 
 
 # --------------------------------------------------------------------------------------------------- Q-Former

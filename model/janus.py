@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.clip import Encoder
+from model.clip import Encoder, EncoderLayer
 from model.config import LlamaConfig, VisionConfig
 from model.llama import CausalLM
 from model.vlm import VLM
@@ -68,7 +68,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.size = config.image_size
         self.embeddings = VisionEmbeddings(config)
-        self.encoder = Encoder(config, config.num_hidden_layers)
+        self.encoder = Encoder(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -89,6 +89,5 @@ def copy_companions(source: Path, folder: Path, settings: Path, more: tuple[str,
         places = [source, base, settings if name in SETTINGS else None]
         path = next((p / name for p in places if p and (p / name).is_file()), None)
         if path and path.resolve() != (folder / name).resolve():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with written_whole(folder / name) as temporary:
                 shutil.copyfile(path, temporary)

@@ -1,4 +1,4 @@
-"""Log: metrics are summed on the device; one JSON line and one console line an interval.
+"""The log of a run: metrics.jsonl and the console.
 
 Where the package `tensorboard` is installed, the same numbers go into its events, below tensorboard/ next to
 metrics.jsonl.

@@ -53,14 +53,13 @@ class LoRALinear(nn.Linear):
         # W x comes last: it is what a checkpoint need not recompute, as the backward reads no result of it.
         return y.addmm_(x.to(dtype), self.weight.T.to(dtype))
 
-    def update(self) -> Tensor:
-        """The full-size update (alpha / r) B A, (out, in), fp32."""
-        return self.scale * self.lora_B @ self.lora_A
+    def merged(self) -> Tensor:
+        """W + (alpha / r) B A, (out, in): summed in fp32, in the weight's dtype."""
+        return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
 
 
-def add_lora(
-    module: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] = TARGETS
-) -> list[str]:
+def add_lora(module: nn.Module, rank: int, alpha: float, dropout: float = 0.0,
+             targets: tuple[str, ...] = TARGETS) -> list[str]:
     """Freeze `module` and put an adapter on every linear layer whose last name is in `targets`.
 
     Returns the names of the adapted layers. Raises ValueError when a target matches nothing, when there are
@@ -76,9 +75,7 @@ def add_lora(
         raise ValueError(f"LoRA targets match no linear layer: {sorted(missing)}")
     module.requires_grad_(False)
     for name in found:
-        parent, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(parent)
-        setattr(owner, leaf, LoRALinear(getattr(owner, leaf), rank, alpha, dropout))
+        module.set_submodule(name, LoRALinear(module.get_submodule(name), rank, alpha, dropout))
     return found
 
 
@@ -119,11 +116,9 @@ def adapters_cast(module: nn.Module) -> Iterator[None]:
 def merge_lora(module: nn.Module) -> None:
     """Add each update to its weight (in fp32, then back to the weight's dtype); put plain linear layers back."""
     for name, layer in lora_layers(module).items():
-        parent, _, leaf = name.rpartition(".")
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        merged = (layer.weight.float() + layer.update()).to(layer.weight.dtype)
-        plain.weight, plain.bias = nn.Parameter(merged, layer.weight.requires_grad), layer.bias
-        setattr(module.get_submodule(parent), leaf, plain)
+        plain.weight, plain.bias = nn.Parameter(layer.merged(), layer.weight.requires_grad), layer.bias
+        module.set_submodule(name, plain)
 
 
 class Reference:
@@ -131,9 +126,8 @@ class Reference:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.trained = [
-            p for n, p in module.named_parameters() if p.requires_grad and not n.endswith(("lora_A", "lora_B"))
-        ]
+        self.trained = [p for n, p in module.named_parameters()
+                        if p.requires_grad and not n.endswith(("lora_A", "lora_B"))]
         self.frozen = [p.detach().clone() for p in self.trained]
 
     @contextmanager

@@ -1,10 +1,6 @@
 """Checkpoints: everything that a resumed run needs.
 
-    Writer           writes checkpoint-STEP.pt in a thread while training goes on, keeps the newest few; of sharded
-                     weights, a folder checkpoint-STEP, model/shard.py writes it
-    checkpoints      those of a folder, the newest first
-    read_checkpoint  the newest one that is undamaged, refused if it belongs to another run
-    restore          its weights and optimiser state into the policy
+Of sharded weights a checkpoint is a folder, checkpoint-STEP, which model/shard.py writes, else checkpoint-STEP.pt.
 
 A run stopped or killed anywhere and resumed gives the same weights and the same log (but for its times) as an
 uninterrupted one, bit for bit: the order of the data, samples and dropout follow from seed and step, so none of

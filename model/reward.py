@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from common import BadInput
-from model.checkpoint import load_llava
+from model.checkpoint import fill, load_llava
 from model.logprobs import Packed, Scorer
-from model.tensors import check_tensors, finite, list_file, read, save_tensors
+from model.tensors import list_file, save_tensors
 from model.vlm import VLM
 
 HEAD = "reward_head.safetensors"
@@ -66,9 +66,5 @@ def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32, device="
         raise BadInput(f"{folder / HEAD}: not found; train a reward model first:"
                        " python train.py --loss reward_model")
     reward = RewardModel(load_llava(folder / "model", dtype, device), autocast)
-    found = {stored.name: stored for stored in list_file(folder / HEAD)}
-    wanted = {name: tuple(tensor.shape) for name, tensor in reward.head.state_dict().items()}
-    check_tensors(found, wanted, folder)
-    values = {t.name: finite(value, f"{t.file}: tensor {t.name}") for t, value in read(found.values())}
-    reward.head.load_state_dict(values)
+    fill(reward.head, {stored.name: stored for stored in list_file(folder / HEAD)}, folder, torch.float32, device)
     return reward.requires_grad_(False).eval()

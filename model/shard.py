@@ -2,10 +2,6 @@
 
 Zhao et al. 2023, "PyTorch FSDP", arXiv 2304.11277; Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054 (stage 3).
 
-    shard            a scorer -> the same with sharded weights, in place; the model's code does not know it
-    ShardedPolicy    what differs in an update, and the whole model for sampling, measuring and saving
-    load             a sharded checkpoint, verified; the processes may be more or fewer than those that wrote it
-
     unit             held                          gathered for a forward or backward pass in
     decoder layer    1/n of it: what trains in     the precision of the run: what autocast would cast it to
                      fp32, else as the run has it
@@ -73,7 +69,8 @@ def make_mesh(device: torch.device) -> DeviceMesh:
 
 def shard(scorer: nn.Module, model: VLM, dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None,
           ) -> "Callable[..., ShardedPolicy]":
-    """Spread the weights of a scorer over the processes, one decoder layer after another.
+    """Spread the weights of a scorer over the processes, in place, one decoder layer after another; the model's code
+    does not know it.
 
     Args:
         model: the VLM inside the scorer. What it was loaded to may be mapped files: a layer at a time is converted.
@@ -253,8 +250,9 @@ class Rows(NamedTuple):
 
 
 def load(folder: Path) -> dict:
-    """A checkpoint, its tensors mapped: `Rows` where they are sharded. Raises BadInput, one line, if a file is missing
-    or not as it was written. A collective call: each process verifies its share of the files."""
+    """A checkpoint, its tensors mapped: `Rows` where they are sharded; the processes may be more or fewer than those
+    that wrote it. Raises BadInput, one line, if a file is missing or not as it was written. A collective call: each
+    process verifies its share of the files."""
     saved, (rank, world) = load_whole(folder / STATE), ranks()
     paths = [folder / _part(i, saved["parts"]) for i in range(saved["parts"])]
     problems = []

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as write_file
 from torch import Tensor
 
-from common import BadInput, read_json, writing, written_whole
+from common import BadInput, read_json, write_text, writing, written_whole
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,16 +50,11 @@ class Stored(NamedTuple):
 
 def list_tensors(folder: Path) -> list[Stored]:
     """All tensors of a folder's weight files. BadInput on a missing shard, a broken index or file."""
-    found: dict[str, Stored] = {}
     files, placed = weight_files(folder)
-    for tensor in chain.from_iterable(map(list_file, files)):
-        if tensor.name in found:
-            raise BadInput(f"{tensor.file}: tensor {tensor.name} is also in {found[tensor.name].file.name}")
-        found[tensor.name] = tensor
-    for name, file in placed.items():
-        if name not in found:
-            raise BadInput(f"{folder / file}: has no tensor {name}, which the index places there")
-    return list(found.values())
+    found = [tensor for file in files for tensor in list_file(file)]
+    for name in sorted(placed.keys() - {tensor.name for tensor in found}):
+        raise BadInput(f"{folder / placed[name]}: has no tensor {name}, which the index places there")
+    return found
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -302,5 +296,4 @@ def _save_part(shard: dict[str, Tensor], folder: Path, i: int) -> dict[str, int]
 
 def save_json(value: object, path: Path) -> None:
     """Write a JSON file, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,9 +1,5 @@
 """What every training run needs: its processes, the policy and its update, its orderly end.
 
-    Policy           the model that trains, what scores with it, what it is compared with, its optimiser
-    named, pick      log-probs by the names of a loss's arguments, and those that it asks for
-    StopRequest      Ctrl-C or SIGTERM ends the run after the current step, in all processes at the same one
-
 Shapes: B examples, L longest response, N = names x B sequences, n labels (model/logprobs.py).
 """
 

@@ -9,7 +9,7 @@ exact GELU and differ in three places:
     attention scores     q k / sqrt d                           q k / sqrt d + bias[bucket(key - query), head]
 
 Sentence encoders (judges/sentence.py) are either one; GroundingDINO reads its captions with BERT and restricts which
-tokens see each other (networks/dino.py).
+tokens see each other (networks/dino.py); RAM tags with its layers (networks/ram.py).
 
 Shapes: B texts, T tokens of the longest, D width, H heads, d = D / H.
 """
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import BadInput
+from model.attention import mix
+from model.config import refuse, shared, take
 
 MAX_DISTANCE = 128  # tokens further apart share MPNet's last buckets
 NAMES = (  # BERT's tensor names -> MPNet's, which the modules below carry
@@ -67,46 +68,34 @@ class BertConfig:
 
 def bert_config(raw: dict, where: str = "config.json") -> BertConfig:
     """Read config.json. Raises BadInput on another network or activation, and on sizes that are none."""
-    required = {"model_type": ("bert", "mpnet"), "hidden_act": ("gelu",),
-                "position_embedding_type": ("absolute",)}
-    for key, allowed in required.items():
-        value = raw.get(key, None if key == "model_type" else allowed[0])
-        if value not in allowed:
-            raise BadInput(f"{where}: {key}={value!r} is not supported (supported: {list(allowed)})")
+    refuse({"model_type": None, **raw}, where, model_type=("bert", "mpnet"), hidden_act=("gelu",),
+           position_embedding_type=("absolute",))
     defaults = {"vocab_size": 30527, "pad_token_id": 1} if raw["model_type"] == "mpnet" else {}
-    known = {k: raw[k] for k in BertConfig.__dataclass_fields__ if raw.get(k) is not None}
-    config = BertConfig(**{**defaults, **known})
-    for key, value in vars(config).items():
-        least, most = int(key != "pad_token_id"), 1000 if key == "num_hidden_layers" else 10**7
-        if key not in ("model_type", "layer_norm_eps") and not (type(value) is int and least <= value <= most):
-            raise BadInput(f"{where}: {key}={value!r} is not a whole number from {least} to {most}")
-    if type(config.layer_norm_eps) not in (int, float) or not 0 < config.layer_norm_eps < 1:
-        raise BadInput(f"{where}: layer_norm_eps={config.layer_norm_eps!r} is not a number between 0 and 1")
-    if config.hidden_size % config.num_attention_heads:
-        raise BadInput(f"{where}: hidden_size={config.hidden_size} is no multiple of"
-                       f" num_attention_heads={config.num_attention_heads}")
+    config = take(BertConfig, defaults | {k: v for k, v in raw.items() if v is not None}, where)
+    shared(config.hidden_size, config.num_attention_heads, where)
     return config
 
 
 class Layer(nn.Module):
-    """Post-LayerNorm block: x = LN(x + attention(x)), then x = LN(x + MLP(x)); parts carry the names of checkpoints."""
+    """Post-LayerNorm block: x = LN(x + attention(x, y)), then x = LN(x + MLP(x)).
 
-    def __init__(self, config: BertConfig):
+    source: width of y, where y is not x (RAM's labels look at the image).
+    """
+
+    def __init__(self, width: int, heads: int, inner: int, eps: float = 1e-12, source: int | None = None):
         super().__init__()
-        width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
-        self.heads = config.num_attention_heads
+        self.heads, inputs = heads, dict.fromkeys("kv", source or width)
         self.attention = nn.ModuleDict({
-            "attn": nn.ModuleDict({name: nn.Linear(width, width) for name in "qkvo"}),
+            "attn": nn.ModuleDict({name: nn.Linear(inputs.get(name, width), width) for name in "qkvo"}),
             "LayerNorm": nn.LayerNorm(width, eps=eps)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, inner)})
         self.output = nn.ModuleDict({"dense": nn.Linear(inner, width), "LayerNorm": nn.LayerNorm(width, eps=eps)})
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, T, D); mask: bool or added to the scores, broadcast to (B, H, T, T)."""
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, T, D), y (B, K, source); mask: bool or added to the scores, broadcast to (B, H, T, K)."""
         attn = self.attention.attn
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (attn.q, attn.k, attn.v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, d)
-        x = self.attention.LayerNorm(x + attn.o(y.transpose(1, 2).flatten(2)))
+        q, k, v = (z.unflatten(-1, (self.heads, -1)) for z in (attn.q(x), attn.k(y), attn.v(y)))
+        x = self.attention.LayerNorm(x + attn.o(mix(q, k, v, mask=mask).flatten(2)))
         return self.output.LayerNorm(x + self.output.dense(F.gelu(self.intermediate.dense(x))))
 
 
@@ -133,7 +122,9 @@ class Bert(nn.Module):
             "word_embeddings": nn.Embedding(config.vocab_size, width),
             "position_embeddings": nn.Embedding(config.max_position_embeddings, width),
             "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps)})
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(
+            Layer(width, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps)
+            for _ in range(config.num_hidden_layers))})
         if config.mpnet:
             self.encoder["relative_attention_bias"] = nn.Embedding(
                 config.relative_attention_num_buckets, config.num_attention_heads)
@@ -148,7 +139,7 @@ class Bert(nn.Module):
         """
         x, mask = self.embed(ids, positions), self.attention_mask(visible)
         for layer in self.encoder.layer:
-            x = layer(x, mask)
+            x = layer(x, x, mask)
         return x
 
     def embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
@@ -167,10 +158,3 @@ class Bert(nn.Module):
         table = self.encoder.relative_attention_bias.weight  # (buckets, H)
         bias = table[relative_bucket(place - place[:, None], len(table))].permute(2, 0, 1)  # (H, T, T)
         return bias[None].masked_fill(~mask, float("-inf"))  # (B, H, T, T)
-
-
-def canonical(name: str) -> str:
-    """The name here of a tensor of BERT's or MPNet's published checkpoints."""
-    for pattern, replacement in NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common import BadInput
+from common import refuse
 from data.detect import Detect, Detection
 from data.mentions import load_entities
 from networks import dino, ram, sam
@@ -37,10 +37,8 @@ def ram_dino_sam(files: dict[str, Path | None], *, tag_threshold: float = 0.68, 
         objects_only: pass over tags that name no object.
     Raises BadInput naming every file that is missing, with what it is and where it is published.
     """
-    missing = [f"{files.get(name) or '--' + name.replace('_', '-')}: not found; wanted is {what}"
-               for name, what in FILES.items() if not (files.get(name) and Path(files[name]).is_file())]
-    if missing:
-        raise BadInput("\n".join(missing))
+    refuse(f"{files.get(name) or '--' + name.replace('_', '-')}: not found; wanted is {what}"
+           for name, what in FILES.items() if not (files.get(name) and Path(files[name]).is_file()))
     names, thresholds = ram.read_tags(files["ram_tags"], files.get("ram_thresholds"), tag_threshold)
     entities = load_entities()
     tagger = cache(lambda: ram.load_ram(files["ram"], len(names), device))

@@ -38,6 +38,9 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from common import BadInput
+from data.tokenizer import load_tokenizer
+from model.attention import mix
+from model.layouts import renamed
 from networks import bert
 from networks.swin import Swin, SwinConfig
 from networks.weights import Tensors, fuse, load_weights
@@ -48,7 +51,7 @@ TOKENIZER = "tokenizer.json of huggingface.co/google-bert/bert-base-uncased (0.5
 UNUSED = re.compile(r"^label_enc\.|position_ids$|^bert\.pooler\.|relative_position_index$|attn_mask$|swin\.layernorm\."
                     r"|^decoder\.bbox_embed\.|^bbox_embed\.[1-9]")  # the boxes' MLP is one, stored twelve times
 NAMES = (  # as published -> as here
-    (r"^module\.", ""), (r"^transformer\.", ""), (r"^backbone\.0\.", "backbone."), (r"\.in_proj_", ".in_proj."),
+    (r"^transformer\.", ""), (r"^backbone\.0\.", "backbone."), (r"\.in_proj_", ".in_proj."),
 )
 PEER_NAMES = (  # of transformers -> as published
     (r"^model\.", ""), (r"^backbone\.conv_encoder\.model\.", "backbone."), (r"^text_backbone\.", "bert."),
@@ -136,10 +139,8 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
         """q (B, T, D), k and v (B, K, D), visible (B, T or 1, K) bool -> (B, T, D)."""
         weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for x, w, b in zip((q, k, v), weights, biases))
-        mask = None if visible is None else visible[:, None]
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)) for x, w, b in zip((q, k, v), weights, biases))
+        return self.out_proj(mix(q, k, v, mask=None if visible is None else visible[:, None]).flatten(2))
 
 
 class DeformableAttention(nn.Module):
@@ -194,12 +195,12 @@ class Fusion(nn.Module):
         """image (B, N, D), text (B, T, D), valid (B, N) and words (B, T) bool, False at padding."""
         image, text = self.layer_norm_v(image), self.layer_norm_l(text)
         given = {"v": image, "l": text, "values_v": image, "values_l": text}
-        v, t, values_v, values_t = (self.attn[f"{name}_proj"](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                                    for name, x in given.items())  # (B, heads, N or T, d)
-        to_image = F.scaled_dot_product_attention(v, t, values_t, attn_mask=words[:, None, None])
-        to_text = F.scaled_dot_product_attention(t, v, values_v, attn_mask=valid[:, None, None])
-        image = image + self.gamma_v * self.attn["out_v_proj"](to_image.transpose(1, 2).flatten(2))
-        return image, text + self.gamma_l * self.attn["out_l_proj"](to_text.transpose(1, 2).flatten(2))
+        v, t, values_v, values_t = (self.attn[f"{name}_proj"](x).unflatten(-1, (self.heads, -1))
+                                    for name, x in given.items())  # (B, N or T, heads, d)
+        to_image = mix(v, t, values_t, mask=words[:, None, None]).flatten(2)
+        to_text = mix(t, v, values_v, mask=valid[:, None, None]).flatten(2)
+        image = image + self.gamma_v * self.attn["out_v_proj"](to_image)
+        return image, text + self.gamma_l * self.attn["out_l_proj"](to_text)
 
 
 class TextLayer(nn.Module):
@@ -277,6 +278,8 @@ class Dino(nn.Module):
         fusion: inner width of the fusion. text_hidden: of the text layers' MLPs.
     """
 
+    tokenizer: Tokenizer  # of bert-base-uncased, set by `load_dino`
+
     def __init__(self, swin: SwinConfig, text: bert.BertConfig, *, width: int = 256, heads: int = 8, hidden: int = 2048,
                  fusion: int = 1024, text_hidden: int = 1024, encoder: int = 6, decoder: int = 6, queries: int = 900):
         super().__init__()
@@ -349,7 +352,7 @@ class Dino(nn.Module):
 
     def reference(self, masks: list[Tensor], ratios: Tensor) -> Tensor:
         """(B, N, L, 2): the centre of each position, in shares of the valid part, as a point of each level."""
-        points = [centres(mask) / ratios[:, None, i] for i, mask in enumerate(masks)]
+        points = [centres(*mask.shape[1:], mask.device) / ratios[:, None, i] for i, mask in enumerate(masks)]
         return torch.cat(points, 1)[:, :, None] * ratios[:, None]
 
     def propose(self, image: Tensor, text: Tensor, masks: list[Tensor], words: Tensor) -> tuple[Tensor, Tensor]:
@@ -358,7 +361,7 @@ class Dino(nn.Module):
         for level, mask in enumerate(masks):
             height, width = mask[:, :, 0].sum(1), mask[:, 0].sum(1)  # (B,)
             full = torch.tensor([mask.shape[2], mask.shape[1]], device=mask.device)
-            middle = centres(mask) * full / torch.stack([width, height], -1)[:, None]
+            middle = centres(*mask.shape[1:], mask.device) * full / torch.stack([width, height], -1)[:, None]
             proposals.append(torch.cat([middle, torch.full_like(middle, 0.05 * 2**level)], -1))
         proposals = torch.cat(proposals, 1)  # (B, N, 4)
         usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1)  # padding lies beyond 1
@@ -370,27 +373,6 @@ class Dino(nn.Module):
         boxes = (boxes + proposals.gather(1, best.expand(-1, -1, 4))).sigmoid()
         return self.tgt_embed.weight[: boxes.shape[1]].expand(len(image), -1, -1), boxes
 
-
-def centres(mask: Tensor) -> Tensor:
-    """(B, H, W) -> the centres of its positions (1, H * W, 2), x and y in shares of the map."""
-    H, W = mask.shape[1:]
-    y, x = torch.meshgrid(torch.arange(H, device=mask.device), torch.arange(W, device=mask.device), indexing="ij")
-    return torch.stack([(x + 0.5) / W, (y + 0.5) / H], -1).flatten(0, 1)[None]
-
-
-# -------------------------------------------------------------------------------------------------------- detection
-
-
-class Detector:
-    """The network with its tokenizer.
-
-    Args:
-        tokenizer: of bert-base-uncased: its tokenizer.json.
-    """
-
-    def __init__(self, model: Dino, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-
     @torch.no_grad()
     def boxes(self, image: Image.Image, tags: list[str], *, threshold: float = 0.35, overlap: float = 0.7,
               ) -> list[tuple[str, float, tuple[float, float, float, float]]]:
@@ -400,13 +382,12 @@ class Detector:
             threshold: least score of a box.
             overlap: reconstructed: boxes of one tag that share more (intersection over union) count as one.
         """
-        device = self.model.feat_map.weight.device
-        pixels = preprocess(image)[None].to(device, self.model.feat_map.weight.dtype)
-        maps, found = self.model.maps(pixels), []
+        pixels = preprocess(image)[None].to(self.feat_map.weight)
+        device, maps, found = pixels.device, self.maps(pixels), []
         inside = torch.ones(1, *pixels.shape[-2:], dtype=torch.bool, device=device)
         for ids, spans in captions(tags, self.tokenizer):
             row = torch.tensor([ids], device=device)
-            logits, boxes = self.model(maps, inside, row, torch.ones_like(row, dtype=torch.bool))
+            logits, boxes = self(maps, inside, row, torch.ones_like(row, dtype=torch.bool))
             scores = torch.stack([logits[0, :, a:b].amax(-1) for _, (a, b) in spans], -1).sigmoid()  # (Q, tags)
             best, which = scores.max(-1)
             for i in (best > threshold).nonzero()[:, 0].tolist():
@@ -419,6 +400,12 @@ class Detector:
         labels = torch.tensor([tags.index(tag) for tag, *_ in found])
         kept = batched_nms(corners, torch.tensor([score for _, score, _ in found]), labels, overlap)
         return [(found[i][0], found[i][1], tuple(corners[i].tolist())) for i in kept.tolist()]
+
+
+def centres(H: int, W: int, device: torch.device) -> Tensor:
+    """The centres of a map's positions (1, H * W, 2), x and y in shares of the map."""
+    y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing="ij")
+    return torch.stack([(x + 0.5) / W, (y + 0.5) / H], -1).flatten(0, 1)[None]
 
 
 def captions(tags: list[str], tokenizer: Tokenizer) -> list[tuple[list[int], list[tuple[str, tuple[int, int]]]]]:
@@ -455,15 +442,11 @@ def preprocess(image: Image.Image, shortest: int = 800, longest: int = 1333) -> 
 
 def convert(tensors: Tensors) -> Tensors:
     """As published or in transformers' names -> as here."""
-    tables = NAMES if any(name.endswith("feat_map.weight") for name in tensors) else PEER_NAMES
-    result = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in tables:
-            name = re.sub(pattern, replacement, name)
-        if not UNUSED.search(name):
-            name = bert.canonical(name) if name.startswith("bert.") else name
-            result[re.sub(r"^bbox_embed\.0\.", "bbox_embed.", name)] = tensor
-    result = fuse(result, (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv.")
+    names = NAMES if any(name.endswith("feat_map.weight") for name in tensors) else PEER_NAMES
+    names = (*names, (r"^bbox_embed\.0\.", "bbox_embed."), *bert.NAMES)
+    named = {renamed(name, names): tensor for name, tensor in tensors.items()}
+    result = fuse({name: tensor for name, tensor in named.items() if not UNUSED.search(name)}, 
+                  (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv.")
     return fuse(result, (".query.", ".key.", ".value."), ".in_proj.")
 
 
@@ -491,15 +474,14 @@ def build(found: Tensors, heads: int = 8, bert_heads: int = 12) -> Dino:
                 queries=len(found["tgt_embed.weight"]))
 
 
-def load_dino(path: Path | str, tokenizer: Path | str, device: torch.device | str = "cpu", **heads: int) -> Detector:
+def load_dino(path: Path | str, tokenizer: Path | str, device: torch.device | str = "cpu", **heads: int) -> Dino:
     """GroundingDINO with either Swin. BadInput naming what does not fit.
 
     Args:
         tokenizer: tokenizer.json of bert-base-uncased.
         heads: other numbers than those published, arguments of `build`.
     """
-    try:
-        words = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # the library raises no other class
-        raise BadInput(f"{tokenizer}: not a readable tokenizer ({str(error)[:200]}); wanted is {TOKENIZER}") from None
-    return Detector(load_weights(lambda found: build(found, **heads), path, PUBLISHED, convert, device), words)
+    words = load_tokenizer(Path(tokenizer))
+    model = load_weights(lambda found: build(found, **heads), path, PUBLISHED, convert, device)
+    model.tokenizer = words
+    return model

@@ -34,6 +34,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from common import BadInput
+from model.layouts import renamed
+from networks import bert
 from networks.swin import LARGE, Swin, SwinConfig
 from networks.weights import Tensors, load_weights
 
@@ -43,39 +45,8 @@ LISTS = "github.com/xinyu1205/recognize-anything, folder ram/data"
 # The image encoder's buffers, and the captioning half of the models.
 UNUSED = re.compile(r"relative_position_index$|attn_mask$|^tag_encoder\.|^text_decoder\.|^label_enc\.|position_ids$"
                     r"|^tagging_head\.embeddings\.|^tagging_head\.pooler\.")
+NAMES = ((r"vision_multi", "tagging_head"), (r"\.crossattention\.", ".attention."), *bert.NAMES)  # published -> here
 SIZE, MEAN, STD = 384, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class CrossAttention(nn.Module):
-    """Labels (B, L, D) attend to image tokens (B, N, E), then the residual and its norm."""
-
-    def __init__(self, width: int, image_width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.self = nn.ModuleDict({"query": nn.Linear(width, width), "key": nn.Linear(image_width, width),
-                                   "value": nn.Linear(image_width, width)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)})
-
-    def forward(self, labels: Tensor, image: Tensor) -> Tensor:
-        given = {"query": labels, "key": image, "value": image}
-        q, k, v = (self.self[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name, x in given.items())
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, L, D)
-        return self.output["LayerNorm"](labels + self.output["dense"](mixed))
-
-
-class HeadLayer(nn.Module):
-    """Cross-attention and MLP. Labels do not see each other."""
-
-    def __init__(self, width: int, image_width: int, heads: int, hidden: int):
-        super().__init__()
-        self.crossattention = CrossAttention(width, image_width, heads)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)})
-
-    def forward(self, labels: Tensor, image: Tensor) -> Tensor:
-        labels = self.crossattention(labels, image)
-        hidden = F.gelu(self.intermediate["dense"](labels))
-        return self.output["LayerNorm"](labels + self.output["dense"](hidden))
 
 
 class Ram(nn.Module):
@@ -96,7 +67,7 @@ class Ram(nn.Module):
         self.label_embed = nn.Parameter(torch.zeros(labels * descriptions, image_width))
         self.wordvec_proj = nn.Linear(image_width, width)
         self.tagging_head = nn.ModuleDict({"encoder": nn.ModuleDict({"layer": nn.ModuleList(
-            HeadLayer(width, image_width, heads, hidden) for _ in range(layers))})})
+            bert.Layer(width, heads, hidden, source=image_width) for _ in range(layers))})})
         self.fc = nn.Linear(width, 1)
         if descriptions > 1:
             self.reweight_scale = nn.Parameter(torch.zeros(()))
@@ -109,7 +80,7 @@ class Ram(nn.Module):
         labels = F.relu(self.wordvec_proj(self.label_vectors(image[:, 0])))  # (B or 1, labels, D)
         labels = labels.expand(len(pixels), -1, -1)
         for layer in self.tagging_head["encoder"]["layer"]:
-            labels = layer(labels, image)
+            labels = layer(labels, image)  # labels do not see each other
         return self.fc(labels)[..., 0]
 
     def label_vectors(self, summary: Tensor) -> Tensor:
@@ -165,7 +136,7 @@ def _lines(path: Path) -> list[str]:
 
 def convert(tensors: Tensors) -> Tensors:
     """As published -> as here."""
-    named = {name.removeprefix("module.").replace("vision_multi", "tagging_head"): t for name, t in tensors.items()}
+    named = {renamed(name, NAMES): tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in named.items() if not UNUSED.search(name)}
 
 

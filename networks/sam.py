@@ -30,6 +30,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from model.attention import mix
+from model.layouts import renamed
+from networks.dino import Head, centres
 from networks.swin import from_windows, pad_to, to_windows
 from networks.weights import Tensors, load_weights
 
@@ -162,9 +165,7 @@ class PromptEncoder(nn.Module):
     def grid(self, side: int) -> Tensor:
         """Of the image's positions, (side * side, D)."""
         matrix = self.pe_layer["positional_encoding_gaussian_matrix"]
-        centres = (torch.arange(side, device=matrix.device, dtype=matrix.dtype) + 0.5) / side
-        y, x = torch.meshgrid(centres, centres, indexing="ij")
-        return self.positions(torch.stack([x, y], -1)).flatten(0, 1)
+        return self.positions(centres(side, side, matrix.device).to(matrix)[0])
 
 
 class Attention(nn.Module):
@@ -176,9 +177,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner, width)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-                   for f, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (x.unflatten(-1, (HEADS, -1)) for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v)))
+        return self.out_proj(mix(q, k, v).flatten(2))
 
 
 class TwoWayLayer(nn.Module):
@@ -224,18 +224,6 @@ class TwoWayTransformer(nn.Module):
         return self.norm_final_attn(tokens + seen), image
 
 
-class Head(nn.Module):
-    """Three linear layers with ReLU between them."""
-
-    def __init__(self, width: int, hidden: int, out: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in ((width, hidden), (hidden, hidden), (hidden, out)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second, third = self.layers
-        return third(F.relu(second(F.relu(first(x)))))
-
-
 class MaskDecoder(nn.Module):
     """Image (1, D, S, S), places and box tokens (n, 2, D) -> masks (n, 4 S, 4 S) as logits, their quality (n,)."""
 
@@ -246,8 +234,8 @@ class MaskDecoder(nn.Module):
         self.output_upscaling = nn.Sequential(
             nn.ConvTranspose2d(width, width // 4, 2, 2), LayerNorm2d(width // 4, eps=1e-6), nn.GELU(),
             nn.ConvTranspose2d(width // 4, width // 8, 2, 2), nn.GELU())
-        self.output_hypernetworks_mlps = nn.ModuleList(Head(width, width, width // 8) for _ in range(masks))
-        self.iou_prediction_head = Head(width, quality_hidden, masks)
+        self.output_hypernetworks_mlps = nn.ModuleList(Head(width, width, width, width // 8) for _ in range(masks))
+        self.iou_prediction_head = Head(width, quality_hidden, quality_hidden, masks)
 
     def forward(self, image: Tensor, places: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         n, side = len(boxes), image.shape[-1]
@@ -280,9 +268,7 @@ class Sam(nn.Module):
 
     @torch.no_grad()
     def masks(self, image: Image.Image, boxes: Tensor) -> Tensor:
-        """RGB image and boxes (n, 4), left, top, right, bottom in its pixels -> (n, H, W) bool."""
-        if not len(boxes):
-            return torch.zeros(0, image.height, image.width, dtype=torch.bool)
+        """RGB image and boxes (n, 4), n > 0, left, top, right, bottom in its pixels -> (n, H, W) bool."""
         weight = self.image_encoder.pos_embed
         pixels, (height, width) = preprocess(image, self.size)
         scale = torch.tensor([width / image.width, height / image.height] * 2)
@@ -304,13 +290,9 @@ def preprocess(image: Image.Image, size: int = 1024) -> tuple[Tensor, tuple[int,
 
 def convert(tensors: Tensors) -> Tensors:
     """As published or in transformers' names -> as here."""
-    result = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in PEER_NAMES if "shared_image_embedding.positional_embedding" in tensors else ():
-            name = re.sub(pattern, replacement, name)
-        if not UNUSED.search(name):
-            result[name] = tensor
-    return result
+    names = PEER_NAMES if "shared_image_embedding.positional_embedding" in tensors else ()
+    named = {renamed(name, names): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if not UNUSED.search(name)}
 
 
 def sizes(found: Tensors) -> tuple[dict, dict]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import BadInput, written_whole
+from common import BadInput, write_text
 from data.detect import Detection, box_of, overview
 from data.images import data_url, open_image
 from data.records import read_pairs
@@ -67,8 +67,7 @@ def write_gallery(path: Path | str, pairs: list[dict], *, root: Path | str | Non
     thumb = lru_cache(64)(lambda reference: thumbnail(open_image(reference, root), side))
     page = HEAD.format(title=escape(title), style=STYLE, note=note)
     page += "".join(_section(pair, thumb, root, side) for pair in shown) + "</body></html>\n"
-    with written_whole(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def marked(chosen: str, rejected: str) -> tuple[str, str]:

@@ -82,12 +82,10 @@ def search(index: faiss.Index, queries: np.ndarray, k: int,
         queries: (Q, E) unit vectors.
         exclude: for each query the rows that must not be found, among them the query's own row.
     """
-    if len(exclude) != len(queries):
-        raise ValueError(f"{len(queries)} queries but {len(exclude)} sets of excluded rows")
     deep = min(index.ntotal, k + max((len(rows) for rows in exclude), default=0))
     scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), max(deep, 1))  # (Q, deep)
     return [[(row, score) for row, score in zip(*found) if row >= 0 and row not in banned][:k]
-            for *found, banned in zip(rows.tolist(), scores.tolist(), exclude)]
+            for *found, banned in zip(rows.tolist(), scores.tolist(), exclude, strict=True)]
 
 
 class Duplicates:
@@ -127,44 +125,24 @@ class Duplicates:
         return self.content[reference]
 
 
-def neighbours(references: Sequence[str], vectors: np.ndarray, k: int,
-               duplicates: Duplicates | None = None) -> list[list[tuple[str, float]]]:
+def neighbours(references: Sequence[str], vectors: np.ndarray, k: int, duplicates: Duplicates | None = None,
+               index: faiss.Index | None = None) -> list[list[tuple[str, float]]]:
     """For every image its `k` nearest other images of the same list, as (reference, cosine).
 
     Args:
         references: N image references; one image may occur several times (several questions about it).
         vectors: (N, E) their unit vectors.
         duplicates: which of them are the same image under another name; None: none.
+        index: over the vectors of `_distinct`; None: the exact one.
 
     Every image enters the index once, so neither the query nor its repetitions are ever found. Duplicates of the
     query are passed over, and of images that are duplicates of each other the nearest is returned.
     """
     unique, base = _distinct(references, vectors)
-    return _neighbours(build_index(base), unique, base, references, k, duplicates)
-
-
-def approximate_neighbours(references: Sequence[str], vectors: np.ndarray, k: int, nprobe: int,
-                           lists: int | None = None, duplicates: Duplicates | None = None,
-                           ) -> tuple[list[list[tuple[str, float]]], float]:
-    """`neighbours` by an approximate index, and the measured recall of that index at k."""
-    unique, base = _distinct(references, vectors)
-    index = build_approximate_index(base, nprobe, lists)
-    return _neighbours(index, unique, base, references, k, duplicates), recall(index, base, k)
-
-
-def _distinct(references: Sequence[str], vectors: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Every image once, with its vector: U references, (U, E)."""
-    first = {reference: row for row, reference in reversed(list(enumerate(references)))}
-    unique = list(dict.fromkeys(references))
-    return unique, np.asarray(vectors)[[first[reference] for reference in unique]]
-
-
-def _neighbours(index: faiss.Index, unique: list[str], base: np.ndarray, references: Sequence[str], k: int,
-                duplicates: Duplicates | None) -> list[list[tuple[str, float]]]:
-    """Searches deeper for the queries whose first hits were duplicates, until each has k or nothing is left."""
+    index = build_index(base) if index is None else index
     result: dict[int, list[tuple[int, float]]] = {}
     waiting, deep = list(range(len(unique))), k
-    while waiting:
+    while waiting:  # searches deeper where the first hits were duplicates, until each has k or nothing is left
         hits = search(index, base[waiting], deep, [{row} for row in waiting])
         short = []
         for row, found in zip(waiting, hits):
@@ -177,12 +155,26 @@ def _neighbours(index: faiss.Index, unique: list[str], base: np.ndarray, referen
     return [[(unique[row], score) for row, score in result[place[reference]]] for reference in references]
 
 
+def approximate_neighbours(references: Sequence[str], vectors: np.ndarray, k: int, nprobe: int,
+                           lists: int | None = None, duplicates: Duplicates | None = None,
+                           ) -> tuple[list[list[tuple[str, float]]], float]:
+    """`neighbours` by an approximate index, and the measured recall of that index at k."""
+    _, base = _distinct(references, vectors)
+    index = build_approximate_index(base, nprobe, lists)
+    return neighbours(references, vectors, k, duplicates, index), recall(index, base, k)
+
+
+def _distinct(references: Sequence[str], vectors: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Every image once, with its vector: U references, (U, E)."""
+    first = {reference: row for row, reference in reversed(list(enumerate(references)))}
+    unique = list(dict.fromkeys(references))
+    return unique, np.asarray(vectors)[[first[reference] for reference in unique]]
+
+
 def _without_duplicates(query: int, found: list[tuple[int, float]], unique: list[str],
                         duplicates: Duplicates | None) -> list[tuple[int, float]]:
-    if duplicates is None:
-        return found
     kept: list[tuple[int, float]] = []
-    for row, score in found:
+    for row, score in found if duplicates else ():
         if not any(duplicates(unique[other], unique[row]) for other in (query, *(other for other, _ in kept))):
             kept.append((row, score))
-    return kept
+    return kept if duplicates else found

@@ -45,7 +45,7 @@ def peer(tmp_path_factory):
     return model, folder
 
 
-def load(folder, name: str = "model.safetensors") -> dino.Detector:
+def load(folder, name: str = "model.safetensors") -> dino.Dino:
     return dino.load_dino(folder / name, folder / "tokenizer.json", heads=4, bert_heads=2)
 
 
@@ -56,7 +56,7 @@ def edge(monkeypatch):
 
 def compare(ours, theirs, pixels, inside, ids, words, rows=slice(None), tolerance=3e-5):
     with torch.no_grad():
-        logits, boxes = ours.model(ours.model.maps(pixels), inside, ids, words)
+        logits, boxes = ours(ours.maps(pixels), inside, ids, words)
         wanted = theirs(pixel_values=pixels, pixel_mask=inside.long(), input_ids=ids, attention_mask=words.long())
     T = ids.shape[1]
     torch.testing.assert_close(logits[rows], wanted.logits[rows, :, :T], atol=tolerance, rtol=1e-4)
@@ -80,11 +80,11 @@ def test_a_batch_equals_one_at_a_time(peer):
     inside[1, 48:], inside[1, :, 64:] = False, False
     pixels[1].masked_fill_(~inside[1], 0)
     logits, boxes = compare(ours, peer[0], pixels, inside, ids, words)
-    alone, own = ours.model(ours.model.maps(pixels[:1]), inside[:1], IDS, IDS > 0)
+    alone, own = ours(ours.maps(pixels[:1]), inside[:1], IDS, IDS > 0)
     torch.testing.assert_close(logits[:1], alone, atol=3e-5, rtol=1e-4)
     torch.testing.assert_close(boxes[:1], own, atol=1e-5, rtol=1e-4)
     cut = SHORT[:, :5]
-    alone, own = ours.model(ours.model.maps(pixels[1:]), inside[1:], cut, cut > 0)
+    alone, own = ours(ours.maps(pixels[1:]), inside[1:], cut, cut > 0)
     torch.testing.assert_close(logits[1:, :, :5], alone, atol=3e-5, rtol=1e-4)
     assert (logits[1, :, 5:] == float("-inf")).all()
 
@@ -131,14 +131,14 @@ def test_the_original_file_is_read(peer):
     assert "module.bert.encoder.layer.0.attention.self.query.weight" in state
     torch.save({"model": state}, folder / "original.pth")
     one, two = load(folder), load(folder, "original.pth")
-    assert all(torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
 def test_wrong_files_are_named(peer, tmp_path):
     _, folder = peer
     with pytest.raises(BadInput, match=r"none\.pth: not found; wanted is groundingdino_swint_ogc\.pth \(0\.7 GB\)"):
         load(folder, "none.pth")
-    with pytest.raises(BadInput, match=r"not a readable tokenizer .* tokenizer\.json of"):
+    with pytest.raises(BadInput, match=r"none\.json: not a readable tokenizer"):
         dino.load_dino(folder / "model.safetensors", tmp_path / "none.json")
     state = load_file(folder / "model.safetensors")
     del state["model.decoder.layers.1.fc2.bias"]
@@ -166,7 +166,7 @@ def test_boxes_are_in_pixels_best_first(peer, monkeypatch):
     logits = torch.full((1, 4, 6), -9.0)
     logits[0, 0, 3], logits[0, 1, 3], logits[0, 2, 1], logits[0, 3, 1] = 2.0, 3.0, 1.0, -2.0  # dog at 1, cat at 3
     boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.52, 0.5], [0.5, 0.5, 0.5, 0.5], [0.1, 0.1, 0.1, 0.1]]])
-    monkeypatch.setattr(type(ours.model), "forward", lambda *_: (logits, boxes))
+    monkeypatch.setattr(type(ours), "forward", lambda *_: (logits, boxes))
     found = ours.boxes(Image.new("RGB", (200, 100)), ["dog", "cat"])
     assert [tag for tag, *_ in found] == ["cat", "dog"]
     assert found[0][1] == pytest.approx(torch.tensor(3.0).sigmoid().item())
@@ -190,7 +190,7 @@ def test_published_sizes():
 
 
 def test_bf16(peer):
-    model = load(peer[1]).model.bfloat16()
+    model = load(peer[1]).bfloat16()
     pixels, inside = torch.randn(1, 3, 64, 96).bfloat16(), torch.ones(1, 64, 96, dtype=torch.bool)
     logits, boxes = model(model.maps(pixels), inside, IDS, IDS > 0)
     assert logits.isfinite().all() and boxes.isfinite().all()

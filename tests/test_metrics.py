@@ -97,21 +97,10 @@ def test_chair_does_not_depend_on_order_and_is_additive_in_counts():
     assert 0 < whole["hallucinated"] < whole["mentions"]
 
 
-def test_chair_refuses_missing_and_unknown_objects():
-    with pytest.raises(ValueError, match="no objects given for 2 images: 1, 2"):
-        chair({"1": "a dog", "2": "a cat", "3": "x"}, {"3": []})
-    with pytest.raises(ValueError, match="missing from the synonym list: hund, katze"):
-        chair({"1": "a dog"}, {"1": ["hund", "katze", "dog"]})
-
-
-def test_synonym_file(tmp_path):
-    """80 classes; every class name is one of its own synonyms; an empty line is refused by number."""
+def test_synonym_file():
+    """80 classes; every class name is one of its own synonyms."""
     assert len(set(SYNONYMS.values())) == 80
     assert all(SYNONYMS[name] == name for name in SYNONYMS.values())
-    own = tmp_path / "own.txt"
-    own.write_text("dog, hound\n\ncat\n")
-    with pytest.raises(ValueError, match=r"own.txt, line 2: empty line"):
-        load_synonyms(own)
 
 
 def test_singular_agrees_with_pattern_on_every_word_that_can_matter():
@@ -202,13 +191,6 @@ def test_pope_joins_by_id():
     answers = {i: rng.choice(("Yes", "No", "hm")) for i in labels}
     order = rng.sample(sorted(labels), 50)
     assert pope({i: answers[i] for i in order}, labels) == pope(answers, labels)
-
-
-def test_pope_refuses_what_does_not_match():
-    with pytest.raises(ValueError, match="2 question ids without answer or without label: 2, 3"):
-        pope({"1": "yes", "2": "no"}, {"1": "yes", "3": "no"})
-    with pytest.raises(ValueError, match="1: 'Yes'"):
-        pope({"1": "yes"}, {"1": "Yes"})
 
 
 @needs_fixtures

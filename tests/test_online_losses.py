@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from data.mentions import find, load_entities, mentions, token_ends
+from data.mentions import ENTITIES, find, load_entities, mentions, token_ends
 from losses.fisao import calibrate, mention_rewards, place, verifier_scores
 from losses.ppo import adapt_kl, gae, kl_estimate, ppo_loss, token_rewards, whiten
 from losses.rloo import leave_one_out, penalised, rloo_loss
@@ -560,12 +561,12 @@ def entities():
     return load_entities()
 
 
-def spans(tokenizer, entities, text: str, **options) -> list[tuple[str, str, str]]:
+def spans(tokenizer, entities, text: str) -> list[tuple[str, str, str]]:
     """(word, entity, text of the tokens) of each mention."""
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     ids = [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id("</s>")]
     assert decode(ids) == text
-    found = mentions(ids, decode, entities, **options)
+    found = mentions(ids, decode, entities)
     return [(m.word, m.entity, decode(ids[m.start : m.stop]).strip()) for m in found]
 
 
@@ -587,10 +588,8 @@ def test_mentions_and_their_tokens(tokenizer, entities, text, expected):
 
 
 def test_repeated_mentions(tokenizer, entities):
-    """By entity, not by word: "dogs" after "dog" is a repeat."""
     text = "a dog, a cat, two dogs and a cat"
     assert [m[0] for m in spans(tokenizer, entities, text)] == ["dog", "cat", "dogs", "cat"]
-    assert [m[0] for m in spans(tokenizer, entities, text, repeats=False)] == ["dog", "cat"]
 
 
 def test_unfinished_letters_belong_to_the_token_that_finishes_them():
@@ -618,14 +617,7 @@ def test_the_committed_list(entities):
     assert {word: entities[word] for word in expected} == expected
     slips = "greaser wetback purge chuck moderate lead chairman clash shock lolly lucre soul individual grip"
     assert not {"can", *slips.split()} & set(entities)
+    assert all(word == " ".join(re.findall(r"[a-z0-9]+", word)) and entity for word, entity in entities.items())
+    assert len(entities) == len(ENTITIES.read_text().splitlines()) - 2  # none is there twice
 
 
-@pytest.mark.parametrize("line, message", [
-    ("dog", "want a lower-case word"), ("Dog\tdog", "want a lower-case word"),
-    ("cat\tcat", "was given before"),
-])  # fmt: skip
-def test_entity_list_errors(tmp_path, line, message):
-    path = tmp_path / "words.txt"
-    path.write_text(f"# words\ncat\tcat\n{line}\n")
-    with pytest.raises(ValueError, match=rf"words.txt:3: .*{message}"):
-        load_entities(path)

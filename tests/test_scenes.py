@@ -71,7 +71,6 @@ def test_leaving_out_a_class_is_the_scene_in_which_it_never_existed():
             rest = tuple(item for item in scene.objects if item.category != category)
             never = dataclasses.replace(scene, objects=rest)
             assert render(scene, (category,)).tobytes() == render(never).tobytes()
-            assert (scenes.patch_labels(scene, (category,)) == scenes.patch_labels(never)).all()
             assert scenes.objects_present(scene, (category,)) == scenes.objects_present(never)
         everything = scenes.objects_present(scene)
         assert render(scene, everything).tobytes() == render(dataclasses.replace(scene, objects=())).tobytes()
@@ -248,13 +247,11 @@ def test_bad_references_name_themselves_in_one_line(ref):
     assert repr(ref) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_classes_and_seeds_are_refused():
+def test_bad_classes_are_refused():
     with pytest.raises(ValueError, match="unicorn"):
         render(sample_scene(1), ("unicorn",))
     with pytest.raises(ValueError, match="unicorn"):
         reference(1, ("unicorn",))
-    with pytest.raises(ValueError, match="-1"):
-        sample_scene(-1)
 
 
 def test_words_agree_with_the_chair_synonyms():

@@ -154,7 +154,7 @@ def test_refusals(tmp_path, file, edit, reason):
         ("modules.json", '[{"type": 5, "path": ""}]', "modules.json: is not a list of modules"),
         ("config.json", json.dumps(RAW["bert"] | {"hidden_size": "24"}), "hidden_size='24' is not a whole number"),
         ("config.json", json.dumps(RAW["bert"] | {"num_hidden_layers": 10**6}), "num_hidden_layers=1000000 is not"),
-        ("config.json", json.dumps(RAW["bert"] | {"num_attention_heads": 5}), "no multiple of num_attention_heads=5"),
+        ("config.json", json.dumps(RAW["bert"] | {"num_attention_heads": 5}), "24 is no multiple of 5 .hidden_size, num_att"),
         ("config.json", json.dumps(RAW["bert"] | {"layer_norm_eps": "x"}), "layer_norm_eps='x' is not"),
         ("sentence_bert_config.json", '{"max_seq_length": -1}', "sentence_bert_config.json: max_seq_length=-1 is no"),
         ("tokenizer.json", "{}", "tokenizer.json: not a readable tokenizer"),

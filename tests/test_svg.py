@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from common import write_text
 from svg import (
     BOTTOM,
     LARGE,
@@ -23,7 +24,6 @@ from svg import (
     scatters,
     shares,
     ticks,
-    write,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -110,18 +110,6 @@ def test_curves():
     assert len(set(style)) == 9
 
 
-@pytest.mark.parametrize("draw, one", [(histograms, 1.0), (curves, (1.0, 1.0))])
-def test_series_without_values_are_named(draw, one):
-    bad = float("nan") if draw is histograms else (1.0, float("inf"))
-    for series in ([], [one, bad]):
-        with pytest.raises(ValueError, match="panel 'before': series 'correct' is empty or not finite"):
-            draw([Panel("before", "x", {"all": [one], "correct": series})])
-    with pytest.raises(ValueError, match="has no series"):
-        draw([Panel("before", "x", {})])
-    with pytest.raises(ValueError, match="no panel"):
-        draw([])
-
-
 @pytest.mark.parametrize("low, high, expected", [
     (0, 10, [0, 2, 4, 6, 8, 10]), (-0.5, 0.5, [-0.4, -0.2, 0, 0.2, 0.4]), (1000, 1006, [1000, 1001, 1002, 1003, 1004,
     1005, 1006]), (0.3, 0.33, [0.3, 0.305, 0.31, 0.315, 0.32, 0.325, 0.33]), (0, 60, [0, 10, 20, 30, 40, 50, 60])])
@@ -130,6 +118,6 @@ def test_ticks(low, high, expected):
 
 
 def test_a_file_appears_whole(tmp_path):
-    write(tmp_path / "new" / "a.svg", "<svg>é</svg>")
+    write_text(tmp_path / "new" / "a.svg", "<svg>é</svg>")
     assert (tmp_path / "new" / "a.svg").read_text(encoding="utf-8") == "<svg>é</svg>"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.svg"]

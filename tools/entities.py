@@ -28,7 +28,7 @@ import argparse
 import re
 from pathlib import Path
 
-from common import read_json, written_whole
+from common import read_json, write_text
 
 HOME = Path(__file__).resolve().parents[1]
 COCO = HOME / "metrics" / "chair_synonyms.txt"
@@ -134,8 +134,7 @@ def main() -> None:
     coco = [line.partition(",")[0].strip() for line in COCO.read_text(encoding="utf-8").splitlines()]
     table = expand(categories(read_json(args.lvis, list), coco, senses, members), irregular)
     lines = "".join(f"{word}\t{entity}\n" for word, entity in table.items())
-    with written_whole(args.out) as temporary:
-        temporary.write_text(HEADER + lines, encoding="utf-8")
+    write_text(args.out, HEADER + lines)
     print(f"{args.out}: {len(table)} words of {len(set(table.values()))} entities")
 
 

@@ -58,9 +58,7 @@ def convert(trained: Path, tower: Path, vicuna: Path, vocabulary: Path, out: Pat
     tensors = gather(found, config, trained.parent)
     out.mkdir(parents=True, exist_ok=True)
     copy_companions(vicuna, out, vicuna)
-    copy = out / READER[1]
-    copy.parent.mkdir(exist_ok=True)
-    with written_whole(copy) as temporary:
+    with written_whole(out / READER[1]) as temporary:
         shutil.copyfile(vocabulary, temporary)
     save_shards(tensors, out)
     save_json(hf_config(config) | {"image_token_index": None}, out / "config.json")

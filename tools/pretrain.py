@@ -24,6 +24,7 @@ The weights in model/tiny were trained with a cosine that began at step 0; here 
 import argparse
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ from tqdm import tqdm
 from common import read_json
 from data import scenes
 from data.processor import ClipProcessor, Processor
-from model.checkpoint import load_clip, load_llava, save_json
+from model.checkpoint import DEFAULT_MODEL, load_clip, load_llava
 from model.clip import CLIP
 from model.config import clip_config
 from model.families import TEMPLATES
@@ -48,9 +49,8 @@ from model.llava import Llava
 from model.logprobs import Scorer, Sequence, pack
 from model.tensors import save_tensors
 from model.training import learning_rate, ranks, set_learning_rate, start_processes
-from model.views import Preprocessing, preprocess
+from model.views import preprocess
 
-SIDE, PATCH, TEXT_LIMIT = 96, 12, 96
 # "</s>" is not 2: in a CLIP config, eos_token_id = 2 signals an old bug that pools at the largest id instead.
 SPECIAL = ("<unk>", "<s>", "<pad>", "</s>", "<image>")
 
@@ -59,7 +59,8 @@ SPECIAL = ("<unk>", "<s>", "<pad>", "</s>", "<image>")
 
 
 def train_tokenizer(out: Path) -> None:
-    """Byte-fallback BPE as in LLaMA, small enough that every word of the world becomes one token."""
+    """Byte-fallback BPE as in LLaMA, small enough that every word of the world becomes one token; and next to it the
+    configurations of the two models."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex("\n"), "isolated"),
@@ -76,9 +77,11 @@ def train_tokenizer(out: Path) -> None:
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in SPECIAL]
     tokenizer = Tokenizer.from_str(json.dumps(spec))
-    for folder in (out, out / "clip"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(folder / "tokenizer.json"))
+    for folder in (Path(), Path("clip")):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(out / folder / "tokenizer.json"))
+        for name in ("config.json", "preprocessor_config.json"):  # which have the size of this vocabulary
+            shutil.copyfile(DEFAULT_MODEL / folder / name, out / folder / name)
 
 
 def _corpus():
@@ -101,37 +104,6 @@ def _corpus():
 def phrase(category: str) -> str:
     """The text that represents a class in the sigmoid loss."""
     return f"a photo of {'an' if category[0] in 'aeiou' else 'a'} {category}"
-
-
-# ---------------------------------------------------------------------------------------------------- configs
-
-
-def write_configs(out: Path, vocabulary: int) -> None:
-    """config.json and preprocessor_config.json of both folders, in the fields that `transformers` reads."""
-    special = dict(bos_token_id=1, eos_token_id=SPECIAL.index("</s>"), pad_token_id=SPECIAL.index("<pad>"))
-    vision = dict(model_type="clip_vision_model", hidden_size=128, intermediate_size=512, num_hidden_layers=5,
-                  num_attention_heads=4, image_size=SIDE, patch_size=PATCH, hidden_act="quick_gelu",
-                  layer_norm_eps=1e-5, projection_dim=128)
-    clip_text = dict(model_type="clip_text_model", vocab_size=vocabulary, hidden_size=128, intermediate_size=512,
-                     num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TEXT_LIMIT,
-                     hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=128, **special)
-    llama = dict(model_type="llama", vocab_size=vocabulary, hidden_size=160, intermediate_size=432,
-                 num_hidden_layers=4, num_attention_heads=5, num_key_value_heads=5, head_dim=32,
-                 rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=1024, tie_word_embeddings=False,
-                 hidden_act="silu", **special)
-    llava = dict(model_type="llava", architectures=["LlavaForConditionalGeneration"], vision_config=vision,
-                 text_config=llama, image_token_index=SPECIAL.index("<image>"), projector_hidden_act="gelu",
-                 vision_feature_layer=-2, vision_feature_select_strategy="default",
-                 image_seq_length=(SIDE // PATCH) ** 2)
-    clip = dict(model_type="clip", architectures=["CLIPModel"], vision_config=vision, text_config=clip_text,
-                projection_dim=128, logit_scale_init_value=2.6592)
-    look = Preprocessing(SIDE)
-    images = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=SIDE), do_resize=True,
-                  crop_size=dict(height=SIDE, width=SIDE), do_center_crop=True, do_normalize=True,
-                  do_rescale=True, do_convert_rgb=True, resample=3, image_mean=look.mean, image_std=look.std)
-    for folder, config in ((out, llava), (out / "clip", clip)):
-        save_json(config, folder / "config.json")
-        save_json(images, folder / "preprocessor_config.json")
 
 
 # ------------------------------------------------------------------------------------------------------- CLIP
@@ -360,7 +332,6 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.stage == "tokenizer":
         train_tokenizer(args.out)
-        write_configs(args.out, Tokenizer.from_file(str(args.out / "tokenizer.json")).get_vocab_size())
     elif args.stage == "clip":
         train_clip(args.out, args.steps or 1200, args.batch_size or 32, args.seed)
     else:

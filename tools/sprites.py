@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import written_whole
+from common import write_text, written_whole
 
 SIZES = (12, 24, 36)                                        # pixels: one, two, three cells of the grid
 COLUMNS = 16
@@ -66,7 +66,7 @@ def tile(image: Image.Image, size: int) -> Image.Image:
 
 
 def open_sprite(folder: Path, category: str, package: str, code: str) -> Image.Image:
-    """The picture of one object in RGBA. Raises ValueError when its file is missing."""
+    """The image of one object in RGBA. Raises ValueError when its file is missing."""
     path = source(folder, package, code)
     if not path.exists():
         raise ValueError(f"{category}: no image {path}")
@@ -87,8 +87,7 @@ def build(folder: Path, out: Path) -> None:
         with written_whole(out / f"atlas_{size}.png") as temporary:
             atlas.save(temporary, format="PNG", optimize=True)
     lines = ",\n  ".join(json.dumps(row) for row in index)
-    with written_whole(out / "index.json") as temporary:
-        temporary.write_text(f'{{"columns": {COLUMNS}, "tiles": [\n  {lines}\n]}}\n')
+    write_text(out / "index.json", f'{{"columns": {COLUMNS}, "tiles": [\n  {lines}\n]}}\n')
 
 
 if __name__ == "__main__":
