@@ -30,8 +30,8 @@ the question, the row is a bad one, as is a row without an image. All bad rows a
 `file:row: reason`, rows counted from 1 (in JSONL: lines). Ids that a foreign file repeats get a number appended.
 
 TRL's columns are those of its vision DPO (`images`, conversational `prompt`, `chosen`, `rejected`). What it
-has no column for (`id`, `rejected_images`) is written as an extra one, and read back; `source` is not
-written.
+has no column for (`id`, `rejected_images`, `rejected_image_response`) is written as an extra one, and read back;
+`source` is not written.
 """
 
 import argparse
@@ -306,7 +306,8 @@ def _trl(row: dict, image_of: Images) -> dict:
     other = row.get("rejected_images")
     return {"id": row.get("id", row.get("idx")), "image": image_of(row.get("images") or row.get("image")),
             "prompt": question, "chosen": chosen, "rejected": rejected,
-            "rejected_image": image_of(other) if other else None, "source": {"format": "trl"}}
+            "rejected_image": image_of(other) if other else None,
+            "rejected_image_response": row.get("rejected_image_response"), "source": {"format": "trl"}}
 
 
 class Format(NamedTuple):
@@ -415,8 +416,11 @@ def _trl_row(record: dict, image_of: Callable[[str], object]) -> dict:
     row = {"id": record["id"], "images": [image_of(record["image"])],
            "prompt": said("user", {"type": "image"}, text("prompt")),
            "chosen": said("assistant", text("chosen")), "rejected": said("assistant", text("rejected"))}
-    other = record.get("rejected_image")
-    return {**row, "rejected_images": [image_of(other)]} if other else row
+    if other := record.get("rejected_image"):
+        row["rejected_images"] = [image_of(other)]
+    if response := record.get("rejected_image_response"):
+        row["rejected_image_response"] = response
+    return row
 
 
 def _absolute(reference: str, root: Path) -> str:
@@ -445,10 +449,12 @@ def _write_parquet(path: Path, records: list[dict], root: Path, group: int = 64)
     types = {"id": pa.string(), "images": image, "prompt": said, "chosen": said, "rejected": said}
     if any(record.get("rejected_image") for record in records):
         types["rejected_images"] = image
+    if any(record.get("rejected_image_response") for record in records):
+        types["rejected_image_response"] = pa.string()
     text = {"dtype": "string", "_type": "Value"}
     talk = [{"role": text, "content": [{"type": text, "text": text}]}]
     images = {"feature": {"_type": "Image"}, "_type": "Sequence"}
-    features = {key: images if kind is image else text if key == "id" else talk
+    features = {key: images if kind is image else text if kind == pa.string() else talk
                 for key, kind in types.items()}
     note = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(list(types.items()), metadata=note)

@@ -70,6 +70,8 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
     records = scene_records(scene_seeds) if records is None else records
     if not records:
         raise BadInput("there are no images to make pairs of")
+    # Every method replaces the rejected image, so that a response to the given one would be about another.
+    records = [{key: value for key, value in record.items() if key != "rejected_image_response"} for record in records]
     settings = {name: more.pop(name) for name in Setting._fields if name in more}
     functions, options = chain(method, records), complete_options(method, more)
     own = options_of(*with_tools(*functions))

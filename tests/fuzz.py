@@ -139,6 +139,7 @@ def chat(answer: str) -> list[dict]:
 
 ROWS = {
     "plumbline": {"id": "a", "image": "one.png", "prompt": Q, "chosen": A, "rejected": B, "rejected_image": "two.png",
+                  "rejected_image_response": "A cup.",
                   "source": {"method": "hand", "scores": [1, 2.5], "candidates": [{"image": "two.png"}]}},
     "images": {"id": "a", "image": "one.png", "prompt": Q},
     "llava": {"id": "a", "image": "one.png", "conversations": talk(A)},

@@ -188,7 +188,7 @@ def test_parquet_without_pyarrow(folder, monkeypatch):
 
 
 PAIRS = [{"id": "a", "image": "one.png", "prompt": Q, "chosen": A, "rejected": B,
-          "rejected_image": "two.png"},
+          "rejected_image": "two.png", "rejected_image_response": "A cup."},
          {"id": "b", "image": "scene:3", "prompt": Q, "chosen": B, "rejected": A}]
 
 
@@ -197,14 +197,15 @@ def test_trl_columns_come_back(folder):
     write(folder / "t.parquet", PAIRS, "trl")
     records = load(folder / "t.parquet").records
     for record, pair in zip(records, PAIRS, strict=True):
-        assert {key: record[key] for key in ("id", "prompt", "chosen", "rejected")} == \
-            {key: pair[key] for key in ("id", "prompt", "chosen", "rejected")}
+        kept = {key: record.get(key) for key in ("id", "prompt", "chosen", "rejected", "rejected_image_response")}
+        assert kept == {key: pair.get(key) for key in kept}
     assert (folder / records[0]["rejected_image"]).read_bytes() == (folder / "two.png").read_bytes()
     assert Image.open(folder / records[1]["image"]).size == (96, 96) and "rejected_image" not in records[1]
 
     write(folder / "t.jsonl", PAIRS[:1], "trl")
     (record,) = load(folder / "t.jsonl").records
     assert record["image"] == str(folder / "one.png") and record["rejected_image"] == str(folder / "two.png")
+    assert record["rejected_image_response"] == "A cup."
     with pytest.raises(ValueError, match="scene:3: a drawn image has no file"):
         write(folder / "t.jsonl", PAIRS, "trl")
     with pytest.raises(ValueError, match="cannot write format 'povid'"):
@@ -285,7 +286,7 @@ def test_pairs_serve_as_prompts(folder, name):
     (record,) = load(path, answers=False).records
     assert record == {"id": record["id"], "image": "one.png", "prompt": Q}
     for row in ({"images": ["one.png"], "messages": chat(Q, "")[:1]}, {"images": ["one.png"], "prompt": Q},
-                {"image": "one.png", "question": Q}):
+                {"image": "one.png", "question": Q}, PAIRS[0]):
         (record,) = load(save(folder / "d.json", row), answers=False).records
         assert (record["image"], record["prompt"]) == ("one.png", Q)
     with pytest.raises(ValueError, match="unknown key 'promt'"):

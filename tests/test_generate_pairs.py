@@ -103,6 +103,7 @@ def test_given_texts_stay(models, tmp_path):
     """adavip, povid and mdpo keep both texts and load no model, symmpo keeps both; realign, bdhs and corrupt keep
     `chosen`."""
     given, _ = make("rank", models, tmp_path)
+    given = [{**pair, "rejected_image": "scene:1", "rejected_image_response": "A cup."} for pair in given]
     for method in METHODS.keys() - {"rank"}:
         own = "model" in loads(method, given)
         some = models if own else (None, None, *models[2:])
@@ -110,6 +111,7 @@ def test_given_texts_stay(models, tmp_path):
         texts = {pair["id"]: pair for pair in given}
         assert own == (method in ("realign", "symmpo", "bdhs"))
         assert pairs and all(pair["chosen"] == texts[pair["id"]]["chosen"] for pair in pairs)
+        assert all("A cup." != pair.get("rejected_image_response") for pair in pairs)  # it was about scene 1
         kept = [pair["rejected"] == texts[pair["id"]]["rejected"] for pair in pairs]
         assert all(kept) if method in ("adavip", "symmpo", "povid", "mdpo") else not any(kept)
         assert all(pair["source"]["text"]["method"] == "rank" for pair in pairs)
