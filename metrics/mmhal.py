@@ -18,8 +18,8 @@ Rule of the released script: a reply in lower case is searched for "rating: 0" t
 them occurs, the answer gets 0, which is a hallucination; such replies are counted as `unparsed`. (The script takes the
 type from the place in the file, whose questions follow in the order of TYPES; here it is the file's `question_type`.)
 
-Official files: the answer template, JSON, whose `model_answer` an answers file fills in, and the images, named by
-`image_id` or as in `image_src`. Reviews: a JSON list of completions or of texts, in the order of the questions.
+Answers fill in the template's `model_answer`; images are named by `image_id` or as in `image_src`. Reviews: a JSON list
+of completions or of texts, in the order of the questions.
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,10 +11,8 @@ arXiv:2308.02490. With a grade s(i) in [0, 1] for each of the 218 answers:
 | i      | rows[i]["capabilities"] | list of rec, ocr, know, gen, spat, math                                  |
 | s(i)   | replies[run][id]        | str, the judge's reply; its first word is the grade                      |
 
-Several runs of the judge give the mean of each score and the deviation; the paper has five.
-
-Official files: mm-vet.json and its images. Answers: {"v1_0": text, ...} as JSON, or JSONL with an id and a text.
-Grades: {"v1_0": {"model": [..], "content": [..], "score": [..]}}, one entry a run.
+The paper has five runs of the judge. Answers: {"v1_0": text, ...} as JSON, or JSONL with an id and a text. Grades:
+{"v1_0": {"model": [..], "content": [..], "score": [..]}}, one entry a run.
 
 Departures
 - The judge is asked once. The released script asks up to five times, with rising temperature, until the reply is a

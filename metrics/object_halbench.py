@@ -25,9 +25,8 @@ CHAIR's and all of two words in the synonym list, which is CHAIR's but for `refi
 coffee tables", two-word names count if there are any ("coffee table"), else the runs of nouns, each as one name: "fire
 truck" is not in the list and no mention of a truck.
 
-Official files: obj_halbench_300_with_image.jsonl (`image_id`, `question`) and COCO's annotations of 2014. In place of
-the latter, objects.json ({image id: [classes]}) holds what they say. The images are those of COCO, found by number.
-Reviews: the script's hall_*.json, or JSONL of image_id and extract_objs.
+In place of COCO's annotations, objects.json ({image id: [classes]}) holds what they say. The images are those of COCO,
+found by number. Reviews: the script's hall_*.json, or JSONL of image_id and extract_objs.
 
 Departures, all reconstructed
 - Nouns: spaCy's en_core_web_trf is replaced by a list, OTHER, of words that are not nouns and end a run.

@@ -13,7 +13,7 @@ arXiv:2305.10355. "yes" is the positive class:
 
 An answer is read by the released rule (`read_answer`): whatever is not recognised as "no" counts as "yes".
 That is kept, but answers that are "yes" only because they contain no "no" are counted as `other`. A ratio with
-nothing to divide by is 0.0 (the released code fails). Answers are joined with labels by id, never by order.
+nothing to divide by is 0.0 (the released code fails).
 The one figure usually printed is the mean F1 of the splits random, popular and adversarial (`mean_of`).
 
 Questions are one of
@@ -23,9 +23,7 @@ Questions are one of
                    removed        the questions whose answer is "yes", after the object was taken out of the image:
                                   every label is "no", so the share of "yes" (yes_ratio) should be near 0
     label files    of --annotations, or the three official ones of --data, each a split. A file's split is random,
-                   popular or adversarial if its name says so, else its stem; with several files ids are SPLIT-ID.
-                   LLaVA's figures have 2,910 random questions, today's official file 3,000: the file decides, and
-                   the result counts them
+                   popular or adversarial if its name says so, else its stem; with several files ids are SPLIT-ID
 
 Options
     annotations  POPE's label files (JSONL of question_id, image, text, label)

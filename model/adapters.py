@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from common import BadInput, read_json
+from model.config import refuse
 from model.families import family_of, find_family
 from model.hub import resolve
 from model.layouts import by_name, config_folder, copy_companions, unwrapped
@@ -85,10 +86,8 @@ def read_adapter_config(path: Path, connector: str) -> tuple[int, float]:
     Args:
         connector: the module that may have trained without adapters.
     """
-    raw = read_json(path)
-    for key, allowed in {**PLAIN, "modules_to_save": (None, [], [connector], [f"model.{connector}"])}.items():
-        if raw.get(key) is not None and raw[key] not in allowed:
-            raise BadInput(f"{path}: {key}={raw[key]!r} is not supported (supported: {list(allowed)})")
+    raw = {key: value for key, value in read_json(path).items() if value is not None}
+    refuse(raw, str(path), **PLAIN, modules_to_save=([], [connector], [f"model.{connector}"]))
     if (initial := raw.get("init_lora_weights")) is not None and initial not in KEEPS_BASE:
         raise BadInput(f"{path}: init_lora_weights={initial!r} is not supported (supported: {list(KEEPS_BASE)}):"
                        " it may have changed the base weights. Merge the adapters, or have PEFT convert them:"

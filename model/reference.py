@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from common import BadInput, written_whole
 from model.families import family_of
 from model.hub import resolve
-from model.tensors import save_file
+from model.tensors import opened, save_file
 from model.training import gather_all
 
 BLOCK = 2**16  # bytes of a file that are read at a time
@@ -103,12 +102,9 @@ def write(path: Path, rows: dict[str, Tensor], key: str, rank: int = 0, world: i
 
 def read(path: Path, key: str) -> dict[str, Tensor]:
     """All rows. Raises BadInput when the file belongs to another model, data, template or image handling."""
-    try:
-        with safe_open(path, "pt") as file:
-            kept = (file.metadata() or {}).get("fingerprint")
-            rows = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: not a readable safetensors file ({error})") from None
+    with opened(path) as file:
+        kept = (file.metadata() or {}).get("fingerprint")
+        rows = {name: file.get_tensor(name) for name in file.keys()}
     if kept != key:
         raise BadInput(f"{path}: the log-probs in it are of another model, data, template, precision or image"
                        " handling; name another file or delete it")

@@ -87,12 +87,17 @@ def in_host_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def write_checkpoint(out: Path, content: dict, keep: int) -> None:
     """Write checkpoint-STEP.pt, whole or not at all, and then delete all but the newest `keep`. BadInput where the
     disk is full or cannot be written; the checkpoints that are there then stay."""
-    with written_whole(out / f"checkpoint-{content['step']}.pt") as temporary, temporary.open("wb") as file:
+    write_archive(out / f"checkpoint-{content['step']}.pt", content)
+    keep_newest(out, keep)
+
+
+def write_archive(path: Path, content: dict) -> None:
+    """torch.save, whole or not at all. Raises BadInput as `written_whole`."""
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # its zip writer hides what the file said
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-    keep_newest(out, keep)
 
 
 def keep_newest(out: Path, count: int) -> None:

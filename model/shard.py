@@ -42,9 +42,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common import BadInput, written_whole
+from common import BadInput
 from model import lora
-from model.resume import forget, keep_newest, load_whole, read_archive
+from model.resume import forget, keep_newest, load_whole, read_archive, write_archive
 from model.training import Policy, gather_all, ranks
 from model.vlm import VLM
 
@@ -193,11 +193,12 @@ class ShardedPolicy(Policy):
             trained = {name: _mine(p.detach()) for name, p in self.trained.items()}
             moments = {i: {name: _mine(value) for name, value in state.items()}
                        for i, state in self.optimizer.state_dict()["state"].items()}
-            _write(here / _part(rank, parts), {"trained": trained, "moments": moments})
+            write_archive(here / _part(rank, parts), {"trained": trained, "moments": moments})
         dist.barrier()
         if rank == 0:
             groups = self.optimizer.state_dict()["param_groups"]
-            _write(here / STATE, {**content, "trained": {}, "optimizer": {"param_groups": groups}, "parts": parts})
+            state = {**content, "trained": {}, "optimizer": {"param_groups": groups}, "parts": parts}
+            write_archive(here / STATE, state)
             done = out / f"checkpoint-{content['step']}"
             forget(done)  # a damaged one of an earlier attempt
             os.replace(here, done)
@@ -278,8 +279,3 @@ def _part(i: int, parts: int) -> str:
 
 def _mine(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _write(path: Path, content: dict) -> None:
-    with written_whole(path) as temporary:
-        torch.save(content, temporary)

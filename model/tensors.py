@@ -109,7 +109,7 @@ def _complete(shards: list[Path]) -> None:
 def list_file(file: Path) -> list[Stored]:
     """The tensors of one file. Raises BadInput when it is truncated or of another format."""
     if file.suffix == ".safetensors":
-        with _safetensors(file) as shard:
+        with opened(file) as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}
             return [Stored(file, n, tuple(s.get_shape()), FLOATS.get(s.get_dtype()), s.get_dtype())
                     for n, s in slices.items()]
@@ -134,7 +134,7 @@ def read(tensors: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
                 yield tensor, _part(state[tensor.name], tensor)
                 continue
             # Opened again for each, so that a mapping lives no longer than the tensors that need it.
-            with _safetensors(file) as shard:
+            with opened(file) as shard:
                 value = shard.get_tensor(tensor.name)
             yield tensor, _part(value, tensor)
 
@@ -159,7 +159,8 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _safetensors(file: Path):
+def opened(file: Path) -> Iterator:
+    """A safetensors file. Raises BadInput naming one that cannot be read."""
     try:
         with safe_open(file, "pt") as shard:
             yield shard
@@ -171,8 +172,8 @@ def _pickled(file: Path) -> dict[str, Tensor]:
     """State dict of a torch file, or what it holds under "state_dict" or "model"; memory-mapped, but for files of
     torch before 1.6, which are no zip archives."""
     try:
-        with file.open("rb") as opened:
-            mappable = opened.read(4) == b"PK\x03\x04"
+        with file.open("rb") as archive:
+            mappable = archive.read(4) == b"PK\x03\x04"
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # torch raises many kinds: RuntimeError, UnpicklingError, EOFError, KeyError
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines() or [type(error).__name__]
