@@ -82,7 +82,10 @@ def read_records(path: Path, recipe: Recipe) -> Data:
     hints = {"rejected": f"{command} --data {path} makes pairs",
              "rejected_image": f"{command} --data {path} adds one"}
     needs = fields_of(recipe.sequences) - {"generated"} if recipe.pairs else ()
-    return load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
+    data = load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
+    if recipe.samples and any(record.get("context") is not None for record in data.records):
+        raise BadInput(f"{path}: its answers continue a 'context', a loss that samples writes whole ones")
+    return data
 
 
 def check_texts(args: argparse.Namespace, recipe: Recipe, processor: Processor, data: Data, path: Path, rank: int,

@@ -28,6 +28,7 @@ from pairs.progress import in_chunks, readable
 from pairs.rank import rank_pairs
 from pairs.realign import realign_pairs
 from pairs.report import report_on
+from pairs.sentinel import sentinel_pairs
 from pairs.texts import chosen_responses
 from pairs.tools import Setting, Tools, check_options, with_tools
 
@@ -39,6 +40,7 @@ METHODS = {
     "povid": [chosen_responses, corrupt_pairs, noise_pairs],
     "mdpo": [rank_pairs, crop_pairs],
     "corrupt": [chosen_responses, corrupt_pairs],
+    "sentinel": [sentinel_pairs],
 }
 FIELD = {"records": None, "answered": "chosen", "pairs": "rejected"}  # what tells a function's records from others
 
@@ -68,6 +70,8 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
     records = scene_records(scene_seeds) if records is None else records
     if not records:
         raise BadInput("there are no images to make pairs of")
+    if any(record.get("context") is not None for record in records):
+        raise BadInput(f"{method} makes pairs of whole responses: these records give only what follows a 'context'")
     settings = {name: more.pop(name) for name in Setting._fields if name in more}
     functions, options = chain(method, records), complete_options(method, more)
     if options.get("author", "policy") != "policy" and "author" not in options_of(*with_tools(*functions)):
