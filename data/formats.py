@@ -54,7 +54,7 @@ from PIL import Image, UnidentifiedImageError
 
 from common import BadInput, parse_json, written_whole
 from data.images import open_image
-from data.records import Row, brief, collect, continued, json_rows, relocate, without_mark, write_jsonl
+from data.records import Row, brief, collect, continued, have_context, json_rows, relocate, without_mark, write_jsonl
 
 QUESTION, ANSWER = ("human", "user"), ("gpt", "assistant")
 ANSWERS = ("context", "chosen", "rejected", "rejected_image", "source")
@@ -358,7 +358,6 @@ class Format(NamedTuple):
 
 
 FORMATS = {  # the first that fits is taken
-    "sentinel": Format(lambda row: {"y_win", "y_lose"} <= row.keys(), _sentinel),
     "povid": Format(lambda row: "rejected_conversations" in row, _povid),
     "llama-factory": Format(lambda row: "instruction" in row or (
         "chosen" in row and not {"conversations", "messages"}.isdisjoint(row)), _llama_factory),
@@ -367,6 +366,7 @@ FORMATS = {  # the first that fits is taken
     "realign": Format(lambda row: "retrieved_image" in row, _realign),
     "trl": Format(lambda row: {"images", "prompt"} <= row.keys() or isinstance(row.get("prompt"), list)
                   or isinstance(row.get("chosen"), list), _trl),
+    "sentinel": Format(lambda row: {"y_win", "y_lose"} <= row.keys(), _sentinel),
     "rlaif-v": Format(lambda row: "question" in row, _rlaif_v),
     "rlhf-v": Format(lambda row: "text" in row and bool({"image", "image_path"} & row.keys()), _rlhf_v),
     "plumbline": Format(lambda row: {"image", "prompt"} <= row.keys(), _plumbline),
@@ -492,7 +492,7 @@ def _write_parquet(path: Path, records: list[dict], root: Path, group: int = 64)
     types = {"id": pa.string(), "images": image, "prompt": said, "chosen": said, "rejected": said}
     if any(record.get("rejected_image") for record in records):
         types["rejected_images"] = image
-    if any(record.get("context") is not None for record in records):
+    if have_context(records):
         types["context"] = pa.string()
     text = {"dtype": "string", "_type": "Value"}
     talk = [{"role": text, "content": [{"type": text, "text": text}]}]

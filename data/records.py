@@ -89,6 +89,11 @@ def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
     return records
 
 
+def have_context(records: Iterable[dict]) -> bool:
+    """Whether any record has a context, be it empty."""
+    return any(record.get("context") is not None for record in records)
+
+
 def continued(context: str, text: str) -> str:
     """A context and what continues it, with a blank between them unless there is other white space."""
     context = context.rstrip(" ")

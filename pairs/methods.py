@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common import BadInput, arguments_of, options_of
 from data import scenes
+from data.records import have_context
 from pairs.adavip import adavip_pairs
 from pairs.bdhs import bdhs_pairs
 from pairs.corrupt import corrupt_pairs
@@ -70,10 +71,10 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
     records = scene_records(scene_seeds) if records is None else records
     if not records:
         raise BadInput("there are no images to make pairs of")
-    if any(record.get("context") is not None for record in records):
-        raise BadInput(f"{method} makes pairs of whole responses: these records give only what follows a 'context'")
     settings = {name: more.pop(name) for name in Setting._fields if name in more}
     functions, options = chain(method, records), complete_options(method, more)
+    if FIELD[arguments_of(functions[0])[0]] != "rejected" and have_context(records):
+        raise BadInput(f"{method} writes whole responses: those of these records continue a 'context'")
     if options.get("author", "policy") != "policy" and "author" not in options_of(*with_tools(*functions)):
         raise BadInput("--author writes chosen responses that are not given; these records bring theirs")
     setting = Setting(records, **settings, checks=checks(functions, options))
