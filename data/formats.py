@@ -164,7 +164,7 @@ def _by_image(rows: Iterable[Row], root: Path) -> Iterator[Row]:
 def _visual_genome(image: str, root: Path) -> str:
     """Path of an image of Visual Genome, which comes in two folders."""
     paths = [f"{folder}/{image}.jpg" for folder in ("VG_100K", "VG_100K_2")]
-    return next((path for path in paths if (root / path).exists()), paths[0])
+    return next((path for path in paths if os.path.exists(root / path)), paths[0])  # False for what is no path
 
 
 def _parquet_rows(path: Path, batch: int = 64) -> Iterator[Row]:

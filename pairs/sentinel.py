@@ -7,8 +7,8 @@ one begins. A response grows sentence by sentence; c is what there is of it, at 
     1. sample      y_1 .. y_n ~ pi(. | image, x, c), one sentence each
     2. check       objects(y_i) against those that the image shows: faithful, if it names some and shows all of them;
                    hallucinated, if it names one that is not shown
-    3. pair        the k-th faithful with the k-th hallucinated sentence: (c, y_w, y_l), as many as there are. Faithful
-                   ones that name an object of c (context-coherent) are taken first, or alone
+    3. pair        the k-th faithful sentence that names an object of c, too (context-coherent), with the k-th
+                   hallucinated one: (c, y_w, y_l), as many as there are of both
     4. go on       c <- c y_j of a faithful sentence, rather one whose objects are all new; if there is none, one that
                    names nothing; until most samples end the response
 
@@ -20,7 +20,7 @@ end token is scored after a sentence.
     objects   shown            record -> classes of CHAIR's list that its image shows
     n         samples          sentences sampled at a time
               temperature      of the sampling
-              coherent         y_w only of sentences that name an object of the context, as in the released code
+              new_objects      y_w of all faithful sentences, also of those whose objects are all new
               max_sentences    reconstructed: of a response; the released code has no limit
               max_new_tokens   of a sentence
               seed             with a record's id it decides all that is drawn for it, whatever the order
@@ -33,8 +33,7 @@ Departures from it
   Here what an image shows is known (scenes), or what one detector finds (--judge chair), and mentions are CHAIR's.
 - It ends a response when more than half of the samples are empty or repeated; here, when more than half are empty.
 - Where all samples hallucinate it continues one of them, here the response ends: c stays true.
-- `coherent` is its rule. It fits long descriptions, which come back to their objects; captions of scenes name each
-  object once, so without it is the default.
+- `new_objects` is not in it: there a first sentence, whose objects are all new, is never paired.
 - What ends a sentence is in data/sentences.py, there any of . ! ?
 """
 
@@ -59,7 +58,7 @@ Next = Callable[[list[int], list[str], int], list[list[str | None]]]
 
 def sentinel_pairs(records: list[dict], model: Llava, processor: Processor, shown: Callable[[dict], set[str]],
                    root: Path | None = None, source: dict | None = None, *, samples: int = 10,
-                   temperature: float = 0.7, coherent: bool = False, max_sentences: int = 10,
+                   temperature: float = 0.7, new_objects: bool = False, max_sentences: int = 10,
                    max_new_tokens: int = 96, seed: int = 0) -> tuple[list[dict], Counter]:
     """Pairs of sentences after a context, several of an image."""
     training = model.training
@@ -67,7 +66,8 @@ def sentinel_pairs(records: list[dict], model: Llava, processor: Processor, show
     sample = sampler(records, model, processor, root, samples=samples, temperature=temperature,
                      max_new_tokens=max_new_tokens, seed=seed)
     origin = {**(source or {}), "seed": seed, "temperature": temperature}
-    found = bootstrap(records, sample, shown, coherent=coherent, max_sentences=max_sentences, seed=seed, source=origin)
+    found = bootstrap(records, sample, shown, new_objects=new_objects, max_sentences=max_sentences, seed=seed,
+                      source=origin)
     model.train(training)
     return found
 
@@ -97,7 +97,7 @@ def sampler(records: list[dict], model: Llava, processor: Processor, root: Path 
     return sample
 
 
-def bootstrap(records: list[dict], sample: Next, shown: Callable[[dict], set[str]], *, coherent: bool = False,
+def bootstrap(records: list[dict], sample: Next, shown: Callable[[dict], set[str]], *, new_objects: bool = False,
               max_sentences: int = 10, seed: int = 0, source: dict | None = None) -> tuple[list[dict], Counter]:
     """Steps 2 to 4, and the loop around them."""
     seen = [shown(record) for record in records]
@@ -109,7 +109,7 @@ def bootstrap(records: list[dict], sample: Next, shown: Callable[[dict], set[str
             sentences = [text for text in dict.fromkeys(texts) if text]
             objects = {text: objects_of(text) for text in sentences}
             familiar = objects_of(contexts[row])
-            for pair in pairs_of(objects, familiar, seen[row], coherent):
+            for pair in pairs_of(objects, familiar, seen[row], new_objects):
                 made[row].append(_pair(records[row], len(made[row]) + 1, contexts[row], *pair, source or {}))
             best = to_continue(objects, familiar, seen[row])
             if not best or texts.count("") > len(texts) / 2:
@@ -127,12 +127,11 @@ def objects_of(text: str) -> set[str]:
 
 
 def pairs_of(objects: dict[str, set[str]], familiar: set[str], shown: set[str],
-             coherent: bool) -> list[tuple[str, str]]:
+             new_objects: bool = False) -> list[tuple[str, str]]:
     """Step 3: (y_w, y_l) of sentences with their objects; `familiar` are those of the context."""
-    faithful = [text for text, said in objects.items() if said and said <= shown]
-    faithful.sort(key=lambda text: not objects[text] & familiar)  # context-coherent ones first
-    winners = [text for text in faithful if objects[text] & familiar] if coherent else faithful
-    return list(zip(winners, (text for text, said in objects.items() if said - shown)))
+    faithful = [text for text, said in objects.items()
+                if said and said <= shown and (new_objects or said & familiar)]
+    return list(zip(faithful, (text for text, said in objects.items() if said - shown)))
 
 
 def to_continue(objects: dict[str, set[str]], familiar: set[str], shown: set[str]) -> list[str]:

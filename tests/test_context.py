@@ -76,14 +76,15 @@ def by_hand(model, processor, record: dict, image: str, field: str) -> torch.Ten
 
 def test_neither_the_context_nor_the_end_is_scored(tiny, processor):
     """Packed, next to a record without a context: each as alone, of full logits; also under another image."""
-    batch = collate([RECORD, {**WHOLE, "id": "b"}], rdpo.SEQUENCES, processor)
+    batch = collate([RECORD, {**WHOLE, "id": "b"}, {**WHOLE, "id": "c", "context": ""}], rdpo.SEQUENCES, processor)
     with torch.no_grad():
         logps, mask, *_ = Scorer(tiny)(batch.packed, tiny.seen(batch.pixels))
     assert list(batch.responses) == list(rdpo.SEQUENCES)
     for i, (name, how) in enumerate(rdpo.SEQUENCES.items()):
         expected = by_hand(tiny, processor, RECORD, how["image"], how["response"])
-        torch.testing.assert_close(logps[2 * i][mask[2 * i]], expected, rtol=0, atol=1e-4)
-        assert processor.eos_id not in batch.responses[name][0] and batch.responses[name][1][-1] == processor.eos_id
+        torch.testing.assert_close(logps[3 * i][mask[3 * i]], expected, rtol=0, atol=1e-4)
+        continued, whole, first = batch.responses[name]
+        assert processor.eos_id not in continued and whole == (*first, processor.eos_id)
 
 
 def test_the_context_is_computed_once(processor):

@@ -19,16 +19,17 @@ def said(*texts: str) -> dict[str, set[str]]:
     return {text: objects_of(text) for text in texts}
 
 
-@pytest.mark.parametrize(("texts", "familiar", "coherent", "pairs"), [
-    ((DOG, COW), (), False, [(DOG, COW)]),
-    ((BOTH, NONE, CAT), (), False, [(CAT, BOTH)]),  # one absent object is enough; nothing named is neither
-    ((DOG, CAT, COW, BOTH), ("cat",), False, [(CAT, COW), (DOG, BOTH)]),  # that of the context first
-    ((DOG, CAT, COW, BOTH), ("cat",), True, [(CAT, COW)]),
-    ((DOG, CAT, CUP, COW), (), False, [(DOG, COW)]),  # as many as there are of both
-    ((DOG, COW), (), True, []), ((DOG, CAT), (), False, []), ((COW, NONE), (), False, []),
+@pytest.mark.parametrize(("texts", "familiar", "new_objects", "pairs"), [
+    ((DOG, COW), (), True, [(DOG, COW)]),
+    ((BOTH, NONE, CAT), (), True, [(CAT, BOTH)]),  # one absent object is enough; nothing named is neither
+    ((DOG, CAT, COW, BOTH), ("cat",), True, [(DOG, COW), (CAT, BOTH)]),
+    ((DOG, CAT, COW, BOTH), ("cat",), False, [(CAT, COW)]),
+    ((DOG, CAT, CUP, COW), ("dog", "cat", "cow"), False, [(DOG, COW)]),  # as many as there are of both
+    ((BOTH, CAT), ("dog", "cow"), False, []),  # a hallucinated one may be coherent, too
+    ((DOG, COW), (), False, []), ((DOG, CAT), (), True, []), ((COW, NONE), (), True, []),
 ])
-def test_what_is_paired(texts, familiar, coherent, pairs):
-    assert pairs_of(said(*texts), set(familiar), SHOWN, coherent) == pairs
+def test_what_is_paired(texts, familiar, new_objects, pairs):
+    assert pairs_of(said(*texts), set(familiar), SHOWN, new_objects) == pairs
 
 
 @pytest.mark.parametrize(("texts", "familiar", "best"), [
@@ -59,10 +60,11 @@ def test_a_response_grows_until_it_ends():
     sample = Scripted({0: [DOG, COW, "", ""], 1: [COW, BOTH, CAT, None], 2: [NONE, None, NONE, ""]},
                       {0: [CAT, BOTH, DOG, DOG], 1: [COW, COW], 2: [CUP]},
                       {0: [DOG, COW, "", "", ""], 2: [DOG]})
-    pairs, dropped = bootstrap(records(3), sample, lambda record: SHOWN, max_sentences=3, source={"model": "m"})
+    pairs, dropped = bootstrap(records(3), sample, lambda record: SHOWN, new_objects=True, max_sentences=3,
+                               source={"model": "m"})
     assert sample.asked == [{0: "", 1: "", 2: ""}, {0: DOG, 1: CAT, 2: NONE}, {0: f"{DOG} {CAT}", 2: f"{NONE} {CUP}"}]
     assert [(p["id"], p["context"], p["chosen"], p["rejected"]) for p in pairs] == [
-        ("r0/1", "", DOG, COW), ("r0/2", DOG, DOG, BOTH), ("r0/3", f"{DOG} {CAT}", DOG, COW), ("r1/1", "", CAT, COW)]
+        ("r0/1", "", DOG, COW), ("r0/2", DOG, CAT, BOTH), ("r0/3", f"{DOG} {CAT}", DOG, COW), ("r1/1", "", CAT, COW)]
     assert pairs[0]["source"] == {"method": "sentinel", "model": "m"} and pairs[0]["image"] == "scene:0"
     assert dropped == {"never both a faithful and a hallucinated sentence": 1}
 
