@@ -13,7 +13,10 @@ one begins. A response grows sentence by sentence; c is what there is of it, at 
                    names nothing; until most samples end the response
 
 The pairs are trained with DPO on the sentences alone (C-DPO): c is the record's `context`, which is not scored, and no
-end token is scored after a sentence.
+end token is scored after a sentence. The published pairs, with the settings of the released scripts, one epoch:
+
+    python train.py --loss dpo --data LLaVA_v1_5_7b_SENTINEL_8_6k.json --model llava-hf/llava-1.5-7b-hf --steps 134 \
+        --lr 2e-6 --beta 0.1 --batch-size 64 --lora-rank 128 --warmup 0 --aspect pad
 
     symbol    argument         meaning
     x         records          images and questions
@@ -27,7 +30,8 @@ end token is scored after a sentence.
 
 One image gives several pairs, or none; their ids are ID/1, ID/2, ...
 
-From the released code: steps 1 to 4, n = 10, temperature 0.7, one blank between sentences, no end token scored.
+From the released code: steps 1 to 4, n = 10, temperature 0.7, one blank between sentences, no end token scored (there,
+after an empty context it is; but step 3 makes no such pairs).
 Departures from it
 - It asks two open-vocabulary detectors, and neither pairs nor continues sentences with an object on which they differ.
   Here what an image shows is known (scenes), or what one detector finds (--judge chair), and mentions are CHAIR's.
