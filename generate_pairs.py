@@ -23,6 +23,7 @@ Methods (one file each in pairs/, which names the paper and the departures from 
     povid      given or best    given, or written as by corrupt              with diffusion noise
     mdpo       given or best    given or worst                               a small crop
     corrupt    given or best    chosen, with errors written into it          none
+    sentinel   true sentence    hallucinated one, after the same context     none
 
 "Given" is what the input brings along; "best" and "worst" are the ends of --samples responses of the model, as
 a judge ranks them. Where only a chosen response is wanted, a stronger model may write it instead (--author).
@@ -72,7 +73,7 @@ from pairs.tools import Share, with_tools
 FIRST_SEED = {"pairs": scenes.PAIRS, "train": scenes.TRAIN, "dev": scenes.DEV}
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANGES = {  # what numbers may be: interval -> options
-    "[1, 1e9]": "scenes batch_size samples max_new_tokens top_k nprobe iterations dilation",
+    "[1, 1e9]": "scenes batch_size samples max_new_tokens max_sentences top_k nprobe iterations dilation",
     "[0, 1e9]": "visible",
     "[0, 10]": "temperature",
     "[0, 999]": "noise_step",

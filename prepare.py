@@ -15,7 +15,7 @@ from data.batch import fields_of, tokens_of
 from data.check import check_records
 from data.formats import Data, load
 from data.processor import ClipProcessor, Processor
-from data.records import write_jsonl
+from data.records import have_context, write_jsonl
 from judges.ask import Server, server_model
 from judges.clip import clip_judge, clip_similarity
 from judges.compare import model_judge
@@ -83,7 +83,10 @@ def read_records(path: Path, recipe: Recipe) -> Data:
              "rejected_image": f"{command} --data {path} adds one",
              "rejected_image_response": f"{command} --data {path} adds one"}
     needs = fields_of(recipe.sequences) - {"generated"} if recipe.pairs else ()
-    return load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
+    data = load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
+    if recipe.samples and have_context(data.records):
+        raise BadInput(f"{path}: its answers continue a 'context', a loss that samples writes whole ones")
+    return data
 
 
 def check_texts(args: argparse.Namespace, recipe: Recipe, processor: Processor, data: Data, path: Path, rank: int,

@@ -202,7 +202,8 @@ class _Headers(_Images):
 
 
 def _sequence(record: dict, response: tuple[int, ...], image: int, images: _Images, how: Scored, end: bool) -> Sequence:
-    """A response after the prompt of its record, which has one image token for each row of the image."""
+    """A response after the prompt of its record, which has one image token for each row of the image, and the
+    context if there is one: shared by all its responses, and not scored."""
     prompt = _prompt(record, images.views[image], images.processor)
     question = images.processor.question(record["prompt"])
     return Sequence(image, prompt, response + response[-1:] if end else response, how.tokens == "best_other", question)
@@ -214,17 +215,30 @@ def _labels(chosen: list[bool], batch: Batch) -> Tensor:
     return of_sequences.repeat_interleave(torch.tensor(batch.packed.lengths))
 
 
+def response_ids(record: dict, field: str, processor: Processor) -> list[int]:
+    """Ids of a record's response, end token included; of what continues a context, which the end does not follow.
+    BadInput as from `data.processor`."""
+    if record.get("context") is not None:
+        return processor.continuation(record["context"], record[field])
+    return processor.response(record[field])
+
+
+def context_ids(record: dict, processor: Processor) -> list[int]:
+    """Ids of the beginning of the response that a record gives, after those of its prompt. BadInput as above."""
+    return processor.opening(record["context"]) if record.get("context") else []
+
+
 def _response(record: dict, response_field: str, processor: Processor) -> tuple[int, ...]:
     response = record[response_field]
     try:
-        return tuple(processor.response(response) if isinstance(response, str) else response)
+        return tuple(response_ids(record, response_field, processor) if isinstance(response, str) else response)
     except BadInput as error:
         raise BadRecord(record["id"], str(error)) from None
 
 
 def _prompt(record: dict, view: View, processor: Processor) -> tuple[int, ...]:
     try:
-        ids = processor.prompt(record["prompt"], len(view.rows))
+        ids = processor.prompt(record["prompt"], len(view.rows)) + context_ids(record, processor)
     except BadInput as error:
         raise BadRecord(record["id"], str(error)) from None
     if ids.count(processor.image_id) != len(view.rows):
@@ -241,7 +255,8 @@ def tokens_of(record: dict, sequences: Mapping[str, Mapping], processor: Process
     for how in scored(sequences).values():
         response = _response(record, how.response, processor)
         inputs.setdefault((record[how.image], how.view, how.hidden), set()).add(response if end else response[:-1])
-    text = len(processor.prompt(record["prompt"])) - processor.patches  # without image tokens
+    prompt = processor.prompt(record["prompt"]) + context_ids(record, processor)
+    text = len(prompt) - processor.patches  # without image tokens
     images = {reference: processor.image_tokens(reference, root) for reference, *_ in inputs}
     return sum(images[reference] + text + sum(map(len, group)) for (reference, *_), group in inputs.items())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import BadInput, refuse
-from data.batch import scored
+from data.batch import context_ids, response_ids, scored
 from data.processor import Processor
 
 
@@ -50,15 +50,14 @@ def problems_of(
     """
     asked = [(how.image, how.response) for how in scored(sequences or {}).values() if how.response in record]
     lengths, found = {}, {}  # a dict: what holds for two images is said once
-    for field in dict.fromkeys(["prompt", *(field for _, field in asked)]):
-        encode = processor.prompt if field == "prompt" else processor.response
+    for field in dict.fromkeys(["prompt", "context", *(field for _, field in asked)]):
         try:
-            lengths[field] = len(encode(record[field]))
+            lengths[field] = len(_ids(record, field, processor))
         except BadInput as error:
             found[f"{field!r}: {error}"] = True
     if found:
         return list(found)
-    lengths["prompt"] -= processor.patches  # image tokens, counted for each image
+    lengths["prompt"] += lengths["context"] - processor.patches  # image tokens, counted for each image
     counts = {name: processor.image_tokens(record[name], root) for name in {"image", *(name for name, _ in asked)}}
     for name, field in asked:
         total = counts[name] + lengths["prompt"] + lengths[field] + end - 1
@@ -69,3 +68,10 @@ def problems_of(
         found[f"{start} tokens of prompt and image and {new_tokens} new ones (--max-new-tokens), the decoder"
               f" takes {processor.window}"] = True
     return list(found)
+
+
+def _ids(record: dict, field: str, processor: Processor) -> list[int]:
+    """Ids of the prompt, the context, or a response. BadInput as from `data.processor`."""
+    if field == "prompt":
+        return processor.prompt(record["prompt"])
+    return context_ids(record, processor) if field == "context" else response_ids(record, field, processor)

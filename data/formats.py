@@ -16,6 +16,8 @@
     rlhf-v          image or image_path, text = JSON of question, chosen, rejected       pair
     rlaif-v         image or image_path, question, chosen, rejected                      pair
     trl             images or image, prompt, chosen, rejected: texts or conversations    pair
+    sentinel        image_path or image, question, context, y_win, y_lose; or {image_id: pair with context
+                    [{question, context, y_win, y_lose}, ...], ...}, of Visual Genome
 
 Without the rejected answer, or without any, a row of these is an image record. Files are JSONL, JSON (one list)
 or Parquet, the last through pyarrow where it is installed; a folder means the Parquet files in it, in the
@@ -30,8 +32,9 @@ the question, the row is a bad one, as is a row without an image. All bad rows a
 `file:row: reason`, rows counted from 1 (in JSONL: lines). Ids that a foreign file repeats get a number appended.
 
 TRL's columns are those of its vision DPO (`images`, conversational `prompt`, `chosen`, `rejected`). What it
-has no column for (`id`, `rejected_images`, `rejected_image_response`) is written as an extra one, and read back;
-`source` is not written.
+has no column for (`id`, `context`, `rejected_images`, `rejected_image_response`) is written as an extra one, and read
+back; `source` is not written. Answers after a context are written whole, with the context before them: under DPO its
+log-probs cancel, but TRL also scores an end token after them.
 """
 
 import argparse
@@ -43,7 +46,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,10 +54,10 @@ from PIL import Image, UnidentifiedImageError
 
 from common import BadInput, parse_json, written_whole
 from data.images import open_image
-from data.records import Row, brief, collect, json_rows, relocate, without_mark, write_jsonl
+from data.records import Row, brief, collect, continued, have_context, json_rows, relocate, without_mark, write_jsonl
 
 QUESTION, ANSWER = ("human", "user"), ("gpt", "assistant")
-ANSWERS = ("chosen", "rejected", "rejected_image", "rejected_image_response", "source")
+ANSWERS = ("context", "chosen", "rejected", "rejected_image", "rejected_image_response", "source")
 ORIGIN = ("ds_name", "origin_dataset", "origin_split")  # what RLHF-V and RLAIF-V say about a row's making
 
 
@@ -87,7 +90,7 @@ def load(path: Path | str, format: str | None = None, root: Path | str | None = 
     if format is not None and format not in FORMATS:
         raise BadInput(f"unknown format {format!r}, there are {', '.join(FORMATS)}")
     root = Path(root) if root is not None else path if path.is_dir() else path.parent
-    rows, first = _rows(path), []
+    rows, first = _rows(path, root), []
     while format is None and (row := next(rows, None)):
         first.append(row)
         format = detect(row[1], row[0]) if row[1] is not None else None
@@ -135,12 +138,33 @@ def detect(row: dict, where: str = "row") -> str:
 # Rows of a file
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path, root: Path) -> Iterator[Row]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise BadInput(f"{path}: a folder without .parquet files")
     for file in files:
-        yield from _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
+        yield from _parquet_rows(file) if file.suffix == ".parquet" else _by_image(json_rows(file), root)
+
+
+def _by_image(rows: Iterable[Row], root: Path) -> Iterator[Row]:
+    """Rows as they are; of an object {image_id: rows of that image}, as SENTINEL has it, these rows."""
+    for where, row, reasons in rows:
+        lists = list((row or {}).values())
+        pairs = [pair for pairs in lists if isinstance(pairs, list) for pair in pairs]
+        if not pairs or not all(isinstance(value, list) for value in lists) \
+                or not all(isinstance(pair, dict) and "y_win" in pair for pair in pairs):
+            yield where, row, reasons
+            continue
+        file, number = where.rpartition(":")[0], count(1)
+        for image, pairs in row.items():
+            about = {"image_id": image, "image_path": _visual_genome(image, root)}
+            yield from ((f"{file}:{next(number)}", {**about, **pair}, []) for pair in pairs)
+
+
+def _visual_genome(image: str, root: Path) -> str:
+    """Path of an image of Visual Genome, which comes in two folders."""
+    paths = [f"{folder}/{image}.jpg" for folder in ("VG_100K", "VG_100K_2")]
+    return next((path for path in paths if os.path.exists(root / path)), paths[0])  # False for what is no path
 
 
 def _parquet_rows(path: Path, batch: int = 64) -> Iterator[Row]:
@@ -256,8 +280,8 @@ def _llama_factory(row: dict, image_of: Images) -> dict:
         key = "conversations" if row.get("conversations") is not None else "messages"
         question = _question(_said(row.get(key), QUESTION, key))
     return {"id": row.get("id"), "image": image_of(row.get("images") or row.get("image")), "prompt": question,
-            "chosen": _answer(row, "chosen", "output"), "rejected": _answer(row, "rejected"),
-            "source": {"format": "llama-factory"}}
+            "context": row.get("context") or None, "chosen": _answer(row, "chosen", "output"),
+            "rejected": _answer(row, "rejected"), "source": {"format": "llama-factory"}}
 
 
 def _ms_swift(row: dict, image_of: Images) -> dict:
@@ -296,6 +320,12 @@ def _rlaif_v(row: dict, image_of: Images) -> dict:
             "rejected": row.get("rejected"), "source": {"format": "rlaif-v", **_origin(row)}}
 
 
+def _sentinel(row: dict, image_of: Images) -> dict:
+    return {"id": row.get("image_id"), "image": image_of(row.get("image_path") or row.get("image")),
+            "prompt": _question(row.get("question")), "context": row.get("context") or None,
+            "chosen": row.get("y_win"), "rejected": row.get("y_lose"), "source": {"format": "sentinel"}}
+
+
 def _trl(row: dict, image_of: Images) -> dict:
     if row.get("prompt") is None:  # the prompt is at the start of both conversations
         question, chosen = _turn(row.get("chosen"), "chosen")
@@ -303,11 +333,22 @@ def _trl(row: dict, image_of: Images) -> dict:
     else:
         question = _question(_said(row["prompt"], QUESTION, "prompt"))
         chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
-    other = row.get("rejected_images")
+    context, other = row.get("context"), row.get("rejected_images")
+    if context is not None:
+        context, chosen, rejected = _parted(context, chosen, rejected)
     return {"id": row.get("id", row.get("idx")), "image": image_of(row.get("images") or row.get("image")),
-            "prompt": question, "chosen": chosen, "rejected": rejected,
+            "prompt": question, "context": context, "chosen": chosen, "rejected": rejected,
             "rejected_image": image_of(other) if other else None,
             "rejected_image_response": row.get("rejected_image_response"), "source": {"format": "trl"}}
+
+
+def _parted(context: object, *answers: str | None) -> tuple[str | None, ...]:
+    """The context and what each answer says after it, as `_trl_row` joined them; None and the answers where they do not
+    begin with it: a column of that name may hold anything."""
+    start = context.rstrip(" ") if isinstance(context, str) else None
+    if start is None or not all(answer and answer.startswith(start) for answer in answers):
+        return None, *answers
+    return context, *(answer.removeprefix(start).removeprefix(" ") for answer in answers)
 
 
 class Format(NamedTuple):
@@ -326,6 +367,7 @@ FORMATS = {  # the first that fits is taken
     "realign": Format(lambda row: "retrieved_image" in row, _realign),
     "trl": Format(lambda row: {"images", "prompt"} <= row.keys() or isinstance(row.get("prompt"), list)
                   or isinstance(row.get("chosen"), list), _trl),
+    "sentinel": Format(lambda row: {"y_win", "y_lose"} <= row.keys(), _sentinel),
     "rlaif-v": Format(lambda row: "question" in row, _rlaif_v),
     "rlhf-v": Format(lambda row: "text" in row and bool({"image", "image_path"} & row.keys()), _rlhf_v),
     "plumbline": Format(lambda row: {"image", "prompt"} <= row.keys(), _plumbline),
@@ -413,14 +455,15 @@ def _trl_row(record: dict, image_of: Callable[[str], object]) -> dict:
     def text(key: str) -> dict:
         return {"type": "text", "text": record[key]}
 
+    def answer(key: str) -> dict:
+        return {"type": "text", "text": continued(record.get("context") or "", record[key])}
+
     row = {"id": record["id"], "images": [image_of(record["image"])],
            "prompt": said("user", {"type": "image"}, text("prompt")),
-           "chosen": said("assistant", text("chosen")), "rejected": said("assistant", text("rejected"))}
+           "chosen": said("assistant", answer("chosen")), "rejected": said("assistant", answer("rejected"))}
     if other := record.get("rejected_image"):
         row["rejected_images"] = [image_of(other)]
-    if response := record.get("rejected_image_response"):
-        row["rejected_image_response"] = response
-    return row
+    return row | {key: record[key] for key in ("context", "rejected_image_response") if record.get(key) is not None}
 
 
 def _absolute(reference: str, root: Path) -> str:
@@ -451,6 +494,8 @@ def _write_parquet(path: Path, records: list[dict], root: Path, group: int = 64)
         types["rejected_images"] = image
     if any(record.get("rejected_image_response") for record in records):
         types["rejected_image_response"] = pa.string()
+    if have_context(records):
+        types["context"] = pa.string()
     text = {"dtype": "string", "_type": "Value"}
     talk = [{"role": text, "content": [{"type": text, "text": text}]}]
     images = {"feature": {"_type": "Image"}, "_type": "Sequence"}

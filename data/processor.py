@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common import BadInput
 from data.images import image_size, open_image
+from data.records import continued
 from data.tokenizer import CLIP_SPECIAL, TextTokenizer
 from model.config import clip_config, read_config
 from model.families import family_of
@@ -91,8 +92,22 @@ class Processor:
         return [*ids, self.eos_id]
 
     def opening(self, text: str) -> list[int]:
-        """Beginning of a response that is to be continued -> ids. BadInput as in `prompt`."""
-        return self._follow(self.template.answer.partition("{answer}")[0] + self._plain(text)) if text else []
+        """Beginning of a response that is to be continued -> ids; blanks at its end are left out, as they belong to the
+        word that follows. BadInput as in `prompt`."""
+        text = self._plain(text.rstrip(" "))
+        return self._follow(self.template.answer.partition("{answer}")[0] + text) if text else []
+
+    def continuation(self, context: str, text: str) -> list[int]:
+        """What comes after the beginning `context` of a response -> ids, no stop token: the response may go on.
+
+        After `opening(context)` they are the ids of both as one string, so that all continuations of a context share
+        its ids. Raises BadInput where there is no such place to cut, as the tokenizer merges the end of the context
+        with what follows, and as `prompt` does.
+        """
+        start, ids = self.opening(context), self.opening(continued(context, text))
+        if ids[: len(start)] != start or len(ids) == len(start):
+            raise BadInput(f"answer merges with the end of its context, {context[-40:]!r}: {text[:80]!r}")
+        return ids[len(start) :]
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text without special tokens and without what the template puts around a response."""

@@ -8,12 +8,17 @@
     rejected         string   dispreferred answer, y_l (differs from `chosen`)
     rejected_image   string   optional (or null): image reference v_l on which `chosen` is no longer right
     rejected_image_response  string   optional: the answer that is right for `rejected_image`, y_w' of SymMPO
+    context          string   optional: beginning of the response, which `chosen` and `rejected` continue
     source           object   optional, free-form: where each part came from (method, seed, model, scores)
 
 Any other key is refused, so a misspelt `rejected_image` cannot turn a vision loss into a text loss unnoticed.
 An image reference is a file path (absolute, or relative to the folder of the JSONL file) or `scene:SEED` /
 `scene:SEED?without=dog,cat` (see data/scenes.py). An image record, where no answers are compared, has `id`,
-`image`, `prompt` and, optionally, `chosen` and `source`.
+`image`, `prompt` and, optionally, `chosen`, `context` and `source`.
+
+With a `context` (pairs/sentinel.py) the answers are what comes after it, up to wherever they stop: the context is
+given like the prompt and never scored, and no end token is scored after the answers, since the response goes on. An
+empty context is one, too: the answers then begin the response.
 
 Readers look at the whole file before anything else happens, count all bad records and name the first SHOWN: a
 run must not die in its third hour of a typo in line 20,000. So nothing passes that could not be written again,
@@ -33,9 +38,9 @@ from common import SHOWN, BadInput, brief, parse_json, written_whole
 from data.images import image_size
 
 IMAGE_TEXTS = ("id", "image", "prompt")
-IMAGE_OPTIONAL = ("chosen", "source")
+IMAGE_OPTIONAL = ("chosen", "context", "source")
 PAIR_TEXTS = ("id", "image", "prompt", "chosen", "rejected")
-PAIR_OPTIONAL = ("rejected_image", "rejected_image_response", "source")
+PAIR_OPTIONAL = ("rejected_image", "rejected_image_response", "context", "source")
 REFERENCES = ("image", "rejected_image")
 IMAGE = "<image>"
 MARK = re.compile(r"<\|?(?:img|image)\w*\|?>", re.IGNORECASE)  # <image>, <ImageHere>, <|image_pad|>, ...
@@ -83,6 +88,18 @@ def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
         if isinstance(listed, list) and all(isinstance(candidate, dict) for candidate in listed):
             record["source"] = {**record["source"], "candidates": [move(candidate) for candidate in listed]}
     return records
+
+
+def have_context(records: Iterable[dict]) -> bool:
+    """Whether any record has a context, be it empty."""
+    return any(record.get("context") is not None for record in records)
+
+
+def continued(context: str, text: str) -> str:
+    """A context and what continues it, with a blank between them unless there is other white space."""
+    context = context.rstrip(" ")
+    apart = not context or context[-1].isspace() or text[:1].isspace()
+    return context + text if apart else f"{context} {text}"
 
 
 # Files to rows
@@ -228,13 +245,13 @@ def _text_flaw(text: str, key: str = "") -> str:
         return f"holds half a character, the lone surrogate {text[error.start]!r}"
     if "\0" in text:
         return "holds a NUL character"
-    if key and all(unicodedata.category(character) in INVISIBLE for character in text):
+    if key not in ("", "context") and all(unicodedata.category(character) in INVISIBLE for character in text):
         return "is empty"
     if key == "prompt" and (mark := MARK.search(text)):
         return f"contains {mark.group()}: only one {IMAGE} at either end is accepted; the template places the image"
     if key == "prompt" and text.rstrip().endswith(TAGS):
         return f"ends as a template does ({' or '.join(TAGS)}): the question alone is wanted"
-    if key in ("chosen", "rejected", "rejected_image_response") and IMAGE in text:
+    if key in ("chosen", "rejected", "rejected_image_response", "context") and IMAGE in text:
         return f"contains {IMAGE}"
     return ""
 

@@ -10,6 +10,7 @@ Mentions are those of CHAIR's list (metrics/chair.py). A class of the list that 
 absent wherever it is mentioned. Mask R-CNN knows all 80 of them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from data.detect import Detect
@@ -22,9 +23,18 @@ from metrics.chair import mentions
 def chair_judge(detect: Detect, root: Path | None = None) -> Judge:
     """Judge of photographs. Relative paths of images start at `root`."""
 
+    shown = shown_to(detect, root)
+
     def annotate(record: dict, answers: list[str]) -> list[Judgement]:
-        found = detect(record["image"], open_image(record["image"], root))
-        shown = {name for detection in found for _, name in mentions(detection.label, synonyms())}
-        return judge_mentions(shown, answers)
+        return judge_mentions(shown(record), answers)
 
     return one_by_one(annotate)
+
+
+def shown_to(detect: Detect, root: Path | None = None) -> Callable[[dict], set[str]]:
+    """Record -> the classes of CHAIR's list that a detector finds in its image."""
+    def shown(record: dict) -> set[str]:
+        found = detect(record["image"], open_image(record["image"], root))
+        return {name for detection in found for _, name in mentions(detection.label, synonyms())}
+
+    return shown

@@ -21,7 +21,12 @@ def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:
 
     Raises BadInput when the record's image is not a scene.
     """
+    return judge_mentions(shown_in_scene(record), answers)
+
+
+def shown_in_scene(record: dict) -> set[str]:
+    """The classes that a scene shows. Raises BadInput when the record's image is not one."""
     if not record["image"].startswith("scene:"):
         raise BadInput(f"{record['id']}: the contents of {record['image']!r} are unknown, so --judge scene cannot"
                        " rank responses to it; choose another judge, or give pairs that were ranked elsewhere")
-    return judge_mentions(objects_present(*parse_reference(record["image"])), answers)
+    return objects_present(*parse_reference(record["image"]))

@@ -139,7 +139,7 @@ class Writing:
     def __init__(self, processor: Processor, cut: Cut | None):
         """The beginning is encoded as one string, without EOS or a space at its end."""
         self.processor, self.cut = processor, cut
-        self.start = processor.opening((cut.before + cut.first).rstrip(" ") if cut else "")
+        self.start = processor.opening(cut.before + cut.first if cut else "")
 
     def read(self, new: list[int], whole: bool) -> str | None:
         """The finished sentence (or free answer), None if it is not finished; `whole`: EOS has come."""

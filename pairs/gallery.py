@@ -117,10 +117,11 @@ def _section(pair: dict, thumb, root: Path | str | None, side: int) -> str:
     if pair.get("rejected_image"):
         images += _figure("rejected image", pair["rejected_image"], thumb(pair["rejected_image"]))
     chosen, rejected = marked(pair["chosen"], pair["rejected"])
+    context = f'<h3>Context</h3><p>{escape(pair["context"])}</p>' if pair.get("context") else ""
     other = pair.get("rejected_image_response")
     right = f"<h3>Right for the rejected image</h3><p>{escape(other)}</p>" if other else ""
     return (f'<section><div class="images">{images}</div><div><h2>{escape(pair["id"])}</h2>'
-            f'<h3>Prompt</h3><p>{escape(pair["prompt"])}</p><h3 class="chosen">Chosen</h3><p>{chosen}</p>'
+            f'<h3>Prompt</h3><p>{escape(pair["prompt"])}</p>{context}<h3 class="chosen">Chosen</h3><p>{chosen}</p>'
             f'<h3 class="rejected">Rejected</h3><p>{rejected}</p>{right}{_source(pair.get("source") or {})}</div>'
             '</section>\n')
 

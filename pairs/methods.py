@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common import BadInput, arguments_of, options_of, refuse
 from data import scenes
+from data.records import have_context
 from pairs.adavip import adavip_pairs
 from pairs.bdhs import bdhs_pairs
 from pairs.corrupt import corrupt_pairs
@@ -28,6 +29,7 @@ from pairs.progress import in_chunks, readable
 from pairs.rank import rank_pairs
 from pairs.realign import realign_pairs
 from pairs.report import report_on
+from pairs.sentinel import sentinel_pairs
 from pairs.symmpo import symmetric_pairs
 from pairs.texts import chosen_responses
 from pairs.tools import Setting, Tools, check_options, with_tools
@@ -41,6 +43,7 @@ METHODS = {
     "povid": [chosen_responses, corrupt_pairs, noise_pairs],
     "mdpo": [rank_pairs, crop_pairs],
     "corrupt": [chosen_responses, corrupt_pairs],
+    "sentinel": [sentinel_pairs],
 }
 FIELD = {"records": None, "answered": "chosen", "pairs": "rejected"}  # what tells a function's records from others
 
@@ -74,6 +77,8 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
     records = [{key: value for key, value in record.items() if key != "rejected_image_response"} for record in records]
     settings = {name: more.pop(name) for name in Setting._fields if name in more}
     functions, options = chain(method, records), complete_options(method, more)
+    if FIELD[arguments_of(functions[0])[0]] != "rejected" and have_context(records):
+        raise BadInput(f"{method} writes whole responses: those of these records continue a 'context'")
     own = options_of(*with_tools(*functions))
     refuse(f"--{name.replace('_', '-')} is for chosen responses that are not given; these records bring theirs"
            for name, default in (("author", "policy"), ("clean_chosen", False))

@@ -37,7 +37,8 @@ def in_chunks(ids: list[str], work: Work, out: Path | None, settings: dict, *, c
 
     Args:
         ids: unique ids of all records, in order; the same in all processes.
-        work: rows of `ids` -> (records made, each with one of these ids; how many were dropped for which reason).
+        work: rows of `ids` -> (records made; how many were dropped for which reason). The id of what is made is that
+            of its record, or ID/1, ID/2, ... where one record gives several.
         out: the file that will hold the result; the part files lie next to it. None: nothing is kept.
         settings: everything the result depends on, as JSON; part files with other settings are refused.
         chunk: rows for one call of `work`; an interruption loses one chunk of each process.
@@ -137,9 +138,13 @@ def _open(part: Path, header: str):
 
 def _merge(ids: list[str], lines: list[dict]) -> tuple[list[dict], Counter]:
     place = {name: row for row, name in enumerate(ids)}
+
+    def origin(name: str) -> str:
+        return name if name in place else name.rpartition("/")[0]
+
     finished = [name for line in lines for name in line["ids"]]
     if sorted(finished) != sorted(ids):
         raise BadInput(f"the part files hold {len(finished)} records, {len(ids)} were to be done")
     made = [record for line in lines for record in line["made"]]
-    made.sort(key=lambda record: place[record["id"]])
+    made.sort(key=lambda record: place[origin(record["id"])])
     return made, sum((Counter(line["dropped"]) for line in lines), Counter())

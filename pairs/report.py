@@ -9,6 +9,9 @@ from judges.scene import judge_scene
 def report_on(method: str, records: list[dict], made: list[dict], dropped: Counter) -> dict:
     """What `make_pairs` says about its pairs."""
     report = {"method": method, "images": len(records), "pairs": len(made), "dropped": dict(dropped)}
+    if contexts := [pair["context"] for pair in made if pair.get("context") is not None]:
+        report["contexts"] = {"images": len({pair["image"] for pair in made}),
+                              "words": sum(len(context.split()) for context in contexts) / len(contexts)}
     if made and all(pair["image"].startswith("scene:") for pair in made):
         report["hallucinating"] = {key: sum(judge_scene(pair, [pair[key]])[0].wrong > 0 for pair in made) / len(made)
                                    for key in ("chosen", "rejected")}
@@ -35,6 +38,8 @@ def summary(report: dict, seconds: float) -> str:
     """What the report says, for people."""
     lines = [f"{report['pairs']} pairs of {report['images']} images in {seconds:.0f} s"]
     lines += [f"  {count:5d} dropped: {reason}" for reason, count in sorted(report["dropped"].items())]
+    if contexts := report.get("contexts"):
+        lines.append(f"  {contexts['images']:5d} images gave them; {contexts['words']:.1f} words of context on average")
     lines += [f"  {100 * share:5.1f} % of the {key} answers mention an absent object"
               for key, share in report.get("hallucinating", {}).items()]
     says = {"contradicts": "of the rejected images lack an object that the chosen answer mentions",

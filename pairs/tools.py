@@ -8,6 +8,7 @@ as a function that makes it, because the options decide what is needed: `clip()`
     similarity: two lists of texts -> cosines
     judge: (records, responses of each) -> verdicts (judges/scores.py)
     referee: a judge of chosen responses that are not given, or None where all are taken
+    shown: record -> classes of objects that its image shows (pairs/sentinel.py)
     sample, author: records -> several responses, or one, to each (pairs/texts.py)
     writer: records -> corruptions of `chosen` (pairs/corrupt.py)
     candidates: record -> labels of objects with the image without them (pairs/adavip.py)
@@ -57,7 +58,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -69,10 +70,10 @@ from data.detect import Detect, coco_instances, mask_rcnn, scene_objects
 from data.lama import lama_fill, load_lama
 from data.processor import ClipProcessor, Processor
 from judges.ask import Model, Request, Server, local_model, server_model
-from judges.chair import chair_judge
+from judges.chair import chair_judge, shown_to
 from judges.clip import Similarity, clip_judge, clip_similarity
 from judges.compare import model_judge
-from judges.scene import judge_scene
+from judges.scene import judge_scene, shown_in_scene
 from judges.scores import Judge, one_by_one
 from judges.sentence import SentenceEncoder
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
@@ -168,7 +169,7 @@ def check_options(options: dict) -> None:
     for role, names in WHO.items():
         if role not in options:
             continue
-        who, name = options[role], options[f"{role}_model"]
+        who, name = options[role], options.get(f"{role}_model")
         if who not in names and "/" not in who and not Path(who).is_dir():
             raise BadInput(f"--{role} {who!r} is none of {', '.join(names)}, a LLaVA folder or hub id, or a server's"
                            " http URL")
@@ -263,6 +264,17 @@ def judge(model, processor, clip, clip_processor, detect, setting: Setting, used
 def referee(judge, *, clean_chosen: bool = False) -> Judge | None:
     """Who says whether a chosen response is faithful."""
     return judge() if clean_chosen else None
+
+
+def shown(detect, setting: Setting, used: dict, *, judge: Literal["scene", "chair"] = "scene",
+          ) -> Callable[[dict], set[str]]:
+    """Who knows which objects an image shows. Raises BadInput where the scenes' judge does not know one."""
+    if judge == "scene":
+        for record in setting.records:
+            shown_in_scene(record)  # raises now
+        return shown_in_scene
+    used["judge"] = judge
+    return shown_to(detect(), setting.root)
 
 
 def writer(model, processor, setting: Setting, used: dict, *, writer: str = "scene",
@@ -416,5 +428,5 @@ def source(used: dict) -> dict:
 
 
 TOOLS = {tool.__name__: tool for tool in (
-    clip_processor, similarity, detect, candidates, judge, referee, writer, clip, author, sample, processor, model,
-    neighbours, models, source)}
+    clip_processor, similarity, detect, candidates, judge, referee, shown, writer, clip, author, sample, processor,
+    model, neighbours, models, source)}

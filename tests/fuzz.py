@@ -150,6 +150,7 @@ ROWS = {
     "ms-swift": {"messages": chat(A), "images": ["one.png"], "rejected_response": B},
     "realign": {"image": "one.png", "retrieved_image": "two.png", "chosen": chat(A), "rejected": chat(B)},
     "rlhf-v": {"idx": 7, "image_path": "one.png", "text": json.dumps({"question": Q, "chosen": A, "rejected": B})},
+    "sentinel": {"image_id": 7, "image_path": "one.png", "question": Q, "context": "One.", "y_win": A, "y_lose": B},
     "rlaif-v": {"idx": 7, "ds_name": "x", "image": "one.png", "question": Q, "chosen": A, "rejected": B},
     "trl": {"images": ["one.png"], "prompt": chat(A)[:1], "chosen": chat(A)[1:], "rejected": chat(B)[1:]},
 }  # fmt: skip
@@ -158,6 +159,11 @@ ROWS = {
 def pictures(folder: Path) -> None:
     for name, colour in (("one", "red"), ("two", "blue")):
         Image.new("RGB", (16, 12), colour).save(folder / f"{name}.png")
+
+
+def visual_genome(folder: Path) -> None:
+    (folder / "VG_100K").mkdir(exist_ok=True)
+    Image.new("RGB", (16, 12), "red").save(folder / "VG_100K/one.jpg")
 
 
 def read_records(processor: Processor) -> Callable[[Path], None]:
@@ -170,9 +176,10 @@ def read_records(processor: Processor) -> Callable[[Path], None]:
         if "rejected" in data.records[0]:
             write_gallery(path.with_name("page.html"), data.records, root=data.root)
         for record in data.records:
-            for make, key in ((processor.prompt, "prompt"), (processor.response, "chosen"), (processor.response, "rejected")):
+            for make, key in ((processor.prompt, "prompt"), (processor.opening, "context"),
+                              (processor.response, "chosen"), (processor.response, "rejected")):
                 with contextlib.suppress(ValueError):  # special tokens are refused by the tokenizer
-                    make(record.get(key, "x"))
+                    make(record.get(key) or "x")
 
     return read
 
@@ -184,6 +191,9 @@ def record_kinds(processor: Processor) -> Iterator[tuple[str, Kind]]:
         yield f"records {name}", Kind("data.jsonl", rows, read, pictures)
     listed = json.dumps([ROWS["rlaif-v"]] * 2).encode()
     yield "records list", Kind("data.json", listed, read, pictures)
+    row = {key: ROWS["sentinel"][key] for key in ("question", "context", "y_win", "y_lose")}
+    by_image = json.dumps({"one": [row, row]}, indent=1).encode()
+    yield "records by image", Kind("data.json", by_image, read, visual_genome)
 
 
 # ------------------------------------------------------------------------------------- answers and annotations

@@ -43,6 +43,7 @@ ROWS = {
                "text": json.dumps({"question": Q, "chosen": A, "rejected": B})},
     "rlaif-v": {"idx": "7", "ds_name": "RLAIF-V", "image_path": "one.png", "question": Q, "chosen": A,
                 "rejected": B, "origin_split": '{"model": "LLaVA-1.5-7B", "type": "detailed description"}'},
+    "sentinel": {"image_id": "7", "image_path": "one.png", "question": Q, "context": "", "y_win": A, "y_lose": B},
     "trl": {"images": ["one.png"], "prompt": parts("user", Q, image=True), "chosen": parts("assistant", A),
             "rejected": parts("assistant", B)},
 }

@@ -47,6 +47,21 @@ def whole(tmp_path):
     return run(tmp_path / "whole.jsonl", [], chunk=100)
 
 
+@pytest.mark.parametrize(("world", "chunk"), [(1, 1), (2, 2)])
+def test_several_of_a_record_stay_together(tmp_path, world, chunk):
+    """An id may hold a slash of its own."""
+    ids = ["b", "a", "a/1", "c/2", "d"]
+
+    def work(rows):
+        return [{"id": f"{ids[row]}/{k}"} for row in rows for k in (1, 2)], Counter()
+
+    for rank in reversed(range(world)):
+        found = in_chunks(ids, work, tmp_path / "o.jsonl", {}, rank=rank, world=world, chunk=chunk)
+    assert sorted(record["id"] for record in found[0]) == sorted(f"{name}/{k}" for name in ids for k in (1, 2))
+    assert [record["id"] for record in found[0] if record["id"][0] != "a"] == \
+        ["b/1", "b/2", "c/2/1", "c/2/2", "d/1", "d/2"]
+
+
 @pytest.mark.parametrize(("world", "chunk"), [(1, 1), (1, 7), (2, 4), (3, 100), (30, 5)])
 def test_processes_and_chunks_change_nothing(tmp_path, whole, world, chunk):
     calls: list[int] = []
