@@ -13,7 +13,7 @@ absent wherever it is mentioned. Mask R-CNN knows all 80 of them.
 from pathlib import Path
 
 from data.detect import Detect
-from data.images import open_image
+from data.images import open_image, references
 from judges.scene import judge_mentions, synonyms
 from judges.scores import Judge, Judgement, one_by_one
 from metrics.chair import mentions
@@ -23,7 +23,7 @@ def chair_judge(detect: Detect, root: Path | None = None) -> Judge:
     """Judge of photographs. Relative paths of images start at `root`."""
 
     def annotate(record: dict, answers: list[str]) -> list[Judgement]:
-        found = detect(record["image"], open_image(record["image"], root))
+        found = [one for image in references(record["image"]) for one in detect(image, open_image(image, root))]
         shown = {name for detection in found for _, name in mentions(detection.label, synonyms())}
         return judge_mentions(shown, answers)
 

@@ -3,6 +3,7 @@
 from functools import cache
 
 from common import BadInput
+from data.images import is_scene, references
 from data.scenes import objects_present, parse_reference
 from judges.scores import Judgement
 from metrics.chair import load_synonyms, mentions
@@ -19,9 +20,10 @@ def judge_mentions(shown: set[str], answers: list[str]) -> list[Judgement]:
 def judge_scene(record: dict, answers: list[str]) -> list[Judgement]:
     """Annotator of the scene world: mentions of absent objects (repeats count), present objects named.
 
-    Raises BadInput when the record's image is not a scene.
+    Of several scenes an object is present that any of them shows. Raises BadInput when an image is not a scene.
     """
-    if not record["image"].startswith("scene:"):
+    if not is_scene(record["image"]):
         raise BadInput(f"{record['id']}: the contents of {record['image']!r} are unknown, so --judge scene cannot"
                        " rank responses to it; choose another judge, or give pairs that were ranked elsewhere")
-    return judge_mentions(objects_present(*parse_reference(record["image"])), answers)
+    shown = (objects_present(*parse_reference(reference)) for reference in references(record["image"]))
+    return judge_mentions(set().union(*shown), answers)

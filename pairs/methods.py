@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common import BadInput, arguments_of, options_of
 from data import scenes
+from data.check import refuse_several
 from pairs.adavip import adavip_pairs
 from pairs.bdhs import bdhs_pairs
 from pairs.corrupt import corrupt_pairs
@@ -40,6 +41,7 @@ METHODS = {
     "mdpo": [rank_pairs, crop_pairs],
     "corrupt": [chosen_responses, corrupt_pairs],
 }
+ONE_IMAGE = {realign_pairs, adavip_pairs, noise_pairs, crop_pairs}  # they make a rejected image of it
 FIELD = {"records": None, "answered": "chosen", "pairs": "rejected"}  # what tells a function's records from others
 
 
@@ -70,6 +72,8 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
         raise BadInput("there are no images to make pairs of")
     settings = {name: more.pop(name) for name in Setting._fields if name in more}
     functions, options = chain(method, records), complete_options(method, more)
+    if ONE_IMAGE & set(functions):
+        refuse_several(records, method)
     if options.get("author", "policy") != "policy" and "author" not in options_of(*with_tools(*functions)):
         raise BadInput("--author writes chosen responses that are not given; these records bring theirs")
     setting = Setting(records, **settings, checks=checks(functions, options))

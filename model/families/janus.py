@@ -87,6 +87,7 @@ TEMPLATES = {
     "janus": Template(f"{BEGIN}{SYSTEM}\n\n<|User|>: ", "<begin_of_image><image><end_of_image>\n",
                       "{prompt}\n\n<|Assistant|>:", " {answer}", END),
 }
+SEVERAL_IMAGES = True
 COMPANIONS = ()
 ASPECTS = {"VLMImageProcessor": "pad", "JanusImageProcessor": "pad_round"}
 MIN_SIDE = 14  # pixels of the short side

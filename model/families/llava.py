@@ -139,6 +139,7 @@ RENAMES = (
     (r"^model\.(vision_tower\.|multi_modal_projector\.|image_newline$)", r"\1"),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+SEVERAL_IMAGES = True
 COMPANIONS = ()
 PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower.vision_model."
 OF_TOWER = ("vision_model.", "embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")  # in CLIP's files
