@@ -238,7 +238,7 @@ def tokens_of(record: dict, sequences: Mapping[str, Mapping], processor: Process
         response = _response(record, how.response, processor)
         shown = tuple(references(record[how.image]))
         inputs.setdefault((shown, how.view), set()).add(response if end else response[:-1])
-    images = len(shown)
+    images = len(shown)  # as many in each field
     text = len(processor.prompt(record["prompt"], [1] * images)) - images  # without image tokens
     counts = {shown: sum(processor.image_tokens(image, root) for image in shown) for shown, _ in inputs}
     return sum(counts[shown] + text + sum(map(len, group)) for (shown, _), group in inputs.items())

@@ -1,6 +1,7 @@
 """Records of several images, from the file to the log-probs: checked, placed, each encoded once, in order."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from test_anyres import GRID
 
 import generate_pairs
+import train
 from common import BadInput
 from data.batch import BadRecord, check_image, collate, tokens_of
 from data.check import check_records, problems_of
@@ -487,6 +489,27 @@ def test_pairs_of_two_scenes(tmp_path):
     assert (tmp_path / "p.html").read_text().count("<figcaption>image: scene:") == 2 * len(pairs)
     batch = collate(pairs, {"chosen": dict(image="image", response="chosen")}, processor)
     assert len(batch.pixels) == 2 * len(pairs)
+
+
+def test_training_on_two_scenes(tmp_path):
+    """AdaViP starts at ln 3 and moves."""
+    rows = [{**row, "chosen": "A dog is here.", "rejected": "A cat is here.", "rejected_image": row["image"][::-1]}
+            for row in SCENES]
+    path = save(tmp_path / "p.jsonl", *rows)
+    words = ["--loss", "adavip", "--data", path, "--out", tmp_path / "run", "--batch-size", 2, "--steps", 2,
+             "--log-every", 1, "--eval-scenes", 0, "--lora-rank", 4]
+    assert train.main(list(map(str, words))) == 0
+    first, second = (json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert first == pytest.approx(math.log(3), abs=1e-6) and second != pytest.approx(first, abs=1e-4)
+
+
+@pytest.mark.parametrize("words", [["--loss", "fisao"], ["--loss", "ppo", "--judge", "clip"]])
+def test_clip_looks_at_one_image(words, tmp_path, monkeypatch):
+    """Said before a model is loaded."""
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    path = save(tmp_path / "p.jsonl", *SCENES)
+    with pytest.raises(BadInput, match="with CLIP takes one image a record, 3 of 3 have several"):
+        train.main([*words, "--data", str(path), "--out", str(tmp_path / "run"), "--batch-size", "2"])
 
 
 @pytest.mark.parametrize("method", ["realign", "adavip", "povid", "mdpo"])
