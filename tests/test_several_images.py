@@ -425,9 +425,10 @@ def test_samples_judges_and_completions(folder):
     prompts = [f"{MARKED} Why?", f"{MARKED} Why?"]
     replies = local.ask([ask.Request(record["image"], text) for record, text in zip(records, prompts)])
     assert replies == [local.ask([ask.Request(record["image"], text)])[0] for record, text in zip(records, prompts)]
-    noisy = bdhs.complete([bdhs.Attempt(record["image"], MARKED, [], 0.0, 3) for record in records], model, processor,
-                          noise=lambda image, seed: image, max_new_tokens=6, temperature=0, root=folder)
-    assert len(noisy) == 2
+    noised = []
+    bdhs.complete([bdhs.Attempt(record["image"], MARKED, [], 0.0, 3) for record in records], model, processor,
+                  noise=lambda image, seed: noised.append(image.size) or image, max_new_tokens=6, temperature=0, root=folder)
+    assert noised == [SIZES[name] for record in records for name in record["image"]]
 
 
 def test_all_images_are_hidden_from_completions(folder, monkeypatch):
