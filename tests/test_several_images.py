@@ -28,8 +28,9 @@ from judges import ask
 from judges.scene import judge_scene
 from losses import rdpo
 from model.checkpoint import DEFAULT_MODEL, load_llava
-from model.generate import answers, generate
+from model.generate import answers
 from model.logprobs import Scorer, Sequence, naive_logprobs
+from model.views import stack
 from pairs import bdhs, gallery, online, progress
 from pairs.methods import make_pairs
 
@@ -398,19 +399,28 @@ def test_the_window_counts_every_image(folder):
 # ------------------------------------------------------------------------------------------------- generation
 
 
+@torch.no_grad()
+def greedy(model, processor: Processor, text: str, names: list[str | None], root: Path, steps: int = 6) -> str:
+    """An answer token by token, the whole sequence again each time."""
+    views, new = [processor.image(name, root) for name in names], []
+    pixels, rows = stack(views, model.config.tile_tokens)
+    prompt = processor.prompt(text, [len(view.rows) for view in views])
+    for _ in range(steps):
+        row = model.logits(torch.tensor(prompt + new), pixels, torch.cat(rows))[-1]
+        row[processor.image_id] = float("-inf")
+        new.append(int(row.argmax()))
+    return processor.decode(new[: (new + [processor.eos_id]).index(processor.eos_id)])
+
+
 @every_family
-def test_answers_do_not_depend_on_the_batch(folder):
-    """Nor on how often an image is shown; the order of images matters."""
+def test_answers_are_those_of_one_at_a_time(folder):
+    """However often an image is shown; the order of images matters."""
     model, processor = load_llava(folder), Processor(folder)
     shown = [["a.png", "b.png"], ["b.png", "a.png"], "a.png", None, ["a.png", "b.png"]]
     asked = [MARKED, MARKED, "a dog", "a dog", "a dog"]
     together = answers(model, processor, shown, asked, max_new_tokens=6, root=folder)
-    alone = []
-    for names, text in zip(shown, asked):
-        views = [processor.image(name, folder) for name in (names if isinstance(names, list) else [names])]
-        ids = processor.prompt(text, [len(view.rows) for view in views])
-        (out,), = generate(model, views, [ids], shows=[tuple(range(len(views)))], eos_id=processor.eos_id, max_new_tokens=6)
-        alone.append([processor.decode(out)])
+    alone = [[greedy(model, processor, text, names if isinstance(names, list) else [names], folder)]
+             for names, text in zip(shown, asked)]
     assert together == alone and together[0] != together[1]
     assert len(processor.show(shown, folder)[0]) == 3
 
