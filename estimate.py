@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch, MicroBatches, collate, scored, tokens_of
+from data.images import references
 from data.processor import Processor
 from model.checkpoint import outline
 from model.estimate import Cost, cost_of, hollow, kept
@@ -64,12 +65,13 @@ def report(args: argparse.Namespace, recipe: Recipe, processor: Processor, recor
     terms["activations"] = cost.peak - shards * terms["gradients"]
     total, other = sum(terms.values()), "without" if args.checkpointing else "with"
     flops = cost.flops * load.mean / len(batch.packed.ids)
-    images = len({(how.image, how.view) for how in scored(sequences).values()})
+    fields = {(how.image, how.view) for how in scored(sequences).values()}
+    images = max(sum(len(references(row[field])) for field, _ in fields) for row in rows)
     trained = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
     return "\n".join([
         f"parameters    {sum(p.numel() for p in scorer.parameters()):,}, of which {trained:,} train",
         f"records       {len(rows):,}: {sum(lengths) / len(rows):,.0f} tokens each, at most {max(lengths):,};"
-        f" {images} image{'s' * (images > 1)} each",
+        f" at most {images} image{'s' * (images > 1)}",
         f"step          {args.batch_size // world} records a device, {load.mean:,.0f} tokens,"
         f" {load.micro_batches:.1f} micro-batches, the largest of {load.largest:,} tokens",
         f"operations    {flops / 1e12:,.3g} TFLOP a step and device",

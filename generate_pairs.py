@@ -62,6 +62,7 @@ import torch.distributed as dist
 from common import BadInput, add_options, check_ranges, options_of
 from data import scenes
 from data.formats import load, write
+from data.images import references
 from data.records import relocate
 from model.training import ranks, start_processes
 from pairs.gallery import write_gallery
@@ -139,7 +140,8 @@ def check(args: argparse.Namespace, records: list[dict]) -> None:
         raise BadInput(f"{args.out}: a Parquet file is written with --format trl")
     if parquet and importlib.util.find_spec("pyarrow") is None:
         raise BadInput(f"{args.out}: Parquet needs pyarrow (pip install pyarrow)")
-    if args.format == "trl" and not parquet and any(r["image"].startswith("scene:") for r in records):
+    if args.format == "trl" and not parquet and any(
+            reference.startswith("scene:") for record in records for reference in references(record["image"])):
         raise BadInput(f"{args.out}: scenes have no files to point to; write a .parquet file")
     if args.resume and args.overwrite:
         raise BadInput("--resume goes on with an interrupted run, --overwrite begins again: which of them?")

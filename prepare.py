@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import BadInput, read_json, refuse
 from data import scenes
 from data.batch import fields_of, tokens_of
-from data.check import check_records
+from data.check import check_records, refuse_several
 from data.formats import Data, load
 from data.processor import ClipProcessor, Processor
 from data.records import have_context, write_jsonl
@@ -92,6 +92,8 @@ def read_records(path: Path, recipe: Recipe) -> Data:
 def check_texts(args: argparse.Namespace, recipe: Recipe, processor: Processor, data: Data, path: Path, rank: int,
                 ) -> None:
     """Name all records that the tokenizer or the decoder's window would refuse later. Raises BadInput."""
+    if recipe.asks_for("verifier") or recipe.asks_for("judge") and args.judge == "clip":  # CLIP looks at one
+        refuse_several(data.records, f"--loss {args.loss} with CLIP")
     about = dict(root=data.root, source=path, progress="checking texts" if rank == 0 else "")
     check_records(data.records, processor, **about, sequences=recipe.sequences if recipe.pairs else None,
                   end=recipe.rewards, new_tokens=args.max_new_tokens if recipe.samples else 0)

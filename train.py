@@ -64,6 +64,7 @@ import plots
 import reinforce
 from common import BadInput, remove_unfinished, versions
 from data.batch import BadRecord, Batch, Drawn, MicroBatches, collate, with_seeds, without_bad
+from data.images import is_scene
 from data.processor import Processor
 from losses import (
     adavip,
@@ -495,7 +496,7 @@ def measurement(run: Run, held: list[dict]) -> Callable[[], dict[str, float]]:
     nothing."""
     if held:
         return partial(measure_rewards, run, held)
-    if run.args.eval_scenes > 0 and all(record["image"].startswith("scene:") for record in run.records):
+    if run.args.eval_scenes > 0 and all(is_scene(record["image"]) for record in run.records):
         return partial(measure_captions, run)
     return dict
 

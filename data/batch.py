@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from common import BadInput
 from data.corrupt import add_noise, crop, hide
-from data.images import open_image
+from data.images import open_image, references
 from data.processor import Processor
 from losses.dpo_weighted import changed_tokens
 from model.logprobs import Packed, Sequence, pack
@@ -140,17 +140,17 @@ def collate(
     plain = []
     for name, how in asked.items():
         for record, seed in zip(records, seeds):
-            image = images.number(record, how.image, how.view, seed, how.hidden)
+            shown = images.numbers(record, how.image, how.view, seed, how.hidden)
             responses[name].append(_response(record, how.response, processor))
-            plain.append(_sequence(record, responses[name][-1], image, images, how, end))
+            plain.append(_sequence(record, responses[name][-1], shown, images, how, end))
     # Tokens that are picked in noise are scored where the loop above put their sequence, but the model picks them under
     # the noisy image. So these come once more, in the same order: picks fill the labels above one by one.
     noisy = []
     for name, how in asked.items():
         if how.in_noise:
             for record, seed, response in zip(records, seeds, responses[name]):
-                image = images.number(record, how.image, "noise", seed)
-                noisy.append(_sequence(record, response, image, images, how, end))
+                shown = images.numbers(record, how.image, "noise", seed)
+                noisy.append(_sequence(record, response, shown, images, how, end))
     pixels, rows = stack(images.views, processor.patches)
     batch = Batch(pixels, pack(plain, rows, processor.image_id), list(asked), [r["id"] for r in records], responses)
     if any("weight" in record for record in records):
@@ -169,19 +169,23 @@ class _Images:
     def __init__(self, processor: Processor, root: Path | str | None):
         self.processor, self.root = processor, root
         self.views: list[View] = []
-        self.numbers: dict[tuple, int] = {}
+        self.known: dict[tuple, int] = {}
 
-    def number(self, record: dict, field: str, view: str, seed: int, hidden: float = 0.0) -> int:
-        """Which of `views` shows this image. Raises BadRecord when it cannot be opened."""
-        other = record["rejected_image"] if hidden else None
-        key = (record[field], view, 0 if view == "clean" else seed, hidden, other)
-        if key not in self.numbers:
-            try:
-                self.views.append(self._open(record[field], view, seed, hidden, other))
-            except BadInput as error:
-                raise BadRecord(record["id"], str(error)) from None
-            self.numbers[key] = len(self.views) - 1
-        return self.numbers[key]
+    def numbers(self, record: dict, field: str, view: str, seed: int, hidden: float = 0.0) -> tuple[int, ...]:
+        """Which of `views` show the images of a field. Raises BadRecord when one cannot be opened."""
+        shown = references(record[field])
+        others = references(record["rejected_image"]) if hidden else [None] * len(shown)
+        try:
+            return tuple(self._number(image, view, seed, hidden, other) for image, other in zip(shown, others))
+        except BadInput as error:
+            raise BadRecord(record["id"], str(error)) from None
+
+    def _number(self, reference: str, view: str, seed: int, hidden: float, other: str | None) -> int:
+        key = (reference, view, 0 if view == "clean" else seed, hidden, other)
+        if key not in self.known:
+            self.views.append(self._open(reference, view, seed, hidden, other))
+            self.known[key] = len(self.views) - 1
+        return self.known[key]
 
     def _open(self, reference: str, view: str, seed: int, hidden: float, other: str | None) -> View:
         if view == "noise":
@@ -201,12 +205,13 @@ class _Headers(_Images):
         return View(pixels, torch.arange(rows) % (len(pixels) * self.processor.patches))
 
 
-def _sequence(record: dict, response: tuple[int, ...], image: int, images: _Images, how: Scored, end: bool) -> Sequence:
-    """A response after the prompt of its record, which has one image token for each row of the image, and the
+def _sequence(record: dict, response: tuple[int, ...], shown: tuple[int, ...], images: _Images, how: Scored,
+              end: bool) -> Sequence:
+    """A response after the prompt of its record, which has one image token for each row of its images, and the
     context if there is one: shared by all its responses, and not scored."""
-    prompt = _prompt(record, images.views[image], images.processor)
+    prompt = _prompt(record, [images.views[number] for number in shown], images.processor)
     question = images.processor.question(record["prompt"])
-    return Sequence(image, prompt, response + response[-1:] if end else response, how.tokens == "best_other", question)
+    return Sequence(shown, prompt, response + response[-1:] if end else response, how.tokens == "best_other", question)
 
 
 def _labels(chosen: list[bool], batch: Batch) -> Tensor:
@@ -236,14 +241,15 @@ def _response(record: dict, response_field: str, processor: Processor) -> tuple[
         raise BadRecord(record["id"], str(error)) from None
 
 
-def _prompt(record: dict, view: View, processor: Processor) -> tuple[int, ...]:
+def _prompt(record: dict, views: list[View], processor: Processor) -> tuple[int, ...]:
+    counts = [len(view.rows) for view in views]
     try:
-        ids = processor.prompt(record["prompt"], len(view.rows)) + context_ids(record, processor)
+        ids = processor.prompt(record["prompt"], counts) + context_ids(record, processor)
     except BadInput as error:
         raise BadRecord(record["id"], str(error)) from None
-    if ids.count(processor.image_id) != len(view.rows):
+    if ids.count(processor.image_id) != sum(counts):
         raise BadRecord(record["id"], f"{ids.count(processor.image_id)} image tokens in the prompt, "
-                                      f"{record['image']} has {len(view.rows)} features")
+                                      f"{record['image']} has {sum(counts)} features")
     return tuple(ids)
 
 
@@ -251,20 +257,23 @@ def tokens_of(record: dict, sequences: Mapping[str, Mapping], processor: Process
               end: bool = False) -> int:
     """Tokens of a record that go through the decoder, `len(packed.ids)` of its own batch: of its texts and the headers
     of its images. Arguments and BadRecord as for `collate`; BadInput as from `data.images.image_size`."""
-    inputs: dict[tuple, set] = {}  # distinct responses under each image
+    inputs: dict[tuple, set] = {}  # distinct responses under each image, or each several
     for how in scored(sequences).values():
         response = _response(record, how.response, processor)
-        inputs.setdefault((record[how.image], how.view, how.hidden), set()).add(response if end else response[:-1])
-    prompt = processor.prompt(record["prompt"]) + context_ids(record, processor)
-    text = len(prompt) - processor.patches  # without image tokens
-    images = {reference: processor.image_tokens(reference, root) for reference, *_ in inputs}
-    return sum(images[reference] + text + sum(map(len, group)) for (reference, *_), group in inputs.items())
+        shown = tuple(references(record[how.image]))
+        inputs.setdefault((shown, how.view, how.hidden), set()).add(response if end else response[:-1])
+    images = len(shown)  # as many in each field
+    prompt = processor.prompt(record["prompt"], [1] * images) + context_ids(record, processor)
+    text = len(prompt) - images  # without image tokens
+    counts = {shown: sum(processor.image_tokens(image, root) for image in shown) for shown, *_ in inputs}
+    return sum(counts[shown] + text + sum(map(len, group)) for (shown, *_), group in inputs.items())
 
 
 def check_image(record: dict, root: Path | str | None = None) -> None:
-    """Decode the image that the record is about. Raises BadRecord when that fails."""
+    """Decode the images that the record is about. Raises BadRecord when that fails."""
     try:
-        open_image(record["image"], root)
+        for reference in references(record["image"]):
+            open_image(reference, root)
     except BadInput as error:
         raise BadRecord(record["id"], str(error)) from None
 

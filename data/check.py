@@ -9,13 +9,14 @@ a text, a response that merges with the tag before it. Then the tokens are count
 Image tokens follow from an image's header alone. Readers of files look at everything else (data/records.py).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common import BadInput, refuse
 from data.batch import context_ids, response_ids, scored
+from data.images import references
 from data.processor import Processor
 
 
@@ -36,6 +37,13 @@ def check_records(
            for reason in problems_of(record, processor, root, sequences, end=end, new_tokens=new_tokens))
 
 
+def refuse_several(records: Sequence[dict], who: str) -> None:
+    """Raise BadInput where records have several images and `who` takes one."""
+    if names := [record["id"] for record in records if isinstance(record["image"], list)]:
+        raise BadInput(f"{who} takes one image a record, {len(names)} of {len(records)} have several (first:"
+                       f" {names[0]!r})")
+
+
 def problems_of(
     record: dict, processor: Processor, root: Path | str | None, sequences: Mapping[str, Mapping] | None = None, *,
     end: bool = False, new_tokens: int = 0,
@@ -49,7 +57,7 @@ def problems_of(
         new_tokens: what the option --max-new-tokens lets a model add to the prompt; 0: nothing.
     """
     asked = [(how.image, how.response) for how in scored(sequences or {}).values() if how.response in record]
-    lengths, found = {}, {}  # a dict: what holds for two images is said once
+    lengths, found, images = {}, {}, len(references(record["image"]))  # `found`: what holds for two fields is said once
     for field in dict.fromkeys(["prompt", "context", *(field for _, field in asked)]):
         try:
             lengths[field] = len(_ids(record, field, processor))
@@ -57,8 +65,9 @@ def problems_of(
             found[f"{field!r}: {error}"] = True
     if found:
         return list(found)
-    lengths["prompt"] += lengths["context"] - processor.patches  # image tokens, counted for each image
-    counts = {name: processor.image_tokens(record[name], root) for name in {"image", *(name for name, _ in asked)}}
+    lengths["prompt"] += lengths["context"] - images  # image tokens are counted for each field
+    counts = {name: sum(processor.image_tokens(image, root) for image in references(record[name]))
+              for name in {"image", *(name for name, _ in asked)}}
     for name, field in asked:
         total = counts[name] + lengths["prompt"] + lengths[field] + end - 1
         if total > processor.window:
@@ -73,5 +82,5 @@ def problems_of(
 def _ids(record: dict, field: str, processor: Processor) -> list[int]:
     """Ids of the prompt, the context, or a response. BadInput as from `data.processor`."""
     if field == "prompt":
-        return processor.prompt(record["prompt"])
+        return processor.prompt(record["prompt"], [1] * len(references(record["image"])))
     return context_ids(record, processor) if field == "context" else response_ids(record, field, processor)

@@ -26,10 +26,12 @@ or as a data URL. Bytes are written to a folder next to the file (the command: n
 once, named by its content. Row groups are streamed, so a file may be larger than memory. The format is known from
 the keys of the first row, or named.
 
-A record is one image, one question and one answer. Of a conversation of several turns the first one is taken, as
-later ones refer to what was said before; where the answers belong to a later one, or a system message comes before
-the question, the row is a bad one, as is a row without an image. All bad rows are counted, the first are listed as
-`file:row: reason`, rows counted from 1 (in JSONL: lines). Ids that a foreign file repeats get a number appended.
+A record is one image or several, one question and one answer. Of a conversation of several turns the first one is
+taken, as later ones refer to what was said before; where the answers belong to a later one, or a system message comes
+before the question, the row is a bad one, as is a row without an image. Several images are where the question has
+`<image>` marks or image parts, as many as images; those that are all before the text need none. All bad rows are
+counted, the first are listed as `file:row: reason`, rows counted from 1 (in JSONL: lines). Ids that a foreign file
+repeats get a number appended.
 
 TRL's columns are those of its vision DPO (`images`, conversational `prompt`, `chosen`, `rejected`). What it
 has no column for (`id`, `context`, `rejected_images`, `rejected_image_response`) is written as an extra one, and read
@@ -53,8 +55,19 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from common import BadInput, parse_json, written_whole
-from data.images import open_image
-from data.records import Row, brief, collect, continued, have_context, json_rows, relocate, without_mark, write_jsonl
+from data.images import IMAGE, cut_at_images, open_image, references
+from data.records import (
+    REFERENCES,
+    Row,
+    brief,
+    collect,
+    continued,
+    have_context,
+    json_rows,
+    relocate,
+    without_mark,
+    write_jsonl,
+)
 
 QUESTION, ANSWER = ("human", "user"), ("gpt", "assistant")
 ANSWERS = ("context", "chosen", "rejected", "rejected_image", "rejected_image_response", "source")
@@ -209,17 +222,19 @@ def _convert(rows: Iterable[Row], format: str | None, root: Path, answers: bool,
 
 
 class Images:
-    """Turns what a row says about its image into a reference; writes out an image it carries itself."""
+    """Turns what a row says about its images into references; writes out an image it carries itself."""
 
     def __init__(self, where: str, root: Path, images: Path | None = None):
         file = Path(where.rpartition(":")[0])
         self.folder, self.root = images or file.with_name(f"{file.stem}-images"), root
 
-    def __call__(self, value: object) -> str:
-        if isinstance(value, list):
-            if len(value) > 1:
-                raise BadInput(f"{len(value)} images; a record has one")
-            value = value[0] if value else None
+    def __call__(self, value: object) -> str | list[str]:
+        """The reference of one image, or a list of those of several."""
+        if isinstance(value, list) and len(value) > 1:
+            return [self._reference(image) for image in value]
+        return self._reference(next(iter(value), None) if isinstance(value, list) else value)
+
+    def _reference(self, value: object) -> str:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and value.startswith("data:"):
@@ -256,13 +271,14 @@ class Images:
 
 
 def _plumbline(row: dict, image_of: Images) -> dict:
-    return row | {key: image_of(row[key]) for key in ("image", "rejected_image")
-                  if isinstance(row.get(key), bytes | dict | str) and row[key]}
+    return row | {key: image_of(row[key]) for key in REFERENCES if row.get(key)
+                  and all(isinstance(image, bytes | dict | str) for image in references(row[key]))}
 
 
 def _llava(row: dict, image_of: Images) -> dict:
     question, answer = _turn(row.get("conversations"), "conversations")
-    return {"id": row.get("id"), "image": image_of(row.get("image")), "prompt": question, "chosen": answer}
+    return {"id": row.get("id"), "image": image_of(row.get("images") or row.get("image")), "prompt": question,
+            "chosen": answer}
 
 
 def _povid(row: dict, image_of: Images) -> dict:
@@ -403,7 +419,7 @@ def _answer(row: dict, *keys: str) -> str | None:
 
 
 def _said(value: object, roles: tuple[str, str], key: str) -> str:
-    """A text, or that of a message or a conversation of one; parts of it that are images say nothing."""
+    """A text, or that of a message or a conversation of one."""
     if isinstance(value, list):
         if len(value) != 1:
             raise BadInput(f"{key!r} has {len(value)} messages, one is wanted")
@@ -415,12 +431,19 @@ def _said(value: object, roles: tuple[str, str], key: str) -> str:
         if role not in roles:
             raise BadInput(f"{key!r}: a message of the {roles[1]} is wanted, found one of {brief(role)}")
         value = value.get("content", value.get("value"))
-        if isinstance(value, list):
-            parts = [part.get("text") or "" if isinstance(part, dict) else part for part in value]
-            value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
+        value = _joined(value) if isinstance(value, list) else value
     if not isinstance(value, str):
         raise BadInput(f"{key!r} must be a text, found {type(value).__name__}")
     return value
+
+
+def _joined(parts: list) -> object:
+    """The text of a message's parts, or the parts where they are none. Images between texts, of several, are marked."""
+    texts = [part.get("text") or "" if isinstance(part, dict) else part for part in parts]
+    images = [isinstance(part, dict) and part.get("type") == "image" for part in parts]
+    if images[: sum(images)].count(False):  # not all at the beginning
+        texts = [IMAGE if image and sum(images) > 1 else text for image, text in zip(images, texts)]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else parts
 
 
 def _origin(row: dict) -> dict:
@@ -452,17 +475,19 @@ def _trl_row(record: dict, image_of: Callable[[str], object]) -> dict:
     def said(role: str, *parts: dict) -> list[dict]:
         return [{"role": role, "content": list(parts)}]
 
-    def text(key: str) -> dict:
-        return {"type": "text", "text": record[key]}
+    def text(words: str) -> dict:
+        return {"type": "text", "text": words}
 
     def answer(key: str) -> dict:
-        return {"type": "text", "text": continued(record.get("context") or "", record[key])}
+        return text(continued(record.get("context") or "", record[key]))
 
-    row = {"id": record["id"], "images": [image_of(record["image"])],
-           "prompt": said("user", {"type": "image"}, text("prompt")),
+    images = [image_of(reference) for reference in references(record["image"])]
+    prompt = cut_at_images(record["prompt"], len(images))
+    row = {"id": record["id"], "images": images,
+           "prompt": said("user", *({"type": "image"} if part == IMAGE else text(part) for part in prompt)),
            "chosen": said("assistant", answer("chosen")), "rejected": said("assistant", answer("rejected"))}
     if other := record.get("rejected_image"):
-        row["rejected_images"] = [image_of(other)]
+        row["rejected_images"] = list(map(image_of, references(other)))
     return row | {key: record[key] for key in ("context", "rejected_image_response") if record.get(key) is not None}
 
 

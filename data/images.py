@@ -1,7 +1,8 @@
 """Images: where they come from.
 
 An image is named by a reference: a file path, or `scene:SEED` / `scene:SEED?without=dog,cat` for an image of the scene
-world (data/scenes.py), drawn on the spot. What a model is shown of it is in model/views.py.
+world (data/scenes.py), drawn on the spot. What a model is shown of it is in model/views.py. `image` of a record is one
+reference, or a list of several.
 
 Colours are what Pillow's `convert("RGB")` gives, as in LLaVA: greyscale is copied to the three channels, CMYK
 converted, transparency dropped (hidden colours show). Images are not rotated by their EXIF tag;
@@ -11,6 +12,7 @@ converted, transparency dropped (hidden colours show). Images are not rotated by
 
 import base64
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +23,27 @@ from PIL import Image, UnidentifiedImageError
 
 from common import BadInput
 
+IMAGE = "<image>"  # marks the place of an image in a text
 MAX_PIXELS = 2**26  # 8192 x 8192; a larger image is a mistake or a decompression bomb
 MAX_SIDE = 2**14  # padded to a square, a longer side would take gigabytes
 MAX_RATIO = 200  # of the sides; resizing the short one of a thinner image would make a huge one
+
+
+def references(image: str | list[str] | None) -> list[str | None]:
+    """The references of a record's `image`, in order; of a question without an image, None alone."""
+    return image if isinstance(image, list) else [image]
+
+
+def is_scene(image: str | list[str]) -> bool:
+    """Whether all images are drawn."""
+    return all(reference.startswith("scene:") for reference in references(image))
+
+
+def cut_at_images(text: str, images: int) -> list[str]:
+    """A text and its images in order, `<image>` for each: where it marks several, else before the text."""
+    if images > 1 and text.count(IMAGE) == images:
+        return [part for part in re.split(f"({IMAGE})", text) if part]
+    return [IMAGE] * images + [text]
 
 
 def open_image(reference: str, root: Path | str | None = None) -> Image.Image:

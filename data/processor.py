@@ -7,6 +7,7 @@ as one text; the prompt's ids are the same whatever the response, which prefix s
 """
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import BadInput
-from data.images import image_size, open_image
+from data.images import IMAGE, image_size, open_image, references
 from data.records import continued
 from data.tokenizer import CLIP_SPECIAL, TextTokenizer
 from model.config import clip_config, read_config
@@ -23,8 +24,6 @@ from model.hub import resolve
 from model.layouts import config_folder, tokenizer_folder
 from model.settings import read_preprocessing
 from model.views import View, no_image, preprocess
-
-IMAGE = "<image>"
 
 
 class Processor:
@@ -66,6 +65,17 @@ class Processor:
         """Reference -> tiles and rows; None -> a view of no image, for a question without one."""
         return no_image(self.preprocessing.size) if reference is None else self.view(open_image(reference, root))
 
+    def show(self, images: list, root: Path | str | None = None) -> tuple[list[View], list[tuple[int, ...]]]:
+        """What prompts show, each distinct image once.
+
+        Args:
+            images: of each prompt a reference, a list of several, or None.
+        Returns: the views, and for each prompt the numbers of its views.
+        """
+        numbers: dict[str | None, int] = {}
+        shows = [tuple(numbers.setdefault(name, len(numbers)) for name in references(image)) for image in images]
+        return [self.image(name, root) for name in numbers], shows
+
     def view(self, image: Image.Image) -> View:
         """RGB image -> tiles and rows, by `aspect`."""
         return self.family.view(image, self.aspect, self.preprocessing, self.config)
@@ -75,16 +85,25 @@ class Processor:
         size = partial(image_size, reference, root)
         return self.family.image_tokens(size, self.aspect, self.preprocessing, self.config)
 
-    def prompt(self, text: str, count: int | None = None) -> list[int]:
+    def prompt(self, text: str, count: int | Sequence[int] | None = None) -> list[int]:
         """Question -> ids of everything before the response.
 
         Args:
-            count: image tokens, len(view.rows) of the image; None: those of one tile; 0: a question without an image.
-        Raises BadInput on <image> or another special token in the text: the template places the image.
+            text: <image> in it is the place of an image if there are several, and as many marks; else the template
+                places them.
+            count: image tokens, len(view.rows) of the image or of each of several; None: those of one tile; 0: a
+                question without an image.
+        Raises BadInput on another <image> or special token in the text, and on more images than the family takes.
         """
-        count = self.patches if count is None else count
-        shown = self.template.image if count else ""
-        return self._encode(self.template.before + shown + self.template.after.format(prompt=self._plain(text)), count)
+        counts = [self.patches] if count is None else [count] if isinstance(count, int) else count
+        counts = [n for n in counts if n]  # a view of no image has none
+        if len(counts) > 1 and not self.family.SEVERAL_IMAGES:
+            raise BadInput(f"{len(counts)} images, {self.config.model_type} takes one")
+        marked = len(counts) > 1 and text.count(IMAGE) == len(counts)
+        shown = "" if marked else self.template.image * len(counts)
+        parts = map(self._plain, text.split(IMAGE) if marked else [text])
+        question = self.template.image.strip().join(parts)
+        return self._encode(self.template.before + shown + self.template.after.format(prompt=question), counts)
 
     def response(self, text: str) -> list[int]:
         """Response -> ids, ending in the stop token; that alone for the empty one. BadInput as in `prompt`."""
@@ -125,13 +144,13 @@ class Processor:
     def _cut(self, text: str) -> list[str]:
         return cut(text, (IMAGE, *self.family.SPECIAL))
 
-    def _encode(self, text: str, count: int = 0) -> list[int]:
-        """Text with the template's special tokens, and <image> for `count` image tokens -> ids; every part has its own
-        dummy prefix."""
-        ids = []
+    def _encode(self, text: str, counts: Sequence[int] = ()) -> list[int]:
+        """Text with the template's special tokens, and <image> for the image tokens of each image -> ids; every part
+        has its own dummy prefix."""
+        ids, images = [], iter(counts)
         for part in self._cut(text):
             if part == IMAGE:
-                ids += [self.image_id] * count
+                ids += [self.image_id] * next(images)
             else:
                 ids += [self.tokenizer.id(part)] if part in self.family.SPECIAL else self.tokenizer.encode(part)
         return ids

@@ -2,11 +2,12 @@
 
     key              type     meaning
     id               string   unique in its file
-    image            string   image reference the answers are about
-    prompt           string   question; one `<image>` at either end of it is taken away
+    image            string   image reference the answers are about; or a list of several, in order
+    prompt           string   question; see below for `<image>` in it
     chosen           string   preferred answer, y_w
     rejected         string   dispreferred answer, y_l (differs from `chosen`)
-    rejected_image   string   optional (or null): image reference v_l on which `chosen` is no longer right
+    rejected_image   string   optional (or null): image reference v_l on which `chosen` is no longer right; of several
+                              images a list, too
     rejected_image_response  string   optional: the answer that is right for `rejected_image`, y_w' of SymMPO
     context          string   optional: beginning of the response, which `chosen` and `rejected` continue
     source           object   optional, free-form: where each part came from (method, seed, model, scores)
@@ -19,6 +20,9 @@ An image reference is a file path (absolute, or relative to the folder of the JS
 With a `context` (pairs/sentinel.py) the answers are what comes after it, up to wherever they stop: the context is
 given like the prompt and never scored, and no end token is scored after the answers, since the response goes on. An
 empty context is one, too: the answers then begin the response.
+
+One image is placed by the template (model/families); one `<image>` at either end of the prompt is taken away. Several
+are where the prompt has an `<image>` for each, in order; without marks all are before it.
 
 Readers look at the whole file before anything else happens, count all bad records and name the first SHOWN: a
 run must not die in its third hour of a typo in line 20,000. So nothing passes that could not be written again,
@@ -35,17 +39,17 @@ from functools import cache
 from pathlib import Path
 
 from common import SHOWN, BadInput, brief, parse_json, written_whole
-from data.images import image_size
+from data.images import IMAGE, image_size, references
 
 IMAGE_TEXTS = ("id", "image", "prompt")
 IMAGE_OPTIONAL = ("chosen", "context", "source")
 PAIR_TEXTS = ("id", "image", "prompt", "chosen", "rejected")
 PAIR_OPTIONAL = ("rejected_image", "rejected_image_response", "context", "source")
 REFERENCES = ("image", "rejected_image")
-IMAGE = "<image>"
 MARK = re.compile(r"<\|?(?:img|image)\w*\|?>", re.IGNORECASE)  # <image>, <ImageHere>, <|image_pad|>, ...
 TAGS = ("ASSISTANT:", "[/INST]")  # a question that ends so has a template (model/families) around it
 INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode categories: spaces, controls, zero-width characters
+MOST_IMAGES = 64  # of a record
 DEEPEST = 50  # levels of `source`
 LONGEST = 1024  # characters of a path; an image in base64 has more
 
@@ -77,10 +81,14 @@ def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
     if root.resolve() == folder.resolve():
         return records
 
+    def moved(path: object) -> object:
+        if isinstance(path, list):
+            return [moved(one) for one in path]
+        stays = not isinstance(path, str) or not path or path.startswith("scene:") or os.path.isabs(path)
+        return path if stays else os.path.relpath(root / path, folder)
+
     def move(row: dict) -> dict:
-        paths = {key: row[key] for key in REFERENCES if isinstance(row.get(key), str) and row[key]}
-        return row | {key: os.path.relpath(root / path, folder) for key, path in paths.items()
-                      if not path.startswith("scene:") and not os.path.isabs(path)}
+        return row | {key: moved(row[key]) for key in REFERENCES if key in row}
 
     records = [move(record) for record in records]
     for record in records:
@@ -170,9 +178,9 @@ def collect(path: Path, rows: Iterable[Row], root: Path, needs: Collection[str] 
         total += 1
         if record is not None:
             keys = keys or _keys(record, needs)
-            if isinstance(record.get("prompt"), str):
-                record["prompt"] = without_mark(record["prompt"])
-            reasons = reasons + _check_fields(record, *keys, hints) + _check_images(record, flaw_of)
+            record = _plain(record)
+            reasons = reasons + _check_fields(record, *keys, hints) + _check_several(record)
+            reasons += _check_images(record, flaw_of)
             name = record.get("id")
             if isinstance(name, str) and first.setdefault(name, where) != where:
                 reasons.append(f"id {brief(name)} already used in {first[name]}")
@@ -194,6 +202,15 @@ def _report(path: Path, bad: list[tuple[str, list[str]]], rows: int) -> str:
     if single and len(bad) > SHOWN:
         single.append(f"{path}: and {len(bad) - SHOWN:,} more bad records ({len(bad):,} of {rows:,} are bad)")
     return "\n".join(lines + single)
+
+
+def _plain(record: dict) -> dict:
+    """The record with the only image of a list by itself, and without the mark of an only image."""
+    only = {key: record[key][0] for key in REFERENCES if isinstance(record.get(key), list) and len(record[key]) == 1}
+    record = record | only
+    if isinstance(record.get("prompt"), str) and not isinstance(record.get("image"), list):
+        record["prompt"] = without_mark(record["prompt"])
+    return record
 
 
 def without_mark(prompt: str) -> str:
@@ -225,15 +242,42 @@ def _check_fields(row: dict, required: tuple[str, ...], optional: tuple[str, ...
         if value is None:
             hint = f" ({hints[key]})" if key in hints else ""
             reasons += [f"{key!r} is missing{hint}"] if key in required else []
+        elif key in REFERENCES and isinstance(value, list):
+            reasons += [f"{key!r} {flaw}"] if (flaw := _list_flaw(value, key)) else []
         elif key != "source" and not isinstance(value, str):
             reasons.append(f"{key!r} must be a string, found {type(value).__name__}")
-        elif flaw := _source_flaw(value) if key == "source" else _text_flaw(value, key):
+        elif flaw := _source_flaw(value) if key == "source" else _text_flaw(_said(row, key), key):
             reasons.append(f"{key!r} {flaw}")
     if unknown := [brief(key) for key in row if key not in required + optional]:
         reasons.append(f"unknown key {', '.join(unknown[:8])}" + ", ..." * (len(unknown) > 8))
     texts = row.get("chosen"), row.get("rejected")
     if all(isinstance(text, str) for text in texts) and texts[0].strip() == texts[1].strip() != "":
         reasons.append("'chosen' and 'rejected' are the same text")
+    return reasons
+
+
+def _said(row: dict, key: str) -> str:
+    """A text of a record; the prompt without the marks of several images."""
+    return row[key].replace(IMAGE, "") if key == "prompt" and isinstance(row.get("image"), list) else row[key]
+
+
+def _list_flaw(images: list, key: str) -> str:
+    """What is wrong with a list of images, or ""."""
+    if not 0 < len(images) <= MOST_IMAGES:
+        return f"lists {len(images):,} images, 1 to {MOST_IMAGES} are wanted"
+    if odd := [image for image in images if not isinstance(image, str)]:
+        return f"must list strings, found {type(odd[0]).__name__}"
+    return next(filter(None, (_text_flaw(image, key) for image in images)), "")
+
+
+def _check_several(row: dict) -> list[str]:
+    """As many marks and rejected images as images, where there are several."""
+    images, other, prompt = (row.get(key) for key in ("image", "rejected_image", "prompt"))
+    reasons = []
+    if images and isinstance(images, list) and isinstance(prompt, str) and prompt.count(IMAGE) not in (0, len(images)):
+        reasons.append(f"'prompt' marks {prompt.count(IMAGE)} places with {IMAGE}, 'image' lists {len(images)} images")
+    if images and other and len(references(images)) != len(references(other)):
+        reasons.append(f"'rejected_image' names {len(references(other))} of {len(references(images))} images")
     return reasons
 
 
@@ -276,9 +320,9 @@ def _source_flaw(value: object, depth: int = 0) -> str:
 
 
 def _check_images(row: dict, flaw_of: Callable[[str], str]) -> list[str]:
-    references = {key: row[key] for key in REFERENCES if isinstance(row.get(key), str)}
-    return [f"{key!r}: {flaw}" for key, reference in references.items()
-            if not _text_flaw(reference, key) and (flaw := flaw_of(reference))]
+    named = [(key, reference) for key in REFERENCES for reference in references(row.get(key))[:MOST_IMAGES]
+             if isinstance(reference, str) and not _text_flaw(reference, key)]
+    return [f"{key!r}: {flaw}" for key, reference in dict.fromkeys(named) if (flaw := flaw_of(reference))]
 
 
 def _reference_flaw(reference: str, root: Path) -> str:

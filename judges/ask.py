@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import BadInput, parse_json, read_json, write_text
-from data.images import data_url, open_image
+from data.images import IMAGE, cut_at_images, data_url, open_image, references
 from data.processor import Processor
 from model.generate import generate
 from model.llava import Llava
@@ -53,7 +53,7 @@ THINKS = re.compile(r"(?:<(?:seed:)?think(?:ing)?>|\[think\]|◁think▷)", re.I
 class Request(NamedTuple):
     """One question."""
 
-    image: str | None  # image reference, None for a question about texts alone
+    image: str | list[str] | None  # image reference, or several, None for a question about texts alone
     text: str
 
 
@@ -102,10 +102,9 @@ def local_model(model: Llava, processor: Processor, name: str, *, batch_size: in
 
 def _answer(model: Llava, processor: Processor, batch: list[Request], limit: int,
             root: Path | None) -> list[Reply]:
-    names = list(dict.fromkeys(request.image for request in batch))  # each image is encoded once
-    views = [processor.image(name, root) for name in names]
-    shows = [names.index(request.image) for request in batch]
-    prompts = [_prompt(processor, request.text, len(views[i].rows), limit) for request, i in zip(batch, shows)]
+    views, shows = processor.show([request.image for request in batch], root)
+    prompts = [_prompt(processor, request.text, [len(views[i].rows) for i in shown], limit)
+               for request, shown in zip(batch, shows)]
     rows = [row for row, prompt in enumerate(prompts) if not isinstance(prompt, Reply)]
     out = generate(model, views, [prompts[row] for row in rows], eos_id=processor.eos_id,
                    shows=[shows[row] for row in rows], max_new_tokens=limit,
@@ -116,10 +115,10 @@ def _answer(model: Llava, processor: Processor, batch: list[Request], limit: int
     return replies
 
 
-def _prompt(processor: Processor, text: str, count: int, limit: int) -> list[int] | Reply:
+def _prompt(processor: Processor, text: str, counts: list[int], limit: int) -> list[int] | Reply:
     """The prompt's ids, or why it cannot be asked."""
     try:
-        ids = processor.prompt(text, count)
+        ids = processor.prompt(text, counts)
     except BadInput:
         return Reply("", "a special token in the question")
     return ids if len(ids) + limit <= processor.window else Reply("", "question longer than the model's window")
@@ -198,11 +197,15 @@ def _kept(path: Path) -> Reply:
 
 
 def _body(server: Server, request: Request, root: Path | None) -> dict:
-    parts: list[dict] = [{"type": "text", "text": request.text}]
-    if server.images and request.image is not None:
-        image = open_image(request.image, root)
-        image.thumbnail((server.side, server.side))
-        parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(image, "PNG")}})
+    images = references(request.image) if server.images and request.image is not None else []
+    shown, parts = (open_image(reference, root) for reference in images), []
+    for part in cut_at_images(request.text, len(images)):
+        if part == IMAGE:
+            image = next(shown)
+            image.thumbnail((server.side, server.side))
+            parts.append({"type": "image_url", "image_url": {"url": data_url(image, "PNG")}})
+        else:
+            parts.append({"type": "text", "text": part})
     return {"model": server.model, "messages": [{"role": "user", "content": parts}],
             "temperature": server.temperature, "max_tokens": server.max_tokens, "seed": server.seed}
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.detect import Detect
-from data.images import open_image
+from data.images import open_image, references
 from judges.scene import judge_mentions, synonyms
 from judges.scores import Judge, Judgement, one_by_one
 from metrics.chair import mentions
@@ -32,9 +32,9 @@ def chair_judge(detect: Detect, root: Path | None = None) -> Judge:
 
 
 def shown_to(detect: Detect, root: Path | None = None) -> Callable[[dict], set[str]]:
-    """Record -> the classes of CHAIR's list that a detector finds in its image."""
+    """Record -> the classes of CHAIR's list that a detector finds in its images."""
     def shown(record: dict) -> set[str]:
-        found = detect(record["image"], open_image(record["image"], root))
+        found = [one for image in references(record["image"]) for one in detect(image, open_image(image, root))]
         return {name for detection in found for _, name in mentions(detection.label, synonyms())}
 
     return shown

@@ -24,7 +24,7 @@ from common import BadInput
 from model.cache import Cache, Prompts, Recorder
 from model.lora import adapters_cast
 from model.packing import lay_out
-from model.views import View, stack
+from model.views import View, rows_of, stack
 from model.vlm import VLM
 
 Stop = Callable[[int, int, list[int]], bool]
@@ -51,7 +51,7 @@ def generate(
     prompts: list[list[int]],
     *,
     eos_id: int,
-    shows: list[int] | None = None,
+    shows: Sequence[int | tuple[int, ...]] | None = None,
     questions: list[tuple[int, ...]] | None = None,
     n: int = 1,
     starts: list[list[list[int]]] | None = None,
@@ -81,14 +81,15 @@ def generate(
 
 
 @torch.no_grad()
-def read(model: VLM, views: list[View], prompts: list[list[int]], *, shows: Sequence[int] | None = None,
-         questions: list[tuple[int, ...]] | None = None, hidden: list[Tensor] | None = None, room: int = 0) -> Prompts:
+def read(model: VLM, views: list[View], prompts: list[list[int]], *,
+         shows: Sequence[int | tuple[int, ...]] | None = None, questions: list[tuple[int, ...]] | None = None,
+         hidden: list[Tensor] | None = None, room: int = 0) -> Prompts:
     """Compute prompts.
 
     Args:
         views: distinct images.
-        prompts: M lists of token ids with as many image tokens as their image has rows.
-        shows: for each prompt the number of its image; left out, prompt i shows image i.
+        prompts: M lists of token ids with as many image tokens as their images have rows.
+        shows: for each prompt the number of its image, or those of several; left out, prompt i shows image i.
         questions: for each prompt what `VLM.connect` reads of it (`Processor.question`); left out, nothing.
         hidden: for each prompt (len(prompt),) bool, True at tokens that must not be looked at (model/attention.py).
         room: tokens to make room for after each prompt; `write` copies what has too little.
@@ -96,7 +97,7 @@ def read(model: VLM, views: list[View], prompts: list[list[int]], *, shows: Sequ
     """
     device, decoder = model.device, model.language_model.model
     pixels, rows = stack(views, model.config.tile_tokens)
-    layout = lay_out(prompts, [[] for _ in prompts], [rows[image] for image in shows or range(len(prompts))],
+    layout = lay_out(prompts, [[] for _ in prompts], [rows_of(image, rows) for image in shows or range(len(prompts))],
                      questions or [()] * len(prompts), model.config.image_token_index)
     lengths = [len(prompt) for prompt in prompts]
     recorder = Recorder(lengths, room, device, hidden)
@@ -299,7 +300,7 @@ def _cut(tokens: list[int], eos_id: int) -> list[int]:
 def answers(
     model: VLM,
     processor,
-    images: list[str | None],
+    images: list[str | list[str] | None],
     prompts: list[str],
     *,
     n: int = 1,
@@ -317,7 +318,7 @@ def answers(
 
     Args:
         processor: data.processor.Processor of the model's folder.
-        images, prompts: M references, None for a question without an image, and M questions.
+        images, prompts: M references, or lists of several, None for a question without an image; and M questions.
         seed: the sampling seed of item i is `seed + i`, in the order given; `seeds` names them one by one.
         finished: a response that was cut at `max_new_tokens` becomes "".
         progress: label of a progress bar; empty for none.
@@ -331,15 +332,15 @@ def answers(
     model.eval()
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
-        distinct = list(dict.fromkeys(images[part]))  # an image asked about twice is encoded once
-        views = {ref: processor.image(ref, root) for ref in distinct}
+        views, shows = processor.show(images[part], root)  # an image asked about twice is encoded once
         try:
             batch = generate(
                 model,
-                list(views.values()),
-                [processor.prompt(text, len(views[ref].rows)) for ref, text in zip(images[part], prompts[part])],
+                views,
+                [processor.prompt(text, [len(views[i].rows) for i in shown])
+                 for text, shown in zip(prompts[part], shows)],
                 eos_id=processor.eos_id,
-                shows=[distinct.index(ref) for ref in images[part]],
+                shows=shows,
                 questions=[processor.question(text) for text in prompts[part]],
                 n=n,
                 max_new_tokens=max_new_tokens,

@@ -30,16 +30,16 @@ from common import BadInput
 from model.attention import SharedPrefix
 from model.ops import compute_dtype
 from model.packing import lay_out
-from model.views import View
+from model.views import View, rows_of, stack
 from model.vlm import VLM
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # logits alive at a time: 16 and 256 MiB in fp32
 
 
 class Sequence(NamedTuple):
-    """One thing to score. `image` is the number of the image in the batch; `prompt` has its image tokens."""
+    """One thing to score. `image` is the number of the image in the batch, or of several; `prompt` has image tokens."""
 
-    image: int
+    image: int | tuple[int, ...]
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     competitor: bool = False  # score the model's best other token instead of the label (losses/rdpo.py)
@@ -106,7 +106,7 @@ def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed
     # What goes in, once for each distinct response: two that differ in the last token only are the same input.
     inputs = [list(dict.fromkeys(sequences[i].response[:-1] for i in members)) for members in groups.values()]
     questions = [sequences[members[0]].question for members in groups.values()]
-    shown = [rows[image] for image, _ in groups]
+    shown = [rows_of(image, rows) for image, _ in groups]
     layout = lay_out([prompt for _, prompt in groups], inputs, shown, questions, image_id)
     where = {i: (layout.anchors[g], layout.begins[g][inputs[g].index(sequences[i].response[:-1])])
              for g, members in enumerate(groups.values()) for i in members}
@@ -283,12 +283,14 @@ def _chunks(hidden: Tensor, matrix: Tensor) -> list[slice]:
 def naive_logprobs(model: VLM, sequences: list[Sequence], views: list[View]) -> list[Tensor]:
     """The same by definition: one sequence at a time, full logits. For tests and benchmarks.
 
-    Returns one tensor of token log-probs per sequence; `Sequence.image` is the number of its view.
+    Returns one tensor of token log-probs per sequence; `Sequence.image` is the number of its view, or those of several.
     """
     result = []
     for s in sequences:
         ids = torch.tensor(s.prompt + s.response, device=model.device)
-        pixels, rows = (t.to(model.device) for t in views[s.image])
+        shown = [views[i] for i in s.image] if isinstance(s.image, tuple) else [views[s.image]]
+        pixels, rows = stack(shown, model.config.tile_tokens)
+        pixels, rows = pixels.to(model.device), torch.cat(rows).to(model.device)
         logits = model.logits(ids[:-1], pixels, rows, s.question)[len(s.prompt) - 1 :].float()  # (R, V)
         labels = torch.tensor(s.response, device=model.device)
         if s.competitor:

@@ -45,7 +45,7 @@ def lay_out(prompts: list[Sequence[int]], responses: list[list[Sequence[int]]], 
     Args:
         prompts: token ids of each group's prompt.
         responses: of each group the token ids of each response; may be empty lists.
-        rows: of each group what the prompt's image tokens stand for; empty for a question without an image.
+        rows: of each group what the prompt's image tokens stand for, of all its images; empty for a question without.
         questions: of each group what `VLM.connect` reads of the question.
     Raises ValueError on a prompt of fewer than two tokens, or image tokens that are not as many as the rows.
     """

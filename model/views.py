@@ -62,6 +62,11 @@ def no_image(size: int) -> View:
     return View(torch.empty(0, 3, size, size), torch.empty(0, dtype=torch.long))
 
 
+def rows_of(image: int | tuple[int, ...], rows: list[Tensor]) -> Tensor:
+    """Of all images' rows those of one image, or of several, one after the other."""
+    return torch.cat([rows[number] for number in image]) if isinstance(image, tuple) else rows[image]
+
+
 def stack(views: list[View], tile_tokens: int) -> tuple[Tensor, list[Tensor]]:
     """Views -> all tiles (tiles, 3, S, S), and each view's rows among all their tiles * tile_tokens rows."""
     rows, first = [], 0

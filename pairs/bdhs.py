@@ -64,7 +64,7 @@ from torch import Tensor
 
 from common import BadInput
 from data.corrupt import add_noise, sample_seed
-from data.images import open_image
+from data.images import open_image, references
 from data.processor import Processor
 from data.sentences import sentence_end, split_sentences
 from judges.clip import Similarity
@@ -88,7 +88,7 @@ class Cut(NamedTuple):
 class Attempt(NamedTuple):
     """One example in one iteration."""
 
-    image: str
+    image: str | list[str]
     prompt: str
     cuts: list[Cut]  # none: a free answer
     rho_th: float
@@ -178,18 +178,20 @@ def _write(attempts: list[Attempt], model: Llava, processor: Processor, noise: N
     for row, attempt in enumerate(attempts):
         rng = np.random.default_rng(attempt.seed)
         seed = int(rng.integers(2**62))
-        view = processor.image(attempt.image, root) if noise is None \
-            else processor.view(noise(open_image(attempt.image, root), seed))
-        prompt = processor.prompt(attempt.prompt, len(view.rows))
+        shown = [processor.image(name, root) if noise is None else processor.view(noise(open_image(name, root), seed))
+                 for name in references(attempt.image)]
+        prompt = processor.prompt(attempt.prompt, [len(view.rows) for view in shown])
         group = [Writing(processor, cut) for cut in attempt.cuts or [None]]
         if len(prompt) + max(len(writing.start) for writing in group) + max_new_tokens <= processor.window:
             hidden = draw_mask(prompt, processor.image_id, attempt.rho_th, rng, visible)
-            asked.append((row, view, prompt, processor.question(attempt.prompt), hidden, seed, group))
+            asked.append((row, shown, prompt, processor.question(attempt.prompt), hidden, seed, group))
     texts: list[str | None] = [None] * len(attempts)
     if not asked:
         return texts
-    rows, views, prompts, questions, hidden, seeds, groups = map(list, zip(*asked))
-    out = generate(model, views, prompts, eos_id=processor.eos_id, questions=questions, hidden=hidden,
+    rows, shown, prompts, questions, hidden, seeds, groups = map(list, zip(*asked))
+    views, ends = [view for views in shown for view in views], np.cumsum([len(views) for views in shown])
+    shows = [tuple(range(end - len(views), end)) for views, end in zip(shown, ends)]
+    out = generate(model, views, prompts, shows=shows, eos_id=processor.eos_id, questions=questions, hidden=hidden,
                    starts=[[writing.start for writing in group] for group in groups],
                    stop=lambda i, j, new: groups[i][j].read(new, whole=False) is not None,
                    max_new_tokens=max_new_tokens, seeds=seeds, **sampling)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from common import BadInput, write_text
 from data.detect import Detection, box_of, overview
-from data.images import data_url, open_image
+from data.images import data_url, open_image, references
 from data.records import read_pairs
 
 COMPARED = 10**7  # words times words: a second or so
@@ -111,11 +111,11 @@ def thumbnail(image: Image.Image, side: int) -> tuple[str, int, int]:
 
 
 def _section(pair: dict, thumb, root: Path | str | None, side: int) -> str:
-    images = _figure("image", pair["image"], thumb(pair["image"]))
+    images = _figures("image", pair["image"], thumb)
     if found := objects(pair, root):
         images += _figure("objects", "what could be removed", thumbnail(found, side))
     if pair.get("rejected_image"):
-        images += _figure("rejected image", pair["rejected_image"], thumb(pair["rejected_image"]))
+        images += _figures("rejected image", pair["rejected_image"], thumb)
     chosen, rejected = marked(pair["chosen"], pair["rejected"])
     context = f'<h3>Context</h3><p>{escape(pair["context"])}</p>' if pair.get("context") else ""
     other = pair.get("rejected_image_response")
@@ -124,6 +124,10 @@ def _section(pair: dict, thumb, root: Path | str | None, side: int) -> str:
             f'<h3>Prompt</h3><p>{escape(pair["prompt"])}</p>{context}<h3 class="chosen">Chosen</h3><p>{chosen}</p>'
             f'<h3 class="rejected">Rejected</h3><p>{rejected}</p>{right}{_source(pair.get("source") or {})}</div>'
             '</section>\n')
+
+
+def _figures(name: str, image: str | list[str], thumb) -> str:
+    return "".join(_figure(name, reference, thumb(reference)) for reference in references(image))
 
 
 def _figure(name: str, reference: str, shown: tuple[str, int, int]) -> str:

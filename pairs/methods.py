@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common import BadInput, arguments_of, options_of, refuse
 from data import scenes
+from data.check import refuse_several
 from data.records import have_context
 from pairs.adavip import adavip_pairs
 from pairs.bdhs import bdhs_pairs
@@ -45,6 +46,7 @@ METHODS = {
     "corrupt": [chosen_responses, corrupt_pairs],
     "sentinel": [sentinel_pairs],
 }
+ONE_IMAGE = {realign_pairs, adavip_pairs, symmetric_pairs, noise_pairs, crop_pairs, sentinel_pairs}
 FIELD = {"records": None, "answered": "chosen", "pairs": "rejected"}  # what tells a function's records from others
 
 
@@ -79,6 +81,8 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
     functions, options = chain(method, records), complete_options(method, more)
     if FIELD[arguments_of(functions[0])[0]] != "rejected" and have_context(records):
         raise BadInput(f"{method} writes whole responses: those of these records continue a 'context'")
+    if ONE_IMAGE & set(functions):
+        refuse_several(records, method)
     own = options_of(*with_tools(*functions))
     refuse(f"--{name.replace('_', '-')} is for chosen responses that are not given; these records bring theirs"
            for name, default in (("author", "policy"), ("clean_chosen", False))

@@ -52,11 +52,12 @@ def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[
     """
     training = model.training
     model.eval()
-    views = {image: processor.image(image, root) for image in dict.fromkeys(record["image"] for record in records)}
+    views, shows = processor.show([record["image"] for record in records], root)
     groups = generate(
-        model, list(views.values()),
-        [processor.prompt(record["prompt"], len(views[record["image"]].rows)) for record in records],
-        shows=[list(views).index(record["image"]) for record in records], eos_id=processor.eos_id,
+        model, views,
+        [processor.prompt(record["prompt"], [len(views[i].rows) for i in shown])
+         for record, shown in zip(records, shows)],
+        shows=shows, eos_id=processor.eos_id,
         questions=[processor.question(record["prompt"]) for record in records],
         n=samples, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds,
     )

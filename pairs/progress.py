@@ -25,7 +25,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import BadInput
-from data.batch import BadRecord, check_image
+from data.batch import BadRecord
+from data.images import open_image, references
 
 Work = Callable[[list[int]], tuple[list[dict], Counter]]
 
@@ -94,12 +95,13 @@ def readable(records: list[dict], work: Callable[[list[dict]], object], root: Pa
 def _damaged(records: list[dict], root: Path | None) -> list[BadRecord]:
     """The records whose image cannot be decoded; each distinct image is decoded once."""
     reasons: dict[str, str] = {}
-    for record in {record["image"]: record for record in records}.values():
+    for image in {image for record in records for image in references(record["image"])}:
         try:
-            check_image(record, root)
-        except BadRecord as error:
-            reasons[record["image"]] = error.reason
-    return [BadRecord(record["id"], reasons[record["image"]]) for record in records if record["image"] in reasons]
+            open_image(image, root)
+        except BadInput as error:
+            reasons[image] = str(error)
+    bad = [(record, [image for image in references(record["image"]) if image in reasons]) for record in records]
+    return [BadRecord(record["id"], reasons[images[0]]) for record, images in bad if images]
 
 
 def forget(out: Path) -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from data import scenes
+from data.images import is_scene
 from judges.scene import judge_scene
 
 
@@ -10,12 +11,12 @@ def report_on(method: str, records: list[dict], made: list[dict], dropped: Count
     """What `make_pairs` says about its pairs."""
     report = {"method": method, "images": len(records), "pairs": len(made), "dropped": dict(dropped)}
     if contexts := [pair["context"] for pair in made if pair.get("context") is not None]:
-        report["contexts"] = {"images": len({pair["image"] for pair in made}),
+        report["contexts"] = {"images": len({str(pair["image"]) for pair in made}),
                               "words": sum(len(context.split()) for context in contexts) / len(contexts)}
-    if made and all(pair["image"].startswith("scene:") for pair in made):
+    if made and all(is_scene(pair["image"]) for pair in made):
         report["hallucinating"] = {key: sum(judge_scene(pair, [pair[key]])[0].wrong > 0 for pair in made) / len(made)
                                    for key in ("chosen", "rejected")}
-        if drawn := [pair for pair in made if (pair["rejected_image"] or "").startswith("scene:")]:
+        if drawn := [pair for pair in made if pair["rejected_image"] and is_scene(pair["rejected_image"])]:
             report["rejected_image"] = _rejected_images(drawn)
     return report
 

@@ -65,6 +65,7 @@ def scene_captions(records: list[dict], seed: int = 0) -> list[Reply]:
 
     Raises BadInput that lists the records that are no scenes or ask for something else than a description.
     """
+    refuse_several(records, "--author scene")
     refuse(f"{record['id']}: --author scene describes scenes, and answers {scenes.CAPTION_PROMPT!r} only"
            for record in records
            if not record["image"].startswith("scene:") or record["prompt"] != scenes.CAPTION_PROMPT)

@@ -65,8 +65,9 @@ import torch
 
 from common import HOME, BadInput, arguments_of, is_url, options_of
 from data import inpaint
-from data.check import check_records
+from data.check import check_records, refuse_several
 from data.detect import Detect, coco_instances, mask_rcnn, scene_objects
+from data.images import is_scene
 from data.lama import lama_fill, load_lama
 from data.processor import ClipProcessor, Processor
 from judges.ask import Model, Request, Server, local_model, server_model
@@ -218,7 +219,7 @@ def clip_processor(*, clip_model: Path | None = None) -> ClipProcessor:
 
 def clip(setting: Setting, used: dict, *, clip_model: Path | None = None) -> CLIP:
     """The CLIP model. Raises BadInput where the embedded one would look at photographs."""
-    if clip_model is None and not all(record["image"].startswith("scene:") for record in setting.records):
+    if clip_model is None and not all(is_scene(record["image"]) for record in setting.records):
         raise BadInput("photographs need --clip-model DIR: the embedded CLIP knows scenes only")
     used["clip"] = named(clip_model or DEFAULT_CLIP)
     return load_clip(resolve(clip_model or DEFAULT_CLIP), dtype=setting.dtype, device=setting.device)
@@ -257,6 +258,7 @@ def judge(model, processor, clip, clip_processor, detect, setting: Setting, used
     if judge == "chair":
         return chair_judge(detect(), setting.root)
     if judge == "clip":
+        refuse_several(setting.records, "--judge clip")
         return clip_judge(clip(), clip_processor(), batch_size=setting.batch_size, root=setting.root)
     return model_judge(_asked(judge, judge_model, model, processor, setting, used), seed=seed)
 
@@ -281,6 +283,7 @@ def writer(model, processor, setting: Setting, used: dict, *, writer: str = "sce
            writer_model: str | None = None, seed: int = 0) -> Writer:
     """Who writes errors. Raises BadInput where rules do not know an image."""
     if writer == "scene":
+        refuse_several(setting.records, "--writer scene")
         used.update(seed=seed, writer="rules")
         write = scene_corrupt(seed)
         write([record for record in setting.records if not record["image"].startswith("scene:")])  # raises now

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 import reinforce
 import train
 from data.batch import Batch, Drawn
+from data.processor import Processor
 from judges.scores import Score
 from model.logprobs import Packed
 from model.training import Policy, pick
@@ -36,14 +37,16 @@ class Words:
 
     image_id, eos_id, patches, window = WORDS.index("<image>"), EOS, 1, 100
 
+    show = Processor.show
+
     def image_tokens(self, reference: str, root=None) -> int:
         return 1
 
     def image(self, reference: str, root=None) -> View:
         return View(torch.zeros(1, 3, 1, 1), torch.tensor([0]))
 
-    def prompt(self, text: str, count: int = 1) -> list[int]:
-        return [1, *[self.image_id] * count]
+    def prompt(self, text: str, count: tuple = (1,)) -> list[int]:
+        return [1, *[self.image_id] * sum(count)]
 
     def question(self, text: str) -> tuple[int, ...]:
         return ()

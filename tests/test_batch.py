@@ -28,8 +28,8 @@ class Words:
         n = int(reference)
         return View(torch.full((n, 3, 2, 2), float(n)), torch.tensor([*range(4 * n - 1), -1]))
 
-    def prompt(self, text: str, count: int) -> list[int]:
-        return [1, *[self.image_id] * (count + self.extra), int(text)]
+    def prompt(self, text: str, count: list[int]) -> list[int]:
+        return [1, *[self.image_id] * (sum(count) + self.extra), int(text)]
 
     def question(self, text: str) -> tuple[int, ...]:
         return (int(text), 9)

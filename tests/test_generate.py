@@ -10,6 +10,7 @@ import torch
 from goldens import make
 from safetensors.torch import load_file
 
+from data.processor import Processor
 from model.checkpoint import load_llava
 from model.generate import CANDIDATES, Cache, NotFinite, answers, generate, pick, read, write
 from model.lora import adapters_cast, add_lora, lora_layers, merge_lora
@@ -359,6 +360,7 @@ class Words:
     """Stands for data.processor.Processor: pictures by number, prompts and answers as numbers in text."""
 
     eos_id = NEVER
+    show = Processor.show
 
     def __init__(self):
         self.opened: list[str] = []
@@ -367,8 +369,8 @@ class Words:
         self.opened.append(reference)
         return small.views(int(reference) + 1)[-1]
 
-    def prompt(self, text: str, count: int = small.PATCHES) -> list[int]:
-        assert count == small.PATCHES
+    def prompt(self, text: str, count: tuple = (small.PATCHES,)) -> list[int]:
+        assert list(count) == [small.PATCHES]
         return list(small.prompt(*map(int, text.split())))
 
     def question(self, text: str) -> tuple[int, ...]:

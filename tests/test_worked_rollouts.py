@@ -107,7 +107,7 @@ def test_an_end_token_is_added_only_where_one_was_drawn(monkeypatch):
     said = online.sample(model, Words(), records("r0", "r1", "r0"), [7, 8, 9], None, samples=2, temperature=0.7,
                          max_new_tokens=3)
     assert said == [[[A, DOG, EOS], [TWO, CATS, DOG]], [[EOS], [A, EOS]], [[A, EOS], [DOG, EOS]]] and model.training
-    assert asked == {"views": 2, "prompts": [[1, 0]] * 3, "shows": [0, 1, 0], "eos_id": EOS, "n": 2,
+    assert asked == {"views": 2, "prompts": [[1, 0]] * 3, "shows": [(0,), (1,), (0,)], "eos_id": EOS, "n": 2,
                      "questions": [()] * 3, "max_new_tokens": 3, "temperature": 0.7, "seeds": [7, 8, 9], "dropout": False}
 
 

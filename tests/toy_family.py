@@ -27,6 +27,7 @@ from model.llava import Llava, LlavaConfig
 from model.views import Preprocessing, View, preprocess, single
 
 QUERIES = 4
+SEVERAL_IMAGES = False
 COMPANIONS = ("reader/vocabulary.txt",)  # of a tokenizer for questions
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>")  # of the small tokenizer: <unk> opens an image, <pad> closes it
 TEMPLATES = {"toy": Template("", "<unk><image><pad>", "<s>Q {prompt} A", " {answer}", "</s>")}

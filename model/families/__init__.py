@@ -17,6 +17,7 @@ names (model/families/llava.py has them all):
     prompt
       TEMPLATES, SPECIAL              text around image, question and response; the special tokens in it
       question_reader(folder)         -> question -> token ids that `Model.connect` reads, () where it reads none
+      SEVERAL_IMAGES                  whether a prompt may have several images
     images
       find_aspect(folder, config, asked)          -> how images are shown, of the family's ways
       settings_folder(folder)                     -> where the image settings are

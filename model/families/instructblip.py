@@ -52,6 +52,7 @@ Model = InstructBlip
 
 SPECIAL = ("<s>", "</s>")
 TEMPLATES = {"instructblip": Template("", "<image>", "</s>{prompt}", "{answer}", "</s>")}
+SEVERAL_IMAGES = False  # the Q-Former was trained on one
 QUESTION = 128  # most tokens of a question that the Q-Former reads
 NO_TEXT = ("[PAD]", "<pad>", "<image>")
 PADDING = 64  # the tables of the later vocabulary have a multiple of it as rows

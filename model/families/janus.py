@@ -45,7 +45,8 @@ Template, to the letter:
             <|Assistant|>: {answer}<｜end▁of▁sentence｜>
 
 with ⏎ a line break, {system} the sentences of SYSTEM and the image tokens in place of <image>. Without an image
-"<begin_of_image><image><end_of_image>⏎" is left out.
+"<begin_of_image><image><end_of_image>⏎" is left out. Of several images each is that without "⏎" where the prompt marks
+it; without marks all of it is there once for each.
 """
 
 import math
@@ -87,6 +88,7 @@ TEMPLATES = {
     "janus": Template(f"{BEGIN}{SYSTEM}\n\n<|User|>: ", "<begin_of_image><image><end_of_image>\n",
                       "{prompt}\n\n<|Assistant|>:", " {answer}", END),
 }
+SEVERAL_IMAGES = True
 COMPANIONS = ()
 ASPECTS = {"VLMImageProcessor": "pad", "JanusImageProcessor": "pad_round"}
 MIN_SIDE = 14  # pixels of the short side

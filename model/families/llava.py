@@ -48,7 +48,9 @@ Templates, to the letter:
                        <|im_end|><|im_start|>assistant⏎{answer}<|im_end|>
 
 with ⏎ a line break and {system} the sentences of SYSTEM. The last token, the stop token, belongs to the response.
-Only chatml_direct has no token that begins a text. Without an image "<image>⏎" is left out.
+Only chatml_direct has no token that begins a text. Without an image "<image>⏎" is left out. Of several images each is
+"<image>" where the prompt marks it, as in LLaVA-NeXT's training (`preprocess_multimodal`); without marks "<image>⏎" is
+there once for each.
 
     hf                 model cards of llava-hf's LLaVA-1.5; the embedded model
     vicuna_v1          training of LLaVA-1.5 and of LLaVA-1.6 on Vicuna
@@ -139,6 +141,7 @@ RENAMES = (
     (r"^model\.(vision_tower\.|multi_modal_projector\.|image_newline$)", r"\1"),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+SEVERAL_IMAGES = True
 COMPANIONS = ()
 PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower.vision_model."
 OF_TOWER = ("vision_model.", "embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")  # in CLIP's files
