@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from common import refuse
 from data import scenes
+from data.check import refuse_several
 from data.corrupt import sample_seed
 from judges.ask import Reply
 from judges.scene import judge_mentions, synonyms
