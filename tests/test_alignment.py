@@ -48,7 +48,8 @@ def test_every_row_is_a_command_that_train_takes(name):
 
 def test_rows_are_kept_apart():
     assert len({alignment.folder_of(name, 0, ARGS.out) for name in (*ALL, "reward_model")}) == len(ALL) + 1
-    assert alignment.folder_of("sft, then dpo", 2, ARGS.out) == Path("runs/sft-then-dpo-2")
+    assert [alignment.folder_of(name, 2, ARGS.out) for name in ("sft, then dpo", "dpo/bdhs", "slic_hf")] == [
+        Path("runs/sft-then-dpo-2"), Path("runs/dpo-bdhs-2"), Path("runs/slic_hf-2")]
 
 
 def test_what_rows_add():
@@ -70,11 +71,11 @@ def test_what_a_row_starts_from_is_trained_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(alignment, "run", lambda name, seed, args: done.append(f"{name} {seed}"))
     monkeypatch.setattr(alignment, "figures_of", lambda name, seed, cuts, args: (
         done.append(f"{name} {seed} measured"), {"CHAIR_s": 3.0 + seed, "recall": 4.0, "chosen": 1.5})[1])
-    monkeypatch.setattr(sys, "argv", ["alignment.py", "--rows", "sft, then dpo", "--seeds", "0", "1",
+    monkeypatch.setattr(sys, "argv", ["alignment.py", "--rows", "sft, then dpo", "dpo/bdhs", "--seeds", "0", "1",
                                       "--out", str(tmp_path)])
     alignment.main()
-    assert done == ["pairs rank 0", "pairs rank 1", "sft 0", "sft 1", "sft, then dpo 0 measured",
-                    "sft, then dpo 1 measured"]
+    assert done == ["pairs rank 0", "pairs rank 1", "pairs bdhs 0", "pairs bdhs 1", "sft 0", "sft 1",
+                    "sft, then dpo 0 measured", "dpo/bdhs 0 measured", "sft, then dpo 1 measured", "dpo/bdhs 1 measured"]
     head, _, start, row = capsys.readouterr().out.splitlines()[:4]
     cells = dict(zip(head.split("|")[2:-1], row.split("|")[2:-1], strict=True))
     assert cells[" CHAIR_s "] == " 3.5 ± 0.7 " and cells[" chosen "] == " 1.5 ± 0.0 "
