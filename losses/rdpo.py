@@ -10,8 +10,8 @@ S. Xing, Y. Wang, P. Li, R. Bai, Y. Wang, C. Hu, C. Qian, H. Yao, Z. Tu, 2025, a
 with x the prompt, v the image, y_w the chosen and y_l the rejected response, sigma the logistic function and
 v_l an image retrieved because it resembles v. The first term is DPO; the second prefers the image. DPO's reward is
 r(v, y) + beta log Z(x, v), whose partition function Z cancels between responses to one image, not between images: the
-second margin lacks beta [log Z(x, v) - log Z(x, v_l)], taken for 0 (SymMPO, arXiv 2506.11712). That changes how much an
-example counts, sigma(-margin), not which of its two log-probs goes up and which down.
+second margin lacks beta [log Z(x, v) - log Z(x, v_l)], taken for 0 (SymMPO, arXiv 2506.11712). That changes the weight
+sigma(-margin) of the term's gradient, not which of its two log-probs goes up and which down.
 If policy and reference agree, L_rDPO = 2 ln 2.
 
     symbol                     argument                    shape

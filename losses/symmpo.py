@@ -42,7 +42,8 @@ If policy and reference agree, L_SymMPO = (1 + 2 lambda + 2 eta) ln 2 = 4 ln 2 (
 Departures. The released trainer was read; of the paper its abstract and a summary of its equations and settings.
 - From the paper: none known; the defaults are its settings.
 - From the released code: it squares the difference of the log-ratios, not of the rewards, which are beta times as
-  large. So its weight 0.0001 is margin_weight = 0.0001 / beta^2 here, 0.01 at its beta of 0.1.
+  large. So its weight 0.0001 is margin_weight = 0.0001 / beta^2 here, 0.01 at its beta of 0.1. The second anchor has
+  a beta of its own there, set to the same 0.1.
 """
 
 import math
