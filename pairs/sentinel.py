@@ -41,11 +41,10 @@ Departures from it
 - What ends a sentence is in data/sentences.py, there any of . ! ?
 """
 
+import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from data.corrupt import sample_seed
 from data.processor import Processor
@@ -110,8 +109,7 @@ def bootstrap(records: list[dict], sample: Next, shown: Callable[[dict], set[str
     for step in range(max_sentences):
         samples = sample(going, [contexts[row] for row in going], step) if going else []
         for row, texts in zip(list(going), samples):
-            sentences = [text for text in dict.fromkeys(texts) if text]
-            objects = {text: objects_of(text) for text in sentences}
+            objects = {text: objects_of(text) for text in texts if text}  # of each distinct sentence
             familiar = objects_of(contexts[row])
             for pair in pairs_of(objects, familiar, seen[row], new_objects):
                 made[row].append(_pair(records[row], len(made[row]) + 1, contexts[row], *pair, source or {}))
@@ -119,10 +117,10 @@ def bootstrap(records: list[dict], sample: Next, shown: Callable[[dict], set[str
             if not best or texts.count("") > len(texts) / 2:
                 going.remove(row)
             else:
-                rng = np.random.default_rng(sample_seed(f"{records[row]['id']}/{step}/next", seed))
-                contexts[row] = continued(contexts[row], best[int(rng.integers(len(best)))])
+                grown = random.Random(f"{seed}/{records[row]['id']}/{step}").choice(best)
+                contexts[row] = continued(contexts[row], grown)
     pairs = [pair for own in made for pair in own]
-    return pairs, +Counter({"never both a faithful and a hallucinated sentence": sum(not own for own in made)})
+    return pairs, +Counter({"no context with a faithful and a hallucinated sentence": sum(not own for own in made)})
 
 
 def objects_of(text: str) -> set[str]:

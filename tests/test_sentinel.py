@@ -66,7 +66,7 @@ def test_a_response_grows_until_it_ends():
     assert [(p["id"], p["context"], p["chosen"], p["rejected"]) for p in pairs] == [
         ("r0/1", "", DOG, COW), ("r0/2", DOG, CAT, BOTH), ("r0/3", f"{DOG} {CAT}", DOG, COW), ("r1/1", "", CAT, COW)]
     assert pairs[0]["source"] == {"method": "sentinel", "model": "m"} and pairs[0]["image"] == "scene:0"
-    assert dropped == {"never both a faithful and a hallucinated sentence": 1}
+    assert dropped == {"no context with a faithful and a hallucinated sentence": 1}
 
 
 def test_what_is_drawn_depends_on_the_record_and_the_seed():
