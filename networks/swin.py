@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.clip import MLP
+
 
 @dataclass(frozen=True)
 class SwinConfig:
@@ -116,17 +118,6 @@ class WindowAttention(nn.Module):
         return self.proj(y.transpose(2, 3).flatten(3))
 
 
-class MLP(nn.Module):
-    """Two layers with exact GELU, four times as wide between them."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)): (B, H, W, C) -> the same."""
 
@@ -135,7 +126,7 @@ class Block(nn.Module):
         self.window, self.shift = window, shift
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = WindowAttention(width, heads, window)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, 4 * width, "gelu")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attend(self.norm1(x))
