@@ -27,7 +27,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # "gelu" is the exact one, of SigLIP in Janus-Pro
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # "gelu" is the exact one, of SigLIP, EVA and Swin
 
 
 class Attention(nn.Module):
@@ -91,19 +91,23 @@ class Encoder(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """pixels (B, 3, S, S) -> class token and patches with their positions (B, 1+P, D)."""
+    """pixels (B, 3, S, S) -> class token and patches with their positions (B, 1+P, D).
 
-    def __init__(self, config: VisionConfig):
+    class_token: False for SigLIP (Janus-Pro), which has biases in the patch embedding and no class token: (B, P, D).
+    """
+
+    def __init__(self, config: VisionConfig, class_token: bool = True):
         super().__init__()
         width = config.hidden_size
-        self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(config.num_patches + 1, width)
+        self.class_embedding = nn.Parameter(torch.zeros(width)) if class_token else None
+        self.patch_embedding = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=not class_token)
+        self.position_embedding = nn.Embedding(config.num_patches + class_token, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, D)
-        cls = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)  # (B, 1, D)
-        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight.to(patches.dtype)  # (B, 1+P, D)
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, D)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return x + self.position_embedding.weight.to(x.dtype)
 
 
 class VisionTransformer(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from model.attention import mix
-from model.clip import Encoder
+from model.clip import MLP, Encoder
 from model.config import LlamaConfig
 from model.llama import CausalLM
 from model.vlm import VLM
@@ -98,12 +98,12 @@ class EvaLayer(nn.Module):
         self.heads = config.num_attention_heads
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.self_attn = named(qkv=nn.Linear(width, 3 * width), projection=nn.Linear(width, width))
-        self.mlp = named(fc1=nn.Linear(width, inner), fc2=nn.Linear(inner, width))
+        self.mlp = MLP(width, inner, "gelu")
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         q, k, v = self.self_attn.qkv(self.layer_norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (N, P, H, d)
         x = x + self.self_attn.projection(mix(q, k, v, causal).flatten(2))
-        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x))))
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class EvaEmbeddings(nn.Module):

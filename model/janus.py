@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.clip import Encoder, EncoderLayer
+from model.clip import Encoder, EncoderLayer, VisionEmbeddings
 from model.config import LlamaConfig, VisionConfig
 from model.llama import CausalLM
 from model.vlm import VLM
@@ -49,25 +49,13 @@ class JanusConfig:
         return self.vision.num_patches
 
 
-class VisionEmbeddings(nn.Module):
-    """pixels (N, 3, S, S) -> patches with their positions (N, P, C)."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
-        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding.weight
-
-
 class VisionTower(nn.Module):
     """SigLIP: pixels (N, 3, S, S) -> patch features (N, P, C). ValueError on another size."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.size = config.image_size
-        self.embeddings = VisionEmbeddings(config)
+        self.embeddings = VisionEmbeddings(config, class_token=False)
         self.encoder = Encoder(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 

@@ -6,8 +6,8 @@ map does not consist of whole windows:
 
     size=None   any image. Images are padded to whole patches, maps to whole windows after the first norm (padding
                 takes part in the attention, as it did in training) and to even sides before merging. Every second
-                block shifts, even where one window holds the whole map. The stages of `outputs` are returned, each
-                after a norm of its own: norm0, norm1, ...
+                block shifts, even where one window holds the whole map. All stages but the first are returned, each
+                after a norm of its own: norm1, norm2, ...
     size=384    square images of this many pixels. A map no larger than a window is one window and never shifts: at 384
                 pixels and windows of 12 that is the last stage. The last stage is returned, after `norm`.
 
@@ -26,6 +26,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.clip import MLP
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,6 @@ class WindowAttention(nn.Module):
         return self.proj(y.transpose(2, 3).flatten(3))
 
 
-class MLP(nn.Module):
-    """Two layers with exact GELU, four times as wide between them."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)): (B, H, W, C) -> the same."""
 
@@ -135,7 +126,7 @@ class Block(nn.Module):
         self.window, self.shift = window, shift
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = WindowAttention(width, heads, window)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, 4 * width, "gelu")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attend(self.norm1(x))
@@ -193,13 +184,12 @@ class Swin(nn.Module):
 
     Args:
         size: side of the square images, or None for any image.
-        outputs: stages whose maps are returned where the size is open.
     """
 
-    def __init__(self, config: SwinConfig, size: int | None = None, outputs: tuple[int, ...] = (1, 2, 3)):
+    def __init__(self, config: SwinConfig, size: int | None = None):
         super().__init__()
         stages = range(len(config.depths))
-        self.size, self.outputs = size, outputs if size is None else (stages[-1],)
+        self.size, self.outputs = size, stages[1:] if size is None else stages[-1:]
         self.patch_embed = PatchEmbed(config)
         self.layers = nn.ModuleList(
             Stage(config, i, size and size // config.patch // 2**i) for i in stages)

@@ -146,7 +146,7 @@ def neighbours(references: Sequence[str], vectors: np.ndarray, k: int, duplicate
         hits = search(index, base[waiting], deep, [{row} for row in waiting])
         short = []
         for row, found in zip(waiting, hits):
-            kept = _without_duplicates(row, found, unique, duplicates)
+            kept = _without_duplicates(row, found, unique, duplicates) if duplicates else found
             result[row] = kept[:k]
             if len(kept) < k and len(found) == deep:  # there may be more
                 short.append(row)
@@ -172,9 +172,9 @@ def _distinct(references: Sequence[str], vectors: np.ndarray) -> tuple[list[str]
 
 
 def _without_duplicates(query: int, found: list[tuple[int, float]], unique: list[str],
-                        duplicates: Duplicates | None) -> list[tuple[int, float]]:
+                        duplicates: Duplicates) -> list[tuple[int, float]]:
     kept: list[tuple[int, float]] = []
-    for row, score in found if duplicates else ():
+    for row, score in found:
         if not any(duplicates(unique[other], unique[row]) for other in (query, *(other for other, _ in kept))):
             kept.append((row, score))
-    return kept if duplicates else found
+    return kept
