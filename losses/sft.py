@@ -14,10 +14,11 @@ with x the prompt, v the image and y_w the chosen response, whose |y_w| tokens i
 
 There is no reference model and there are no hyper-parameters.
 
-Also a term of other losses, L_0 + w L_SFT, which keeps the chosen response likely: iterative RPO (R. Y. Pang et al.,
-NeurIPS 2024, arXiv 2404.19733) adds it to DPO with w = 1, normalised by the length as here; so does the generation
-loss of MPO (W. Wang et al., 2024, arXiv 2411.10442). TRL's `rpo_alpha`, since version 1 the loss type "sft" with a
-weight, takes the mean over all chosen tokens of the batch, see below.
+Also a term of other losses, L_0 + w L_SFT, which keeps the chosen response likely. Iterative RPO (R. Y. Pang et
+al., NeurIPS 2024, arXiv 2404.19733) adds it to DPO with w = 1, normalised by the length as here. TRL's
+`rpo_alpha`, in version 1.16 the loss type "sft" with a weight, takes the mean over all chosen tokens of the
+batch, see below; so does MPO's code (W. Wang et al., 2024, arXiv 2411.10442), which uses it. TRL 1.16 was
+compared, the rest is as others report it.
 
 Departures
 - From the released LLaVA code and TRL: they take the mean over all response tokens of the batch, where a long response
