@@ -103,8 +103,10 @@ def test_samples_continue_the_context(models):
             context = f"{context} {texts[0]}".strip()
         assert context == whole and sample([row], [context], 9) == [["", ""]]
     assert sampler(images, model, processor, None, **{**settings, "max_new_tokens": 2})([0], [""], 0) == [[None, None]]
-    room = processor.window - len(processor.prompt(scenes.CAPTION_PROMPT, len(view.rows)))
-    assert sampler(images, model, processor, None, **{**settings, "max_new_tokens": room})([0], ["A dog."], 0) == [[""]]
+    start = [*processor.prompt(scenes.CAPTION_PROMPT, len(view.rows)), *processor.opening("A dog.")]
+    for room in (processor.window - len(start), processor.window - len(start) + 1):
+        (texts,) = sampler(images, model, processor, None, **{**settings, "max_new_tokens": room})([0], ["A dog."], 0)
+        assert (texts == [""]) == (len(start) + room > processor.window)
 
 
 @pytest.fixture(scope="module")
