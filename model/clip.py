@@ -27,7 +27,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}  # "gelu" is the exact one, of SigLIP, EVA and Swin
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}  # "gelu": exact
 
 
 class Attention(nn.Module):
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU of one kind or the other, linear: (B, T, D) -> (B, T, D)."""
+    """Linear, activation, linear: (.., D) -> (.., D)."""
 
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()

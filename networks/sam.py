@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from model.attention import mix
+from model.clip import MLP
 from model.layouts import renamed
 from networks.dino import Head, centres
 from networks.swin import from_windows, pad_to, to_windows
@@ -90,17 +91,6 @@ class ImageAttention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2).unflatten(1, (S, S)))
 
 
-class MLP(nn.Module):
-    """Two linear layers and an activation."""
-
-    def __init__(self, width: int, hidden: int, activation=F.gelu):
-        super().__init__()
-        self.lin1, self.lin2, self.activation = nn.Linear(width, hidden), nn.Linear(hidden, width), activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(self.activation(self.lin1(x)))
-
-
 class ImageBlock(nn.Module):
     """(B, S, S, C) -> the same. Windows are padded after the norm, and padding takes part as it did in training."""
 
@@ -109,7 +99,7 @@ class ImageBlock(nn.Module):
         self.window = window
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn = ImageAttention(width, window, head_dim)
-        self.mlp = MLP(width, hidden)
+        self.mlp = MLP(width, hidden, "gelu")
 
     def forward(self, x: Tensor) -> Tensor:
         (_, S, _, _), w = x.shape, self.window
@@ -189,7 +179,7 @@ class TwoWayLayer(nn.Module):
         self.first = first
         self.self_attn = Attention(width, width)
         self.cross_attn_token_to_image, self.cross_attn_image_to_token = (Attention(width, inner) for _ in range(2))
-        self.mlp = MLP(width, hidden, F.relu)
+        self.mlp = MLP(width, hidden, "relu")
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(width) for _ in range(4))
 
     def forward(self, tokens: Tensor, image: Tensor, token_places: Tensor, image_places: Tensor,
@@ -291,7 +281,7 @@ def preprocess(image: Image.Image, size: int = 1024) -> tuple[Tensor, tuple[int,
 def convert(tensors: Tensors) -> Tensors:
     """As published or in transformers' names -> as here."""
     names = PEER_NAMES if "shared_image_embedding.positional_embedding" in tensors else ()
-    named = {renamed(name, names): tensor for name, tensor in tensors.items()}
+    named = {renamed(name, (*names, (r"\.lin([12])\.", r".fc\1."))): tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in named.items() if not UNUSED.search(name)}
 
 
@@ -302,10 +292,10 @@ def sizes(found: Tensors) -> tuple[dict, dict]:
     places, patch = found["image_encoder.pos_embed"], found["image_encoder.patch_embed.proj.weight"]
     encoder = dict(width=places.shape[-1], windows=[(len(table) + 1) // 2 for table in tables], side=places.shape[1],
                    patch=patch.shape[-1], head_dim=tables[0].shape[1], out=len(found["image_encoder.neck.0.weight"]),
-                   hidden=len(found["image_encoder.blocks.0.mlp.lin1.weight"]))
+                   hidden=len(found["image_encoder.blocks.0.mlp.fc1.weight"]))
     inside = "mask_decoder.transformer."
     layers = {name.split(".")[3] for name in found if name.startswith(f"{inside}layers.")}
-    decoder = dict(hidden=len(found[f"{inside}layers.0.mlp.lin1.weight"]), layers=len(layers),
+    decoder = dict(hidden=len(found[f"{inside}layers.0.mlp.fc1.weight"]), layers=len(layers),
                    inner=len(found[f"{inside}final_attn_token_to_image.q_proj.weight"]),
                    quality_hidden=len(found["mask_decoder.iou_prediction_head.layers.0.weight"]))
     return encoder, decoder

@@ -28,6 +28,7 @@ def to_peer(name: str) -> str:
     import re
 
     for pattern, replacement in (
+        (r"\.fc([12])\.", r".lin\1."),
         (r"^image_encoder\.", "vision_encoder."), (r"^vision_encoder\.blocks\.", "vision_encoder.layers."),
         (r"\.patch_embed\.proj\.", ".patch_embed.projection."), (r"\.neck\.0\.", ".neck.conv1."),
         (r"\.neck\.1\.", ".neck.layer_norm1."), (r"\.neck\.2\.", ".neck.conv2."), (r"\.neck\.3\.", ".neck.layer_norm2."),
@@ -80,7 +81,8 @@ def test_published_files_are_read(tmp_path):
     more = {"prompt_encoder.not_a_point_embed.weight": torch.zeros(1, 32),
             "prompt_encoder.point_embeddings.0.weight": torch.zeros(1, 32),
             "prompt_encoder.mask_downscaling.0.weight": torch.zeros(4, 1, 2, 2)}
-    torch.save({**model.state_dict(), **more}, path)
+    state = {name.replace(".mlp.fc", ".mlp.lin"): tensor for name, tensor in model.state_dict().items()}
+    torch.save({**state, **more}, path)
     loaded, pixels, boxes = sam.load_sam(path), torch.randn(1, 3, 32, 32), torch.tensor([[3.0, 4, 20, 30]])
     assert all(map(torch.equal, loaded(pixels, boxes), model(pixels, boxes)))
 
