@@ -60,8 +60,10 @@ def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, proce
     return data.records, data.root
 
 
-def make_records(args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor) -> list[dict]:
-    """Pairs of scenes by the loss's method, or the scenes themselves with the question about them."""
+def make_records(args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor, **options,
+                 ) -> list[dict]:
+    """Pairs of scenes by the loss's method, with options of it, or the scenes themselves with the question about them.
+    """
     first = scenes.PAIRS + args.seed % 10 * SCENES_OF_A_SEED  # never reaches the scenes of dev and test
     seeds = range(first, first + args.scenes)
     if not recipe.pairs:
@@ -70,7 +72,7 @@ def make_records(args: argparse.Namespace, recipe: Recipe, model: Llava, process
     clip, clip_processor = load_clip(DEFAULT_CLIP, device=model.device), ClipProcessor(DEFAULT_CLIP)
     records, report = make_pairs(
         args.pairs or recipe.pairs, model, processor, clip, clip_processor,
-        scene_seeds=seeds, seed=args.seed * SCENES_OF_A_SEED, folder=args.out / "images", root=args.out,
+        scene_seeds=seeds, seed=args.seed * SCENES_OF_A_SEED, folder=args.out / "images", root=args.out, **options,
     )
     print(f"pairs: {json.dumps(report)}", flush=True)
     return records

@@ -4,11 +4,11 @@
     python benchmarks/alignment.py --rows dpo dpo+anchor --seeds 0  some rows again
     python benchmarks/alignment.py --jobs 2                         two runs at a time
 
-A row is a loss of train.py, or LOSS/METHOD: that loss on the pairs of a method of generate_pairs.py, or one of ROWS,
-with options of its own or in two stages. "sft, then dpo" is OPA-DPO's order (arXiv 2501.09695) on the same pairs: its
-reference is the fine-tuned model, its figures compare with the start like all others. A seed changes the scenes that
-pairs are made from, the sampling and the initial adapters. The held-out scenes are those of the test split, the same
-for every run, and were not used to choose any setting. Next to each row:
+A row is a loss of train.py, or LOSS/METHOD: that loss on the pairs of a method of generate_pairs.py, or of PAIRS, a
+method with options. Or it is one of ROWS, with options of its own or in two stages. "sft, then dpo" is OPA-DPO's order
+(arXiv 2501.09695) on the same pairs: its reference is the fine-tuned model, its figures compare with the start like all
+others. A seed changes the scenes that pairs are made from, the sampling and the initial adapters. The held-out scenes
+are those of the test split, the same for every run, and were not used to choose any setting. Next to each row:
 
     cut      CHAIR_s of the start's captions cut after whole sentences to the mean length of the row: what
              shortening alone would give. K sentences are too short and K + 1 too long on average, so both are
@@ -56,9 +56,15 @@ from pairs.online import sample  # noqa: E402
 from plots import read_log  # noqa: E402
 
 OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo_released", "mdpo", "adavip",
-           "povid", "povid_released")
+           "lpoi", "symmpo", "povid", "povid_released")
 ONLINE = ("online_dpo", "mixed_dpo", "bdhs_online", "ppo", "rloo", "fisao")
-METHODS = ("dpo/realign", "dpo/bdhs", "dpo/corrupt", "povid/povid")  # the rows above learn from rank, realign, adavip
+# The rows above learn from the pairs of rank, realign, adavip or symmpo.
+METHODS = ("dpo/realign", "dpo/bdhs", "dpo/corrupt", "povid/povid", "dpo/sentinel", "rdpo/realign, clean",
+           "sft/realign, clean", "dpo/bdhs, clean", "sft/bdhs, clean")
+PAIRS = {  # methods with options of generate_pairs.py
+    "realign, clean": ("realign", {"clean_chosen": True}),
+    "bdhs, clean": ("bdhs", {"clean_chosen": True, "rho_th": 0.5, "differ": True}),
+}
 COMPARED = 100  # responses whose log-probs are compared with the start's
 COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "false existence", "false attribute", "false relation",
            "coverage", "repetition", "POPE adversarial", "chosen", "KL", "minutes")
@@ -70,7 +76,7 @@ class Row(NamedTuple):
     """What a row trains."""
 
     loss: str
-    method: str = ""  # that makes its pairs (default: the loss's own)
+    method: str = ""  # that makes its pairs, or one of PAIRS (default: the loss's own)
     options: tuple[str, ...] = ()  # of train.py
     start: str = ""  # row from whose model of the same seed it starts (default: the embedded model)
 
@@ -90,9 +96,9 @@ def row_of(name: str) -> Row:
     return row._replace(method=row.method or train.LOSSES[row.loss].pairs)
 
 
-def folder_of(row: str, seed: int, out: Path) -> Path:
+def folder_of(name: str, seed: int, out: Path) -> Path:
     """Where a run is kept."""
-    return out / f"{re.sub('[^a-z_]+', '-', row)}-{seed}"
+    return out / f"{re.sub('[^a-z_]+', '-', name)}-{seed}"
 
 
 def measure(folder: Path, split: str, number: int, out: Path, pairs: Path | None = None) -> dict:
@@ -133,7 +139,7 @@ def gain(model, processor: Processor, records: list[dict], response: str, root: 
 
 def pairs_file(method: str, seed: int, out: Path) -> Path:
     """The pairs of a method and a seed, made once and kept."""
-    return out / f"pairs-{method}-{seed}" / "pairs.jsonl"
+    return folder_of(f"pairs-{method}", seed, out) / "pairs.jsonl"
 
 
 def make_pairs(method: str, seed: int, args: argparse.Namespace) -> None:
@@ -143,9 +149,11 @@ def make_pairs(method: str, seed: int, args: argparse.Namespace) -> None:
         return
     started = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = read_arguments(train.LOSSES, ["--loss", "dpo", "--pairs", method, "--seed", str(seed),
+    name, options = PAIRS.get(method, (method, {}))
+    own = read_arguments(train.LOSSES, ["--loss", "dpo", "--pairs", name, "--seed", str(seed),
                                 "--out", str(path.parent), *args.options])
-    records = prepare.make_records(own, train.LOSSES["dpo"], load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL))
+    model, processor = load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL)
+    records = prepare.make_records(own, train.LOSSES["dpo"], model, processor, **options)
     save_json({"minutes": (time.perf_counter() - started) / 60}, path.with_name("minutes.json"))
     write_jsonl(path, records)
 

@@ -15,6 +15,8 @@ from benchmarks import alignment
 from data import scenes
 from data.batch import collate
 from data.processor import Processor
+from data.records import read_pairs
+from judges.scene import judge_scene
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.logprobs import Scorer
 from options import read_arguments
@@ -43,13 +45,26 @@ def test_every_row_is_a_command_that_train_takes(name):
     args, row = read_arguments(train.LOSSES, command), alignment.row_of(name)
     assert Path(script).name == "train.py" and (args.loss, args.seed, args.steps) == (row.loss, 3, 7)
     assert args.eval_scenes == 0 and args.overwrite and args.out == alignment.folder_of(name, 3, ARGS.out)
-    assert args.data == (Path(f"runs/pairs-{row.method}-3/pairs.jsonl") if row.method else None)
+    assert args.data == (alignment.pairs_file(row.method, 3, ARGS.out) if row.method else None)
 
 
 def test_rows_are_kept_apart():
     assert len({alignment.folder_of(name, 0, ARGS.out) for name in (*ALL, "reward_model")}) == len(ALL) + 1
     assert [alignment.folder_of(name, 2, ARGS.out) for name in ("sft, then dpo", "dpo/bdhs", "slic_hf")] == [
         Path("runs/sft-then-dpo-2"), Path("runs/dpo-bdhs-2"), Path("runs/slic_hf-2")]
+
+
+def test_pairs_with_options(tmp_path):
+    """They are made by the method with them, and kept apart from those without."""
+    args = SimpleNamespace(out=tmp_path, options=["--scenes", "20"])
+    for method in ("bdhs", "bdhs, clean"):
+        alignment.make_pairs(method, 0, args)
+    plain, clean = (read_pairs(tmp_path / name / "pairs.jsonl") for name in ("pairs-bdhs-0", "pairs-bdhs-clean-0"))
+    assert any(judge_scene(pair, [pair["chosen"]])[0].wrong for pair in plain)
+    assert clean and not any(judge_scene(pair, [pair["chosen"]])[0].wrong for pair in clean)
+    both = {pair["id"] for pair in plain} & {pair["id"] for pair in clean}
+    rejected = [{pair["id"]: pair["rejected"] for pair in pairs if pair["id"] in both} for pairs in (plain, clean)]
+    assert rejected[0] != rejected[1]  # another share of the image is hidden
 
 
 def test_what_rows_add():
