@@ -43,7 +43,7 @@ Departures from the paper, which has no public code
   end.
 
 rho_th = .99 was chosen where an image is up to 2880 image tokens; with fewer it is harsher: of LLaVA-1.5's
-576 it leaves 6, of the embedded model's 64 mostly none. `visible` keeps a number of them, whatever their share.
+576 it leaves 6, of the embedded model's 64 mostly none. `visible` = 6 leaves 6 of those too.
 
 Reconstructed, because the paper does not say: what is a sentence (`sentence_end`); cuts uniform over the
 beginnings of words, so that at least the last word is written again; `temperature` and `top_p`; image tokens

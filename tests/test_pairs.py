@@ -379,7 +379,7 @@ def test_another_object():
 
 
 def test_rejected_responses_name_another_object(models):
-    """Some of what is completed with half of the image in sight does not; it is then written again."""
+    """Some of what is completed with half of the image tokens hidden does not; it is then written again."""
     other = lambda pair: names_another(pair["rejected"], pair["chosen"])  # noqa: E731
     options = dict(scene_seeds=SEEDS[:8], author="scene", progress=False)
     usual, differing = (make_pairs("bdhs", *models, **options, rho_th=0.5, differ=differ)[0] for differ in (False, True))
