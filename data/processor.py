@@ -111,7 +111,7 @@ class Processor:
         return [*ids, self.eos_id]
 
     def opening(self, text: str) -> list[int]:
-        """Beginning of a response that is to be continued -> ids; blanks at its end are left out, as they belong to the
+        """Beginning of a response that is to be continued -> ids; spaces at its end are left out, as they belong to the
         word that follows. BadInput as in `prompt`."""
         text = self._plain(text.rstrip(" "))
         return self._follow(self.template.answer.partition("{answer}")[0] + text) if text else []
