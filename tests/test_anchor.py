@@ -155,7 +155,7 @@ def test_the_nll_is_trls():
 def test_losses_have_the_terms_that_their_sequences_feed():
     found = {name: list(recipe.terms) for name, recipe in train.LOSSES.items()}
     assert found == {name: [] for name in train.LOSSES} | {name: ["anchor", "sft_weight"] for name in PAIRED} | {
-        "mdpo": ["sft_weight"]}
+        "mdpo": ["sft_weight"], "lpoi": ["sft_weight"], "symmpo": ["sft_weight"]}
 
 
 def test_a_loss_of_ones_own_can_have_them(tmp_path):
@@ -264,10 +264,14 @@ def test_the_terms_move_the_weights(whole, pairs, tmp_path):
 
 
 def test_in_parts_and_with_the_reference_kept(whole, pairs, tmp_path):
-    """Micro-batches by tokens and --reference-cache change nothing."""
+    """Micro-batches by tokens and --reference-cache change nothing but who wins a tie: the first step begins at the
+    reference, and rounding decides its accuracies."""
     found = run(pairs, tmp_path / "parts", *TERMS, "--max-tokens", "300", "--reference-cache", str(tmp_path / "cache"))
     for line, expected in zip(found, whole[0], strict=True):
-        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        tied = {name for name in expected if name.startswith("accuracy") and expected["step"] == 1}
+        assert line.keys() == expected.keys()
+        assert {name: line[name] for name in line.keys() - tied} == pytest.approx(
+            {name: expected[name] for name in line.keys() - tied}, rel=1e-4, abs=1e-5)
 
 
 def test_a_resumed_run_keeps_its_terms(whole, pairs, tmp_path):
