@@ -18,6 +18,8 @@ Methods (one file each in pairs/, which names the paper and the departures from 
                                 while looking at a similar image             that was looked at
     adavip     given or best    given or worst                               without the object whose
                                                                              removal fits `chosen` least
+    symmpo     given or best    given or worst                               a similar image, with the
+                                                                             response right for it
     bdhs       given or best    chosen, its sentences completed with         none
                                 hardly any of the image visible
     povid      given or best    given, or written as by corrupt              with diffusion noise
@@ -34,8 +36,9 @@ known. What the records have decides what is kept: of preference pairs realign, 
 others both responses; images and questions may bring a chosen response, or none.
 
 Who judges, who writes, who finds objects: the scene world's own record, if nothing else is said. The contents of
-photographs are unknown, so they need --judge (rank, or where no responses are given), --writer (corrupt, povid)
-and --detector (adavip). A server's key is read from the environment variable OPENAI_API_KEY.
+photographs are unknown, so they need --judge (rank, symmpo, sentinel, or where no responses are given), --writer
+(corrupt, povid) and --detector (adavip, and with --judge chair). A server's key is read from the environment
+variable OPENAI_API_KEY.
 
 Long runs. What is done is kept in part files next to the output, and the same command goes on where it was
 interrupted; under torchrun the processes share the records. Neither changes the result (pairs/progress.py).

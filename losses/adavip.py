@@ -22,8 +22,8 @@ The balance of the two negatives D_+- and D_-+ adapts by itself: the gradient of
 so the negative with the higher reward is pushed down harder. The weights are a property of the loss: they are
 reported as metrics and must not be multiplied in. They compare rewards of two images: DPO's reward is
 r(v, y) + beta log Z(x, v), whose partition function Z r_++ and r_+- share and r_-+ does not. The loss takes
-c = beta [log Z(x, v_l) - log Z(x, v)] for 0 (SymMPO, arXiv 2506.11712); with r_-+ + c for r_-+, s and the weights would
-be others, so how the push is divided between the negatives, not whether a log-prob goes up or down.
+c = beta [log Z(x, v_l) - log Z(x, v)] for 0 (SymMPO, arXiv 2506.11712). With r_-+ + c in place of
+r_-+, s and the weights change: how strong the push is and how the negatives share it, not which log-prob goes up.
 
     symbol                     argument                    shape
     log pi(y_w | x, v)         policy_chosen_logps         (B,)   sum over the response tokens, EOS included

@@ -20,7 +20,7 @@ delta = 0). beta is that of L_0. In the paper w = 1 and delta = 0.
     delta                      anchor_delta               float  the anchor, a reward
 
 Departures
-- From the paper: none; losses/mdpo.py has this term built in.
+- From the paper: none. mdpo.py and lpoi.py have this term built in, symmpo.py for both of its images.
 - From mDPO's released code: it has no delta.
 - From OPA-DPO's released code (arXiv 2501.09695), which adds the term with w = 1 and delta = 0: it also holds
   the rewards of rejected responses below delta, which is left out here.

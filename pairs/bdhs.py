@@ -18,7 +18,7 @@ it, unswapped. A hidden image token is a key that no query sees, in any layer; p
     symbol      argument         meaning
     y+          answered         records with a chosen response
     rho_th      rho_th           share of the image tokens that is hidden: 0 hides none, 1 all; .99 leaves 1 % visible
-                visible          reconstructed: so many image tokens, those of the largest rho, stay visible anyway
+                visible          reconstructed: this many image tokens, those of the largest rho, stay visible anyway
     N           iterations       attempts: guided ones, then a free one; a single one is guided and taken as it is
     eps_s       eps_s            similarity that a rejected response must stay below; .97 is meant for the cosine of
                                  all-mpnet-base-v2 (judges/sentence.py)

@@ -5,8 +5,8 @@ released code (github.com/pspdada/SENTINEL). Hallucinations breed hallucinations
 one begins. A response grows sentence by sentence; c is what there is of it, at first nothing:
 
     1. sample      y_1 .. y_n ~ pi(. | image, x, c), one sentence each
-    2. check       objects(y_i) against those that the image shows: faithful, if it names some and shows all of them;
-                   hallucinated, if it names one that is not shown
+    2. check       objects(y_i) against those that the image shows: faithful, if it names some and all are shown;
+                   hallucinated, if it names one that is not
     3. pair        the k-th faithful sentence that names an object of c, too (context-coherent), with the k-th
                    hallucinated one: (c, y_w, y_l), as many as there are of both
     4. go on       c <- c y_j of a faithful sentence, rather one whose objects are all new; if there is none, one that
@@ -23,7 +23,7 @@ end token is scored after a sentence. The published pairs, with the settings of 
     objects   shown            record -> classes of CHAIR's list that its image shows
     n         samples          sentences sampled at a time
               temperature      of the sampling
-              new_objects      y_w of all faithful sentences, also of those whose objects are all new
+              new_objects      take y_w from all faithful sentences, also those whose objects are all new
               max_sentences    reconstructed: of a response; the released code has no limit
               max_new_tokens   of a sentence
               seed             with a record's id it decides all that is drawn for it, whatever the order

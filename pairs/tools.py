@@ -25,8 +25,8 @@ as a function that makes it, because the options decide what is needed: `clip()`
     temperature       of the sampling
     max_new_tokens    of a response
     seed              of all that is drawn; the samples of record i use seed + i
-    judge             who ranks the samples: scene, chair (what --detector finds), clip, policy (the model itself),
-                      another LLaVA (folder or hub id) or a server's URL
+    judge             who judges: scene or chair (what --detector finds) know what an image shows; clip, policy (the
+                      model itself), another LLaVA (folder or hub id) or a server's URL rank responses
     judge_model       name of the model at that server
     clean_chosen      reconstructed: drop records whose chosen response --judge scene or chair does not find faithful
     author            who writes the chosen responses that are not given: policy (the best of its samples), scene (its

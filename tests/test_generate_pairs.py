@@ -20,6 +20,7 @@ from data.formats import load
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
 from generate_pairs import RANGES, main, read_arguments, read_input, relocate, run
+from generate_pairs import __doc__ as MANUAL
 from judges.ask import CUT, Reply, Request, local_model
 from judges.scene import judge_scene
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
@@ -531,6 +532,10 @@ def test_bad_texts_are_named_before_any_work(photos, tmp_path):
 
 
 # ---- the rule: a signature says it all -------------------------------------------------------------------------
+
+
+def test_the_manual_lists_every_method():
+    assert [line.split()[0] for line in MANUAL.splitlines() if line[4:].startswith(tuple(METHODS))] == list(METHODS)
 
 
 def test_every_option_has_a_meaning_and_a_range():

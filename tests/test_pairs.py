@@ -237,6 +237,21 @@ def test_the_next_neighbour_is_asked_until_one_has_a_response_of_its_own():
                      [("r0", "0?", "c"), ("r2", "2?", "b")], [("r0", "0?", "d")]]
 
 
+def test_the_next_neighbour_is_asked_until_one_has_a_faithful_response():
+    """It is judged by the neighbour, not by the image of the pair."""
+    def referee(records, answers):
+        return [[Judgement(int(record["image"] == "a"), 1)] for record in records]
+
+    pair = {"id": "r", "image": "0", "prompt": "?", "chosen": "A dog.", "rejected": "A cat."}
+    near = [("a", 0.9), ("b", 0.8)]
+    author = lambda records: [Reply("A cup.")] * len(records)  # noqa: E731
+    for judge, image in ((None, "a"), (referee, "b")):
+        (made,), _ = symmetric_pairs([pair], lambda _: near, author, referee=judge)
+        assert (made["chosen"], made["rejected_image"], made["rejected_image_response"]) == ("A dog.", image, "A cup.")
+    assert symmetric_pairs([pair], lambda _: near[:1], author, referee=referee) == (
+        [], {"no response to a similar image": 1})
+
+
 def test_an_unchanged_answer_is_never_a_rejected_one():
     pairs, dropped, _ = retrieve({"A dog.": 0.9999, "A cat.": 0.9999}, [["dog", "cat"]], tau=1.0)
     assert [pair["rejected"] for pair in pairs] == ["A cat."] and not dropped
