@@ -160,8 +160,9 @@ def test_symmpo_is_symmetric():
     (dpo, {}, True), (symmpo, {"anchor_weight": 0.0}, True), (symmpo, {}, False),
     (rdpo, {}, False), (mdpo, {}, False), (adavip, {}, False), (lpoi, {}, False)])
 def test_where_the_partition_function_cancels(module, options, cancels):
-    """Add to each reward a number of its image, beta log Z(x, v): a loss that compares responses to one image alone does
-    not change. Those over several images do, and so does an anchor; rDPO, mDPO and AdaViP keep each log-prob's direction."""
+    """Add to each reward a number of its image, beta log Z(x, v): a loss that compares responses to one image does not
+    change. Those over several images do, and so does an anchor; rDPO, mDPO and AdaViP keep each log-prob's direction.
+    """
     function = getattr(module, f"{module.__name__.removeprefix('losses.')}_loss")
     shown = [(how["image"], how.get("view"), how.get("hidden")) for how in module.SEQUENCES.values()]
     logps = random_logps(len(shown), seed=4)
