@@ -105,7 +105,7 @@ def measure(folder: Path, split: str, number: int, out: Path, pairs: Path | None
     """Figures of a checkpoint on held-out scenes and its captions, computed once and kept in `out`."""
     if out.is_file():
         kept = read_json(out)
-        if (kept["split"], kept["scenes"]) == (split, number):
+        if (kept["split"], kept["scenes"]) == (split, number) and (pairs is None or "chosen" in kept["figures"]):
             return kept
     model, processor = load_llava(folder), Processor(folder)
     figures, said = train.measure(model, processor, number, split)
