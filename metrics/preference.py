@@ -10,9 +10,11 @@ reward r(y) = beta [log pi(y | x, v) - log pi_ref(y | x, v)] of the chosen y_w a
 
 | symbol              | argument                        | type                                                      |
 |---------------------|---------------------------------|-----------------------------------------------------------|
-| log pi(y_w | x, v)  | said[id]["policy_chosen"]       | float, sum over the response tokens, EOS included         |
+| log pi(y_w | x, v)  | said[id]["policy_chosen"]       | float, sum over the response tokens, EOS included (*)     |
 | log pi(y_l | x, v)  | said[id]["policy_rejected"]     | float                                                     |
 | log pi_ref(.)       | said[id]["reference_chosen"], .. | float                                                    |
+
+(*) but after a `context`, which the response continues (data/records.py).
 
 Options
     beta  scale of the rewards; changes neither accuracy

@@ -79,7 +79,8 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
     records = [{key: value for key, value in record.items() if key != "rejected_image_response"} for record in records]
     settings = {name: more.pop(name) for name in Setting._fields if name in more}
     functions, options = chain(method, records), complete_options(method, more)
-    if FIELD[arguments_of(functions[0])[0]] != "rejected" and have_context(records):
+    writes = FIELD[arguments_of(functions[0])[0]] != "rejected" or any("author" in arguments_of(f) for f in functions)
+    if writes and have_context(records):
         raise BadInput(f"{method} writes whole responses: those of these records continue a 'context'")
     if ONE_IMAGE & set(functions):
         refuse_several(records, method)

@@ -210,7 +210,7 @@ def test_who_writes_whole_responses_says_so(tmp_path):
     assert read_records(tmp_path / "p.jsonl", LOSSES["dpo"]).records == [RECORD]
     assert read_records(tmp_path / "p.jsonl", LOSSES["ppo"]).records == \
         [{key: RECORD[key] for key in ("id", "image", "prompt")}]
-    for method in ("bdhs", "corrupt"):
+    for method in ("bdhs", "corrupt", "symmpo"):
         with pytest.raises(BadInput, match=f"{method} writes whole responses"):
             make_pairs(method, records=[RECORD])
     pairs, _ = make_pairs("mdpo", records=[RECORD], folder=tmp_path, root=tmp_path, progress=False)
