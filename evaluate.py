@@ -326,7 +326,7 @@ def run(args: argparse.Namespace) -> list[tuple[Task, Mapping, dict]] | None:
         processor = Processor(args.model, template=args.template, aspect=args.aspect)
         for task in tasks:
             check_records([row for row in task.rows if row["image"]], processor, root, task.name,
-                          new_tokens=task.length)
+                          sequences=task.benchmark.sequences, new_tokens=task.length)
         model = load_llava(args.model, dtype, device).eval()
     said = [answer(task, model, processor, args, root, dtype) if task.said is None else task.said for task in tasks]
     model = None  # frees the device for a judge

@@ -112,6 +112,6 @@ def table(scores: Mapping) -> list[tuple]:
 
 BENCHMARK = Benchmark(
     rules="implicit rewards of DPO (2305.18290, Section 4)", questions=questions, score=score, table=table,
-    max_new_tokens=0, measure=measure,
+    max_new_tokens=0, measure=measure, sequences=SEQUENCES,
     figures={name: f"rounded.{name}" for name in FIGURES},
 )  # fmt: skip

@@ -124,3 +124,9 @@ def test_the_images_of_a_file_of_pairs_start_at_its_folder(tmp_path, image):
                                     "--reference", str(DEFAULT_MODEL)])
     ((_, said, result),) = evaluate.run(args)
     assert list(said) == ["a"] and result["scores"]["ties"] == 1  # the reference is the model itself
+
+
+def test_texts_that_cannot_be_scored_are_named_before_any_work(tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", [{**ROWS[0], "chosen": "A </s> dog."}, {**ROWS[1], "rejected": "<s>"}])
+    with pytest.raises(BadInput, match=r"record 'a': 'chosen': .*</s>(?s:.*)record 'b': 'rejected': .*<s>"):
+        evaluate.run(evaluate.read_arguments(["--benchmark", "preference", "--data", str(tmp_path / "pairs.jsonl")]))
