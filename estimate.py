@@ -65,8 +65,8 @@ def report(args: argparse.Namespace, recipe: Recipe, processor: Processor, recor
     terms["activations"] = cost.peak - shards * terms["gradients"]
     total, other = sum(terms.values()), "without" if args.checkpointing else "with"
     flops = cost.flops * load.mean / len(batch.packed.ids)
-    fields = {(how.image, how.view) for how in scored(sequences).values()}
-    images = max(sum(len(references(row[field])) for field, _ in fields) for row in rows)
+    shown = {(how.image, how.view, how.hidden) for how in scored(sequences).values()}
+    images = max(sum(len(references(row[field])) for field, *_ in shown) for row in rows)
     trained = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
     return "\n".join([
         f"parameters    {sum(p.numel() for p in scorer.parameters()):,}, of which {trained:,} train",

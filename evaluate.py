@@ -214,8 +214,10 @@ def prepare(name: str, args: argparse.Namespace) -> Task:
 
 
 def image_folder(args: argparse.Namespace) -> Path | None:
-    """Where the image files are."""
-    return args.images or (args.data if args.data and args.data.is_dir() else None)
+    """Where the image files are; a file of pairs names them from its own folder."""
+    if args.images or args.data is None:
+        return args.images
+    return args.data if args.data.is_dir() else args.data.parent
 
 
 def ask(model, processor: Processor, rows: Sequence[dict], max_new_tokens: int, batch_size: int = 64,
@@ -324,7 +326,7 @@ def run(args: argparse.Namespace) -> list[tuple[Task, Mapping, dict]] | None:
         processor = Processor(args.model, template=args.template, aspect=args.aspect)
         for task in tasks:
             check_records([row for row in task.rows if row["image"]], processor, root, task.name,
-                          new_tokens=task.length)
+                          sequences=task.benchmark.sequences, new_tokens=task.length)
         model = load_llava(args.model, dtype, device).eval()
     said = [answer(task, model, processor, args, root, dtype) if task.said is None else task.said for task in tasks]
     model = None  # frees the device for a judge
@@ -339,7 +341,7 @@ def answer(task: Task, model, processor: Processor, args: argparse.Namespace, ro
     """What the model says, or what is measured of it. None in processes other than the first."""
     if task.benchmark.measure:
         reference = load_llava(args.reference, dtype, model.device).eval() if args.reference else None
-        said = task.benchmark.measure(model, processor, task.rows, root=root or args.data.parent, reference=reference,
+        said = task.benchmark.measure(model, processor, task.rows, root=root, reference=reference,
                                       batch_size=args.batch_size, progress=task.name)
         return said if ranks()[0] == 0 else None
     out = args.out and args.out.with_name(f"{args.out.name}.{task.name}")

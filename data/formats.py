@@ -9,7 +9,7 @@
     povid           the same and rejected_conversations (POVID, arXiv 2402.11411)        pair
     llama-factory   images, conversations up to the question, chosen and rejected as     pair
                     {from, value} or {role, content}; or: images, instruction, input,
-                    chosen, rejected
+                    chosen, rejected; perhaps context (SENTINEL's)
     ms-swift        images, messages [{role, content}], rejected_response or             pair
                     rejected_messages, perhaps rejected_images
     realign         image, retrieved_image, chosen and rejected as [{role, content}]     pair with rejected image

@@ -9,7 +9,7 @@
     rejected_image   string   optional (or null): image reference v_l on which `chosen` is no longer right; of several
                               images a list, too
     rejected_image_response  string   optional: the answer that is right for `rejected_image`, y_w' of SymMPO
-    context          string   optional: beginning of the response, which `chosen` and `rejected` continue
+    context          string   optional: beginning of the response, which all responses of the record continue
     source           object   optional, free-form: where each part came from (method, seed, model, scores)
 
 Any other key is refused, so a misspelt `rejected_image` cannot turn a vision loss into a text loss unnoticed.

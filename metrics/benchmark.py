@@ -49,6 +49,7 @@ class Benchmark(NamedTuple):
     requests: Callable | None = None  # judged benchmarks only
     read_replies: Callable | None = None  # judged benchmarks only
     measure: Callable | None = None  # None: the model answers, greedily
+    sequences: Mapping[str, Mapping] | None = None  # what it scores of a row, as for `data.batch.collate`
 
 
 def lines(parts: Iterable[tuple[str, Mapping]], columns: Sequence[str], digits: int = 2) -> list[tuple[str, ...]]:

@@ -10,9 +10,11 @@ reward r(y) = beta [log pi(y | x, v) - log pi_ref(y | x, v)] of the chosen y_w a
 
 | symbol              | argument                        | type                                                      |
 |---------------------|---------------------------------|-----------------------------------------------------------|
-| log pi(y_w | x, v)  | said[id]["policy_chosen"]       | float, sum over the response tokens, EOS included         |
+| log pi(y_w | x, v)  | said[id]["policy_chosen"]       | float, sum over the response tokens, EOS included (*)     |
 | log pi(y_l | x, v)  | said[id]["policy_rejected"]     | float                                                     |
 | log pi_ref(.)       | said[id]["reference_chosen"], .. | float                                                    |
+
+(*) but after a `context`, which the response continues (data/records.py).
 
 Options
     beta  scale of the rewards; changes neither accuracy
@@ -110,6 +112,6 @@ def table(scores: Mapping) -> list[tuple]:
 
 BENCHMARK = Benchmark(
     rules="implicit rewards of DPO (2305.18290, Section 4)", questions=questions, score=score, table=table,
-    max_new_tokens=0, measure=measure,
+    max_new_tokens=0, measure=measure, sequences=SEQUENCES,
     figures={name: f"rounded.{name}" for name in FIGURES},
 )  # fmt: skip

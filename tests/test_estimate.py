@@ -17,7 +17,7 @@ from data.processor import Processor
 from data.records import write_jsonl
 from model.checkpoint import DEFAULT_MODEL, load_llava, outline
 from model.config import LlamaConfig, VisionConfig
-from model.estimate import cost_of, hollow, kept
+from model.estimate import Cost, cost_of, hollow, kept
 from model.llava import Llava, LlavaConfig
 from model.logprobs import Scorer, Sequence, pack
 from model.lora import LoRALinear, Reference, add_lora
@@ -59,6 +59,15 @@ def ran(pairs, loss: str, *options: str):
 
 def number(report: str, name: str) -> float:
     return float(re.search(rf"^ *{name} +([\d.,e+-]+)", report, re.M).group(1).replace(",", ""))
+
+
+@pytest.mark.parametrize(("loss", "images"), [("dpo", "1 image"), ("rdpo", "2 images"), ("lpoi", "5 images")])
+def test_every_image_of_a_record_counts(pairs, loss, images, monkeypatch):
+    """Of LPOI its image, the rejected one, and three that are partly hidden."""
+    monkeypatch.setattr(estimate, "cost_of_step", lambda *_: Cost(1.0, 1))
+    args, recipe, processor = setting(pairs, loss)
+    data = prepare.read_records(pairs, recipe)
+    assert f"; at most {images}\n" in estimate.report(args, recipe, processor, data.records, data.root, 1)
 
 
 @pytest.mark.parametrize("loss, options", [

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 
+import evaluate
 from common import BadInput
 from data.batch import collate
+from data.images import open_image
 from data.processor import Processor
+from data.records import write_jsonl
 from losses.dpo import SEQUENCES, dpo_loss
 from metrics import preference
 from model.checkpoint import DEFAULT_MODEL, load_llava
@@ -111,3 +114,19 @@ def test_a_file_of_pairs_is_read_and_bad_rows_are_listed(tmp_path):
     path.write_text(line % ("a", "") + line % ("b", ', "rejected": 3'))
     with pytest.raises(BadInput, match=r"pairs.jsonl:1.*(?s:.*)pairs.jsonl:2"):
         preference.questions(path)
+
+
+@pytest.mark.parametrize("image", ["1.png", ["1.png", "scene:2"], ["scene:1", "scene:2"]])
+def test_the_images_of_a_file_of_pairs_start_at_its_folder(tmp_path, image):
+    open_image("scene:1").save(tmp_path / "1.png")
+    write_jsonl(tmp_path / "pairs.jsonl", [{**ROWS[0], "image": image, "context": "A room."}])
+    args = evaluate.read_arguments(["--benchmark", "preference", "--data", str(tmp_path / "pairs.jsonl"),
+                                    "--reference", str(DEFAULT_MODEL)])
+    ((_, said, result),) = evaluate.run(args)
+    assert list(said) == ["a"] and result["scores"]["ties"] == 1  # the reference is the model itself
+
+
+def test_texts_that_cannot_be_scored_are_named_before_any_work(tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", [{**ROWS[0], "chosen": "A </s> dog."}, {**ROWS[1], "rejected": "<s>"}])
+    with pytest.raises(BadInput, match=r"record 'a': 'chosen': .*</s>(?s:.*)record 'b': 'rejected': .*<s>"):
+        evaluate.run(evaluate.read_arguments(["--benchmark", "preference", "--data", str(tmp_path / "pairs.jsonl")]))
