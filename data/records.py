@@ -234,6 +234,11 @@ def _keys(record: dict, needs: Collection[str]) -> tuple[tuple[str, ...], tuple[
     return required + tuple(key for key in optional if key in needs), optional
 
 
+def pair_flaws(pair: dict) -> list[str]:
+    """Why `read_pairs` would refuse a pair, wherever its images are; [] if it would not."""
+    return _check_fields(pair, PAIR_TEXTS, PAIR_OPTIONAL, {})
+
+
 def _check_fields(row: dict, required: tuple[str, ...], optional: tuple[str, ...],
                   hints: Mapping[str, str]) -> list[str]:
     reasons = []

@@ -20,7 +20,7 @@ from pathlib import Path
 from common import BadInput, arguments_of, options_of, refuse
 from data import scenes
 from data.check import refuse_several
-from data.records import have_context
+from data.records import have_context, pair_flaws
 from pairs.adavip import adavip_pairs
 from pairs.bdhs import bdhs_pairs
 from pairs.corrupt import corrupt_pairs
@@ -98,7 +98,8 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
         for step in steps:
             chunk, more = step(chunk) if chunk else ([], Counter())
             dropped += more
-        return chunk, dropped
+        kept = [pair for pair in chunk if not pair_flaws(pair)]  # a model may write what no reader takes, such as NUL
+        return kept, dropped + Counter({"a text that cannot be read back": len(chunk) - len(kept)})
 
     def work(rows: list[int]) -> tuple[list[dict], Counter]:
         (made, dropped), bad = readable([records[row] for row in rows], run, setting.root, setting.bad_records)

@@ -101,6 +101,21 @@ def test_corruption_by_rule_makes_every_answer_wrong_in_its_way(models, tmp_path
         assert pair["source"]["writer"] == "rules"
 
 
+def test_what_could_not_be_read_back_is_dropped(models, tmp_path, monkeypatch):
+    """A model writes any token, and a file with NUL or an invisible response would stop the run that reads it."""
+    said = ["A cup.", "A \0 cup.", "\u200b", "A dog.", "A cat."]
+
+    def wild_pairs(records):
+        return [{**record, "chosen": "A dog.", "rejected": text} for record, text in zip(records, said)], Counter()
+
+    monkeypatch.setitem(METHODS, "wild", [wild_pairs])
+    pairs, report = make("wild", models, tmp_path, scene_seeds=SEEDS[:5])
+    assert [pair["rejected"] for pair in pairs] == ["A cup.", "A cat."]
+    assert report["dropped"] == {"a text that cannot be read back": 3} and report["pairs"] == 2
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    assert read_pairs(tmp_path / "pairs.jsonl") == pairs
+
+
 def test_given_texts_stay(models, tmp_path):
     """adavip, povid and mdpo keep both texts and load no model, symmpo keeps both; realign, bdhs and corrupt keep
     `chosen`."""
