@@ -101,7 +101,7 @@ def test_corruption_by_rule_makes_every_answer_wrong_in_its_way(models, tmp_path
         assert pair["source"]["writer"] == "rules"
 
 
-def test_what_could_not_be_read_back_is_dropped(models, tmp_path, monkeypatch):
+def test_what_could_not_be_read_back_is_dropped(tmp_path, monkeypatch):
     """A model writes any token, and a file with NUL or an invisible response would stop the run that reads it."""
     said = ["A cup.", "A \0 cup.", "\u200b", "A dog.", "A cat."]
 
@@ -109,7 +109,7 @@ def test_what_could_not_be_read_back_is_dropped(models, tmp_path, monkeypatch):
         return [{**record, "chosen": "A dog.", "rejected": text} for record, text in zip(records, said)], Counter()
 
     monkeypatch.setitem(METHODS, "wild", [wild_pairs])
-    pairs, report = make("wild", models, tmp_path, scene_seeds=SEEDS[:5])
+    pairs, report = make_pairs("wild", scene_seeds=SEEDS[:5], progress=False)
     assert [pair["rejected"] for pair in pairs] == ["A cup.", "A cat."]
     assert report["dropped"] == {"a text that cannot be read back": 3} and report["pairs"] == 2
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
