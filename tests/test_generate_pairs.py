@@ -106,7 +106,8 @@ def test_what_could_not_be_read_back_is_dropped(tmp_path, monkeypatch):
     said = ["A cup.", "A \0 cup.", "\u200b", "A dog.", "A cat."]
 
     def wild_pairs(records):
-        return [{**record, "chosen": "A dog.", "rejected": text} for record, text in zip(records, said)], Counter()
+        return [{**record, "chosen": "A dog.", "rejected": text, "rejected_image": None}
+                for record, text in zip(records, said)], Counter()
 
     monkeypatch.setitem(METHODS, "wild", [wild_pairs])
     pairs, report = make_pairs("wild", scene_seeds=SEEDS[:5], progress=False)
