@@ -66,8 +66,8 @@ PAIRS = {  # methods with options of generate_pairs.py
     "bdhs, clean": ("bdhs", {"clean_chosen": True, "rho_th": 0.5, "differ": True}),
 }
 COMPARED = 100  # responses whose log-probs are compared with the start's
-COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "false existence", "false attribute", "false relation",
-           "coverage", "repetition", "POPE adversarial", "chosen", "KL", "minutes")
+COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "false attribute", "false relation", "coverage",
+           "repetition", "POPE adversarial", "chosen", "KL", "minutes")
 AXES = ("recall: share of the present objects that a caption names, percent (right is better)",
         "CHAIR_s: share of captions that name an absent object, percent (down is better)")
 

@@ -94,7 +94,7 @@ def test_what_a_row_starts_from_is_trained_first(tmp_path, monkeypatch, capsys):
     head, _, start, row = capsys.readouterr().out.splitlines()[:4]
     cells = dict(zip(head.split("|")[2:-1], row.split("|")[2:-1], strict=True))
     assert cells[" CHAIR_s "] == " 3.5 ± 0.7 " and cells[" chosen "] == " 1.5 ± 0.0 "
-    assert cells.keys() >= {" coverage ", " false existence ", " KL "} and start.startswith("| start | 9.0 |")
+    assert cells.keys() >= {" coverage ", " false relation ", " KL "} and start.startswith("| start | 9.0 |")
 
 
 def test_minutes_of_two_stages(tmp_path, monkeypatch):
