@@ -80,6 +80,7 @@ def test_what_rows_add():
 def test_what_a_row_starts_from_is_trained_first(tmp_path, monkeypatch, capsys):
     """Also where it is no row of the table; and its pairs are there."""
     done = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this process, for all tests that follow
     monkeypatch.setattr(alignment, "measure", lambda *_: {"figures": {"CHAIR_s": 9.0, "recall": 5.0}})
     monkeypatch.setattr(alignment, "cut_captions", lambda start: [])
     monkeypatch.setattr(alignment, "make_pairs", lambda method, seed, args: done.append(f"pairs {method} {seed}"))
