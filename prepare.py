@@ -53,7 +53,8 @@ def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, proce
     if args.data is None:
         check_texts(args, recipe, processor, data, path, rank)
     elif rank == 0:
-        print(f"--data {path}: {len(data.records):,} records, read as {data.format}", flush=True)
+        after = ", with a context that their responses continue" if have_context(data.records) else ""
+        print(f"--data {path}: {len(data.records):,} records, read as {data.format}{after}", flush=True)
     if len(data.records) < args.batch_size:
         raise BadInput(f"{path}: {len(data.records)} records are fewer than one batch of {args.batch_size}"
                        " (--batch-size)")

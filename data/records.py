@@ -104,7 +104,7 @@ def have_context(records: Iterable[dict]) -> bool:
 
 
 def continued(context: str, text: str) -> str:
-    """A context and what continues it, with a blank between them unless there is other white space."""
+    """A context and what continues it, with a space between them unless there is other white space."""
     context = context.rstrip(" ")
     apart = not context or context[-1].isspace() or text[:1].isspace()
     return context + text if apart else f"{context} {text}"

@@ -1,4 +1,4 @@
-"""AdaViP's vision pairs: remove each object in turn, keep the image that fits the chosen answer least.
+"""AdaViP's vision pairs: remove each object in turn, keep the image that fits the chosen response least.
 
 Lu et al. 2025, "AdaViP: Aligning Multi-modal LLMs via Adaptive Vision-enhanced Preference Optimization",
 arXiv 2504.15619, Eq. 5-9. Given a text pair (y_w, y_l | x, v), every class t_i found in v (Eq. 5: tag, Eq. 6:
@@ -160,7 +160,7 @@ def adavip_pairs(pairs: list[dict], clip: CLIP, clip_processor: ClipProcessor,
         mentioned = mentions_of(pair["chosen"], [label for label, _ in option])
         allowed = np.array(mentioned) | any_object
         if not allowed.any():
-            dropped["no removed object is mentioned in the chosen answer"] += 1
+            dropped["no removed object is mentioned in the chosen response"] += 1
             continue
         listing = [{"removed": label, "image": image, "score": round(float(score), 4), "mentioned": is_said}
                    for (label, image), score, is_said in zip(option, scores, mentioned)]

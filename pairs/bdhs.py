@@ -39,7 +39,7 @@ Departures from the paper, which has no public code
 - Its completions end at the first full stop, whatever that belongs to ("3.5", "St.") and lose a quotation's
   closing mark. Here a sentence ends as `sentence_end` has it, and a mark or bracket that the original closes
   is closed.
-- An attempt with a sentence that reaches the token limit is no answer: it is tried again, or dropped in the
+- An attempt with a sentence that reaches the token limit is no response: it is tried again, or dropped in the
   end.
 
 rho_th = .99 was chosen where an image is up to 2880 image tokens; with fewer it is harsher: of LLaVA-1.5's
@@ -271,8 +271,10 @@ def _failure(record: dict, text: str | None, differ: bool) -> str:
     if text is None:
         return "not finished within the token limit"
     if differ and text and not names_another(text, record["chosen"]):
-        return "names no other object than the chosen answer"
-    return "empty answer" if not text else "same as the chosen answer" if text == record["chosen"].strip() else ""
+        return "names no other object than the chosen response"
+    if not text:
+        return "an empty response"
+    return "same as the chosen response" if text == record["chosen"].strip() else ""
 
 
 def _pair(record: dict, rejected: str, source: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Rejected answers by corruption: put plausible errors into the chosen answer.
+"""Rejected responses by corruption: put plausible errors into the chosen response.
 
 POVID (Zhou et al. 2024, arXiv 2402.11411) and "Understanding Alignment in Multimodal LLMs" (Apple 2024, arXiv
 2407.02477) have GPT-4 rewrite a correct answer with realistic hallucinations.

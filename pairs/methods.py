@@ -79,15 +79,7 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
     records = [{key: value for key, value in record.items() if key != "rejected_image_response"} for record in records]
     settings = {name: more.pop(name) for name in Setting._fields if name in more}
     functions, options = chain(method, records), complete_options(method, more)
-    writes = FIELD[arguments_of(functions[0])[0]] != "rejected" or any("author" in arguments_of(f) for f in functions)
-    if writes and have_context(records):
-        raise BadInput(f"{method} writes whole responses: those of these records continue a 'context'")
-    if ONE_IMAGE & set(functions):
-        refuse_several(records, method)
-    own = options_of(*with_tools(*functions))
-    refuse(f"--{name.replace('_', '-')} is for chosen responses that are not given; these records bring theirs"
-           for name, default in (("author", "policy"), ("clean_chosen", False))
-           if options.get(name, default) != default and name not in own)
+    refuse_unfit(method, functions, options, records)
     setting = Setting(records, **settings, checks=checks(functions, options))
     given = {"model": model, "processor": processor, "clip": clip, "clip_processor": clip_processor}
     tools = Tools(setting, options, {name: tool for name, tool in given.items() if tool is not None})
@@ -123,6 +115,19 @@ def chain(method: str, records: list[dict]) -> list[Callable]:
     if fields[begin] is None and have("rejected", records):
         raise BadInput(f"{method} makes the text pairs itself: give images and questions, not pairs")
     return functions[begin:]
+
+
+def refuse_unfit(method: str, functions: list[Callable], options: dict, records: list[dict]) -> None:
+    """Raise BadInput on records that the functions cannot use, and on options that these records leave without use."""
+    writes = FIELD[arguments_of(functions[0])[0]] != "rejected" or any("author" in arguments_of(f) for f in functions)
+    if writes and have_context(records):
+        raise BadInput(f"{method} writes whole responses: those of these records continue a 'context'")
+    if ONE_IMAGE & set(functions):
+        refuse_several(records, method)
+    own = options_of(*with_tools(*functions))
+    refuse(f"--{name.replace('_', '-')} is for chosen responses that are not given; these records bring theirs"
+           for name, default in (("author", "policy"), ("clean_chosen", False))
+           if options.get(name, default) != default and name not in own)
 
 
 def have(field: str, records: list[dict]) -> bool:

@@ -58,9 +58,9 @@ def rank_pairs(records: list[dict], sample: Sample, judge: Judge, source: dict |
 def _useless(ranked: list[Judgement] | list[Score], clean_chosen: bool) -> str:
     """Why these judgements, best first, give no pair; "" if they do."""
     if len(ranked) < 2:
-        return "fewer than two non-empty answers"
+        return "fewer than two non-empty responses"
     if ranked[-1].faultless:
-        return "no answer hallucinates"
+        return "no response hallucinates"
     if clean_chosen and not ranked[0].faultless:
         return UNFAITHFUL
-    return "all answers judged equal" if ranked[0] == ranked[-1] else ""
+    return "all responses judged equal" if ranked[0] == ranked[-1] else ""

@@ -1,4 +1,4 @@
-"""Re-Align's pairs: hide what the chosen answer says about the image, fill it in from a similar image.
+"""Re-Align's pairs: hide what the chosen response says about the image, fill it in from a similar image.
 
 Xing et al. 2025, "Re-Align: Aligning Vision Language Models via Retrieval-Augmented Direct Preference
 Optimization", EMNLP 2025, arXiv 2502.13146, section 3.1 and Algorithm 1. For an image v with answer y_w:

@@ -43,7 +43,7 @@ def summary(report: dict, seconds: float) -> str:
         lines.append(f"  {contexts['images']:5d} images gave them; {contexts['words']:.1f} words of context on average")
     lines += [f"  {100 * share:5.1f} % of the {key} answers mention an absent object"
               for key, share in report.get("hallucinating", {}).items()]
-    says = {"contradicts": "of the rejected images lack an object that the chosen answer mentions",
+    says = {"contradicts": "of the rejected images lack an object that the chosen response mentions",
             "gone": "of the removed objects are gone"}
     lines += [f"  {100 * share:5.1f} % {says[key]}" for key, share in report.get("rejected_image", {}).items()]
     lines += [f"  {count:5d} neighbours passed over as {kind} of the image or of a nearer one"

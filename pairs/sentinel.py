@@ -30,7 +30,7 @@ end token is scored after a sentence. The published pairs, with the settings of 
 
 One image gives several pairs, or none; their ids are ID/1, ID/2, ...
 
-From the released code: steps 1 to 4, n = 10, temperature 0.7, one blank between sentences, no end token scored (there,
+From the released code: steps 1 to 4, n = 10, temperature 0.7, one space between sentences, no end token scored (there,
 after an empty context it is; but step 3 makes no such pairs).
 Departures from it
 - It asks two open-vocabulary detectors, and neither pairs nor continues sentences with an object on which they differ.

@@ -36,7 +36,7 @@ def chosen_responses(records: list[dict], author: Author, referee: Judge | None 
     replies = author(records)
     answered = [{**record, "chosen": reply.text} for record, reply in zip(records, replies, strict=True) if reply.text]
     kept = faithful(answered, referee) if referee else answered
-    dropped = Counter(reply.problem or "an empty answer" for reply in replies if not reply.text)
+    dropped = Counter(reply.problem or "an empty response" for reply in replies if not reply.text)
     return kept, dropped + Counter({UNFAITHFUL: len(answered) - len(kept)})
 
 
@@ -57,7 +57,7 @@ def best_responses(records: list[dict], sample: Sample, judge: Judge) -> list[Re
     samples = sample(records)
     rankings = [order(texts, verdict) if verdict is not None else []
                 for texts, verdict in zip(samples, judge(records, samples), strict=True)]
-    return [Reply(texts[ranking[0]]) if ranking else Reply("", "no finished answer, or no verdict")
+    return [Reply(texts[ranking[0]]) if ranking else Reply("", "no finished response, or no verdict")
             for texts, ranking in zip(samples, rankings)]
 
 

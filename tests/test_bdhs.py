@@ -353,7 +353,7 @@ def test_unfinished_empty_and_equal_texts():
 
     pairs, dropped, seen = run(written, iterations=3)
     assert pairs == [] and len(seen) == 3 and [len(attempts) for attempts in seen] == [3, 3, 3]
-    assert dropped == {"not finished within the token limit": 1, "empty answer": 1, "same as the chosen answer": 1}
+    assert dropped == {"not finished within the token limit": 1, "an empty response": 1, "same as the chosen response": 1}
     pairs, dropped, _ = run(lambda attempt, i: None if i < 3 else "at last")
     assert [pair["source"]["iteration"] for pair in pairs] == [3] * 3 and not dropped
     records = [*RECORDS[:1], {**RECORDS[1], "chosen": " "}]
@@ -365,7 +365,7 @@ def test_without_another_object_it_is_tried_again_and_dropped():
     said = lambda attempt, i: "A dog runs." if attempt.image == "0.png" or i < 2 else "A horse runs."  # noqa: E731
     pairs, dropped, _ = run(said, iterations=3, differ=True)
     assert [(pair["id"], pair["source"]["iteration"]) for pair in pairs] == [("r1", 2), ("r2", 2)]
-    assert dropped == {"names no other object than the chosen answer": 1} and len(run(said)[0]) == 3
+    assert dropped == {"names no other object than the chosen response": 1} and len(run(said)[0]) == 3
 
 
 def test_draws_depend_on_the_record_and_the_seed_only():

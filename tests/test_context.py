@@ -1,6 +1,7 @@
 """The beginning of a response that a record gives: read like the prompt, shared, never scored."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.logprobs import Scorer
 from pairs.gallery import write_gallery
 from pairs.methods import make_pairs
-from prepare import read_records
+from prepare import find_records, read_records
 from train import LOSSES
 
 CONTEXT = "There is a dog. It is next to a cup."
@@ -215,3 +216,16 @@ def test_who_writes_whole_responses_says_so(tmp_path):
             make_pairs(method, records=[RECORD])
     pairs, _ = make_pairs("mdpo", records=[RECORD], folder=tmp_path, root=tmp_path, progress=False)
     assert [(pair["context"], pair["chosen"]) for pair in pairs] == [(CONTEXT, RECORD["chosen"])]
+
+
+def test_a_run_says_that_a_file_has_contexts(tmp_path, capsys):
+    """A column of that name in somebody's file may mean another thing."""
+    row = {"conversations": [{"from": "human", "value": "<image>What is it?"}], "images": ["scene:3"],
+           "chosen": {"from": "gpt", "value": "A dog."}, "rejected": {"from": "gpt", "value": "A cat."}}
+    for name, more in (("with", {"context": "There is a cup."}), ("without", {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row | more]))
+        args = SimpleNamespace(data=tmp_path / f"{name}.json", batch_size=1)
+        find_records(args, LOSSES["dpo"], None, None, 0, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("1 records, read as llama-factory, with a context that their responses continue")
+    assert said[1].endswith("1 records, read as llama-factory")

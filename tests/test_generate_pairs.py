@@ -606,7 +606,7 @@ def test_every_record_has_a_seed_of_its_own():
 def test_records_without_a_chosen_response_are_dropped_and_counted():
     replies = [Reply("Yes."), Reply("", CUT), Reply("")]
     kept, dropped = texts.chosen_responses([{"id": name} for name in "abc"], lambda records: replies)
-    assert kept == [{"id": "a", "chosen": "Yes."}] and dropped == {CUT: 1, "an empty answer": 1}
+    assert kept == [{"id": "a", "chosen": "Yes."}] and dropped == {CUT: 1, "an empty response": 1}
 
 
 def test_an_author_has_nothing_to_write_where_answers_are_given(photos, tmp_path):

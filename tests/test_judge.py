@@ -298,7 +298,7 @@ def test_model_judge_ranks():
     (pair,), dropped = rank_pairs(records, lambda _: answers, judge, {"judge": "honest"})
     assert (pair["chosen"], pair["rejected"]) == ("b", "a") and pair["source"]["rejected"] == {"score": -3}
     assert pair["source"]["judge"] == "honest"
-    assert dropped == {"no verdict of the judge": 1, "fewer than two non-empty answers": 1}
+    assert dropped == {"no verdict of the judge": 1, "fewer than two non-empty responses": 1}
     assert [reply.text for reply in best_responses(records, lambda _: answers, judge)] == ["b", "", "a"]
 
 

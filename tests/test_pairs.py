@@ -63,9 +63,9 @@ def test_pictures_without_a_useful_pair_are_counted():
     answers = [["good", "poor"], ["bad", "bad too"], ["bad", " ", ""], ["bad", "good"]]
     pairs, dropped = rank_pairs([record(seed) for seed in range(4)], lambda _: answers, judge)
     assert [pair["id"] for pair in pairs] == ["scene-3"]
-    assert dropped == {"no answer hallucinates": 1, "all answers judged equal": 1,
-                       "fewer than two non-empty answers": 1}
-    assert best_responses([record()], lambda _: [["", " "]], judge) == [("", "no finished answer, or no verdict")]
+    assert dropped == {"no response hallucinates": 1, "all responses judged equal": 1,
+                       "fewer than two non-empty responses": 1}
+    assert best_responses([record()], lambda _: [["", " "]], judge) == [("", "no finished response, or no verdict")]
 
 
 def test_a_clean_chosen_answer_is_asked_for():
@@ -91,7 +91,7 @@ def test_a_referee_keeps_unfaithful_records_out():
     records = [record(seed) for seed in range(5)]
     kept, dropped = chosen_responses(records, lambda _: replies, referee)
     assert kept == [{**records[0], "chosen": "ok"}, {**records[4], "chosen": "so"}]
-    assert dropped == {UNFAITHFUL: 2, "an empty answer": 1}
+    assert dropped == {UNFAITHFUL: 2, "an empty response": 1}
     assert asked == [("scene-0", ["ok"]), ("scene-1", ["three"]), ("scene-3", ["odd"]), ("scene-4", ["so"])]
     assert len(chosen_responses(records, lambda _: replies)[0]) == 4
 
@@ -295,7 +295,7 @@ def test_the_candidate_of_least_score_is_taken(monkeypatch):
         {"removed": "dog", "image": "a", "score": 1.4, "mentioned": True},
         {"removed": "cat", "image": "b", "score": 1.0, "mentioned": True},
         {"removed": "cow", "image": "c", "score": 1.4, "mentioned": False}]
-    assert dropped == {"nothing to remove": 1, "no removed object is mentioned in the chosen answer": 1}
+    assert dropped == {"nothing to remove": 1, "no removed object is mentioned in the chosen response": 1}
 
 
 def test_what_is_removed_is_an_object_that_the_chosen_answer_mentions(monkeypatch):
