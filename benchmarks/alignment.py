@@ -60,10 +60,13 @@ OFFLINE = ("sft", "dpo", "ipo", "slic", "slic_hf", "dpo_weighted", "rdpo", "rdpo
 ONLINE = ("online_dpo", "mixed_dpo", "bdhs_online", "ppo", "rloo", "fisao")
 # The rows above learn from the pairs of rank, realign, adavip or symmpo.
 METHODS = ("dpo/realign", "dpo/bdhs", "dpo/corrupt", "povid/povid", "dpo/sentinel", "rdpo/realign, clean",
-           "sft/realign, clean", "dpo/bdhs, clean", "sft/bdhs, clean")
+           "sft/realign, clean", "rdpo/realign, scene", "sft/realign, scene", "dpo/bdhs, clean", "sft/bdhs, clean",
+           "dpo/bdhs, scene", "sft/bdhs, scene")
 PAIRS = {  # methods with options of generate_pairs.py
     "realign, clean": ("realign", {"clean_chosen": True}),
+    "realign, scene": ("realign", {"author": "scene"}),
     "bdhs, clean": ("bdhs", {"clean_chosen": True, "rho_th": 0.5, "differ": True}),
+    "bdhs, scene": ("bdhs", {"author": "scene", "rho_th": 0.5, "differ": True}),
 }
 COMPARED = 100  # responses whose log-probs are compared with the start's
 COLUMNS = ("CHAIR_s", "cut", "CHAIR_i", "recall", "words", "false attribute", "false relation", "coverage",
