@@ -41,13 +41,11 @@ inside shows when it is decoded: --bad-records says what happens then.
 """
 
 import argparse
-import json
 import math
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -59,13 +57,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import estimate
-import evaluate
 import plots
 import reinforce
-from common import BadInput, remove_unfinished, versions
-from data.batch import BadRecord, Batch, Drawn, MicroBatches, collate, with_seeds, without_bad
-from data.images import is_scene
+from common import BadInput
+from data.batch import Batch, Drawn, MicroBatches, with_seeds, without_bad
 from data.processor import Processor
+from lifecycle import (
+    STARTING,
+    Run,
+    announce,
+    draw,
+    end_at_bad_batch,
+    give_up,
+    go_on_after_a_crash,
+    refuse_different_steps,
+    replaced,
+    save,
+    stop_at,
+)
 from losses import (
     adavip,
     anchor,
@@ -86,18 +95,15 @@ from losses import (
     symmpo,
 )
 from model import reference, resume, training
-from model.adapters import save_adapters
-from model.checkpoint import save_json, save_llava
-from model.llava import Llava
+from model.checkpoint import save_json
 from model.log import Log
 from model.logprobs import Packed
 from model.lora import adapters_off
-from model.resume import Writer, checkpoints
-from model.reward import save_reward_head
 from model.training import Policy, StopRequest, learning_rate, named, pick, set_learning_rate
 from options import Recipe, check, check_places, kwargs_of, read_arguments
 from pairs import online
 from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records, record_lengths
+from results import measurement, table, write_model
 
 LOSSES = {
     "sft": Recipe(sft.sft_loss, sft.SEQUENCES, "rank", has=("sft_weight",)),
@@ -127,29 +133,6 @@ LOSSES = {
 }
 TERMS = {"anchor": anchor.anchor_loss, "sft_weight": sft.sft_loss}  # option of the weight -> what it adds to a loss
 LOSSES = {name: recipe.with_terms(TERMS) for name, recipe in LOSSES.items()}
-
-
-@dataclass
-class Run:
-    """What the functions of this file share."""
-
-    args: argparse.Namespace
-    recipe: Recipe
-    policy: Policy
-    processor: Processor
-    records: list[dict]
-    root: Path | None  # that the records' paths start from
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-    judges: dict[str, Callable] = field(default_factory=dict)  # of samples, by the names that functions ask for
-    config: dict = field(default_factory=dict)  # the settings, plain
-    identity: dict[str, str] = field(default_factory=dict)  # of records and model: a resumed run must have the same
-    lengths: list[int] | None = None  # tokens of each record, where batches go by them
-    cache: dict[str, Tensor] | None = None  # the reference's log-probs by record, if they are kept on disk
-    learner: reinforce.Reinforcement | None = None  # of a loss with advantages
-    bad_records: dict[str, str] = field(default_factory=dict)  # name -> reason, of those that others replace
-    writer: Writer = field(default_factory=Writer)  # of checkpoints
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -262,8 +245,7 @@ def begin(run: Run, saved: dict | None) -> int:
 def load_micro_batches(run: Run, done: int) -> Iterator[list[Drawn]]:
     """The micro-batches of this process, step by step: batches, or (record, seed) for losses that sample."""
     args, recipe = run.args, run.recipe
-    make = partial(with_seeds, root=run.root) if recipe.samples else partial(
-        collate_for, recipe, run.processor, run.root)
+    make = partial(with_seeds, root=run.root) if recipe.samples else run.collate
     data = MicroBatches(run.records, batch_size=args.batch_size, rank=run.rank, world=run.world, seed=args.seed,
                         steps=args.steps, make=make, skip=args.bad_records == "skip",
                         micro_batch_size=args.micro_batch_size, max_tokens=args.max_tokens, lengths=run.lengths,
@@ -273,19 +255,13 @@ def load_micro_batches(run: Run, done: int) -> Iterator[list[Drawn]]:
     return ([next(loader) for _ in data.parts(step)] for step in range(done, args.steps))
 
 
-def collate_for(recipe: Recipe, processor: Processor, root: Path | None, records: list[dict],
-                seeds: list[int] | None) -> Batch:
-    """`collate` for a loss; at the top level, so that the loader's processes can have it."""
-    return collate(records, recipe.sequences, processor, root, seeds, end=recipe.rewards)
-
-
 def write_batch(run: Run, drawn: list[tuple[dict, int]]) -> Batch:
     """Let the policy write the records of this step (pairs/online.py)."""
     records, seeds = [record for record, _ in drawn], [seed for _, seed in drawn]
     with run.policy.whole() as whole:
         records = run.recipe.online(records, seeds, whole.model, run.processor, run.root, **run.judges,
                                     **kwargs_of(run.recipe.online, run.args))
-    return collate_for(run.recipe, run.processor, run.root, records, seeds)
+    return run.collate(records, seeds=seeds)
 
 
 def pick_in_noise(policy: Policy, batch: Batch, packed: Packed, features: Tensor, where: Tensor | None = None,
@@ -314,10 +290,9 @@ def reference_logps(run: Run, batch: Batch, packed: Packed, features: Tensor) ->
 def reference_cache(run: Run) -> dict[str, Tensor]:
     """The reference's log-probs of every record that can be used, computed once and kept in --reference-cache."""
     args, bad = run.args, []
-    make = partial(collate_for, run.recipe, run.processor, run.root, seeds=None)
 
     def score(records: list[dict]) -> dict[str, Tensor]:
-        batch, refused = without_bad(records, make)
+        batch, refused = without_bad(records, run.collate)
         bad.extend(refused)
         if batch is None:
             return {}
@@ -334,193 +309,6 @@ def reference_cache(run: Run) -> dict[str, Tensor]:
                                 args.micro_batch_size, run.rank, run.world)
     stop_at(training.gather_all(bad, run.world), args.bad_records)
     return rows
-
-
-def save(run: Run, done: int, log: Log) -> None:
-    """Start to write a checkpoint, of sharded weights write it. A collective call."""
-    content = dict(step=done, config=run.config, identity=run.identity, log=log.unfinished(),
-                   bad_records=dict(run.bad_records),
-                   reinforcement=asdict(run.learner.memory) if run.learner else {})
-    if run.args.shard:
-        run.policy.save_checkpoint(run.args.out, run.args.keep_checkpoints, **content)
-    elif run.rank == 0:
-        run.writer.save(run.args.out, run.args.keep_checkpoints, run.policy, **content)
-
-
-# ------------------------------------------------------------------------------------------------- bad records
-
-
-def draw(run: Run, micro_batches: Iterator[list[Drawn]]) -> tuple[list, list[BadRecord]]:
-    """The micro-batches of a step, and the bad records that any process met. A collective call."""
-    drawn = next(micro_batches)
-    bad = [record for part in drawn for record in part.bad]
-    return [part.batch for part in drawn], training.gather_all(bad, run.world)
-
-
-def replaced(run: Run, bad: list[BadRecord]) -> bool:
-    """With --bad-records skip, note that others take their places; False with stop, or when no others are left."""
-    if run.args.bad_records == "stop":
-        return False
-    for record in bad:
-        if record.name not in run.bad_records and run.rank == 0:
-            tqdm.write(f"{record}; another record takes its place")
-        run.bad_records[record.name] = record.reason
-    return len(run.bad_records) < len(run.records)
-
-
-def stop_at(bad: list[BadRecord], mode: str, advice: str = "mend it, or leave it out with --bad-records skip") -> None:
-    """With --bad-records stop, raise one BadInput that lists these records and says how to go on."""
-    if bad and mode == "stop":
-        raise BadInput("\n".join(map(str, bad)) + f"; {advice}")
-
-
-def give_up(run: Run, bad: list[BadRecord], done: int) -> None:
-    """Raise BadInput in all processes, once the first has saved the checkpoint."""
-    if run.world > 1:
-        dist.barrier()  # torchrun ends all as soon as one has failed
-    stop_at(bad, run.args.bad_records, f"a checkpoint in {run.args.out} holds the {done} finished steps: go on with"
-                                       " --resume, and with the image mended or --bad-records skip")
-    raise BadInput(f"none of the {len(run.records)} records can be used; {bad[-1]}")
-
-
-BAD_BATCH = "bad-batch.json"
-
-
-def end_at_bad_batch(run: Run, drawn: list, step: int, log: Log) -> None:
-    """Write bad-batch.json, the ids and metrics of a step whose gradient is not finite, and raise BadInput in all
-    processes. A collective call."""
-    ids = [[record["id"] for record, _ in part] if run.recipe.samples else part.ids for part in drawn]
-    ids = training.gather_all(sum(ids, []), run.world)
-    metrics = [{name: printable(value) for name, value in added.items()} for added in log.latest]
-    metrics = training.gather_all(metrics, run.world)
-    what = "loss" if any(type(value) is str for added in metrics for value in added.get("loss", [])) else "gradient"
-    path = run.args.out / BAD_BATCH
-    if run.rank == 0:
-        save_json({"step": step, "not finite": what, "ids": ids, "metrics": metrics}, path)
-    if run.world > 1:
-        dist.barrier()  # torchrun ends all as soon as one has failed
-    raise BadInput(f"step {step}: the {what} is not finite, and did not change the weights; {path} has the records and"
-                   f" metrics. Try a lower --lr or a smaller --clip-norm; the checkpoints are as they were")
-
-
-def printable(values: Tensor) -> list:
-    """Numbers for JSON, which has no NaN and no infinity: these become text."""
-    return [value if math.isfinite(value) else str(value) for value in values.float().flatten().tolist()]
-
-
-# --------------------------------------------------------------------------------------------- before and after
-
-STARTING = ".starting"  # in --out from when a run is launched until `announce` has taken away what an earlier one left
-
-
-def go_on_after_a_crash(args: argparse.Namespace) -> None:
-    """Whatever the command says that torchrun --max-restarts repeats: go on with the checkpoints of the attempts
-    before, or start again. Only if none of them came as far as `announce`, do as it says."""
-    if training.restarts() and not (args.out / STARTING).exists():
-        args.resume = bool(checkpoints(args.out))
-        args.overwrite = not args.resume
-
-
-def refuse_different_steps(saved: dict | None, out: Path, world: int) -> None:
-    """Raises BadInput in all processes if they do not go on from the same step. A collective call."""
-    steps = training.gather_all([saved["step"] if saved else 0], world)
-    if len(set(steps)) > 1:
-        raise BadInput(f"{out}: the processes see different checkpoints, of steps {', '.join(map(str, steps))};"
-                       " all need the same folder")
-
-
-def announce(run: Run, saved: dict | None) -> None:
-    """Say what runs, write it to config.json, and take away what an earlier run left, or newer checkpoints that are
-    damaged."""
-    args = run.args
-    facts = {"processes": run.world, "device": str(run.device),
-             "trained_parameters": sum(p.numel() for p in run.policy.trained.values())}
-    print(json.dumps({**run.config, **facts}, indent=1), flush=True)
-    if saved and saved["config"]["steps"] != args.steps:
-        print(f"steps {saved['config']['steps']} -> {args.steps}: the {args.schedule} schedule now ends at"
-              f" {args.steps}", flush=True)
-    if args.precision == "bf16" and training.emulates_bf16(run.device):
-        print("warning: this CPU has no bf16 instructions, --precision fp32 is many times faster", file=sys.stderr)
-    remove_unfinished(args.out)
-    found = checkpoints(args.out)
-    damaged = found[: found.index(saved["path"]) if saved else None]  # or of an earlier run
-    for path in (*damaged, *(args.out / name for name in ("result.json", BAD_BATCH, STARTING))):
-        resume.forget(path)
-    about = {"command": shlex.join(sys.argv), "identity": run.identity, "versions": versions()}
-    save_json({**run.config, **facts, **about}, args.out / "config.json")
-
-
-def measure(model: Llava, processor: Processor, scenes: int, split: str) -> tuple[dict[str, float], Mapping[str, str]]:
-    """(hallucination on held-out scenes, the captions); every value in percent, `words` the mean length of a caption.
-
-    false: share of a caption's claims that the scene contradicts; coverage: share of what can be said about it that
-    is; repetition: repeated 4-grams; asked: right answers, where guessing gives 33.
-    """
-    ask = partial(evaluate.measure, model, processor, scenes=scenes, split=split)
-    captions, said = ask("chair")
-    claims, _ = ask("claims", said=said)
-    yes_no, _ = ask("pope")
-    asked, _ = ask("claims_questions")
-    values = {"CHAIR_s": 100 * captions["chair_s"], "CHAIR_i": 100 * captions["chair_i"],
-              "recall": 100 * captions["recall"], "words": captions["words"]}
-    values |= {f"false {kind}": 100 * claims[kind]["hallucinated"] for kind in ("existence", "attribute", "relation")}
-    values |= {"coverage": 100 * claims["all"]["coverage"], "repetition": 100 * claims["captions"]["repetition"]}
-    values |= {f"POPE {name}": 100 * split["accuracy"] for name, split in yes_no["splits"].items()}
-    return values | {f"asked {kind}": 100 * asked[kind]["accuracy"] for kind in ("count", "position")}, said
-
-
-def measure_rewards(run: Run, held: list[dict]) -> dict[str, float]:
-    """How often, in percent, the reward model scores the chosen response of a held-out pair higher."""
-    right, policy = [], run.policy
-    make = partial(collate_for, run.recipe, run.processor, run.root, seeds=None)
-    for start in range(0, len(held), run.args.micro_batch_size):
-        batch, bad = without_bad(held[start : start + run.args.micro_batch_size], make)
-        stop_at(bad, run.args.bad_records)
-        if batch is None:
-            continue
-        batch = batch.to(run.device)
-        with torch.no_grad():
-            chosen, rejected = policy.plain(batch.packed, policy.model.seen(batch.pixels)).chunk(2)
-        right += (chosen > rejected).tolist()
-    return {"accuracy": 100 * sum(right) / max(1, len(right))}
-
-
-def table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Before and after, side by side."""
-    lines = [f"{'':18}{'before':>9}{'after':>9}"]
-    return "\n".join(lines + [f"{name:18}{before[name]:9.1f}{after[name]:9.1f}" for name in before])
-
-
-def measurement(run: Run, held: list[dict]) -> Callable[[], dict[str, float]]:
-    """What is measured before and after: the reward model on held-out pairs, hallucination on held-out scenes, else
-    nothing."""
-    if held:
-        return partial(measure_rewards, run, held)
-    if run.args.eval_scenes > 0 and all(is_scene(record["image"]) for record in run.records):
-        return partial(measure_captions, run)
-    return dict
-
-
-def measure_captions(run: Run) -> dict[str, float]:
-    """`measure` in the first process."""
-    with run.policy.whole(here=run.rank == 0) as whole:
-        return measure(whole.model, run.processor, run.args.eval_scenes, run.args.eval_split)[0] if not run.rank else {}
-
-
-def write_model(run: Run) -> None:
-    """model/ and what else --out receives of a finished run, from the first process."""
-    args, first = run.args, run.rank == 0
-    with run.policy.whole(here=first, stored=True) as whole:
-        if first:
-            save_llava(whole.model, args.out / "model", args.model)
-        if first and args.lora_rank and not args.train_vision:  # PEFT's format has no place for a tower
-            save_adapters(whole.model, args.out / "adapters", args.model)
-        if first and run.recipe.rewards:
-            save_reward_head(whole.plain, args.out)
-    if run.learner:
-        with run.policy.whole(here=first):
-            if first:
-                reinforce.draw_scores(run.learner, run.records, args.out / "scores.svg")
 
 
 def main(argv: list[str] | None = None) -> int:

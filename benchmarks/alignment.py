@@ -42,6 +42,7 @@ sys.path.insert(0, str(HOME))
 import torch  # noqa: E402
 
 import prepare  # noqa: E402
+import results  # noqa: E402
 import svg  # noqa: E402
 import train  # noqa: E402
 from common import read_json, write_text  # noqa: E402
@@ -111,7 +112,7 @@ def measure(folder: Path, split: str, number: int, out: Path, pairs: Path | None
         if (kept["split"], kept["scenes"]) == (split, number) and (pairs is None or "chosen" in kept["figures"]):
             return kept
     model, processor = load_llava(folder), Processor(folder)
-    figures, said = train.measure(model, processor, number, split)
+    figures, said = results.measure(model, processor, number, split)
     rows = chair.questions(None, None, scenes=min(number, COMPARED), split=split)
     figures["KL"] = gain(model, processor, captioned(model, processor, rows), "answer")
     if pairs:
@@ -224,20 +225,20 @@ def cut_to(words: float, cuts: list[dict[str, float]]) -> float:
     return below["CHAIR_s"] + share * (above["CHAIR_s"] - below["CHAIR_s"])
 
 
-def line(name: str, results: list[dict[str, float]]) -> str:
-    """One row: mean over the results and, with several, their standard deviation."""
+def line(name: str, runs: list[dict[str, float]]) -> str:
+    """One row: mean over the runs and, with several, their standard deviation."""
     cells = []
     for column in COLUMNS:
-        values = [r[column] for r in results if column in r]
+        values = [r[column] for r in runs if column in r]
         cell = f"{statistics.mean(values):.1f}" if values else ""
         cells.append(cell + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""))
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def point(name: str, results: list[dict[str, float]]) -> svg.Point:
+def point(name: str, runs: list[dict[str, float]]) -> svg.Point:
     """A row's place in the plot."""
-    recall, chair = ([r[column] for r in results] for column in ("recall", "CHAIR_s"))
-    deviation = statistics.stdev if len(results) > 1 else lambda _: 0.0
+    recall, chair = ([r[column] for r in runs] for column in ("recall", "CHAIR_s"))
+    deviation = statistics.stdev if len(runs) > 1 else lambda _: 0.0
     group = next((group for group, names in GROUPS.items() if name in names), "given pairs")
     return svg.Point(statistics.mean(recall), statistics.mean(chair), deviation(recall), deviation(chair), group)
 
@@ -265,10 +266,10 @@ def main() -> None:
         methods = dict.fromkeys(row_of(name).method for name in [*args.rows, *first])
         list(pool.map(lambda job: make_pairs(*job, args), [(m, s) for m in methods if m for s in args.seeds]))
         list(pool.map(lambda job: run(*job, args), [(name, seed) for name in first for seed in args.seeds]))
-        results = dict(zip(jobs, pool.map(lambda job: figures_of(*job, cuts, args), jobs)))
+        runs = dict(zip(jobs, pool.map(lambda job: figures_of(*job, cuts, args), jobs)))
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|",
              line("start", [start["figures"]])]
-    lines += [line(row, [results[row, seed] for seed in args.seeds]) for row in args.rows]
+    lines += [line(row, [runs[row, seed] for seed in args.seeds]) for row in args.rows]
     if rewarded:
         folders = [folder_of("reward_model", seed, args.out) for seed in args.seeds]
         accuracy = statistics.mean(read_json(out / "result.json")["after"]["accuracy"] for out in folders)
@@ -277,7 +278,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text)
     points = {"start": point("start", [start["figures"]])}
-    points |= {row: point(row, [results[row, seed] for seed in args.seeds]) for row in args.rows}
+    points |= {row: point(row, [runs[row, seed] for seed in args.seeds]) for row in args.rows}
     write_text(args.out / "table.svg", svg.scatters([svg.Scatter("", *AXES, points, [
         (cut["recall"], cut["CHAIR_s"]) for cut in cuts], "start, captions cut short")]))  # fmt: skip
     print(text)

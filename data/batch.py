@@ -360,7 +360,7 @@ class MicroBatches(Dataset):
         bad: list[BadRecord] = []
         while len(bad) < len(self.records):
             try:
-                return Drawn(self.make([self._pick(place, bad) for place in places], seeds), bad)
+                return Drawn(self.make([self._pick(place, bad) for place in places], seeds=seeds), bad)
             except BadRecord as error:
                 bad.append(error)
                 if not self.skip:

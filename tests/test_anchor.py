@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import lifecycle
 import train
 from common import BadInput
 from data import scenes
@@ -285,8 +286,8 @@ def test_a_resumed_run_keeps_its_terms(whole, pairs, tmp_path):
 
 def test_an_example_without_weight_has_no_terms(pairs, tmp_path, monkeypatch):
     """As a tie of online_dpo: nothing is left that could move the weights."""
-    collate_for = train.collate_for
-    monkeypatch.setattr(train, "collate_for", lambda recipe, processor, root, records, seeds: collate_for(
-        recipe, processor, root, [{**record, "weight": 0.0} for record in records], seeds))
+    collate = lifecycle.collate
+    monkeypatch.setattr(lifecycle, "collate", lambda records, **how: collate(
+        [{**record, "weight": 0.0} for record in records], **how))
     lines = run(pairs, tmp_path / "out", *TERMS)
     assert [line["grad_norm"] for line in lines] == [0, 0] and lines[1]["used"] == 0

@@ -88,7 +88,7 @@ def score(monkeypatch, tmp_path):
 
 
 def batch_of(run: train.Run, rows: list[dict] | None = None, seeds: list[int] = SEEDS):
-    return train.collate_for(run.recipe, run.processor, run.root, rows or run.records, seeds)
+    return run.collate(rows or run.records, seeds=seeds)
 
 
 # ---- what is scored ----------------------------------------------------------------------------------------

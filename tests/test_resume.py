@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import lifecycle
 import prepare
 import train
 from common import BadInput, check_ranges, versions, written_whole
@@ -693,7 +694,7 @@ def test_a_run_explains_itself(folder, monkeypatch):
 
 def test_a_run_goes_on_with_other_versions(copied, monkeypatch):
     kept = copied / "run" / "config.json"
-    monkeypatch.setattr(train, "versions", lambda: {"commit": "another"})
+    monkeypatch.setattr(lifecycle, "versions", lambda: {"commit": "another"})
     assert train.main(command(copied, "run", "--resume", "--steps", "8")) == 0
     assert json.loads(kept.read_text())["versions"] == {"commit": "another"}
 

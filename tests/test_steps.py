@@ -7,6 +7,7 @@ import table
 import torch
 from table import CATS, DOG, EOS, TWO, A, Words, by_token, make_run, one_step, records
 
+import results
 import train
 from data.batch import collate
 from model.logprobs import SelectedLogProbs
@@ -113,5 +114,5 @@ def test_accuracy_of_a_reward_model_counts_chosen_answers_with_more():
     held = [row | {"chosen": chosen, "rejected": rejected} for row, (chosen, rejected) in zip(
         records("r0", "r1", "r2", "r3", "r4"),
         [("a", "two"), ("dog", "two"), ("cats", "two"), ("a", "dog"), ("two", "a")])]
-    assert train.measure_rewards(run, held) == {"accuracy": 60}
+    assert results.measure_rewards(run, held) == {"accuracy": 60}
     assert firsts == [4, 4, 2]

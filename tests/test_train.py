@@ -146,8 +146,8 @@ def test_the_tower_trains_and_the_reference_keeps_the_former(pairs, tmp_path):
     assert [(group["ratio"], len(group["params"])) for group in policy.optimizer.param_groups] == [
         (pytest.approx(10), len([*model.tower.parameters()])), (1.0, 56)]
     data = prepare.read_records(pairs, recipe)
-    batch = train.collate_for(recipe, processor, data.root, data.records[:2], None)
     run = train.Run(args, recipe, policy, processor, data.records, data.root, torch.device("cpu"))
+    batch = run.collate(data.records[:2])
     before = train.reference_logps(run, batch, batch.packed, model.seen(batch.pixels))
     start = policy.scorer(batch.packed, model.seen(batch.pixels))[0]
     torch.testing.assert_close(start, before)
