@@ -1,6 +1,7 @@
 """Every file in losses/ works on its own: copied into an empty folder it runs with only torch installed."""
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = sorted(path for path in (ROOT / "losses").glob("*.py") if path.name != "__init__.py")
 ALLOWED = {"torch", "math", "difflib", "typing", "__future__"}
-PROJECT = ("common", "reinforce", "losses", "model", "data", "retrieval", "pairs", "metrics", "benchmarks", "tests",
+PROJECT = ("common", "reinforce", "lifecycle", "results", "losses", "model", "data", "retrieval", "pairs", "metrics", "benchmarks", "tests",
            "train", "generate_pairs", "evaluate")
 
-# Runs a script as __main__ after forbidding every import by a name of the project.
+# Runs each script as __main__ after forbidding every import by a name of the project; what they say, as JSON.
 RUNNER = f"""
-import runpy, sys
+import contextlib, io, json, runpy, sys, traceback
 
 class NoProject:
     @staticmethod
@@ -24,24 +25,44 @@ class NoProject:
         if name.partition(".")[0] in {PROJECT!r}:
             raise ImportError(f"{{name}} belongs to the project")
 
+def run(script):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except BaseException:
+            traceback.print_exc()
+    return out.getvalue(), err.getvalue()
+
 sys.meta_path.insert(0, NoProject)
-runpy.run_path(sys.argv[1], run_name="__main__")
+print(json.dumps({{script: run(script) for script in sys.argv[1:]}}))
 """
+STATEMENTS = ("import losses", "from model import attention", "import train")
+SCRIPT = {statement: f"statement{i}.py" for i, statement in enumerate(STATEMENTS)}
 
 
-def run_alone(script: Path) -> subprocess.CompletedProcess[str]:
-    """Run in its folder, isolated: no PYTHON* variables, no user site, no current folder on the path."""
-    return subprocess.run([sys.executable, "-I", "-c", RUNNER, script.name], cwd=script.parent,
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> dict[str, tuple[str, str]]:
+    """What each script writes to the console and its errors, run in a folder without the project, isolated: no PYTHON*
+    variables, no user site, no current folder on the path."""
+    folder = tmp_path_factory.mktemp("alone")
+    for source in LOSSES:
+        shutil.copy(source, folder)
+    for statement, name in SCRIPT.items():
+        (folder / name).write_text(statement + "\n", encoding="utf-8")
+    source = (ROOT / "losses" / "dpo.py").read_text(encoding="utf-8")
+    (folder / "broken.py").write_text(source.replace("F.logsigmoid(margin)", "F.logsigmoid(-margin)"), encoding="utf-8")
+    assert source.count("F.logsigmoid(margin)") >= 1
+    done = subprocess.run([sys.executable, "-I", "-c", RUNNER, *(path.name for path in folder.iterdir())], cwd=folder,
                           capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("source", LOSSES, ids=lambda path: path.stem)
-def test_runs_alone(source, tmp_path):
-    script = Path(shutil.copy(source, tmp_path))
-    result = run_alone(script)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"{source.stem} ok: ") and result.stdout.count("\n") == 1
-    assert result.stderr == ""
+def test_runs_alone(source, said):
+    console, errors = said[source.name]
+    assert errors == ""
+    assert console.startswith(f"{source.stem} ok: ") and console.count("\n") == 1
 
 
 @pytest.mark.parametrize("source", LOSSES, ids=lambda path: path.stem)
@@ -63,23 +84,15 @@ def test_imports_only_torch(source):
     assert imported <= ALLOWED, f"{source.name} imports {sorted(imported - ALLOWED)}"
 
 
-@pytest.mark.parametrize("statement", ["import losses", "from model import attention", "import train"])
-def test_the_runner_refuses_project_imports(statement, tmp_path):
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_the_runner_refuses_project_imports(statement, said):
     """The check above can fail: a script that does import the project is stopped."""
-    script = tmp_path / "script.py"
-    script.write_text(statement + "\n", encoding="utf-8")
-    result = run_alone(script)
-    assert result.returncode != 0 and "belongs to the project" in result.stderr
+    assert "belongs to the project" in said[SCRIPT[statement]][1]
 
 
-def test_a_wrong_self_check_fails(tmp_path):
+def test_a_wrong_self_check_fails(said):
     """The self-check can fail: a copy of dpo.py with the margin's sign turned over does not pass."""
-    source = (ROOT / "losses" / "dpo.py").read_text(encoding="utf-8")
-    broken = source.replace("F.logsigmoid(margin)", "F.logsigmoid(-margin)")
-    assert broken != source
-    script = tmp_path / "dpo.py"
-    script.write_text(broken, encoding="utf-8")
-    assert run_alone(script).returncode != 0
+    assert "Traceback" in said["broken.py"][1] and " ok: " not in said["broken.py"][0]
 
 
 def test_init_is_empty():
