@@ -22,7 +22,7 @@ from model import ops
 from model.config import LlamaConfig
 
 Rope = tuple[Tensor, Tensor]
-PART = 1024  # most tokens whose wide hidden states are alive while an MLP is recomputed
+PART = 512  # most tokens whose wide hidden states are alive while an MLP is recomputed
 
 
 class RMSNorm(nn.Module):
