@@ -19,12 +19,13 @@ import torch
 
 import common
 from common import BadInput, add_options, arguments_of, check_ranges, is_url, read_json, refuse
-from data.batch import scored
+from data.batch import fields_of, scored
+from data.records import PAIR_TEXTS
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
 from model.families import TEMPLATES
 from model.resume import checkpoints
 from model.training import SCHEDULES, named
-from pairs.methods import METHODS
+from pairs.methods import MAKES, METHODS
 
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
 MEASURED = ("mean", "std")  # keyword arguments of losses/ that hold what was measured before training, no options
@@ -81,6 +82,11 @@ class Recipe(NamedTuple):
     def functions(self) -> list[Callable]:
         """Those whose keyword arguments are options."""
         return [function for function in (self.loss, self.online, *self.parts) if function]
+
+    @property
+    def reads(self) -> set[str]:
+        """Fields of the pairs that it learns from."""
+        return fields_of(self.sequences) - {"generated"} if self.pairs else set()
 
     @property
     def samples(self) -> bool:
@@ -266,7 +272,8 @@ def check(args: argparse.Namespace, recipe: Recipe, world: int) -> None:
     """Fill in what depends on other settings, and refuse impossible ones. Raises one BadInput that lists all."""
     check_ranges(vars(args), RANGES, *recipe.functions)
     problems = [*batch_problems(args, recipe, world), *rate_problems(args), *record_problems(args, recipe),
-                *resume_problems(args), *cache_problems(args, recipe), *term_problems(args, recipe)]
+                *pair_problems(args, recipe), *resume_problems(args), *cache_problems(args, recipe),
+                *term_problems(args, recipe)]
     if args.micro_batch_size is None:  # with --max-tokens, of what is scored without gradients
         args.micro_batch_size = 1 if args.max_tokens else max(1, args.batch_size // world)
     if args.lora_alpha is None:
@@ -311,6 +318,18 @@ def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
         yield f"--scenes {args.scenes} is more than the {SCENES_OF_A_SEED} of a seed"
     if recipe.asks_for("offline") and args.offline and not recipe.pairs:
         yield f"--offline {args.offline}: {args.loss} has no given pairs, mixed_dpo does"
+
+
+def pair_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
+    """Pairs of --pairs that lack what the loss reads, or that go on in the middle of a response."""
+    def flaw(method: str) -> str:
+        if lacking := sorted(recipe.reads - {*PAIR_TEXTS, *MAKES[method]}):
+            return f"its pairs have no {' and no '.join(lacking)}"
+        return "its pairs continue a context" if recipe.samples and "context" in MAKES[method] else ""
+
+    if recipe.pairs and args.pairs in MAKES and (reason := flaw(args.pairs)):
+        fitting = [method for method in MAKES if not flaw(method)]
+        yield f"--pairs {args.pairs}: {reason}; {args.loss} takes those of {', '.join(fitting)}"
 
 
 def resume_problems(args: argparse.Namespace) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import BadInput, read_json, refuse
 from data import scenes
-from data.batch import fields_of, tokens_of
+from data.batch import tokens_of
 from data.check import check_records, refuse_several
 from data.formats import Data, load
 from data.processor import ClipProcessor, Processor
@@ -85,8 +85,7 @@ def read_records(path: Path, recipe: Recipe) -> Data:
     hints = {"rejected": f"{command} --data {path} makes pairs",
              "rejected_image": f"{command} --data {path} adds one",
              "rejected_image_response": f"{command} --data {path} adds one"}
-    needs = fields_of(recipe.sequences) - {"generated"} if recipe.pairs else ()
-    data = load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
+    data = load(path, needs=recipe.reads, hints=hints, answers=bool(recipe.pairs))
     if recipe.samples and have_context(data.records):
         raise BadInput(f"{path}: its answers continue a 'context', a loss that samples writes whole ones")
     return data

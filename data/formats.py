@@ -37,8 +37,8 @@ repeats get a number appended.
 TRL's columns are those of its vision DPO (`images`, conversational `prompt`, `chosen`, `rejected`). What it
 has no column for (`id`, `context`, `rejected_images`, `rejected_image_response`) is written as an extra one, and read
 back; `source` is not written. An empty text comes before images that are marked at the beginning of the prompt, to
-tell them from those without marks. Answers after a context are written whole, with the context before them: under DPO its
-log-probs cancel, but TRL also scores an end token after them.
+tell them from those without marks. Answers after a context are written whole, with the context before them: under DPO
+its log-probs cancel, but TRL also scores an end token after them.
 """
 
 import argparse

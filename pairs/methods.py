@@ -47,6 +47,11 @@ METHODS = {
     "sentinel": [sentinel_pairs],
 }
 ONE_IMAGE = {realign_pairs, adavip_pairs, symmetric_pairs, noise_pairs, crop_pairs, sentinel_pairs}
+MAKES = {  # what a method's pairs have besides image, prompt and two responses; a method may be missing here
+    "rank": (), "bdhs": (), "corrupt": (), "sentinel": ("context",), "povid": ("rejected_image",),
+    "mdpo": ("rejected_image",), "realign": ("rejected_image",), "adavip": ("rejected_image",),
+    "symmpo": ("rejected_image", "rejected_image_response"),
+}
 FIELD = {"records": None, "answered": "chosen", "pairs": "rejected"}  # what tells a function's records from others
 
 
