@@ -26,11 +26,13 @@ from model.families import TEMPLATES
 from model.resume import checkpoints
 from model.training import SCHEDULES, named
 from pairs.methods import MAKES, METHODS
+from pairs.progress import parts
 
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
 MEASURED = ("mean", "std")  # keyword arguments of losses/ that hold what was measured before training, no options
 
 REACHED = 395.6  # TFLOP/s, an assumption: 40 % of the 989 that an H100 does in dense bf16 products
+PAIRS = "pairs.jsonl"  # in --out, where train.py makes them
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
 
 # What numbers may be: interval -> options, of one function alone where FUNCTION.option. A clip of inf is none.
@@ -158,7 +160,8 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--tflops", type=float, default=REACHED,
         help="for --estimate, TFLOP/s that a device reaches: 40 %% of an H100's 989 in bf16 (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--resume", action="store_true", 
+        help="go on from the newest checkpoint in --out, or with the pairs that were being made")
     add("--overwrite", action="store_true", help="replace an earlier run that --out holds")
     add("--steps", type=int, default=60,
         help="optimiser steps; a resumed run may have another number, and from there on the learning rate of a run"
@@ -336,8 +339,13 @@ def resume_problems(args: argparse.Namespace) -> Iterator[str]:
     """A run that cannot go on, or that must not be replaced."""
     if args.resume and args.overwrite:
         yield "--resume goes on with what --out holds, --overwrite replaces it: which of them?"
-    if args.resume and not checkpoints(args.out):
+    if args.resume and not checkpoints(args.out) and not unfinished_pairs(args):
         yield f"--resume: there is no checkpoint in {args.out}"
+
+
+def unfinished_pairs(args: argparse.Namespace) -> list[Path]:
+    """Part files of the pairs of a run without a checkpoint; where there are both, those are of an earlier run."""
+    return [] if args.data else parts(args.out / PAIRS)
 
 
 def cache_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:

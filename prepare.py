@@ -2,7 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,9 +31,10 @@ from model.checkpoint import DEFAULT_CLIP, load_clip, load_llava
 from model.llava import Llava
 from model.logprobs import Scorer
 from model.lora import Reference, add_lora, merge_lora
+from model.reference import identity
 from model.reward import RewardModel, load_reward_model
 from model.training import Policy, parameter_groups
-from options import SCENES_OF_A_SEED, Recipe
+from options import PAIRS, SCENES_OF_A_SEED, Recipe
 from pairs.methods import make_pairs
 
 # ----------------------------------------------------------------------------------------------------- records
@@ -40,13 +44,16 @@ def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, proce
                  world: int) -> tuple[list[dict], Path]:
     """(records, folder that their paths start from): those of --data, or made from scenes and kept in --out.
 
-    Only a resumed run uses what --out holds: a new one may have another seed, method or model.
+    Only a run that goes on from a checkpoint takes pairs.jsonl as it is; others take part files of these settings.
     """
-    path = args.data or args.out / "pairs.jsonl"
+    path = args.data or args.out / PAIRS
     if args.data is None and not (args.resume and path.exists()):
         with policy.whole(here=rank == 0) as whole:
             if rank == 0:
-                write_jsonl(path, make_records(args, recipe, whole.model, processor))
+                with kept_when_interrupted(args.out):
+                    records = make_records(args, recipe, whole.model, processor, out=path, dtype=weights_dtype(args),
+                                           identity=identity(args.model, [], processor))
+                write_jsonl(path, records)
     if world > 1:
         dist.barrier()
     data = read_records(path, recipe)
@@ -59,6 +66,18 @@ def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, proce
         raise BadInput(f"{path}: {len(data.records)} records are fewer than one batch of {args.batch_size}"
                        " (--batch-size)")
     return data.records, data.root
+
+
+@contextmanager
+def kept_when_interrupted(out: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM in the block end the run, with status 1 and a line that says how to go on."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"train.py: interrupted, the pairs made so far are kept; go on with --resume --out {out}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_records(args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor, **options,

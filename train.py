@@ -63,13 +63,13 @@ from common import BadInput
 from data.batch import Batch, Drawn, MicroBatches, with_seeds, without_bad
 from data.processor import Processor
 from lifecycle import (
-    STARTING,
     Run,
     announce,
     draw,
     end_at_bad_batch,
     give_up,
     go_on_after_a_crash,
+    mark_launch,
     refuse_different_steps,
     replaced,
     save,
@@ -100,7 +100,7 @@ from model.log import Log
 from model.logprobs import Packed
 from model.lora import adapters_off
 from model.training import Policy, StopRequest, learning_rate, named, pick, set_learning_rate
-from options import Recipe, check, check_places, kwargs_of, read_arguments
+from options import Recipe, check, check_places, kwargs_of, read_arguments, unfinished_pairs
 from pairs import online
 from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records, record_lengths
 from results import measurement, table, write_model
@@ -321,10 +321,11 @@ def main(argv: list[str] | None = None) -> int:
     if not args.estimate:
         check_places(args)
         if rank == 0 and not training.restarts():
-            (args.out / STARTING).touch()
+            mark_launch(args)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite", "estimate", "tflops")}
     device = training.start_processes(world)
+    args.resume = args.resume and not unfinished_pairs(args)
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     refuse_different_steps(saved, args.out, world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)

@@ -174,4 +174,4 @@ def fingerprint(method: str, tools: Tools) -> dict:
     if "model" in tools.made:
         shown = tools.made["processor"]
         options |= {"template": list(shown.template), "aspect": shown.aspect}
-    return {"method": method, "given": given, "dtype": str(tools.made["dtype"]), **options}
+    return {"method": method, "given": given, "dtype": str(tools.made["dtype"]), **options, **tools.made["identity"]}
