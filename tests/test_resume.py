@@ -778,16 +778,19 @@ def names(chunks: int) -> list[str]:
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
 def test_interrupted_pairs_go_on_where_they_stopped(tiny, making, tmp_path, signals):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     whole, out = find(tiny, tmp_path / "whole"), tmp_path / "parts"
     assert whole.count(b"\n") == 9
     making.chunks.clear()
     making.deaths.update(enumerate(signals, 1))
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     for _ in signals:
         with pytest.raises(SystemExit) as ended:  # a text is printed, and the status is 1
             find(tiny, out)
         assert ended.value.code == f"train.py: interrupted, the pairs made so far are kept; go on with --resume --out {out}"
     assert not (out / "pairs.jsonl").exists() and making.chunks == names(len(signals))
+    check(read_arguments(train.LOSSES, own(out, "--resume")), train.LOSSES["dpo"], 1)
+    with pytest.raises(BadInput, match="--resume: there is no checkpoint in"):
+        check(read_arguments(train.LOSSES, own(out, "--resume", "--data", "given.jsonl")), train.LOSSES["dpo"], 1)
     assert find(tiny, out) == whole and making.chunks == names(3)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
