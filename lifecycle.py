@@ -78,7 +78,7 @@ def go_on_after_a_crash(args: argparse.Namespace) -> None:
 
 
 def mark_launch(args: argparse.Namespace) -> None:
-    """What the first attempt leaves for restarts of it; pairs that an earlier run was making go on, or are replaced."""
+    """Of the first attempt alone: note that it runs, and drop pairs that a run which --overwrite replaces was making."""
     if args.overwrite:
         forget(args.out / PAIRS)
     (args.out / STARTING).touch()

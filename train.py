@@ -18,6 +18,7 @@ With no --data it makes its pairs from the scene world (data/scenes.py), with th
 and as long as the images are scenes it measures hallucination on held-out scenes before and after: CHAIR_s
 (share of captions that mention an absent object), CHAIR_i (share of mentions that are of absent objects),
 recall (share of present objects that are mentioned) and POPE (accuracy of yes / no answers).
+Interrupted while it makes them, it goes on with --resume.
 
 One step is the loop of `train` below: records -> batch (data/batch.py) -> token log-probs of policy and reference
 (model/logprobs.py) -> loss (losses/) -> AdamW. The reference is the model itself with its adapters off. A loss is
