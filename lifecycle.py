@@ -77,13 +77,6 @@ def go_on_after_a_crash(args: argparse.Namespace) -> None:
         args.overwrite = not args.resume
 
 
-def mark_launch(args: argparse.Namespace) -> None:
-    """Of the first attempt alone: note that it runs, and drop pairs that a run which --overwrite replaces was making."""
-    if args.overwrite:
-        forget(args.out / PAIRS)
-    (args.out / STARTING).touch()
-
-
 def refuse_different_steps(saved: dict | None, out: Path, world: int) -> None:
     """Raises BadInput in all processes if they do not go on from the same step. A collective call."""
     steps = training.gather_all([saved["step"] if saved else 0], world)

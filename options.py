@@ -86,11 +86,6 @@ class Recipe(NamedTuple):
         return [function for function in (self.loss, self.online, *self.parts) if function]
 
     @property
-    def reads(self) -> set[str]:
-        """Fields of the pairs that it learns from."""
-        return fields_of(self.sequences) - {"generated"} if self.pairs else set()
-
-    @property
     def samples(self) -> bool:
         """Whether it learns from what the policy says."""
         return bool(self.online or self.advantages)
@@ -160,8 +155,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--tflops", type=float, default=REACHED,
         help="for --estimate, TFLOP/s that a device reaches: 40 %% of an H100's 989 in bf16 (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
-    add("--resume", action="store_true", 
-        help="go on from the newest checkpoint in --out, or with the pairs that were being made")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, or with its unfinished pairs")
     add("--overwrite", action="store_true", help="replace an earlier run that --out holds")
     add("--steps", type=int, default=60,
         help="optimiser steps; a resumed run may have another number, and from there on the learning rate of a run"
@@ -324,15 +318,13 @@ def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
 
 
 def pair_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
-    """Pairs of --pairs that lack what the loss reads, or that go on in the middle of a response."""
-    def flaw(method: str) -> str:
-        if lacking := sorted(recipe.reads - {*PAIR_TEXTS, *MAKES[method]}):
-            return f"its pairs have no {' and no '.join(lacking)}"
-        return "its pairs continue a context" if recipe.samples and "context" in MAKES[method] else ""
-
-    if recipe.pairs and args.pairs in MAKES and (reason := flaw(args.pairs)):
-        fitting = [method for method in MAKES if not flaw(method)]
-        yield f"--pairs {args.pairs}: {reason}; {args.loss} takes those of {', '.join(fitting)}"
+    """Pairs of --pairs that lack what the loss reads, or continue a context where it samples whole responses."""
+    needs = fields_of(recipe.sequences) - {*PAIR_TEXTS, "generated"}
+    fitting = [method for method, makes in MAKES.items()
+               if needs.issubset(makes) and not (recipe.samples and "context" in makes)]
+    if recipe.pairs and args.pairs in MAKES and args.pairs not in fitting:
+        reason = " and ".join(sorted(needs)) or "responses without a context"
+        yield f"--pairs {args.pairs}: {args.loss} needs {reason}, which {', '.join(fitting)} make"
 
 
 def resume_problems(args: argparse.Namespace) -> Iterator[str]:
@@ -344,7 +336,7 @@ def resume_problems(args: argparse.Namespace) -> Iterator[str]:
 
 
 def unfinished_pairs(args: argparse.Namespace) -> list[Path]:
-    """Part files of the pairs of a run without a checkpoint; where there are both, those are of an earlier run."""
+    """Part files of pairs. They go at a run's first checkpoint: where there are both, the checkpoint is of another."""
     return [] if args.data else parts(args.out / PAIRS)
 
 

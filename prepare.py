@@ -4,8 +4,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import BadInput, read_json, refuse
 from data import scenes
-from data.batch import tokens_of
+from data.batch import fields_of, tokens_of
 from data.check import check_records, refuse_several
 from data.formats import Data, load
 from data.processor import ClipProcessor, Processor
@@ -33,9 +32,10 @@ from model.logprobs import Scorer
 from model.lora import Reference, add_lora, merge_lora
 from model.reference import identity
 from model.reward import RewardModel, load_reward_model
-from model.training import Policy, parameter_groups
+from model.training import Policy, parameter_groups, restarts
 from options import PAIRS, SCENES_OF_A_SEED, Recipe
 from pairs.methods import make_pairs
+from pairs.progress import forget
 
 # ----------------------------------------------------------------------------------------------------- records
 
@@ -50,10 +50,7 @@ def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, proce
     if args.data is None and not (args.resume and path.exists()):
         with policy.whole(here=rank == 0) as whole:
             if rank == 0:
-                with kept_when_interrupted(args.out):
-                    records = make_records(args, recipe, whole.model, processor, out=path, dtype=weights_dtype(args),
-                                           identity=identity(args.model, [], processor))
-                write_jsonl(path, records)
+                write_jsonl(path, resumable_records(path, args, recipe, whole.model, processor))
     if world > 1:
         dist.barrier()
     data = read_records(path, recipe)
@@ -68,14 +65,18 @@ def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, proce
     return data.records, data.root
 
 
-@contextmanager
-def kept_when_interrupted(out: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM in the block end the run, with status 1 and a line that says how to go on."""
+def resumable_records(path: Path, args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor,
+                      ) -> list[dict]:
+    """`make_records`, going on with the part files of `path`. Ctrl-C and SIGTERM end the run, with status 1 and a line
+    that says how to go on."""
+    if args.overwrite and not restarts():
+        forget(path)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        return make_records(args, recipe, model, processor, out=path, dtype=weights_dtype(args),
+                            identity=identity(args.model, [], processor))
     except KeyboardInterrupt:
-        sys.exit(f"train.py: interrupted, the pairs made so far are kept; go on with --resume --out {out}")
+        sys.exit(f"train.py: interrupted, the pairs made so far are kept; go on with --resume --out {args.out}")
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -104,7 +105,8 @@ def read_records(path: Path, recipe: Recipe) -> Data:
     hints = {"rejected": f"{command} --data {path} makes pairs",
              "rejected_image": f"{command} --data {path} adds one",
              "rejected_image_response": f"{command} --data {path} adds one"}
-    data = load(path, needs=recipe.reads, hints=hints, answers=bool(recipe.pairs))
+    needs = fields_of(recipe.sequences) - {"generated"} if recipe.pairs else ()
+    data = load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
     if recipe.samples and have_context(data.records):
         raise BadInput(f"{path}: its answers continue a 'context', a loss that samples writes whole ones")
     return data

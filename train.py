@@ -18,7 +18,7 @@ With no --data it makes its pairs from the scene world (data/scenes.py), with th
 and as long as the images are scenes it measures hallucination on held-out scenes before and after: CHAIR_s
 (share of captions that mention an absent object), CHAIR_i (share of mentions that are of absent objects),
 recall (share of present objects that are mentioned) and POPE (accuracy of yes / no answers).
-Interrupted while it makes them, it goes on with --resume.
+Interrupted while it makes its pairs, it goes on with --resume.
 
 One step is the loop of `train` below: records -> batch (data/batch.py) -> token log-probs of policy and reference
 (model/logprobs.py) -> loss (losses/) -> AdamW. The reference is the model itself with its adapters off. A loss is
@@ -64,13 +64,13 @@ from common import BadInput
 from data.batch import Batch, Drawn, MicroBatches, with_seeds, without_bad
 from data.processor import Processor
 from lifecycle import (
+    STARTING,
     Run,
     announce,
     draw,
     end_at_bad_batch,
     give_up,
     go_on_after_a_crash,
-    mark_launch,
     refuse_different_steps,
     replaced,
     save,
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.estimate:
         check_places(args)
         if rank == 0 and not training.restarts():
-            mark_launch(args)
+            (args.out / STARTING).touch()
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite", "estimate", "tflops")}
     device = training.start_processes(world)

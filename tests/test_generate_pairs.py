@@ -86,11 +86,11 @@ def test_a_loss_that_cannot_read_a_methods_pairs_says_so_before_they_are_made(me
         except BadInput as error:
             late = str(error)
             (early,) = found
-            fitting = early.partition("takes those of ")[2].split(", ")
-            assert early.startswith(f"--pairs {method}: its pairs ") and loss in early and method not in fitting
-            assert fitting == [other for other in MAKES if not refused(loss, other)]
-            assert all(key in early for key in MAKES["symmpo"] if f"{key!r} is missing" in late)
-            assert ("continue a context" in early) == ("continue a 'context'" in late)
+            start, fitting = early.removesuffix(" make").split(", which ")
+            assert start.startswith(f"--pairs {method}: {loss} needs ") and method not in fitting.split(", ")
+            assert fitting.split(", ") == [other for other in MAKES if not refused(loss, other)]
+            assert all(key in start for key in MAKES["symmpo"] if f"{key!r} is missing" in late)
+            assert ("without a context" in start) == ("continue a 'context'" in late)
             with pytest.raises(BadInput, match=re.escape(early)):
                 check_of_train(args, recipe, 1)
         else:

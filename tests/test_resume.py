@@ -323,7 +323,7 @@ def test_torchrun_goes_on_by_itself(folder, two, tmp_path):
 @pytest.mark.parametrize("starting, kept, resumes", [(True, True, False), (False, True, True), (False, False, False)])
 def test_what_a_restart_does(tmp_path, monkeypatch, starting, kept, resumes):
     """It goes on with a checkpoint of the attempts before, never with one that --overwrite was to take away."""
-    for name in (lifecycle.STARTING,) * starting + ("checkpoint-3.pt",) * kept:
+    for name in (train.STARTING,) * starting + ("checkpoint-3.pt",) * kept:
         (tmp_path / name).touch()
     for count in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
