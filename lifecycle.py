@@ -31,7 +31,8 @@ from model.checkpoint import save_json
 from model.log import Log
 from model.resume import Writer, checkpoints
 from model.training import Policy
-from options import Recipe
+from options import PAIRS, Recipe
+from pairs.progress import forget
 from reinforce import Reinforcement
 
 BAD_BATCH = "bad-batch.json"
@@ -107,6 +108,8 @@ def announce(run: Run, saved: dict | None) -> None:
 
 def save(run: Run, done: int, log: Log) -> None:
     """Start to write a checkpoint, of sharded weights write it. A collective call."""
+    if run.rank == 0:
+        forget(run.args.out / PAIRS)  # from now on it is pairs.jsonl that counts
     content = dict(step=done, config=run.config, identity=run.identity, log=log.unfinished(),
                    bad_records=dict(run.bad_records),
                    reinforcement=asdict(run.learner.memory) if run.learner else {})

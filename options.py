@@ -19,17 +19,20 @@ import torch
 
 import common
 from common import BadInput, add_options, arguments_of, check_ranges, is_url, read_json, refuse
-from data.batch import scored
+from data.batch import fields_of, scored
+from data.records import PAIR_TEXTS
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
 from model.families import TEMPLATES
 from model.resume import checkpoints
 from model.training import SCHEDULES, named
-from pairs.methods import METHODS
+from pairs.methods import MAKES, METHODS
+from pairs.progress import parts
 
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
 MEASURED = ("mean", "std")  # keyword arguments of losses/ that hold what was measured before training, no options
 
 REACHED = 395.6  # TFLOP/s, an assumption: 40 % of the 989 that an H100 does in dense bf16 products
+PAIRS = "pairs.jsonl"  # in --out, where train.py makes them
 SCENES_OF_A_SEED = 100_000  # pairs of ten seeds fit below the scenes of the dev and test splits
 
 # What numbers may be: interval -> options, of one function alone where FUNCTION.option. A clip of inf is none.
@@ -152,7 +155,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
     add("--tflops", type=float, default=REACHED,
         help="for --estimate, TFLOP/s that a device reaches: 40 %% of an H100's 989 in bf16 (default: %(default)s)")
     add("--out", type=Path, metavar="DIR", help="where everything is written (default: runs/LOSS)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, or with its unfinished pairs")
     add("--overwrite", action="store_true", help="replace an earlier run that --out holds")
     add("--steps", type=int, default=60,
         help="optimiser steps; a resumed run may have another number, and from there on the learning rate of a run"
@@ -266,7 +269,8 @@ def check(args: argparse.Namespace, recipe: Recipe, world: int) -> None:
     """Fill in what depends on other settings, and refuse impossible ones. Raises one BadInput that lists all."""
     check_ranges(vars(args), RANGES, *recipe.functions)
     problems = [*batch_problems(args, recipe, world), *rate_problems(args), *record_problems(args, recipe),
-                *resume_problems(args), *cache_problems(args, recipe), *term_problems(args, recipe)]
+                *pair_problems(args, recipe), *resume_problems(args), *cache_problems(args, recipe),
+                *term_problems(args, recipe)]
     if args.micro_batch_size is None:  # with --max-tokens, of what is scored without gradients
         args.micro_batch_size = 1 if args.max_tokens else max(1, args.batch_size // world)
     if args.lora_alpha is None:
@@ -313,12 +317,27 @@ def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
         yield f"--offline {args.offline}: {args.loss} has no given pairs, mixed_dpo does"
 
 
+def pair_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
+    """Pairs of --pairs that lack what the loss reads, or continue a context where it samples whole responses."""
+    needs = fields_of(recipe.sequences) - {*PAIR_TEXTS, "generated"}
+    fitting = [method for method, makes in MAKES.items()
+               if needs.issubset(makes) and not (recipe.samples and "context" in makes)]
+    if recipe.pairs and args.pairs in MAKES and args.pairs not in fitting:
+        reason = " and ".join(sorted(needs)) or "responses without a context"
+        yield f"--pairs {args.pairs}: {args.loss} needs {reason}, which {', '.join(fitting)} make"
+
+
 def resume_problems(args: argparse.Namespace) -> Iterator[str]:
     """A run that cannot go on, or that must not be replaced."""
     if args.resume and args.overwrite:
         yield "--resume goes on with what --out holds, --overwrite replaces it: which of them?"
-    if args.resume and not checkpoints(args.out):
+    if args.resume and not checkpoints(args.out) and not unfinished_pairs(args):
         yield f"--resume: there is no checkpoint in {args.out}"
+
+
+def unfinished_pairs(args: argparse.Namespace) -> list[Path]:
+    """Part files of pairs. They go at a run's first checkpoint: where there are both, the checkpoint is of another."""
+    return [] if args.data else parts(args.out / PAIRS)
 
 
 def cache_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:

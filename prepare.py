@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,10 +30,12 @@ from model.checkpoint import DEFAULT_CLIP, load_clip, load_llava
 from model.llava import Llava
 from model.logprobs import Scorer
 from model.lora import Reference, add_lora, merge_lora
+from model.reference import identity
 from model.reward import RewardModel, load_reward_model
-from model.training import Policy, parameter_groups
-from options import SCENES_OF_A_SEED, Recipe
+from model.training import Policy, parameter_groups, restarts
+from options import PAIRS, SCENES_OF_A_SEED, Recipe
 from pairs.methods import make_pairs
+from pairs.progress import forget
 
 # ----------------------------------------------------------------------------------------------------- records
 
@@ -40,13 +44,13 @@ def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, proce
                  world: int) -> tuple[list[dict], Path]:
     """(records, folder that their paths start from): those of --data, or made from scenes and kept in --out.
 
-    Only a resumed run uses what --out holds: a new one may have another seed, method or model.
+    Only a run that goes on from a checkpoint takes pairs.jsonl as it is; others take part files of these settings.
     """
-    path = args.data or args.out / "pairs.jsonl"
+    path = args.data or args.out / PAIRS
     if args.data is None and not (args.resume and path.exists()):
         with policy.whole(here=rank == 0) as whole:
             if rank == 0:
-                write_jsonl(path, make_records(args, recipe, whole.model, processor))
+                write_jsonl(path, resumable_records(path, args, recipe, whole.model, processor))
     if world > 1:
         dist.barrier()
     data = read_records(path, recipe)
@@ -59,6 +63,22 @@ def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, proce
         raise BadInput(f"{path}: {len(data.records)} records are fewer than one batch of {args.batch_size}"
                        " (--batch-size)")
     return data.records, data.root
+
+
+def resumable_records(path: Path, args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor,
+                      ) -> list[dict]:
+    """`make_records`, going on with the part files of `path`. Ctrl-C and SIGTERM end the run, with status 1 and a line
+    that says how to go on."""
+    if args.overwrite and not restarts():
+        forget(path)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return make_records(args, recipe, model, processor, out=path, dtype=weights_dtype(args),
+                            identity=identity(args.model, [], processor))
+    except KeyboardInterrupt:
+        sys.exit(f"train.py: interrupted, the pairs made so far are kept; go on with --resume --out {args.out}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_records(args: argparse.Namespace, recipe: Recipe, model: Llava, processor: Processor, **options,

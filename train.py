@@ -18,6 +18,7 @@ With no --data it makes its pairs from the scene world (data/scenes.py), with th
 and as long as the images are scenes it measures hallucination on held-out scenes before and after: CHAIR_s
 (share of captions that mention an absent object), CHAIR_i (share of mentions that are of absent objects),
 recall (share of present objects that are mentioned) and POPE (accuracy of yes / no answers).
+Interrupted while it makes its pairs, it goes on with --resume.
 
 One step is the loop of `train` below: records -> batch (data/batch.py) -> token log-probs of policy and reference
 (model/logprobs.py) -> loss (losses/) -> AdamW. The reference is the model itself with its adapters off. A loss is
@@ -100,7 +101,7 @@ from model.log import Log
 from model.logprobs import Packed
 from model.lora import adapters_off
 from model.training import Policy, StopRequest, learning_rate, named, pick, set_learning_rate
-from options import Recipe, check, check_places, kwargs_of, read_arguments
+from options import Recipe, check, check_places, kwargs_of, read_arguments, unfinished_pairs
 from pairs import online
 from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records, record_lengths
 from results import measurement, table, write_model
@@ -325,6 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite", "estimate", "tflops")}
     device = training.start_processes(world)
+    args.resume = args.resume and not unfinished_pairs(args)
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     refuse_different_steps(saved, args.out, world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)

@@ -9,7 +9,8 @@
     povid           the same and rejected_conversations (POVID, arXiv 2402.11411)        pair
     llama-factory   images, conversations up to the question, chosen and rejected as     pair
                     {from, value} or {role, content}; or: images, instruction, input,
-                    chosen, rejected; perhaps context (SENTINEL's)
+                    chosen, rejected; or SENTINEL's: images, instruction, context,
+                    chosen, rejected and nothing else
     ms-swift        images, messages [{role, content}], rejected_response or             pair
                     rejected_messages, perhaps rejected_images
     realign         image, retrieved_image, chosen and rejected as [{role, content}]     pair with rejected image
@@ -35,8 +36,9 @@ repeats get a number appended.
 
 TRL's columns are those of its vision DPO (`images`, conversational `prompt`, `chosen`, `rejected`). What it
 has no column for (`id`, `context`, `rejected_images`, `rejected_image_response`) is written as an extra one, and read
-back; `source` is not written. Answers after a context are written whole, with the context before them: under DPO its
-log-probs cancel, but TRL also scores an end token after them.
+back; `source` is not written. An empty text comes before images that are marked at the beginning of the prompt, to
+tell them from those without marks. Answers after a context are written whole, with the context before them: under DPO
+its log-probs cancel, but TRL also scores an end token after them.
 """
 
 import argparse
@@ -71,6 +73,7 @@ from data.records import (
 
 QUESTION, ANSWER = ("human", "user"), ("gpt", "assistant")
 ANSWERS = ("context", "chosen", "rejected", "rejected_image", "rejected_image_response", "source")
+SENTINEL = {"instruction", "context", "chosen", "rejected", "images"}  # in its files for LLaMA-Factory
 ORIGIN = ("ds_name", "origin_dataset", "origin_split")  # what RLHF-V and RLAIF-V say about a row's making
 
 
@@ -290,6 +293,9 @@ def _llama_factory(row: dict, image_of: Images) -> dict:
     for key in ("system", "history", "tools"):
         if row.get(key):
             raise BadInput(f"{key!r} is filled: a record is one question and its answers")
+    if row.get("context") and {key for key, value in row.items() if value is not None} != SENTINEL:
+        raise BadInput("'context' is filled: it is the beginning of the responses only in SENTINEL's files, whose rows"
+                       f" have {', '.join(sorted(SENTINEL))} alone")
     if "instruction" in row:
         question = "\n".join(_question(row[key]) for key in ("instruction", "input") if row.get(key))
     else:
@@ -483,6 +489,8 @@ def _trl_row(record: dict, image_of: Callable[[str], object]) -> dict:
 
     images = [image_of(reference) for reference in references(record["image"])]
     prompt = cut_at_images(record["prompt"], len(images))
+    if len(images) > 1 and record["prompt"].startswith(IMAGE):
+        prompt = ["", *prompt]  # an empty text tells marks at the beginning from none
     row = {"id": record["id"], "images": images,
            "prompt": said("user", *({"type": "image"} if part == IMAGE else text(part) for part in prompt)),
            "chosen": said("assistant", answer("chosen")), "rejected": said("assistant", answer("rejected"))}

@@ -47,6 +47,11 @@ METHODS = {
     "sentinel": [sentinel_pairs],
 }
 ONE_IMAGE = {realign_pairs, adavip_pairs, symmetric_pairs, noise_pairs, crop_pairs, sentinel_pairs}
+MAKES = {  # what a method's pairs have besides image, prompt and two responses; a method may be missing here
+    "rank": (), "bdhs": (), "corrupt": (), "sentinel": ("context",), "povid": ("rejected_image",),
+    "mdpo": ("rejected_image",), "realign": ("rejected_image",), "adavip": ("rejected_image",),
+    "symmpo": ("rejected_image", "rejected_image_response"),
+}
 FIELD = {"records": None, "answered": "chosen", "pairs": "rejected"}  # what tells a function's records from others
 
 
@@ -169,4 +174,4 @@ def fingerprint(method: str, tools: Tools) -> dict:
     if "model" in tools.made:
         shown = tools.made["processor"]
         options |= {"template": list(shown.template), "aspect": shown.aspect}
-    return {"method": method, "given": given, "dtype": str(tools.made["dtype"]), **options}
+    return {"method": method, "given": given, "dtype": str(tools.made["dtype"]), **options, **tools.made["identity"]}

@@ -120,6 +120,7 @@ class Setting(NamedTuple):
     progress: bool = True  # a bar with the remaining time, on a terminal
     bad_records: str = "stop"  # at an image that cannot be decoded: stop, or skip the record
     share: Share = Share()
+    identity: dict = {}  # what the pairs depend on of a model that is given, for the part files
 
 
 class Tools:

@@ -21,6 +21,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ import evaluate
 from common import BadInput
 from data import formats
 from data.detect import coco_instances
+from data.images import references
 from data.processor import ClipProcessor, Processor
 from judges.known import KnownObjects
 from model import reference
@@ -45,7 +47,8 @@ from pairs.gallery import write_gallery
 SECONDS = 10
 Q, A, B = "What is it?", "A red bus.", "A blue bus."
 ODD = [None, True, 0, -1, 1.5, 10**30, 1e300, "", " ", "x", "7", "\u200b", "\ud83d", "a\0b", "<image>", "<image>\n" + Q, "</s>", "word " * 3000,
-       "scene:1", "scene:" + "9" * 5000, "http://x/y.png", "/dev/zero", "/", "a" * 300, [], {}, [[]], [None], ["one.png", "two.png"],
+       "scene:1", "scene:" + "9" * 5000, "http://x/y.png", "/dev/zero", "/", "a" * 300, [], {}, [[]], [None], ["one.png", "two.png"], ["one.png", 3],
+       ["one.png", "none.png"], ["one.png", "scene:1", ["two.png"]], ["one.png"] * 65, "<image> <image> " + Q, Q + "<image>" * 3,
        {"a": 1}, {"bytes": None, "path": None}, {"from": ["x"], "value": {}}, [{"role": "user"}], [[1, 2]], {"size": [30, 40], "counts": "0"}]  # fmt: skip
 RAW = [b"NaN", b"1e999", b"9" * 5000, b"[" * 100_000, b'"\\ud83d"', b"\xff", b"{", b"]", b'"', b"\n", b"\0", b"\xef\xbb\xbf", b'{"a":1,"a":2}']
 
@@ -129,12 +132,13 @@ def written(content) -> bytes:
 # ------------------------------------------------------------------------------------------------ records
 
 
-def talk(answer: str, user: str = "human", model: str = "gpt", keys: tuple[str, str] = ("from", "value")) -> list[dict]:
-    return [dict(zip(keys, pair)) for pair in ((user, f"<image>\n{Q}"), (model, answer))]
+def talk(answer: str, user: str = "human", model: str = "gpt", keys: tuple[str, str] = ("from", "value"),
+         marks: int = 1) -> list[dict]:
+    return [dict(zip(keys, pair)) for pair in ((user, "<image>\n" * marks + Q), (model, answer))]
 
 
-def chat(answer: str) -> list[dict]:
-    return talk(answer, "user", "assistant", ("role", "content"))
+def chat(answer: str, marks: int = 1) -> list[dict]:
+    return talk(answer, "user", "assistant", ("role", "content"), marks)
 
 
 ROWS = {
@@ -153,6 +157,22 @@ ROWS = {
     "sentinel": {"image_id": 7, "image_path": "one.png", "question": Q, "context": "One.", "y_win": A, "y_lose": B},
     "rlaif-v": {"idx": 7, "ds_name": "x", "image": "one.png", "question": Q, "chosen": A, "rejected": B},
     "trl": {"images": ["one.png"], "prompt": chat(A)[:1], "chosen": chat(A)[1:], "rejected": chat(B)[1:]},
+}  # fmt: skip
+
+
+MARKED = f"<image><image> {Q}"
+BOTH = {"images": ["one.png", "two.png"]}
+SEVERAL = {  # the forms that have a way to say where each of several images is
+    "plumbline": {"id": "a", "image": ["one.png", "two.png"], "prompt": MARKED, "chosen": A, "rejected": B,
+                  "rejected_image": ["two.png", "two.png"]},
+    "images": {"id": "a", "image": ["one.png", "scene:3"], "prompt": f"<image><image>{Q}"},
+    "llava": {"id": "a", "image": ["one.png", "two.png"], "conversations": talk(A, marks=2)},
+    "llama-factory": {**BOTH, "conversations": talk(A, marks=2)[:1], "chosen": {"from": "gpt", "value": A},
+                      "rejected": {"from": "gpt", "value": B}},
+    "ms-swift": {**BOTH, "messages": chat(A, marks=2), "rejected_response": B, "rejected_images": ["two.png", "one.png"]},
+    "trl": {**BOTH, "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "or "},
+                                                            {"type": "image"}, {"type": "text", "text": f"? {Q}"}]}],
+            "chosen": chat(A)[1:], "rejected": chat(B)[1:], "rejected_images": ["two.png", "two.png"]},
 }  # fmt: skip
 
 
@@ -175,8 +195,10 @@ def read_records(processor: Processor) -> Callable[[Path], None]:
             raise AssertionError("what is written is not what is read again")
         if "rejected" in data.records[0]:
             write_gallery(path.with_name("page.html"), data.records, root=data.root)
+            through_trl(path.with_name("trl.jsonl"), data)
         for record in data.records:
-            for make, key in ((processor.prompt, "prompt"), (processor.opening, "context"),
+            prompt = partial(processor.prompt, count=[1] * len(references(record["image"])))
+            for make, key in ((prompt, "prompt"), (processor.opening, "context"),
                               (processor.response, "chosen"), (processor.response, "rejected")):
                 with contextlib.suppress(ValueError):  # special tokens are refused by the tokenizer
                     make(record.get(key) or "x")
@@ -184,9 +206,24 @@ def read_records(processor: Processor) -> Callable[[Path], None]:
     return read
 
 
+def through_trl(path: Path, data: formats.Data) -> None:
+    """Texts, marks and paths come back from TRL's columns; scenes have no place in them."""
+    records = [record for record in data.records if not any(
+        name.startswith("scene:") for key in ("image", "rejected_image") for name in references(record.get(key)) if name)]
+    formats.write(path, records, "trl", data.root)
+
+    def kept(record: dict) -> list:
+        images = [[name and str((data.root / name).resolve()) for name in references(record.get(key))]
+                  for key in ("image", "rejected_image")]
+        return [images, record["prompt"].strip(), *(record.get(key) for key in ("context", "chosen", "rejected"))]
+
+    if records and list(map(kept, formats.load(path, "trl").records)) != list(map(kept, records)):
+        raise AssertionError("what is written with TRL's columns is not what is read again")
+
+
 def record_kinds(processor: Processor) -> Iterator[tuple[str, Kind]]:
     read = read_records(processor)
-    for name, row in ROWS.items():
+    for name, row in {**ROWS, **{f"several {name}": row for name, row in SEVERAL.items()}}.items():
         rows = [{**row, **({"id": f"r{i}"} if "id" in row else {})} for i in range(2)]
         yield f"records {name}", Kind("data.jsonl", rows, read, pictures)
     listed = json.dumps([ROWS["rlaif-v"]] * 2).encode()

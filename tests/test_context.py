@@ -220,8 +220,7 @@ def test_who_writes_whole_responses_says_so(tmp_path):
 
 def test_a_run_says_that_a_file_has_contexts(tmp_path, capsys):
     """A column of that name in somebody's file may mean another thing."""
-    row = {"conversations": [{"from": "human", "value": "<image>What is it?"}], "images": ["scene:3"],
-           "chosen": {"from": "gpt", "value": "A dog."}, "rejected": {"from": "gpt", "value": "A cat."}}
+    row = {"instruction": "<image>What is it?", "images": ["scene:3"], "chosen": "A dog.", "rejected": "A cat."}
     for name, more in (("with", {"context": "There is a cup."}), ("without", {})):
         (tmp_path / f"{name}.json").write_text(json.dumps([row | more]))
         args = SimpleNamespace(data=tmp_path / f"{name}.json", batch_size=1)

@@ -49,6 +49,10 @@ ROWS = {
 }
 
 
+SENTINEL = {"instruction": f"<image>{Q}", "context": "There is a road.", "chosen": A, "rejected": B,
+            "images": ["one.png"]}  # as its code writes them for LLaMA-Factory
+
+
 @pytest.fixture
 def folder(tmp_path):
     for name, colour in (("one.png", "red"), ("two.png", "blue")):
@@ -216,6 +220,13 @@ def test_trl_columns_come_back(folder):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("prompt", [Q, f"<image>\n{Q}", f"{Q} <image>"])
+def test_an_only_image_comes_back_without_its_mark(folder, prompt):
+    save(folder / "p.jsonl", {**ROWS["plumbline"], "prompt": prompt})
+    write(folder / "t.jsonl", read_pairs(folder / "p.jsonl"), "trl")
+    assert load(folder / "t.jsonl").records[0]["prompt"] == Q
+
+
 def test_trl_reads_what_is_written(folder):
     datasets = pytest.importorskip("datasets")
     utils = pytest.importorskip("trl.data_utils")
@@ -251,9 +262,19 @@ def test_every_form_becomes_the_same_pair(folder, name, row):
     assert " ".join(record["prompt"].split()) == Q and "rejected_image" not in record
 
 
+@pytest.mark.parametrize(("row", "context"), [
+    (SENTINEL, "There is a road."), ({**SENTINEL, "context": ""}, None), ({**SENTINEL, "input": None}, "There is a road."),
+    ({**SENTINEL, "context": "", "input": ""}, None), ({**ROWS["llama-factory"], "context": None}, None)])
+def test_a_context_of_llama_factorys_rows_is_sentinels(folder, row, context):
+    assert load(save(folder / "d.jsonl", row)).records[0].get("context") == context
+
+
 @pytest.mark.parametrize(("row", "reason"), [
     ({**ROWS["llama-factory"], "conversations": talk("Hi", "Hello", Q)}, "has 3 messages, one is wanted"),
     ({**ROWS["llama-factory"], "system": "Be brief."}, "'system' is filled"),
+    ({**ROWS["llama-factory"], "context": "Found on a page."}, "'context' is filled: it is the beginning of the"),
+    ({**SENTINEL, "input": "Now."}, "SENTINEL's files, whose rows have chosen, context, images, instruction, rejected"),
+    ({**SENTINEL, "id": 3}, "'context' is filled"),
     ({**ROWS["llama-factory"], "chosen": {"from": "human", "value": A}}, "a message of the assistant is wanted"),
     ({**ROWS["ms-swift"], "messages": [*chat("Hi", "Hello"), *chat(Q, A)]}, "the last of several questions"),
     ({**ROWS["ms-swift"], "messages": [{"role": "system", "content": "x"}, *chat(Q, A)]}, "found one of 'system'"),

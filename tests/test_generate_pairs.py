@@ -1,6 +1,7 @@
 """generate_pairs.py as a whole: every method, interruptions, processes, formats, judges, photographs."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,21 +16,27 @@ from test_formats import ROWS, A, B, Q
 
 from common import BadInput, check_ranges, meaning, options_of
 from data import scenes
+from data.batch import collate
 from data.detect import Detection
 from data.formats import load
 from data.processor import ClipProcessor, Processor
-from data.records import read_pairs, write_jsonl
+from data.records import PAIR_TEXTS, read_pairs, write_jsonl
 from generate_pairs import RANGES, main, read_arguments, read_input, relocate, run
 from generate_pairs import __doc__ as MANUAL
 from judges.ask import CUT, Reply, Request, local_model
 from judges.scene import judge_scene
 from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL, load_clip, load_llava
 from model.generate import answers
+from options import check as check_of_train
+from options import pair_problems
+from options import read_arguments as read_arguments_of_train
 from pairs import bdhs, mdpo, realign, texts, tools
-from pairs.methods import METHODS, chain, complete_options, make_pairs, scene_records
+from pairs.methods import MAKES, METHODS, chain, complete_options, make_pairs, scene_records
 from pairs.rank import UNFAITHFUL
 from pairs.texts import scene_captions
 from pairs.tools import Setting, Tools, with_tools
+from prepare import read_records
+from train import LOSSES
 
 HOME = Path(__file__).resolve().parents[1]
 SEEDS = range(scenes.PAIRS, scenes.PAIRS + 6)
@@ -62,6 +69,50 @@ def test_every_method_makes_pairs_of_scenes(method, models, tmp_path):
     assert read_pairs(tmp_path / "pairs.jsonl", second) == pairs  # pictures are found from here
     assert all(bool(pair["rejected_image"]) == bool(second) for pair in pairs)
     assert (tmp_path / "pictures").exists() == (method in MAKES_PICTURES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_cannot_read_a_methods_pairs_says_so_before_they_are_made(method, models, tmp_path):
+    """Of all losses: refused early if and only if the pairs themselves would be."""
+    pairs, _ = make(method, models, tmp_path, scene_seeds=SEEDS[:3])
+    assert {key for pair in pairs for key, value in pair.items() if value is not None} == \
+        {*PAIR_TEXTS, "source", *MAKES[method]}
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    for loss, recipe in LOSSES.items():
+        args = read_arguments_of_train(LOSSES, ["--loss", loss, "--pairs", method])
+        found = [*pair_problems(args, recipe)]
+        try:
+            data = read_records(tmp_path / "pairs.jsonl", recipe)
+        except BadInput as error:
+            late = str(error)
+            (early,) = found
+            start, fitting = early.removesuffix(" make").split(", which ")
+            assert start.startswith(f"--pairs {method}: {loss} needs ") and method not in fitting.split(", ")
+            assert fitting.split(", ") == [other for other in MAKES if not refused(loss, other)]
+            assert all(key in start for key in MAKES["symmpo"] if f"{key!r} is missing" in late)
+            assert ("without a context" in start) == ("continue a 'context'" in late)
+            with pytest.raises(BadInput, match=re.escape(early)):
+                check_of_train(args, recipe, 1)
+        else:
+            assert found == []
+            if not recipe.samples:
+                collate(data.records, recipe.sequences, models[1], tmp_path)
+
+
+@lru_cache
+def refused(loss: str, method: str) -> bool:
+    args = read_arguments_of_train(LOSSES, ["--loss", loss, "--pairs", method])
+    return bool([*pair_problems(args, LOSSES[loss])])
+
+
+def test_of_a_method_of_ones_own_nothing_is_refused_early(monkeypatch):
+    monkeypatch.setitem(METHODS, "wild", [])
+    assert not refused("adavip", "wild")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_own_method_of_a_loss_fits_it(loss):
+    assert not LOSSES[loss].pairs or not refused(loss, LOSSES[loss].pairs)
 
 
 def test_the_report_counts_what_the_pairs_say(models, tmp_path):

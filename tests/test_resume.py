@@ -17,7 +17,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,9 +34,11 @@ from data import scenes
 from data.processor import Processor
 from data.records import write_jsonl
 from model import reference, resume, training
-from model.checkpoint import DEFAULT_MODEL
+from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.tensors import save_shards
 from options import RANGES, check, read_arguments
+from pairs.methods import METHODS, make_pairs
+from pairs.progress import parts
 
 HOME = Path(__file__).resolve().parents[1]
 STEPS = 7
@@ -726,6 +730,124 @@ def test_interrupted_before_the_first_step(folder, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(HOME / "train.py"), run_name="__main__")
     assert ended.value.code == 1 and capsys.readouterr().err == "train.py: interrupted\n"
+
+
+# ---- interrupted while it makes its pairs ------------------------------------------------------------------
+
+
+@pytest.fixture
+def making(monkeypatch):
+    """Pairs of 12 scenes by a method without a model, 4 at a time. `chunks` notes the first scene of each chunk; at the
+    chunk whose number is in `deaths` it dies so."""
+    chunks, deaths = [], {}
+
+    def quick_pairs(records, *, seed: int = 0):
+        if how := deaths.pop(len(chunks), None):
+            os.kill(os.getpid(), how) if isinstance(how, signal.Signals) else how()
+        chunks.append(records[0]["id"])
+        texts = {"chosen": f"A cup of {seed}.", "rejected": "A cat.", "rejected_image": None}
+        return [record | texts for record in records[1:]], Counter({"the first": 1})
+
+    for method in ("rank", "corrupt"):
+        monkeypatch.setitem(METHODS, method, [quick_pairs])
+    monkeypatch.setattr(prepare, "make_pairs", functools.partial(make_pairs, batch_size=4))
+    return SimpleNamespace(chunks=chunks, deaths=deaths)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple:
+    model = load_llava(DEFAULT_MODEL)
+    return training.Policy(model, model, None, None, 1.0), Processor(DEFAULT_MODEL)
+
+
+def own(out: Path, *more: str) -> list[str]:
+    return ["--loss", "dpo", "--out", str(out), "--scenes", "12", "--steps", "1", "--batch-size", "2", "--lora-rank", "4",
+            "--eval-scenes", "0", *more]
+
+
+def find(tiny, out: Path, *more: str) -> bytes:
+    """Only the making of pairs; the file."""
+    args = read_arguments(train.LOSSES, own(out, *more))
+    prepare.find_records(args, train.LOSSES["dpo"], *tiny, 0, 1)
+    return (out / "pairs.jsonl").read_bytes()
+
+
+def names(chunks: int) -> list[str]:
+    return [f"scene-{scenes.PAIRS + 4 * number}" for number in range(chunks)]
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
+def test_interrupted_pairs_go_on_where_they_stopped(tiny, making, tmp_path, signals):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    whole, out = find(tiny, tmp_path / "whole"), tmp_path / "parts"
+    assert whole.count(b"\n") == 9
+    making.chunks.clear()
+    making.deaths.update(enumerate(signals, 1))
+    for _ in signals:
+        with pytest.raises(SystemExit) as ended:  # a text is printed, and the status is 1
+            find(tiny, out)
+        assert ended.value.code == f"train.py: interrupted, the pairs made so far are kept; go on with --resume --out {out}"
+    assert not (out / "pairs.jsonl").exists() and making.chunks == names(len(signals))
+    check(read_arguments(train.LOSSES, own(out, "--resume")), train.LOSSES["dpo"], 1)
+    with pytest.raises(BadInput, match="--resume: there is no checkpoint in"):
+        check(read_arguments(train.LOSSES, own(out, "--resume", "--data", "given.jsonl")), train.LOSSES["dpo"], 1)
+    assert find(tiny, out) == whole and making.chunks == names(3)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_other_settings_do_not_take_over_the_parts(tiny, making, tmp_path):
+    """Nor another model in the same folder."""
+    shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    making.deaths[2] = signal.SIGINT
+    with pytest.raises(SystemExit):
+        find(tiny, tmp_path, "--model", str(tmp_path / "model"))
+    for more in (["--seed", "1"], ["--scenes", "11"], ["--pairs", "corrupt"], ["--precision", "bf16"]):
+        with pytest.raises(BadInput, match="pairs.jsonl.part-0: is of a run with other settings or records"):
+            find(tiny, tmp_path, "--model", str(tmp_path / "model"), *more)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(BadInput, match="other settings"):
+        find(tiny, tmp_path, "--model", str(tmp_path / "model"))
+    assert making.chunks == names(2)
+
+
+def test_a_run_interrupted_in_its_pairs_is_resumed(making, tmp_path):
+    """Not the earlier one that it was to replace, whose checkpoint is still there."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert train.main(own(whole)) == 0 and train.main(own(out, "--seed", "1")) == 0
+    making.chunks.clear()
+    making.deaths[2] = signal.SIGTERM
+    with pytest.raises(SystemExit):
+        train.main(own(out, "--overwrite"))
+    assert resume.checkpoints(out) and train.main(own(out, "--resume")) == 0 and making.chunks == names(3)
+    assert (out / "pairs.jsonl").read_bytes() == (whole / "pairs.jsonl").read_bytes()
+    assert weights(out) == weights(whole) and lines(out) == lines(whole) and not parts(out / "pairs.jsonl")
+    assert train.main(own(out, "--resume", "--steps", "2")) == 0 and making.chunks == names(3)
+    with pytest.raises(BadInput, match="--resume: there is no checkpoint in"):
+        train.main(own(tmp_path / "new", "--resume"))
+
+
+def test_pairs_go_on_after_a_crash_by_themselves(making, tmp_path, monkeypatch):
+    """Under torchrun --max-restarts, which repeats --overwrite: a crash in the pairs, and one before the first checkpoint.
+    What an earlier run made is not among them."""
+    def crash(*_):
+        raise Killed
+
+    def attempt(number: int, *more: str) -> int:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+        return train.main(own(tmp_path, *more))
+
+    making.deaths |= {1: crash, 2: crash}
+    with pytest.raises(Killed):
+        attempt(0, "--seed", "1")
+    with pytest.raises(Killed):
+        attempt(0, "--overwrite")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "begin", crash)
+        attempt(1, "--overwrite")
+    assert making.chunks[1:] == names(3) and parts(tmp_path / "pairs.jsonl")
+    assert attempt(2, "--overwrite") == 0 and making.chunks[1:] == names(3)
+    assert not list(tmp_path.glob(".*")) and not parts(tmp_path / "pairs.jsonl")
 
 
 def test_places_that_cannot_be_written_are_named_first(folder, tmp_path, monkeypatch):

@@ -186,14 +186,14 @@ def test_foreign_rows_are_refused_by_line(images):
                               f"{path}:3: the image must be a path or bytes, found int"]
 
 
-@pytest.mark.parametrize("prompt", [MARKED, Q, f"<image>\n<image>\n{Q}", f"{Q} <image><image>"])
-def test_trl_lists_images_and_places(images, prompt):
-    pair = {**PAIR, "prompt": prompt}
-    write(images / "t.jsonl", [pair], "trl")
+@pytest.mark.parametrize(("prompt", "kinds"), [
+    (MARKED, "titi"), (Q, "iit"), (f"<image>\n<image>\n{Q}", "titit"), (f"{Q} <image><image>", "tii"),
+    (f"<image><image> {Q}", "tiit"), (f"<image><image>{Q}", "tiit"), (f"See <image> and\n<image>: {Q}", "titit")])
+def test_trl_lists_images_and_places(images, prompt, kinds):
+    write(images / "t.jsonl", [{**PAIR, "prompt": prompt}], "trl")
     row = json.loads((images / "t.jsonl").read_text())
     assert [Path(path).name for path in row["images"]] == PAIR["image"]
     assert [Path(path).name for path in row["rejected_images"]] == PAIR["rejected_image"]
-    kinds = {MARKED: "iti", Q: "iit", f"{Q} <image><image>": "tii"}.get(prompt, "itit")
     assert "".join(part["type"][0] for part in row["prompt"][0]["content"]) == kinds
     (record,) = load(images / "t.jsonl").records
     assert record["prompt"] == prompt and record["image"] == [str(images / name) for name in PAIR["image"]]
@@ -201,8 +201,10 @@ def test_trl_lists_images_and_places(images, prompt):
 
 def test_trl_parquet_carries_all_images(images):
     pytest.importorskip("pyarrow")
-    write(images / "t.parquet", [PAIR, {**PAIR, "id": "q", "image": ["scene:2", "a.png"]}], "trl")
-    first, second = load(images / "t.parquet").records
+    write(images / "t.parquet", [PAIR, {**PAIR, "id": "q", "image": ["scene:2", "a.png"]},
+                                   {**PAIR, "id": "r", "prompt": f"<image><image>{Q}"}], "trl")
+    first, second, third = load(images / "t.parquet").records
+    assert (first["prompt"], third["prompt"], third["image"]) == (MARKED, f"<image><image>{Q}", first["image"])
     for key in ("image", "rejected_image"):
         assert [(images / name).read_bytes() for name in first[key]] == [(images / name).read_bytes() for name in PAIR[key]]
     assert Image.open(images / second["image"][0]).size == (96, 96) and len(second["image"]) == 2
