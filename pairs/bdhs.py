@@ -162,12 +162,10 @@ def complete(attempts: list[Attempt], model: Llava, processor: Processor, *, noi
 
     An attempt for which the decoder's window has no room is not finished: None.
     """
-    texts, training = [], model.training
-    model.eval()
+    texts = []
     for start in range(0, len(attempts), batch_size):
         texts += _write(attempts[start : start + batch_size], model, processor, noise, root, visible, max_new_tokens,
                         temperature=temperature, top_p=top_p)
-    model.train(training)
     return texts
 
 

@@ -139,11 +139,8 @@ def infill(jobs: list[Job], model: Llava, processor: Processor, *, gap_tokens: i
     texts = []
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        names = list(dict.fromkeys(job.image for job in batch))
-        views = [processor.image(name, root) for name in names]
-        shows = [names.index(job.image) for job in batch]
-        prompts = read(model, views, [processor.prompt(job.prompt, len(views[i].rows)) for job, i in zip(batch, shows)],
-                       shows=shows, questions=[processor.question(job.prompt) for job in batch])
+        asked = processor.questions([job.image for job in batch], [job.prompt for job in batch], root)
+        prompts = read(model, **asked)
         texts += fill(batch, partial(_write_on, model, processor, prompts, gap_tokens))
     return texts
 

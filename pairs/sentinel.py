@@ -64,26 +64,18 @@ def sentinel_pairs(records: list[dict], model: Llava, processor: Processor, show
                    temperature: float = 0.7, new_objects: bool = False, max_sentences: int = 10,
                    max_new_tokens: int = 96, seed: int = 0) -> tuple[list[dict], Counter]:
     """Pairs of sentences after a context, several of an image."""
-    training = model.training
-    model.eval()
     sample = sampler(records, model, processor, root, samples=samples, temperature=temperature,
                      max_new_tokens=max_new_tokens, seed=seed)
     origin = {**(source or {}), "seed": seed, "temperature": temperature}
-    found = bootstrap(records, sample, shown, new_objects=new_objects, max_sentences=max_sentences, seed=seed,
-                      source=origin)
-    model.train(training)
-    return found
+    return bootstrap(records, sample, shown, new_objects=new_objects, max_sentences=max_sentences, seed=seed,
+                     source=origin)
 
 
 def sampler(records: list[dict], model: Llava, processor: Processor, root: Path | None, *, samples: int,
             temperature: float, max_new_tokens: int, seed: int) -> Next:
     """Step 1. Images and questions are computed once for all rounds; a context for which the decoder's window has no
     room has no next sentence."""
-    names = list(dict.fromkeys(record["image"] for record in records))
-    views = [processor.image(name, root) for name in names]
-    shows = [names.index(record["image"]) for record in records]
-    prompts = read(model, views, [processor.prompt(r["prompt"], len(views[i].rows)) for r, i in zip(records, shows)],
-                   shows=shows, questions=[processor.question(record["prompt"]) for record in records])
+    prompts = read(model, **processor.questions([r["image"] for r in records], [r["prompt"] for r in records], root))
 
     def sample(rows: list[int], contexts: list[str], step: int) -> list[list[str | None]]:
         writings = [Writing(processor, Cut(context, "", "", "")) for context in contexts]
