@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from common import BadInput
 from data.places import PLACES, WORDS, pick
+from data.records import pair_of
 from data.scene_text import COUNT_WORDS, FORMS, plural, thirds
 from data.scenes import Scene, objects_present, parse_reference
 from judges.ask import Model, Request
@@ -72,10 +73,8 @@ def corrupt_pairs(answered: list[dict], writer: Writer, source: dict | None = No
         if not text or text.strip() == record["chosen"].strip():
             dropped[how if not text else "the corruption changes nothing"] += 1
             continue
-        made.append({
-            "id": record["id"], "image": record["image"], "prompt": record["prompt"],
-            "chosen": record["chosen"], "rejected": text, "rejected_image": None,
-            "source": {"method": "corrupt", **(source or {}), "how": how, "text": record.get("source")}})
+        origin = {"method": "corrupt", **(source or {}), "how": how, "text": record.get("source")}
+        made.append(pair_of(record, origin, chosen=record["chosen"], rejected=text))
     return made, dropped
 
 

@@ -46,7 +46,7 @@ METHODS = {
     "corrupt": [chosen_responses, corrupt_pairs],
     "sentinel": [sentinel_pairs],
 }
-ONE_IMAGE = {realign_pairs, adavip_pairs, symmetric_pairs, noise_pairs, crop_pairs, sentinel_pairs}
+ONE_IMAGE = {"neighbours", "candidates", "folder", "shown"}  # what is found of, or made from, one image of a record
 FIELD = {"records": None, "answered": "chosen", "pairs": "rejected"}  # what tells a function's records from others
 
 
@@ -122,7 +122,7 @@ def refuse_unfit(method: str, functions: list[Callable], options: dict, records:
     writes = FIELD[arguments_of(functions[0])[0]] != "rejected" or any("author" in arguments_of(f) for f in functions)
     if writes and have_context(records):
         raise BadInput(f"{method} writes whole responses: those of these records continue a 'context'")
-    if ONE_IMAGE & set(functions):
+    if any(ONE_IMAGE.intersection(arguments_of(function)) for function in functions):
         refuse_several(records, method)
     own = options_of(*with_tools(*functions))
     refuse(f"--{name.replace('_', '-')} is for chosen responses that are not given; these records bring theirs"

@@ -48,7 +48,7 @@ from pathlib import Path
 
 from data.corrupt import sample_seed
 from data.processor import Processor
-from data.records import continued
+from data.records import continued, pair_of
 from judges.scene import synonyms
 from metrics.chair import mentions
 from model.generate import read, write
@@ -103,8 +103,10 @@ def bootstrap(records: list[dict], sample: Next, shown: Callable[[dict], set[str
         for row, texts in zip(list(going), samples):
             objects = {text: objects_of(text) for text in texts if text}  # of each distinct sentence
             familiar = objects_of(contexts[row])
-            for pair in pairs_of(objects, familiar, seen[row], new_objects):
-                made[row].append(_pair(records[row], len(made[row]) + 1, contexts[row], *pair, source or {}))
+            for chosen, rejected in pairs_of(objects, familiar, seen[row], new_objects):
+                pair = pair_of(records[row], {"method": "sentinel", **(source or {})}, context=contexts[row],
+                               chosen=chosen, rejected=rejected)
+                made[row].append({**pair, "id": f"{records[row]['id']}/{len(made[row]) + 1}"})
             best = to_continue(objects, familiar, seen[row])
             if not best or texts.count("") > len(texts) / 2:
                 going.remove(row)
@@ -133,8 +135,3 @@ def to_continue(objects: dict[str, set[str]], familiar: set[str], shown: set[str
     faithful = [text for text, said in objects.items() if said and said <= shown]
     new = [text for text in faithful if not objects[text] & familiar]
     return new or faithful or [text for text, said in objects.items() if not said]
-
-
-def _pair(record: dict, number: int, context: str, chosen: str, rejected: str, source: dict) -> dict:
-    return {"id": f"{record['id']}/{number}", "image": record["image"], "prompt": record["prompt"], "context": context,
-            "chosen": chosen, "rejected": rejected, "rejected_image": None, "source": {"method": "sentinel", **source}}
