@@ -10,6 +10,7 @@ import platform
 import re
 import reprlib
 import subprocess
+import sys
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -149,6 +150,19 @@ def brief(value: object) -> str:
     return _short.repr(value)
 
 
+def run_script(main: Callable[[], int | None], script: str, hint: str = "") -> typing.NoReturn:
+    """How a script ends: with the status that `main` returns; 2 on bad input and unreachable servers, said in one line;
+    1 when interrupted, with a hint."""
+    try:
+        sys.exit(main())
+    except (BadInput, ConnectionError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted{hint}", file=sys.stderr)
+        sys.exit(1)
+
+
 def versions() -> dict[str, str | None]:
     """What a run was made with: the commit of this checkout ("-dirty" where files were changed, None without git), and
     the versions of Python and of the packages whose numbers count."""
@@ -178,6 +192,11 @@ def options_of(*functions: Callable) -> dict[str, tuple[object, object]]:
         keywords = (p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
         found |= {p.name: (types[p.name], p.default) for p in keywords if p.default is not p.empty}
     return found
+
+
+def kwargs_of(function: Callable, values: Mapping[str, object]) -> dict[str, object]:
+    """The options of a function: what is given for them, else their defaults."""
+    return {name: values.get(name, default) for name, (_, default) in options_of(function).items()}
 
 
 def meaning(option: str, *functions: Callable) -> str:

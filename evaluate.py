@@ -45,7 +45,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common import BadInput, add_options, check_ranges, is_url, options_of, read_json, refuse, versions, write_text
+from common import BadInput, add_options, check_ranges, is_url, kwargs_of, read_json, refuse, versions, write_text
 from data.check import check_records
 from data.processor import Processor
 from data.records import write_jsonl
@@ -148,11 +148,6 @@ def functions_of(benchmark: Benchmark) -> tuple[Callable, Callable]:
     return benchmark.questions, benchmark.score
 
 
-def kwargs_of(function: Callable, args: argparse.Namespace) -> dict:
-    """The settings that are keyword arguments of a function: those given, else its own defaults."""
-    return {name: getattr(args, name, default) for name, (_, default) in options_of(function).items()}
-
-
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse arguments that do not go together, and places that cannot be written, before any work is done."""
     several = len(args.benchmark) > 1
@@ -203,7 +198,7 @@ def prepare(name: str, args: argparse.Namespace) -> Task:
         raise BadInput(f"{name} needs --data, {wanted}")
     asks = not (args.answers or args.replies)
     images = image_folder(args) if asks else None
-    rows = benchmark.questions(args.data, images, **kwargs_of(benchmark.questions, args))
+    rows = benchmark.questions(args.data, images, **kwargs_of(benchmark.questions, vars(args)))
     if asks and not images and any(row["image"] and ":" not in row["image"] for row in rows):
         raise BadInput(f"{name}: --images DIR with the image files, or --answers FILE")
     said = None if asks else {}  # a judge's replies may be all that the scores need
@@ -289,7 +284,8 @@ def text(value: object) -> object:
 def protocol(task: Task, args: argparse.Namespace) -> dict:
     """What two results must share to be compared, and where the answers came from."""
     listed = "\n".join(f"{row['id']}\t{row.get('image')}" for row in task.rows)
-    options = {name: text(value) for f in functions_of(task.benchmark) for name, value in kwargs_of(f, args).items()}
+    options = {name: text(value) for function in functions_of(task.benchmark)
+               for name, value in kwargs_of(function, vars(args)).items()}
     entries = {"rules": task.benchmark.rules, "data": text(args.data), "options": options, "subset": args.subset,
                "questions": len(task.rows), "questions_sha256": hashlib.sha256(listed.encode()).hexdigest()}
     if task.benchmark.requests:
@@ -365,7 +361,7 @@ def result_of(task: Task, said: Mapping, args: argparse.Namespace, judges: list[
     if benchmark.requests:
         replies = [run for path in args.replies or () for run in benchmark.read_replies(path, task.rows)]
         inputs += [replies + (ask_judges(task, said, judges, prompts.get(task.name)) if judges else [])]
-    scores = benchmark.score(*inputs, **kwargs_of(benchmark.score, args))
+    scores = benchmark.score(*inputs, **kwargs_of(benchmark.score, vars(args)))
     return {"benchmark": task.name, "protocol": protocol(task, args), "scores": scores, "versions": versions()}
 
 

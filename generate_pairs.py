@@ -55,14 +55,13 @@ import argparse
 import importlib.util
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common import BadInput, add_options, check_ranges, options_of
+from common import BadInput, add_options, check_ranges, options_of, run_script
 from data import scenes
 from data.formats import load, write
 from data.images import references
@@ -202,16 +201,9 @@ def run(args: argparse.Namespace) -> dict | None:
 
 
 def main() -> None:
-    """The command line; exit status 2 on bad input and unreachable servers, 1 when interrupted."""
+    """From the command line to the file of pairs, and what is printed of it."""
     args, start = read_arguments(), time.monotonic()
-    try:
-        report = run(args)
-    except (BadInput, ConnectionError) as error:
-        print(f"generate_pairs.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("generate_pairs.py: interrupted; go on with --resume", file=sys.stderr)
-        sys.exit(1)
+    report = run(args)
     if report is not None:
         print(summary(report, time.monotonic() - start))
         print(json.dumps(report))
@@ -221,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "generate_pairs.py", "; go on with --resume")

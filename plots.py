@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import svg
-from common import BadInput, write_text
+from common import BadInput, run_script, write_text
 from model.log import lines_until
 
 PANELS = {"loss": "loss", "reward": "reward", "margin": "margin to the chosen response", "accuracy": "accuracy",
@@ -77,8 +77,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"plots.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, "plots.py")

@@ -19,7 +19,6 @@ dropout anywhere.
 Shapes: B responses, k of each prompt next to each other; L longest response; tiles, P, C as in model/llava.py.
 """
 
-import inspect
 import math
 import random
 from collections.abc import Callable, Iterable
@@ -33,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import svg
-from common import BadInput, read_json, write_text
+from common import BadInput, kwargs_of, read_json, write_text
 from data.batch import BadRecord, check_image, collate
 from data.mentions import find
 from data.processor import Processor
@@ -178,12 +177,7 @@ def roll_out(scorer, reference: Reference, records: list[dict], responses: list[
 
 def bind(functions: Iterable[Callable], options: dict) -> SimpleNamespace:
     """Functions of losses/ by their names, their keyword arguments filled in: from the options, else their defaults."""
-    bound = {}
-    for function in functions:
-        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        given = {p.name: options.get(p.name, p.default) for p in keywords if p.default is not p.empty}
-        bound[function.__name__] = partial(function, **given)
-    return SimpleNamespace(**bound)
+    return SimpleNamespace(**{f.__name__: partial(f, **kwargs_of(f, options)) for f in functions})
 
 
 def ppo_advantages(rollouts: list[Rollout], parts: SimpleNamespace, memory: Memory, judge: Judge,

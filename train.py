@@ -43,7 +43,6 @@ inside shows when it is decoded: --bad-records says what happens then.
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,7 +59,7 @@ from tqdm import tqdm
 import estimate
 import plots
 import reinforce
-from common import BadInput
+from common import run_script
 from data.batch import Batch, Drawn, MicroBatches, with_seeds, without_bad
 from data.processor import Processor
 from lifecycle import (
@@ -380,11 +379,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (BadInput, ConnectionError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before the first step or after the last one
-        print("train.py: interrupted", file=sys.stderr)
-        sys.exit(1)
+    run_script(main, "train.py")

@@ -6,7 +6,7 @@ log-probs as `policy_NAME_logps` and so on (`model.training.named`).
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -20,6 +20,7 @@ from data.images import open_image, references
 from data.processor import Processor
 from losses.dpo_weighted import changed_tokens
 from model.logprobs import Packed, Sequence, pack
+from model.packing import Movable
 from model.views import View, stack
 
 WINDOW = 50  # batches whose records are sorted by length together
@@ -77,7 +78,7 @@ def scored(sequences: Mapping[str, Mapping]) -> dict[str, Scored]:
 
 
 @dataclass
-class Batch:
+class Batch(Movable):
     """`packed` holds len(names) * B sequences: all records of the first name, then all of the second, ..."""
 
     pixels: Tensor  # (tiles, 3, S, S), each distinct image once
@@ -89,18 +90,6 @@ class Batch:
     noisy: Packed | None = None  # the sequences whose tokens are picked in noise, under their noisy images
     picked: Tensor | None = None  # (n,) bool: labels of `packed` whose places the picked tokens take
     own: Tensor | None = None  # (n,) bool: those of them that the reference picks for itself
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Move the tensors; from pinned memory the copy does not block."""
-        return self._moved(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
-
-    def pin_memory(self) -> "Batch":
-        """Called by the data loader when it pins batches for CUDA."""
-        return self._moved(lambda x: x.pin_memory())
-
-    def _moved(self, move: Callable) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor | Packed)})
 
     def changed(self) -> dict[str, Tensor]:
         """Which tokens of either response the other one lacks, (B, L) each (losses/dpo_weighted.py)."""

@@ -76,6 +76,12 @@ class Processor:
         shows = [tuple(numbers.setdefault(name, len(numbers)) for name in references(image)) for image in images]
         return [self.image(name, root) for name in numbers], shows
 
+    def questions(self, images: list, texts: Sequence[str], root: Path | str | None = None) -> dict[str, list]:
+        """Images (references, lists of several, or None) and questions -> arguments of `model.generate.read`."""
+        views, shows = self.show(images, root)
+        prompts = [self.prompt(text, [len(views[i].rows) for i in shown]) for text, shown in zip(texts, shows)]
+        return dict(views=views, prompts=prompts, shows=shows, questions=[self.question(text) for text in texts])
+
     def view(self, image: Image.Image) -> View:
         """RGB image -> tiles and rows, by `aspect`."""
         return self.family.view(image, self.aspect, self.preprocessing, self.config)

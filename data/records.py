@@ -98,6 +98,12 @@ def relocate(records: list[dict], root: Path, folder: Path) -> list[dict]:
     return records
 
 
+def pair_of(record: dict, source: dict, *, rejected_image: str | None = None, **texts: str) -> dict:
+    """A pair record about the image and question of a record; `source` says how its texts were made."""
+    asked = {key: record[key] for key in IMAGE_TEXTS}
+    return {**asked, **texts, "rejected_image": rejected_image, "source": source}
+
+
 def have_context(records: Iterable[dict]) -> bool:
     """Whether any record has a context, be it empty."""
     return any(record.get("context") is not None for record in records)

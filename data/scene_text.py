@@ -43,6 +43,9 @@ def plural(word: str) -> str:
     return IRREGULAR.get(word, word + "s")
 
 
+FORMS = {form: category for category, words in WORDS.items() for word in words for form in (word, plural(word))}
+
+
 def _article(phrase: str) -> str:
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
@@ -57,6 +60,11 @@ def vertical(item: Object) -> str:
     """Whether the centre lies in the top or the bottom third, "" in between."""
     centre = item.row + item.size / 2
     return "at the top" if centre < GRID / 3 else "at the bottom" if centre > 2 * GRID / 3 else ""
+
+
+def thirds(item: Object) -> list[str]:
+    """Where the centre of an object lies: "left", "middle" or "right", then "top", "bottom" or nothing."""
+    return [phrase.split()[-1] for phrase in (horizontal(item), vertical(item)) if phrase]
 
 
 def relation(item: Object, other: Object) -> str:

@@ -90,11 +90,8 @@ def local_model(model: Llava, processor: Processor, name: str, *, batch_size: in
 
     def ask(requests: list[Request]) -> list[Reply]:
         replies: list[Reply] = []
-        training = model.training
-        model.eval()
         for start in range(0, len(requests), batch_size):
             replies += _answer(model, processor, requests[start : start + batch_size], max_new_tokens, root)
-        model.train(training)
         return replies
 
     return Model(name, ask)

@@ -38,7 +38,7 @@ from typing import Literal, NamedTuple
 
 from data import scenes
 from data.places import REMARKS
-from data.scene_text import SIZE_OF_CELLS, horizontal, plural, relation, vertical
+from data.scene_text import FORMS, SIZE_OF_CELLS, relation, thirds
 from data.scenes import held_out, reference
 from data.sentences import sentences
 from metrics.benchmark import Benchmark, lines
@@ -51,14 +51,13 @@ FRACTIONS = {"hallucinated": ("false", "claims"), "coverage": ("covered", "sayab
 WHOLE = {"hal": ("hallucinating", "n"), "unread": ("unread_sentences", "sentences"),
          "repetition": ("repeated", "n_grams")}  # fmt: skip
 NUMBERS = {"a": 1, "an": 1, **{word: n for n, word in enumerate("one two three four five six seven".split(), start=1)}}
-NAMES = {form: category for category, words in scenes.WORDS.items() for word in words for form in (word, plural(word))}
 
 
 def _any(words) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-NOUN = re.compile(rf"\b(?:({_any(NUMBERS)}) )?(?:(small|large) )?({_any(NAMES)})\b")
+NOUN = re.compile(rf"\b(?:({_any(NUMBERS)}) )?(?:(small|large) )?({_any(FORMS)})\b")
 POSITION = re.compile(r"\b(?:on|in|at) the (left|middle|right|top|bottom)\b")
 PAIR = re.compile(r"\b(next to|to the left of|to the right of|above|below) it\b")
 PLACE = re.compile(rf"\b({_any(scenes.PLACES)})\b")
@@ -109,15 +108,15 @@ def _read_sentence(sentence: str, it: str | None) -> tuple[list[Claim], str | No
         claims += _about(noun)
     for found in POSITION.finditer(sentence):
         noun = next((noun for noun in reversed(nouns) if noun.start() < found.start()), nouns[0])
-        claims.append(Claim("position", NAMES[noun[3]], found[1], NUMBERS.get(noun[1], 1)))
+        claims.append(Claim("position", FORMS[noun[3]], found[1], NUMBERS.get(noun[1], 1)))
     if it and (pair := PAIR.search(sentence)):
-        claims.append(Claim("pair", NAMES[nouns[0][3]], (pair[1], it), 1))
-    return claims, NAMES[nouns[-1][3]]
+        claims.append(Claim("pair", FORMS[nouns[0][3]], (pair[1], it), 1))
+    return claims, FORMS[nouns[-1][3]]
 
 
 def _about(noun: re.Match) -> Iterator[Claim]:
     """What "two large dogs" says."""
-    number, category = NUMBERS.get(noun[1]), NAMES[noun[3]]
+    number, category = NUMBERS.get(noun[1]), FORMS[noun[3]]
     yield Claim("existence", category, None, 1)
     if number:
         yield Claim("count", category, number, number)
@@ -145,11 +144,6 @@ def is_true(claim: Claim, record: Record) -> bool | None:
 def _facts(item: scenes.Object) -> set[str]:
     """Size and position words that are true of an object."""
     return {SIZE_OF_CELLS[item.size], *thirds(item)} - {""}
-
-
-def thirds(item: scenes.Object) -> list[str]:
-    """Where the centre of an object lies: "left", "middle" or "right", then "top", "bottom" or nothing."""
-    return [phrase.split()[-1] for phrase in (horizontal(item), vertical(item)) if phrase]
 
 
 def sayable(record: Record) -> set[tuple[str, str | None]]:

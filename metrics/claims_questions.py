@@ -35,11 +35,11 @@ from pathlib import Path
 from typing import Literal
 
 from data.places import CATEGORIES, PLACES, pick
-from data.scene_text import COUNT_WORDS, exist_question, plural
+from data.scene_text import COUNT_WORDS, exist_question, plural, thirds
 from data.scenes import held_out, parse_reference, reference
 from metrics.benchmark import CONTROLS, Benchmark, lines
 from metrics.chair import percent, ratio
-from metrics.claims import Record, read_record, thirds
+from metrics.claims import Record, read_record
 from metrics.pope import same_place
 
 LABELS = {"existence": ("yes", "no"), "count": COUNT_WORDS, "position": ("left", "middle", "right")}

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.blocks import Blocks, Rows
-from model.packing import tail_rows
+from model.packing import Movable, tail_rows
 
 
 class Causal:
@@ -47,8 +47,8 @@ class Causal:
         return mix(q[None], k[None], v[None], causal=True)[0]
 
 
-class SharedPrefix:
-    """The rule drawn above. Built on the CPU; `to` moves it.
+class SharedPrefix(Movable):
+    """The rule drawn above. Built on the CPU.
 
     Args:
         prefixes: prefix length of each group, at least 2 tokens.
@@ -84,13 +84,9 @@ class SharedPrefix:
         seen = [mix(*(x[None] for x in qkv), mask=mask)[0] for mask, *qkv in bodies]
         return torch.cat([*seen, self.tail(q[self.skip :], k, v)])
 
-    def to(self, device: torch.device | str) -> "SharedPrefix":
-        """On a device; from pinned memory the copy does not block."""
-        return copy.copy(self)._map(lambda x: x.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "SharedPrefix":
-        """In pinned memory."""
-        return copy.copy(self)._map(lambda x: x.pin_memory())
+    def moved(self, move: Callable) -> "SharedPrefix":
+        """With `move` applied to all tensors (model/packing.py)."""
+        return copy.copy(self)._map(move)
 
     def _map(self, move: Callable) -> "SharedPrefix":
         self.whole, self.tail = self.whole.map(move), self.tail.map(move)

@@ -12,7 +12,8 @@ Shapes: M prompts, n responses to each (or at most), N responses in all, N' of t
 vocabulary, T tokens, P patches and C width of the vision tower.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -45,23 +46,11 @@ class NotFinite(BadInput):
 
 
 @torch.no_grad()
-def generate(
-    model: VLM,
-    views: list[View],
-    prompts: list[list[int]],
-    *,
-    eos_id: int,
-    shows: Sequence[int | tuple[int, ...]] | None = None,
-    questions: list[tuple[int, ...]] | None = None,
-    n: int = 1,
-    starts: list[list[list[int]]] | None = None,
-    hidden: list[Tensor] | None = None,
-    stop: Stop | None = None,
-    max_new_tokens: int = 96,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seeds: list[int] | None = None,
-) -> list[list[list[int]]]:
+def generate(model: VLM, views: list[View], prompts: list[list[int]], *, eos_id: int,
+             shows: Sequence[int | tuple[int, ...]] | None = None, questions: list[tuple[int, ...]] | None = None,
+             n: int = 1, starts: list[list[list[int]]] | None = None, hidden: list[Tensor] | None = None,
+             stop: Stop | None = None, max_new_tokens: int = 96, temperature: float = 0.0, top_p: float = 1.0,
+             seeds: list[int] | None = None) -> list[list[list[int]]]:
     """Continue each prompt n times: `read`, then `write`, whose arguments these are.
 
     Args:
@@ -101,7 +90,7 @@ def read(model: VLM, views: list[View], prompts: list[list[int]], *,
                      questions or [()] * len(prompts), model.config.image_token_index)
     lengths = [len(prompt) for prompt in prompts]
     recorder = Recorder(lengths, room, device, hidden)
-    with adapters_cast(model), sdpa_kernel(KERNELS):
+    with _writing(model):
         features = model.vision_features(pixels.to(device))  # (tiles, P, C)
         ids, positions, slots, shown = (x.to(device) for x in layout[:4])
         x = model.embed(ids, features, shown, slots, layout.questions)  # (T, D)
@@ -139,11 +128,22 @@ def write(model: VLM, prompts: Prompts, starts: list[list[list[int]]], *, eos_id
     prompts = prompts.take(rows, _room(starts, max_new_tokens))
     cache = Cache(prompts, [[len(ids) for ids in group] for group in starts],
                   config.num_attention_heads // config.num_key_value_heads)
-    with adapters_cast(model), sdpa_kernel(KERNELS):
+    with _writing(model):
         states, positions = _begin(model, prompts, starts, cache)
         tokens = _continue(model, cache, states, positions, names, choose, stop, eos_id, max_new_tokens)
     responses = iter(_cut(row, eos_id) for row in tokens.tolist())
     return [[next(responses) for _ in group] for group in starts]
+
+
+@contextmanager
+def _writing(model: VLM) -> Iterator[None]:
+    """Inside, the model is as it writes: without dropout, its adapters in the dtype of its weights."""
+    training = model.training
+    with adapters_cast(model), sdpa_kernel(KERNELS):
+        try:
+            yield model.eval()
+        finally:
+            model.train(training)
 
 
 def _check(model: VLM, lengths: list[int], starts: list[list[list[int]]], max_new_tokens: int,
@@ -297,23 +297,9 @@ def _cut(tokens: list[int], eos_id: int) -> list[int]:
     return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
 
 
-def answers(
-    model: VLM,
-    processor,
-    images: list[str | list[str] | None],
-    prompts: list[str],
-    *,
-    n: int = 1,
-    batch_size: int = 64,
-    max_new_tokens: int = 96,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    seeds: list[int] | None = None,
-    finished: bool = False,
-    root=None,
-    progress: str = "",
-) -> list[list[str]]:
+def answers(model: VLM, processor, images: list[str | list[str] | None], prompts: list[str], *, n: int = 1,
+            batch_size: int = 64, max_new_tokens: int = 96, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+            seeds: list[int] | None = None, finished: bool = False, root=None, progress: str = "") -> list[list[str]]:
     """Text in, text out: n responses to each (image, prompt).
 
     Args:
@@ -328,31 +314,16 @@ def answers(
     result: list[list[str]] = []
     seeds = seeds if seeds is not None else [seed + i for i in range(len(images))]
     bar = tqdm(total=len(images), desc=progress, disable=None if progress else True, unit="image")
-    training = model.training
-    model.eval()
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
-        views, shows = processor.show(images[part], root)  # an image asked about twice is encoded once
+        asked = processor.questions(images[part], prompts[part], root)  # an image asked about twice is encoded once
         try:
-            batch = generate(
-                model,
-                views,
-                [processor.prompt(text, [len(views[i].rows) for i in shown])
-                 for text, shown in zip(prompts[part], shows)],
-                eos_id=processor.eos_id,
-                shows=shows,
-                questions=[processor.question(text) for text in prompts[part]],
-                n=n,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seeds=seeds[part],
-            )
+            batch = generate(model, **asked, eos_id=processor.eos_id, n=n, max_new_tokens=max_new_tokens,
+                             temperature=temperature, top_p=top_p, seeds=seeds[part])
         except NotFinite as error:
             raise BadInput(f"{images[start + error.prompt]}: {error.what}") from None
         result += [["" if finished and len(ids) == max_new_tokens else processor.decode(ids) for ids in group]
                    for group in batch]
         bar.update(len(batch))
     bar.close()
-    model.train(training)
     return result

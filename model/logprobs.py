@@ -16,9 +16,8 @@ Shapes: N sequences, L longest response, tiles of images, P patches, C vision wi
 tokens among them, D width, V vocabulary, n scored tokens.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from common import BadInput
 from model.attention import SharedPrefix
 from model.ops import compute_dtype
-from model.packing import lay_out
+from model.packing import Movable, lay_out
 from model.views import View, rows_of, stack
 from model.vlm import VLM
 
@@ -47,7 +46,7 @@ class Sequence(NamedTuple):
 
 
 @dataclass
-class Packed:
+class Packed(Movable):
     """Sequences laid out for one forward pass. Built on the CPU by `pack`, moved by `to`."""
 
     ids: Tensor  # (T,) input tokens, all bodies, then all tails (model/packing.py)
@@ -62,18 +61,6 @@ class Packed:
     responses: list[list[int]]  # input lengths of the distinct responses of each group
     attend: SharedPrefix  # who sees whom, the same for policy and reference
     questions: list[tuple[int, ...]] = field(default_factory=list)  # of each group with image tokens
-
-    def to(self, device: torch.device | str) -> "Packed":
-        """Move the tensors; from pinned memory the copy does not block."""
-        return self._moved(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device))
-
-    def pin_memory(self) -> "Packed":
-        """Called by the data loader when it pins batches for CUDA."""
-        return self._moved(lambda x: x.pin_memory())
-
-    def _moved(self, move: Callable) -> "Packed":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, Tensor | SharedPrefix)})
 
 
 def pack(sequences: list[Sequence], rows: list[Tensor], image_id: int) -> Packed:

@@ -19,11 +19,30 @@ Two groups, # an image token:
     begins                                           1     3       5        tail row where each response begins
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Movable:
+    """Tensors that go together from the CPU to a device; a dataclass of tensors need say no more."""
+
+    def to(self, device: torch.device | str):
+        """On a device; from pinned memory the copy does not block."""
+        return self.moved(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        """Called by the data loader when it pins batches for CUDA."""
+        return self.moved(lambda x: x.pin_memory())
+
+    def moved(self, move: Callable[[Tensor], Tensor]):
+        """With `move` applied to all tensors."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: move(x) if isinstance(x, Tensor) else x.moved(move)
+                                for name, x in values.items() if isinstance(x, Tensor | Movable)})
 
 
 class Layout(NamedTuple):

@@ -203,35 +203,19 @@ class Fusion(nn.Module):
         return image, text + self.gamma_l * self.attn["out_l_proj"](to_text)
 
 
-class TextLayer(nn.Module):
-    """Tokens attend to those of their phrase; post-norm."""
+class EncoderLayer(nn.Module):
+    """Attention, of text to its phrases or of the image to its surroundings, then an MLP; post-norm."""
 
-    def __init__(self, width: int, heads: int, hidden: int):
+    def __init__(self, attention: nn.Module, width: int, hidden: int):
         super().__init__()
-        self.self_attn = Attention(width, heads)
+        self.self_attn = attention
         self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
-    def forward(self, text: Tensor, places: Tensor, visible: Tensor) -> Tensor:
-        """text and places (B, T, D), visible (B, T, T) bool."""
-        placed = text + places
-        text = self.norm1(text + self.self_attn(placed, placed, text, visible))
-        return self.norm2(text + self.linear2(F.relu(self.linear1(text))))
-
-
-class ImageLayer(nn.Module):
-    """Positions look around themselves in all levels; post-norm."""
-
-    def __init__(self, width: int, heads: int, levels: int, hidden: int):
-        super().__init__()
-        self.self_attn = DeformableAttention(width, heads, levels)
-        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, image: Tensor, places: Tensor, points: Tensor, shapes: list, valid: Tensor) -> Tensor:
-        """image and places (B, N, D), points (B, N, L, 2), valid (B, N) bool -> (B, N, D)."""
-        image = self.norm1(image + self.self_attn(image + places, image, points, shapes, valid))
-        return self.norm2(image + self.linear2(F.relu(self.linear1(image))))
+    def forward(self, x: Tensor, *inputs) -> Tensor:
+        """x (B, T or N, D) and the inputs of its attention."""
+        x = self.norm1(x + self.self_attn(*inputs))
+        return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
 
 
 class QueryLayer(nn.Module):
@@ -293,8 +277,10 @@ class Dino(nn.Module):
         self.bert, self.feat_map = bert.Bert(text), nn.Linear(text.hidden_size, width)
         self.encoder = nn.ModuleDict({
             "fusion_layers": nn.ModuleList(Fusion(width, fusion, heads // 2) for _ in range(encoder)),
-            "text_layers": nn.ModuleList(TextLayer(width, heads // 2, text_hidden) for _ in range(encoder)),
-            "layers": nn.ModuleList(ImageLayer(width, heads, levels, hidden) for _ in range(encoder))})
+            "text_layers": nn.ModuleList(
+                EncoderLayer(Attention(width, heads // 2), width, text_hidden) for _ in range(encoder)),
+            "layers": nn.ModuleList(
+                EncoderLayer(DeformableAttention(width, heads, levels), width, hidden) for _ in range(encoder))})
         self.enc_output, self.enc_output_norm = nn.Linear(width, width), nn.LayerNorm(width)
         self.enc_out_bbox_embed, self.bbox_embed = (Head(width, width, width, 4) for _ in range(2))
         self.tgt_embed = nn.Embedding(queries, width)
@@ -346,8 +332,9 @@ class Dino(nn.Module):
         text_places = sine(positions[..., None].float(), text.shape[-1], 10_000).to(text)
         for fuse_both, read, look in zip(*(self.encoder[name] for name in ("fusion_layers", "text_layers", "layers"))):
             image, text = fuse_both(image, text, valid, words)
-            text = read(text, text_places, visible)
-            image = look(image, places, points, shapes, valid)
+            placed = text + text_places
+            text = read(text, placed, placed, text, visible)
+            image = look(image, image + places, image, points, shapes, valid)
         return image, text
 
     def reference(self, masks: list[Tensor], ratios: Tensor) -> Tensor:

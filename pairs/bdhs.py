@@ -66,6 +66,7 @@ from common import BadInput
 from data.corrupt import add_noise, sample_seed
 from data.images import open_image, references
 from data.processor import Processor
+from data.records import pair_of
 from data.sentences import sentence_end, split_sentences
 from judges.clip import Similarity
 from model.generate import generate
@@ -162,12 +163,10 @@ def complete(attempts: list[Attempt], model: Llava, processor: Processor, *, noi
 
     An attempt for which the decoder's window has no room is not finished: None.
     """
-    texts, training = [], model.training
-    model.eval()
+    texts = []
     for start in range(0, len(attempts), batch_size):
         texts += _write(attempts[start : start + batch_size], model, processor, noise, root, visible, max_new_tokens,
                         temperature=temperature, top_p=top_p)
-    model.train(training)
     return texts
 
 
@@ -250,9 +249,10 @@ def algorithm_1(answered: list[dict], complete: Complete, similarity: Similarity
         similarities = similarity([answered[row]["chosen"].strip() for row, _ in usable], [text for _, text in usable])
         for (row, text), score in zip(usable, similarities):
             if last or score < eps_s:
-                origin = {"seed": seed, "rho": rho_th, "iteration": i, "guided": not free,
-                          "similarity": round(float(score), 4)}
-                made[row] = _pair(answered[row], text, {**(source or {}), **origin})
+                origin = {"method": "bdhs", **(source or {}), "seed": seed, "rho": rho_th, "iteration": i,
+                          "guided": not free, "similarity": round(float(score), 4),
+                          "text": answered[row].get("source")}
+                made[row] = pair_of(answered[row], origin, chosen=answered[row]["chosen"], rejected=text)
         if last:
             dropped.update(failure for failure in failures if failure)
         waiting = [row for row in waiting if row not in made]
@@ -275,9 +275,3 @@ def _failure(record: dict, text: str | None, differ: bool) -> str:
     if not text:
         return "an empty response"
     return "same as the chosen response" if text == record["chosen"].strip() else ""
-
-
-def _pair(record: dict, rejected: str, source: dict) -> dict:
-    return {"id": record["id"], "image": record["image"], "prompt": record["prompt"], "chosen": record["chosen"],
-            "rejected": rejected, "rejected_image": None,
-            "source": {"method": "bdhs", **source, "text": record.get("source")}}

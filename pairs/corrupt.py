@@ -27,9 +27,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from common import BadInput
-from data.places import CATEGORIES, PLACES, WORDS, pick
-from data.scene_text import COUNT_WORDS, GRID, plural
-from data.scenes import Object, Scene, objects_present, parse_reference
+from data.places import PLACES, WORDS, pick
+from data.records import pair_of
+from data.scene_text import COUNT_WORDS, FORMS, plural, thirds
+from data.scenes import Scene, objects_present, parse_reference
 from judges.ask import Model, Request
 
 CORRUPT_PROMPT = """Rewrite an answer to a question about a picture so that it contains realistic mistakes.
@@ -53,7 +54,6 @@ Answer: {answer}
 Give the rewritten answer only."""
 
 WHERE = (("left", "middle", "right"), ("top", "bottom"))
-NAMES = {form: category for category in CATEGORIES for word in WORDS[category] for form in (word, plural(word))}
 
 
 class Corruption(NamedTuple):
@@ -73,10 +73,8 @@ def corrupt_pairs(answered: list[dict], writer: Writer, source: dict | None = No
         if not text or text.strip() == record["chosen"].strip():
             dropped[how if not text else "the corruption changes nothing"] += 1
             continue
-        made.append({
-            "id": record["id"], "image": record["image"], "prompt": record["prompt"],
-            "chosen": record["chosen"], "rejected": text, "rejected_image": None,
-            "source": {"method": "corrupt", **(source or {}), "how": how, "text": record.get("source")}})
+        origin = {"method": "corrupt", **(source or {}), "how": how, "text": record.get("source")}
+        made.append(pair_of(record, origin, chosen=record["chosen"], rejected=text))
     return made, dropped
 
 
@@ -132,7 +130,7 @@ def _exchange_object(text: str, scene: Scene, without: tuple[str, ...], rng: ran
     shown = objects_present(scene, without)
     table = {name: weight for name, weight in PLACES[scene.place].items()
              if name not in shown and not any(re.search(rf"\b{word}", text, flags=re.I) for word in WORDS[name])}
-    found = [match for match in _counted(text) if NAMES[match.group(3).lower()] in shown]
+    found = [match for match in _counted(text) if FORMS[match.group(3).lower()] in shown]
     if not table or not found:
         return ""
     match, name = pick(rng, found), pick(rng, tuple(table), tuple(table.values()))
@@ -145,7 +143,7 @@ def _exchange_object(text: str, scene: Scene, without: tuple[str, ...], rng: ran
 
 def _counted(text: str) -> list[re.Match]:
     """Mentions of objects with a number: (number, size and a blank or nothing, word)."""
-    forms = "|".join(sorted(NAMES, key=len, reverse=True))
+    forms = "|".join(sorted(FORMS, key=len, reverse=True))
     return list(re.finditer(rf"\b(a|an|one|two|three) ((?:small |large )?)({forms})\b", text, re.I))
 
 
@@ -155,7 +153,7 @@ def _change_count(text: str, scene: Scene, without: tuple[str, ...], rng: random
     if not found:
         return ""
     match = pick(rng, found)
-    category, said = NAMES[match.group(3).lower()], match.group(1).lower()
+    category, said = FORMS[match.group(3).lower()], match.group(1).lower()
     true = 0 if category in without else sum(item.category == category for item in scene.objects)
     now = 1 if said in ("a", "an") else 1 + COUNT_WORDS.index(said)
     number = pick(rng, [n for n in (2, 3) if n not in (now, true)] or [4])
@@ -176,7 +174,7 @@ def _change_position(text: str, scene: Scene, without: tuple[str, ...], rng: ran
     sentence = re.split(r"[.!?]", text[start:])[0].lower()
     true = {word for item in scene.objects if item.category not in without
             and any(re.search(rf"\b({word}|{plural(word)})\b", sentence) for word in WORDS[item.category])
-            for word in _thirds(item)}
+            for word in thirds(item)}
     said = match.group(2).lower()
     others = [word for words in WHERE if said in words for word in words if word != said and word not in true]
     if not others:
@@ -185,9 +183,3 @@ def _change_position(text: str, scene: Scene, without: tuple[str, ...], rng: ran
     phrase = f"{ {'middle': 'in', 'top': 'at', 'bottom': 'at'}.get(other, 'on') } the {other}"
     phrase = phrase.capitalize() if match.group()[0].isupper() else phrase
     return text[: match.start()] + phrase + text[match.end() :]
-
-
-def _thirds(item: Object) -> set[str]:
-    """In which thirds of the image the centre of an object lies."""
-    across, down = (int(3 * (corner + item.size / 2) / GRID) for corner in (item.column, item.row))
-    return {WHERE[0][across], ("top", "", "bottom")[down]}

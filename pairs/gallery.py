@@ -10,7 +10,6 @@ Content-Security-Policy forbids to load anything. Whatever a record says is esca
 import argparse
 import json
 import re
-import sys
 from contextlib import suppress
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import BadInput, write_text
+from common import BadInput, run_script, write_text
 from data.detect import Detection, box_of, overview
 from data.images import data_url, open_image, references
 from data.records import read_pairs
@@ -147,7 +146,7 @@ def _source(source: dict) -> str:
 
 
 def main() -> None:
-    """The command line; exit status 2 on bad input."""
+    """The command line. Raises BadInput."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path, metavar="PAIRS.jsonl")
@@ -155,14 +154,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, metavar="N", help="pairs to show (default: %(default)s)")
     arguments = parser.parse_args()
     page = arguments.page or arguments.pairs.with_suffix(".html")
-    try:
-        write_gallery(page, read_pairs(arguments.pairs), root=arguments.pairs.parent,
-                      title=arguments.pairs.name, limit=arguments.limit)
-    except BadInput as error:
-        print(f"pairs.gallery: {error}", file=sys.stderr)
-        sys.exit(2)
+    write_gallery(page, read_pairs(arguments.pairs), root=arguments.pairs.parent, title=arguments.pairs.name,
+                  limit=arguments.limit)
     print(page)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "pairs.gallery")

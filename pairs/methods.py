@@ -46,12 +46,12 @@ METHODS = {
     "corrupt": [chosen_responses, corrupt_pairs],
     "sentinel": [sentinel_pairs],
 }
-ONE_IMAGE = {realign_pairs, adavip_pairs, symmetric_pairs, noise_pairs, crop_pairs, sentinel_pairs}
 MAKES = {  # what a method's pairs have besides image, prompt and two responses; a method may be missing here
     "rank": (), "bdhs": (), "corrupt": (), "sentinel": ("context",), "povid": ("rejected_image",),
     "mdpo": ("rejected_image",), "realign": ("rejected_image",), "adavip": ("rejected_image",),
     "symmpo": ("rejected_image", "rejected_image_response"),
 }
+ONE_IMAGE = {"neighbours", "candidates", "folder", "shown"}  # what is found of, or made from, one image of a record
 FIELD = {"records": None, "answered": "chosen", "pairs": "rejected"}  # what tells a function's records from others
 
 
@@ -127,7 +127,7 @@ def refuse_unfit(method: str, functions: list[Callable], options: dict, records:
     writes = FIELD[arguments_of(functions[0])[0]] != "rejected" or any("author" in arguments_of(f) for f in functions)
     if writes and have_context(records):
         raise BadInput(f"{method} writes whole responses: those of these records continue a 'context'")
-    if ONE_IMAGE & set(functions):
+    if any(ONE_IMAGE.intersection(arguments_of(function)) for function in functions):
         refuse_several(records, method)
     own = options_of(*with_tools(*functions))
     refuse(f"--{name.replace('_', '-')} is for chosen responses that are not given; these records bring theirs"

@@ -50,18 +50,9 @@ def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[
 
     Records of the same image share one pass of the vision tower.
     """
-    training = model.training
-    model.eval()
-    views, shows = processor.show([record["image"] for record in records], root)
-    groups = generate(
-        model, views,
-        [processor.prompt(record["prompt"], [len(views[i].rows) for i in shown])
-         for record, shown in zip(records, shows)],
-        shows=shows, eos_id=processor.eos_id,
-        questions=[processor.question(record["prompt"]) for record in records],
-        n=samples, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds,
-    )
-    model.train(training)
+    asked = processor.questions([record["image"] for record in records], [record["prompt"] for record in records], root)
+    groups = generate(model, **asked, eos_id=processor.eos_id, n=samples, max_new_tokens=max_new_tokens,
+                      temperature=temperature, seeds=seeds)
     return [[ids + ([processor.eos_id] if len(ids) < max_new_tokens else []) for ids in group] for group in groups]
 
 

@@ -25,6 +25,7 @@ wrong: such a pair says nothing about hallucination. The score of judges/clip.py
 from collections import Counter
 from collections.abc import Callable
 
+from data.records import pair_of
 from judges.scores import Judge, Judgement, Score, order
 
 UNFAITHFUL = "the chosen response is not faithful"
@@ -46,12 +47,9 @@ def rank_pairs(records: list[dict], sample: Sample, judge: Judge, source: dict |
             dropped[reason] += 1
             continue
         best, worst = ranking[0], ranking[-1]
-        pairs.append({
-            "id": record["id"], "image": record["image"], "prompt": record["prompt"],
-            "chosen": texts[best], "rejected": texts[worst], "rejected_image": None,
-            "source": {"method": "rank", **(source or {}), "samples": len(texts),
-                       "chosen": verdict[best]._asdict(), "rejected": verdict[worst]._asdict()},
-        })
+        origin = {"method": "rank", **(source or {}), "samples": len(texts), "chosen": verdict[best]._asdict(),
+                  "rejected": verdict[worst]._asdict()}
+        pairs.append(pair_of(record, origin, chosen=texts[best], rejected=texts[worst]))
     return pairs, dropped
 
 

@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.processor import Processor
+from data.records import pair_of
 from metrics.chair import TWO_WORDS, load_synonyms, singularize
 from model.cache import Prompts
 from model.generate import read, write
@@ -139,11 +140,8 @@ def infill(jobs: list[Job], model: Llava, processor: Processor, *, gap_tokens: i
     texts = []
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        names = list(dict.fromkeys(job.image for job in batch))
-        views = [processor.image(name, root) for name in names]
-        shows = [names.index(job.image) for job in batch]
-        prompts = read(model, views, [processor.prompt(job.prompt, len(views[i].rows)) for job, i in zip(batch, shows)],
-                       shows=shows, questions=[processor.question(job.prompt) for job in batch])
+        asked = processor.questions([job.image for job in batch], [job.prompt for job in batch], root)
+        prompts = read(model, **asked)
         texts += fill(batch, partial(_write_on, model, processor, prompts, gap_tokens))
     return texts
 
@@ -227,16 +225,12 @@ def algorithm_1(answered: list[dict], near: list[list[Hit]], complete: Complete,
         for row, text, score in zip(waiting, texts, similarities):
             chosen = answered[row]["chosen"]
             if score < tau and text.strip() != chosen.strip() and (not differ or names_another(text, chosen)):
-                found = {"rank": rank + 1, "cosine": round(near[row][rank][1], 4), "similarity": round(score, 4)}
-                made[row] = _pair(answered[row], text, near[row][rank][0], {**(source or {}), **found})
+                image, cosine = near[row][rank]
+                origin = {"method": "realign", **(source or {}), "rank": rank + 1, "cosine": round(cosine, 4),
+                          "similarity": round(score, 4), "text": answered[row].get("source")}
+                made[row] = pair_of(answered[row], origin, chosen=chosen, rejected=text, rejected_image=image)
     unmasked = sum(not found for found in spans)
     alone = sum(bool(found) and not others for found, others in zip(spans, near))
     dropped = Counter({"nothing to mask": unmasked, "no other image is found": alone,
                        f"no completion below similarity {tau}": len(answered) - unmasked - alone - len(made)})
     return [made[row] for row in sorted(made)], +dropped
-
-
-def _pair(record: dict, rejected: str, image: str, source: dict) -> dict:
-    return {"id": record["id"], "image": record["image"], "prompt": record["prompt"],
-            "chosen": record["chosen"], "rejected": rejected, "rejected_image": image,
-            "source": {"method": "realign", **source, "text": record.get("source")}}

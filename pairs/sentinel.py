@@ -48,7 +48,7 @@ from pathlib import Path
 
 from data.corrupt import sample_seed
 from data.processor import Processor
-from data.records import continued
+from data.records import continued, pair_of
 from judges.scene import synonyms
 from metrics.chair import mentions
 from model.generate import read, write
@@ -64,26 +64,18 @@ def sentinel_pairs(records: list[dict], model: Llava, processor: Processor, show
                    temperature: float = 0.7, new_objects: bool = False, max_sentences: int = 10,
                    max_new_tokens: int = 96, seed: int = 0) -> tuple[list[dict], Counter]:
     """Pairs of sentences after a context, several of an image."""
-    training = model.training
-    model.eval()
     sample = sampler(records, model, processor, root, samples=samples, temperature=temperature,
                      max_new_tokens=max_new_tokens, seed=seed)
     origin = {**(source or {}), "seed": seed, "temperature": temperature}
-    found = bootstrap(records, sample, shown, new_objects=new_objects, max_sentences=max_sentences, seed=seed,
-                      source=origin)
-    model.train(training)
-    return found
+    return bootstrap(records, sample, shown, new_objects=new_objects, max_sentences=max_sentences, seed=seed,
+                     source=origin)
 
 
 def sampler(records: list[dict], model: Llava, processor: Processor, root: Path | None, *, samples: int,
             temperature: float, max_new_tokens: int, seed: int) -> Next:
     """Step 1. Images and questions are computed once for all rounds; a context for which the decoder's window has no
     room has no next sentence."""
-    names = list(dict.fromkeys(record["image"] for record in records))
-    views = [processor.image(name, root) for name in names]
-    shows = [names.index(record["image"]) for record in records]
-    prompts = read(model, views, [processor.prompt(r["prompt"], len(views[i].rows)) for r, i in zip(records, shows)],
-                   shows=shows, questions=[processor.question(record["prompt"]) for record in records])
+    prompts = read(model, **processor.questions([r["image"] for r in records], [r["prompt"] for r in records], root))
 
     def sample(rows: list[int], contexts: list[str], step: int) -> list[list[str | None]]:
         writings = [Writing(processor, Cut(context, "", "", "")) for context in contexts]
@@ -111,8 +103,10 @@ def bootstrap(records: list[dict], sample: Next, shown: Callable[[dict], set[str
         for row, texts in zip(list(going), samples):
             objects = {text: objects_of(text) for text in texts if text}  # of each distinct sentence
             familiar = objects_of(contexts[row])
-            for pair in pairs_of(objects, familiar, seen[row], new_objects):
-                made[row].append(_pair(records[row], len(made[row]) + 1, contexts[row], *pair, source or {}))
+            for chosen, rejected in pairs_of(objects, familiar, seen[row], new_objects):
+                pair = pair_of(records[row], {"method": "sentinel", **(source or {})}, context=contexts[row],
+                               chosen=chosen, rejected=rejected)
+                made[row].append({**pair, "id": f"{records[row]['id']}/{len(made[row]) + 1}"})
             best = to_continue(objects, familiar, seen[row])
             if not best or texts.count("") > len(texts) / 2:
                 going.remove(row)
@@ -141,8 +135,3 @@ def to_continue(objects: dict[str, set[str]], familiar: set[str], shown: set[str
     faithful = [text for text, said in objects.items() if said and said <= shown]
     new = [text for text in faithful if not objects[text] & familiar]
     return new or faithful or [text for text, said in objects.items() if not said]
-
-
-def _pair(record: dict, number: int, context: str, chosen: str, rejected: str, source: dict) -> dict:
-    return {"id": f"{record['id']}/{number}", "image": record["image"], "prompt": record["prompt"], "context": context,
-            "chosen": chosen, "rejected": rejected, "rejected_image": None, "source": {"method": "sentinel", **source}}

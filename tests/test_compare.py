@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from common import BadInput
+from common import BadInput, options_of
 from evaluate import BENCHMARKS
 from metrics.compare import PUBLISHED, Run, at, compare, differences, picture, read_published, read_runs
 
@@ -190,7 +190,7 @@ def test_published_rows_have_known_columns_and_variants():
         benchmark = BENCHMARKS[found["benchmark"]]
         assert found.keys() - {"note"} == {"paper", "table", "method", "model", "benchmark", "variant", "figures"}
         assert found["figures"] and set(found["figures"]) <= set(benchmark.figures)
-        options = {name for f in evaluate.functions_of(benchmark) for name in evaluate.options_of(f)}
+        options = {name for f in evaluate.functions_of(benchmark) for name in options_of(f)}
         asked = {path.split(".")[2] for path in found["variant"] if path.startswith("protocol.options.")}
         assert asked <= options and found["variant"]["protocol.subset"] is False
     assert {row["benchmark"] for row in rows} <= set(BENCHMARKS) and read_published("pope")[0]["benchmark"] == "pope"

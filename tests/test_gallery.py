@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import run_script
 from data.images import open_image
 from data.records import write_jsonl
 from pairs.gallery import main, marked, objects, thumbnail, write_gallery
@@ -115,9 +116,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'p.html'}\n"
     assert Page((tmp_path / "p.html").read_text()).text["h2"] == ["a"]
     write_jsonl(tmp_path / "p.jsonl", [{**PAIR, "image": "none.png"}])
-    with pytest.raises(SystemExit):
-        main()
-    assert "none.png: no such image" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, "pairs.gallery")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("pairs.gallery: ") and "none.png: no such image" in said
 
 
 def test_in_a_browser(tmp_path):

@@ -360,7 +360,7 @@ class Words:
     """Stands for data.processor.Processor: pictures by number, prompts and answers as numbers in text."""
 
     eos_id = NEVER
-    show = Processor.show
+    show, questions = Processor.show, Processor.questions
 
     def __init__(self):
         self.opened: list[str] = []

@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 from test_formats import ROWS, A, B, Q
 
-from common import BadInput, check_ranges, meaning, options_of
+import generate_pairs
+from common import BadInput, check_ranges, meaning, options_of, run_script
 from data import scenes
 from data.batch import collate
 from data.detect import Detection
 from data.formats import load
 from data.processor import ClipProcessor, Processor
 from data.records import PAIR_TEXTS, read_pairs, write_jsonl
-from generate_pairs import RANGES, main, read_arguments, read_input, relocate, run
+from generate_pairs import RANGES, read_arguments, read_input, relocate, run
 from generate_pairs import __doc__ as MANUAL
 from judges.ask import CUT, Reply, Request, local_model
 from judges.scene import judge_scene
@@ -298,7 +299,7 @@ def test_a_server_that_is_not_there(tmp_path, monkeypatch, capsys):
                "--judge-model", "some-vlm", "--out", str(tmp_path / "p.jsonl")]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as ended:
-        main()
+        run_script(generate_pairs.main, "generate_pairs.py", "; go on with --resume")
     assert ended.value.code == 2 and not (tmp_path / "p.jsonl").exists()
     assert "http://127.0.0.1:9/v1/chat/completions: no answer after 6 tries" in capsys.readouterr().err
 
@@ -497,7 +498,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["generate_pairs.py", "--scenes", "2", *arguments])
     with pytest.raises(SystemExit) as ended:
-        main()
+        run_script(generate_pairs.main, "generate_pairs.py", "; go on with --resume")
     assert ended.value.code == 2 and reason in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
@@ -690,7 +691,7 @@ def test_what_out_holds_is_replaced_on_demand_only(photos, tmp_path, monkeypatch
     monkeypatch.setattr(mdpo, "store", stopping)
     monkeypatch.setattr("sys.argv", ["generate_pairs.py", *command, "--overwrite"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        run_script(generate_pairs.main, "generate_pairs.py", "; go on with --resume")
     assert ended.value.code == 1 and "interrupted; go on with --resume" in capsys.readouterr().err
     with pytest.raises(BadInput, match="other settings"):
         run(read_arguments([*command, "--resume", "--seed", "1"]))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import BadInput
+from common import BadInput, run_script
 from data import scenes
 from data.processor import ClipProcessor, Processor
 from data.records import read_pairs, write_jsonl
@@ -532,6 +532,6 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["generate_pairs.py", *arguments])
     with pytest.raises(SystemExit) as ended:
-        main()
+        run_script(main, "generate_pairs.py")
     assert ended.value.code == 2 and reason in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]

@@ -16,7 +16,7 @@ from test_anyres import GRID
 
 import generate_pairs
 import train
-from common import BadInput
+from common import BadInput, run_script
 from data.batch import BadRecord, check_image, collate, tokens_of
 from data.check import check_records, problems_of
 from data.corrupt import add_noise, crop
@@ -545,5 +545,5 @@ def test_the_command_refuses_scenes_without_files(tmp_path, monkeypatch, capsys)
     words = ["--method", "rank", "--data", str(path), "--out", str(tmp_path / "o.jsonl"), "--format", "trl"]
     monkeypatch.setattr("sys.argv", ["generate_pairs.py", *words])
     with pytest.raises(SystemExit) as ended:
-        generate_pairs.main()
+        run_script(generate_pairs.main, "generate_pairs.py")
     assert ended.value.code == 2 and "scenes have no files to point to" in capsys.readouterr().err

@@ -14,7 +14,6 @@ Every tensor keeps its dtype. Missing, unexpected and mis-shaped tensors are nam
 
 import argparse
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import BadInput, written_whole
+from common import run_script, written_whole
 from model.checkpoint import BUFFERS
 from model.config import llama_config, read_config
 from model.families.instructblip import READER, hf_config
@@ -88,17 +87,12 @@ def _fuse(query: Stored, value: Stored) -> Tensor:
 
 
 def main() -> None:
-    """The command line; exit status 2 on bad input."""
+    """The command line. Raises BadInput."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("trained", "tower", "vicuna", "vocabulary", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    arguments = parser.parse_args()
-    try:
-        convert(**vars(arguments))
-    except BadInput as error:
-        print(f"tools.lavis: {error}", file=sys.stderr)
-        sys.exit(2)
+    convert(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "tools.lavis")
