@@ -100,7 +100,7 @@ def test_checkpointing_changes_nothing(pairs, tmp_path):
     plain, saving = tmp_path / "plain", tmp_path / "saving"
     train.main(arguments(pairs, plain, "--loss", "dpo"))
     train.main(arguments(pairs, saving, "--loss", "dpo", "--checkpointing"))
-    assert losses(saving) == pytest.approx(losses(plain), abs=1e-6)
+    assert losses(saving) == pytest.approx(losses(plain), abs=1e-5)  # the MLP goes in parts
 
 
 def test_two_processes_equal_one(pairs, tmp_path):
