@@ -37,7 +37,7 @@ class Words:
 
     image_id, eos_id, patches, window = WORDS.index("<image>"), EOS, 1, 100
 
-    show = Processor.show
+    show, questions = Processor.show, Processor.questions
 
     def image_tokens(self, reference: str, root=None) -> int:
         return 1

@@ -476,3 +476,11 @@ def test_answers_names_the_image_of_broken_logits(llava_folder):
     model.language_model.model.embed_tokens.weight.data[30] = float("nan")
     with pytest.raises(ValueError, match="^4: the model's logits are NaN or infinite"):
         answers(model, Words(), ["0", "1", "0", "4", "2"], ["7", "8 9", "8", "30", "10"], batch_size=2, max_new_tokens=1)
+
+
+def test_writing_is_without_dropout_and_afterwards_it_is_back(model, views):
+    seen = []
+    model.language_model.model.layers[0].mlp.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    model.train()
+    generate(model, views[:1], [small.prompt(6, 7)], eos_id=1, max_new_tokens=3)
+    assert seen and not any(seen) and model.training and model.language_model.training

@@ -751,7 +751,9 @@ def making(monkeypatch):
     for method in ("rank", "corrupt"):
         monkeypatch.setitem(METHODS, method, [quick_pairs])
     monkeypatch.setattr(prepare, "make_pairs", functools.partial(make_pairs, batch_size=4))
-    return SimpleNamespace(chunks=chunks, deaths=deaths)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+    yield SimpleNamespace(chunks=chunks, deaths=deaths)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

@@ -97,18 +97,18 @@ def test_a_value_is_read_before_its_token(model, views):
 
 
 def test_an_end_token_is_added_only_where_one_was_drawn(monkeypatch):
-    """At most 3 tokens: two words have ended, three were cut. Every record has its own picture and seed, in its
-    place; there is no dropout, afterwards it is back."""
+    """At most 3 tokens: two words have ended, three were cut. Every record has its own picture and seed, in its place.
+    """
     asked = {}
     monkeypatch.setattr(online, "generate", lambda model, views, prompts, **options: asked.update(
-        options, views=len(views), prompts=prompts, dropout=model.training) or [
+        options, views=len(views), prompts=prompts) or [
             [[A, DOG], [TWO, CATS, DOG]], [[], [A]], [[A], [DOG]]])
     model = torch.nn.Module().train()
     said = online.sample(model, Words(), records("r0", "r1", "r0"), [7, 8, 9], None, samples=2, temperature=0.7,
                          max_new_tokens=3)
     assert said == [[[A, DOG, EOS], [TWO, CATS, DOG]], [[EOS], [A, EOS]], [[A, EOS], [DOG, EOS]]] and model.training
     assert asked == {"views": 2, "prompts": [[1, 0]] * 3, "shows": [(0,), (1,), (0,)], "eos_id": EOS, "n": 2,
-                     "questions": [()] * 3, "max_new_tokens": 3, "temperature": 0.7, "seeds": [7, 8, 9], "dropout": False}
+                     "questions": [()] * 3, "max_new_tokens": 3, "temperature": 0.7, "seeds": [7, 8, 9]}
 
 
 # ---- PPO ---------------------------------------------------------------------------------------------------
