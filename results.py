@@ -1,8 +1,8 @@
 """What a run of train.py measures before and after its steps, and the model it writes.
 
     measurement     what fits the run: hallucination on held-out scenes, a reward model's accuracy, or nothing
-    table           before and after, side by side
     write_model     model/, adapters/ and what else --out receives
+    write_result    result.json, plots.svg, and before and after on the console
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +11,14 @@ from functools import partial
 import torch
 
 import evaluate
+import plots
 import reinforce
 from data.batch import without_bad
 from data.images import is_scene
 from data.processor import Processor
 from lifecycle import Run, stop_at
 from model.adapters import save_adapters
-from model.checkpoint import save_llava
+from model.checkpoint import save_json, save_llava
 from model.llava import Llava
 from model.reward import save_reward_head
 
@@ -92,3 +93,15 @@ def write_model(run: Run) -> None:
         with run.policy.whole(here=first):
             if first:
                 reinforce.draw_scores(run.learner, run.records, args.out / "scores.svg")
+
+
+def write_result(run: Run, before: dict[str, float], after: dict[str, float], minutes: float) -> None:
+    """result.json and plots.svg of a finished run; what was measured, side by side, on the console."""
+    out, result = run.args.out, {"config": run.config, "before": before, "after": after, "minutes": minutes}
+    if run.bad_records:
+        result["bad_records"] = run.bad_records
+        print(f"bad records, whose places others took: {len(run.bad_records)}; result.json lists them")
+    save_json(result, out / "result.json")
+    plots.draw([out], out / "plots.svg")
+    print(table(before, after) if before else "")
+    print(f"{out}/model written, {minutes:.1f} minutes")

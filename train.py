@@ -57,7 +57,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import estimate
-import plots
 import reinforce
 from common import run_script
 from data.batch import Batch, Drawn, MicroBatches, with_seeds, without_bad
@@ -103,7 +102,7 @@ from model.training import Policy, StopRequest, learning_rate, named, pick, set_
 from options import Recipe, check, check_places, kwargs_of, read_arguments, unfinished_pairs
 from pairs import online
 from prepare import check_texts, find_records, load_model, make_judges, make_policy, read_records, record_lengths
-from results import measurement, table, write_model
+from results import measurement, write_model, write_result
 
 LOSSES = {
     "sft": Recipe(sft.sft_loss, sft.SEQUENCES, "rank", has=("sft_weight",)),
@@ -292,6 +291,7 @@ def reference_cache(run: Run) -> dict[str, Tensor]:
     args, bad = run.args, []
 
     def score(records: list[dict]) -> dict[str, Tensor]:
+        """"NAME/ID" -> token log-probs of that sequence (tokens,)."""
         batch, refused = without_bad(records, run.collate)
         bad.extend(refused)
         if batch is None:
@@ -361,15 +361,7 @@ def main(argv: list[str] | None = None) -> int:
         write_model(run)
         after = measured()
     if rank == 0 and finished:
-        minutes = (time.perf_counter() - started) / 60
-        result = {"config": config, "before": before, "after": after, "minutes": minutes}
-        if run.bad_records:
-            result["bad_records"] = run.bad_records
-            print(f"bad records, whose places others took: {len(run.bad_records)}; result.json lists them")
-        save_json(result, args.out / "result.json")
-        plots.draw([args.out], args.out / "plots.svg")
-        print(table(before, after) if before else "")
-        print(f"{args.out}/model written, {minutes:.1f} minutes")
+        write_result(run, before, after, (time.perf_counter() - started) / 60)
     elif rank == 0:
         print(f"interrupted; go on with --resume --out {args.out}")
     if dist.is_initialized():
