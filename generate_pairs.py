@@ -98,7 +98,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, parents=[first], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_general_options(parser)
-    add_options(parser.add_argument_group(f"options of {known.method}"), *with_tools(*METHODS[known.method]))
+    add_options(parser.add_argument_group(f"options of {known.method}"), *with_tools(*METHODS[known.method].functions))
     args = parser.parse_args(argv)
     suffix = {"plumbline": ".jsonl", "trl": ".parquet"}[args.format]
     args.out = args.out or Path("runs") / f"pairs-{args.method}{suffix}"
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> dict | None:
         forget(args.out)
     share.barrier()
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has the GPU of its number
-    options = {name: getattr(args, name) for name in options_of(*with_tools(*METHODS[args.method]))}
+    options = {name: getattr(args, name) for name in options_of(*with_tools(*METHODS[args.method].functions))}
     found = make_pairs(
         args.method, records=records, root=root, folder=args.out.with_name(f"{args.out.stem}-images"), out=args.out,
         file=args.data or "scenes", cache=args.cache, batch_size=args.batch_size, bad_records=args.bad_records,

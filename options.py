@@ -25,7 +25,7 @@ from model.checkpoint import DEFAULT_CLIP, DEFAULT_MODEL
 from model.families import TEMPLATES
 from model.resume import checkpoints
 from model.training import SCHEDULES, named
-from pairs.methods import MAKES, METHODS
+from pairs.methods import METHODS
 from pairs.progress import parts
 
 TUNED = "train.json"  # settings that suit a model: {option: value} and, for single functions, {name: {option: value}}
@@ -320,9 +320,9 @@ def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
 def pair_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
     """Pairs of --pairs that lack what the loss reads, or continue a context where it samples whole responses."""
     needs = fields_of(recipe.sequences) - {*PAIR_TEXTS, "generated"}
-    fitting = [method for method, makes in MAKES.items()
-               if needs.issubset(makes) and not (recipe.samples and "context" in makes)]
-    if recipe.pairs and args.pairs in MAKES and args.pairs not in fitting:
+    fitting = [method for method, (_, adds) in METHODS.items()
+               if needs.issubset(adds) and not (recipe.samples and "context" in adds)]
+    if recipe.pairs and args.pairs and args.pairs not in fitting:
         reason = " and ".join(sorted(needs)) or "responses without a context"
         yield f"--pairs {args.pairs}: {args.loss} needs {reason}, which {', '.join(fitting)} make"
 

@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from common import BadInput, arguments_of, options_of, refuse
 from data import scenes
@@ -35,21 +36,24 @@ from pairs.symmpo import symmetric_pairs
 from pairs.texts import chosen_responses
 from pairs.tools import Setting, Tools, check_options, with_tools
 
+
+class Method(NamedTuple):
+    """A line of METHODS."""
+
+    functions: list[Callable]
+    adds: tuple[str, ...] = ()  # what its pairs have besides image, prompt and two responses
+
+
 METHODS = {
-    "rank": [rank_pairs],
-    "realign": [chosen_responses, realign_pairs],
-    "adavip": [rank_pairs, adavip_pairs],
-    "symmpo": [rank_pairs, symmetric_pairs],
-    "bdhs": [chosen_responses, bdhs_pairs],
-    "povid": [chosen_responses, corrupt_pairs, noise_pairs],
-    "mdpo": [rank_pairs, crop_pairs],
-    "corrupt": [chosen_responses, corrupt_pairs],
-    "sentinel": [sentinel_pairs],
-}
-MAKES = {  # what a method's pairs have besides image, prompt and two responses; a method may be missing here
-    "rank": (), "bdhs": (), "corrupt": (), "sentinel": ("context",), "povid": ("rejected_image",),
-    "mdpo": ("rejected_image",), "realign": ("rejected_image",), "adavip": ("rejected_image",),
-    "symmpo": ("rejected_image", "rejected_image_response"),
+    "rank": Method([rank_pairs]),
+    "realign": Method([chosen_responses, realign_pairs], adds=("rejected_image",)),
+    "adavip": Method([rank_pairs, adavip_pairs], adds=("rejected_image",)),
+    "symmpo": Method([rank_pairs, symmetric_pairs], adds=("rejected_image", "rejected_image_response")),
+    "bdhs": Method([chosen_responses, bdhs_pairs]),
+    "povid": Method([chosen_responses, corrupt_pairs, noise_pairs], adds=("rejected_image",)),
+    "mdpo": Method([rank_pairs, crop_pairs], adds=("rejected_image",)),
+    "corrupt": Method([chosen_responses, corrupt_pairs]),
+    "sentinel": Method([sentinel_pairs], adds=("context",)),
 }
 ONE_IMAGE = {"neighbours", "candidates", "folder", "shown"}  # what is found of, or made from, one image of a record
 FIELD = {"records": None, "answered": "chosen", "pairs": "rejected"}  # what tells a function's records from others
@@ -114,7 +118,7 @@ def make_pairs(method: str, model=None, processor=None, clip=None, clip_processo
 
 def chain(method: str, records: list[dict]) -> list[Callable]:
     """The functions of a method from the last on whose records are given. Raises BadInput."""
-    functions = METHODS[method]
+    functions = METHODS[method].functions
     fields = [FIELD[arguments_of(function)[0]] for function in functions]
     begin = max(i for i, field in enumerate(fields) if field is None or have(field, records))
     if fields[begin] is None and have("rejected", records):
@@ -146,7 +150,7 @@ def have(field: str, records: list[dict]) -> bool:
 
 def complete_options(method: str, given: dict) -> dict:
     """All options of a method with their values. Raises BadInput on those that it does not have."""
-    defaults = {name: default for name, (_, default) in options_of(*with_tools(*METHODS[method])).items()}
+    defaults = {name: default for name, (_, default) in options_of(*with_tools(*METHODS[method].functions)).items()}
     if unknown := given.keys() - defaults.keys():
         raise BadInput(f"{method} has no option {', '.join(sorted(unknown))}")
     check_options(options := defaults | given)

@@ -32,7 +32,7 @@ from options import check as check_of_train
 from options import pair_problems
 from options import read_arguments as read_arguments_of_train
 from pairs import bdhs, mdpo, realign, texts, tools
-from pairs.methods import MAKES, METHODS, chain, complete_options, make_pairs, scene_records
+from pairs.methods import METHODS, Method, chain, complete_options, make_pairs, scene_records
 from pairs.rank import UNFAITHFUL
 from pairs.texts import scene_captions
 from pairs.tools import Setting, Tools, with_tools
@@ -77,7 +77,7 @@ def test_a_loss_that_cannot_read_a_methods_pairs_says_so_before_they_are_made(me
     """Of all losses: refused early if and only if the pairs themselves would be."""
     pairs, _ = make(method, models, tmp_path, scene_seeds=SEEDS[:3])
     assert {key for pair in pairs for key, value in pair.items() if value is not None} == \
-        {*PAIR_TEXTS, "source", *MAKES[method]}
+        {*PAIR_TEXTS, "source", *METHODS[method].adds}
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     for loss, recipe in LOSSES.items():
         args = read_arguments_of_train(LOSSES, ["--loss", loss, "--pairs", method])
@@ -89,8 +89,8 @@ def test_a_loss_that_cannot_read_a_methods_pairs_says_so_before_they_are_made(me
             (early,) = found
             start, fitting = early.removesuffix(" make").split(", which ")
             assert start.startswith(f"--pairs {method}: {loss} needs ") and method not in fitting.split(", ")
-            assert fitting.split(", ") == [other for other in MAKES if not refused(loss, other)]
-            assert all(key in start for key in MAKES["symmpo"] if f"{key!r} is missing" in late)
+            assert fitting.split(", ") == [other for other in METHODS if not refused(loss, other)]
+            assert all(key in start for key in METHODS["symmpo"].adds if f"{key!r} is missing" in late)
             assert ("without a context" in start) == ("continue a 'context'" in late)
             with pytest.raises(BadInput, match=re.escape(early)):
                 check_of_train(args, recipe, 1)
@@ -106,9 +106,11 @@ def refused(loss: str, method: str) -> bool:
     return bool([*pair_problems(args, LOSSES[loss])])
 
 
-def test_of_a_method_of_ones_own_nothing_is_refused_early(monkeypatch):
-    monkeypatch.setitem(METHODS, "wild", [])
-    assert not refused("adavip", "wild")
+def test_a_method_of_ones_own_fits_by_what_its_line_says(monkeypatch):
+    monkeypatch.setitem(METHODS, "wild", Method([]))
+    assert refused("adavip", "wild") and not refused("dpo", "wild")
+    monkeypatch.setitem(METHODS, "wilder", Method([], adds=("rejected_image",)))
+    assert not refused("adavip", "wilder")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -161,7 +163,7 @@ def test_what_could_not_be_read_back_is_dropped(tmp_path, monkeypatch):
         return [{**record, "chosen": "A dog.", "rejected": text, "rejected_image": None}
                 for record, text in zip(records, said)], Counter()
 
-    monkeypatch.setitem(METHODS, "wild", [wild_pairs])
+    monkeypatch.setitem(METHODS, "wild", Method([wild_pairs]))
     pairs, report = make_pairs("wild", scene_seeds=SEEDS[:5], progress=False)
     assert [pair["rejected"] for pair in pairs] == ["A cup.", "A cat."]
     assert report["dropped"] == {"a text that cannot be read back": 3} and report["pairs"] == 2
@@ -608,7 +610,7 @@ def test_the_manual_lists_every_method():
 
 def test_every_option_has_a_meaning_and_a_range():
     """The tables in the headers of the files name all options; numbers without a range are seeds."""
-    for method, functions in METHODS.items():
+    for method, (functions, _) in METHODS.items():
         found = options_of(*with_tools(*functions))
         assert [name for name in found if not meaning(name, *with_tools(*functions))] == []
         numbers = {name for name, (_, default) in found.items() if type(default) in (int, float)}
@@ -629,7 +631,7 @@ def test_functions_get_the_tools_and_options_that_they_ask_for_by_name(models, t
         return [{**pair, "rejected": pair["chosen"] + "!" * marks, "source": {"method": "shout", **models}}
                 for pair in pairs[1:]], Counter({"the first": 1})
 
-    monkeypatch.setitem(METHODS, "shout", [METHODS["rank"][0], shout])
+    monkeypatch.setitem(METHODS, "shout", Method([*METHODS["rank"].functions, shout]))
     pairs, report = make("shout", models, tmp_path, marks=3, batch_size=6)
     assert report["dropped"]["the first"] == 1 and all(p["rejected"] == p["chosen"] + "!!!" for p in pairs)
     with pytest.raises(BadInput, match="shout has no option tau"):

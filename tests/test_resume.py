@@ -37,7 +37,7 @@ from model import reference, resume, training
 from model.checkpoint import DEFAULT_MODEL, load_llava
 from model.tensors import save_shards
 from options import RANGES, check, read_arguments
-from pairs.methods import METHODS, make_pairs
+from pairs.methods import METHODS, Method, make_pairs
 from pairs.progress import parts
 
 HOME = Path(__file__).resolve().parents[1]
@@ -749,7 +749,7 @@ def making(monkeypatch):
         return [record | texts for record in records[1:]], Counter({"the first": 1})
 
     for method in ("rank", "corrupt"):
-        monkeypatch.setitem(METHODS, method, [quick_pairs])
+        monkeypatch.setitem(METHODS, method, Method([quick_pairs]))
     monkeypatch.setattr(prepare, "make_pairs", functools.partial(make_pairs, batch_size=4))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     yield SimpleNamespace(chunks=chunks, deaths=deaths)
