@@ -28,7 +28,6 @@ import json
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,20 +38,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
 
-from common import versions, written_whole
-from losses.adavip import adavip_loss
-from losses.dpo import dpo_loss
-from model.config import LlamaConfig, VisionConfig
+from benchmarks.rig import (
+    LLAVA_7B,
+    Shapes,
+    Step,
+    draw_batch,
+    llava,
+    make_step,
+    packed_batch,
+    peer_config,
+    trl_batch,
+    trl_step,
+    trl_trainer,
+    with_adapters,
+)
+from common import versions, write_text
 from model.generate import generate
-from model.llava import Llava, LlavaConfig
-from model.logprobs import Packed, Scorer, Sequence, naive_logprobs, pack
-from model.lora import TARGETS, Reference, add_lora
-from model.views import View, single, stack
+from model.llava import Llava
+from model.logprobs import Scorer, naive_logprobs, pack
+from model.views import View
 
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}  # dense bf16 TFLOP/s
-BETA, CLIP = 0.1, 1.0
 MODES = {"off": False, "on": True}  # checkpointing
 KINDS = (("head", r"SelectedLogProbs"), ("attention", r"scaled_dot_product|^Attention|flex_attention"),
          ("GEMM", r"aten::(mm|addmm|addmm_|bmm|baddbmm)$"))
@@ -60,30 +67,17 @@ Row = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Size:
-    """Shapes of the network and of the batch."""
+class Size(Shapes):
+    """Shapes of a step, and of what is generated; all prompts and all responses are of one length."""
 
-    config: LlavaConfig
-    rank: int
-    pairs: int
-    prompt: int  # text tokens
-    response: int
-    new_tokens: int
-    batches: tuple[tuple[int, int], ...]  # images, responses to each
+    new_tokens: int = 64
+    batches: tuple[tuple[int, int], ...] = ((1, 1), (8, 1), (64, 1), (1, 8))  # images, responses to each
 
 
 SIZES = {
-    "7b": Size(LlavaConfig(
-        VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                     image_size=336, patch_size=14, projection_dim=768),
-        LlamaConfig(vocab_size=32064, rms_norm_eps=1e-5), image_token_index=32000),
-        rank=128, pairs=8, prompt=44, response=100, new_tokens=64, batches=((1, 1), (8, 1), (64, 1), (1, 8))),
-    "tiny": Size(LlavaConfig(
-        VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28,
-                     patch_size=7, projection_dim=16),
-        LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=4, head_dim=16), image_token_index=120),
-        rank=8, pairs=2, prompt=6, response=8, new_tokens=9, batches=((1, 1), (2, 1), (1, 2))),
+    "7b": Size(LLAVA_7B, pairs=8, prompt=(44, 44), response=(100, 100)),
+    "tiny": Size(llava(64, 2, 4, 128, 32, 2, 2, image=28, patch=7, vocabulary=128), rank=8, pairs=2, prompt=(6, 6),
+                 response=(8, 8), new_tokens=9, batches=((1, 1), (2, 1), (1, 2))),
 }
 
 
@@ -137,7 +131,7 @@ def freed() -> None:
         torch.cuda.empty_cache()
 
 
-# ------------------------------------------------------------------------------------------------ model and batch
+# ------------------------------------------------------------------------------------------------ models
 
 
 def make_model(size: Size, device: torch.device) -> Llava:
@@ -151,39 +145,14 @@ def make_model(size: Size, device: torch.device) -> Llava:
     return model.eval().requires_grad_(False)
 
 
-def with_adapters(model: Llava, size: Size) -> list[Tensor]:
-    """Add LoRA whose update is not 0, so that policy and reference differ; the weights that train."""
-    torch.manual_seed(1)
-    add_lora(model.language_model.model, size.rank, 2.0 * size.rank)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            torch.nn.init.normal_(parameter, std=0.01)
-    return trained
+def peer(size: Size, device: torch.device):
+    """transformers' LLaVA of the same shapes with random bf16 weights, made on the device."""
+    import transformers
 
-
-def draw_batch(size: Size, loss: str) -> tuple[list[View], list[Sequence]]:
-    """Chosen and rejected responses to each image, and for AdaViP the chosen ones with other images."""
-    rng = torch.Generator().manual_seed(0)
-    vision, image_id = size.config.vision, size.config.image_token_index
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, image_id, (count,), generator=rng).tolist())
-
-    texts = [(tokens(size.prompt), tokens(size.response), tokens(size.response)) for _ in range(size.pairs)]
-    prompts = [text[:4] + (image_id,) * vision.num_patches + text[4:] for text, _, _ in texts]
-    sequences = [Sequence(i, prompts[i], texts[i][which]) for which in (1, 2) for i in range(size.pairs)]
-    if loss == "adavip":
-        sequences += [Sequence(size.pairs + i, prompts[i], texts[i][1]) for i in range(size.pairs)]
-    pixels = torch.randn(max(s.image for s in sequences) + 1, 3, vision.image_size, vision.image_size, generator=rng)
-    return [single(image, vision.num_patches) for image in pixels], sequences
-
-
-def packed_batch(size: Size, loss: str, device: torch.device) -> tuple[Tensor, Packed]:
-    """Pixels and the packed sequences, on the device."""
-    views, sequences = draw_batch(size, loss)
-    tiles, rows = stack(views, size.config.tile_tokens)
-    return tiles.to(device), pack(sequences, rows, size.config.image_token_index).to(device)
+    transformers.logging.set_verbosity_error()
+    with device:
+        return transformers.AutoModelForImageTextToText.from_config(peer_config(size.config),
+                                                                    dtype=torch.bfloat16).eval()
 
 
 def model_flops(size: Size, loss: str) -> float:
@@ -198,7 +167,7 @@ def model_flops(size: Size, loss: str) -> float:
         return sum(i * o + size.rank * (i + o) for i, o in shapes)
 
     keys, others = products((D, kv), (D, kv)), products((D, q), (q, D), *[(D, c.intermediate_size)] * 3)
-    body, tail = vision.num_patches + size.prompt, size.response
+    body, tail = vision.num_patches + size.prompt[0], size.response[0]
     images, responses = (size.pairs, 2) if loss == "dpo" else (2 * size.pairs, 1.5)  # responses to each on average
     tokens, scored = images * (body + responses * tail), images * responses * tail
     scores = images * responses * (tail * body + tail**2 / 2)  # of the responses' query-key pairs
@@ -216,7 +185,7 @@ def model_flops(size: Size, loss: str) -> float:
 def parity(size: Size, machine: Machine) -> Iterator[Row]:
     """What must agree; `ok` says whether it does, up to bf16's rounding."""
     model = make_model(size, machine.device)
-    with_adapters(model, size)
+    with_adapters(model, size.rank, lr=0.0, checkpointing=False)
     scorer = Scorer(model, torch.bfloat16)
     views, sequences = draw_batch(size, "dpo")
     pixels, packed = packed_batch(size, "dpo", machine.device)
@@ -256,43 +225,24 @@ def greedy_parity(size: Size, machine: Machine, model: Llava) -> Row:
 # ------------------------------------------------------------------------------------------------ steps
 
 
-def our_step(size: Size, device: torch.device, loss: str, checkpointing: bool, naive: bool = False,
-             ) -> Callable[[], None]:
+def our_step(size: Size, device: torch.device, loss: str, checkpointing: bool, naive: bool = False) -> Step:
     """A training step of a new model."""
     model = make_model(size, device)
-    model.language_model.model.checkpointing = checkpointing
-    trained = with_adapters(model, size)
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    scorer, reference = Scorer(model, torch.bfloat16), Reference(model)
-    views, sequences = draw_batch(size, loss)
-    pixels, packed = packed_batch(size, loss, device)
-    parts = len(sequences) // size.pairs
+    optimizer = with_adapters(model, size.rank, lr=1e-6, checkpointing=checkpointing)
+    return make_step(model, optimizer, size, loss, autocast=torch.bfloat16, naive=naive)
 
-    def logps() -> tuple[Tensor, Tensor]:
-        if not naive:
-            features = model.vision_features(pixels)
-            with reference():
-                frozen = scorer(packed, features)[0].sum(1)
-            return scorer(packed, features)[0].sum(1), frozen
-        with torch.autocast(device.type, torch.bfloat16):
-            with reference():
-                frozen = torch.stack([t.sum() for t in naive_logprobs(model, sequences, views)])
-            return torch.stack([t.sum() for t in naive_logprobs(model, sequences, views)]), frozen
 
-    def step() -> None:
-        policy, frozen = logps()
-        function = {"dpo": dpo_loss, "adavip": adavip_loss}[loss]
-        function(*policy.chunk(parts), *frozen.chunk(parts), beta=BETA)[0].mean().backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def peer_step(size: Size, device: torch.device, loss: str, checkpointing: bool) -> Step:
+    """A step of TRL's DPOTrainer on a new model of transformers."""
+    batch = trl_batch(size, device)
+    trainer = trl_trainer(peer(size, device), size, batch, lr=1e-6, bf16=True, checkpointing=checkpointing)
+    trainer.train()
+    return partial(trl_step, trainer, batch)
 
 
 def steps(size: Size, machine: Machine, side: str, loss: str) -> Iterator[Row]:
     """A step without and with checkpointing, on a model of its own."""
-    make = {"Plumbline": our_step, "naive": partial(our_step, naive=True), "TRL compact": trl_step}[side]
+    make = {"Plumbline": our_step, "naive": partial(our_step, naive=True), "TRL compact": peer_step}[side]
     for mode, checkpointing in MODES.items():
         yield survived({"step": side, "loss": loss, "checkpointing": mode},
                        partial(figures, size, machine, loss, partial(make, size, machine.device, loss, checkpointing)))
@@ -316,73 +266,6 @@ def survived(name: Row, work: Callable[[], Row]) -> Row:
         return name | {"note": "out of memory"}
     except ImportError as error:
         return name | {"note": f"not installed: {error.name}"}
-
-
-def peer(size: Size, device: torch.device):
-    """transformers' LLaVA of the same shapes with random bf16 weights, made on the device."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    c, v = size.config.text, size.config.vision
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=v.hidden_size, intermediate_size=v.intermediate_size, num_hidden_layers=v.num_hidden_layers,
-        num_attention_heads=v.num_attention_heads, image_size=v.image_size, patch_size=v.patch_size)
-    text = transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
-        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text,
-                                      image_token_index=size.config.image_token_index)
-    with device:
-        return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def trl_step(size: Size, device: torch.device, loss: str, checkpointing: bool) -> Callable[[], None]:
-    """A step of DPOTrainer, whose `train` does the set-up (and one step)."""
-    import transformers
-    import trl
-    import trl.trainer.utils as trl_utils
-    from datasets import Dataset
-    from peft import LoraConfig
-    from tokenizers import Tokenizer, models
-
-    trl_utils._use_triton = lambda device: True  # response positions only, as TRL has it on CUDA
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<image>": size.config.image_token_index}, unk_token="<pad>"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
-    processor = transformers.LlavaProcessor(transformers.CLIPImageProcessor(), tokenizer,
-                                            patch_size=size.config.vision.patch_size)  # demanded, never used
-    lora = LoraConfig(r=size.rank, lora_alpha=2 * size.rank, lora_dropout=0.0, bias="none",
-                      target_modules=rf".*language_model\..*\.({'|'.join(TARGETS)})")
-    config = trl.DPOConfig(
-        tempfile.mkdtemp(), bf16=True, use_cpu=device.type == "cpu", gradient_checkpointing=checkpointing,
-        beta=BETA, learning_rate=1e-6, max_grad_norm=CLIP, per_device_train_batch_size=size.pairs, max_steps=1,
-        max_length=None, remove_unused_columns=False, report_to=[], save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, dataloader_pin_memory=False)
-    batch = {key: value.to(device) for key, value in trl_batch(size).items()}
-    rows = Dataset.from_list([{"image": 0, "prompt": "", "chosen": "", "rejected": ""}] * size.pairs)
-    trainer = trl.DPOTrainer(peer(size, device), args=config, train_dataset=rows, peft_config=lora,
-                             data_collator=lambda _: dict(batch), processing_class=processor)
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-
-    def step() -> None:
-        trainer.training_step(trainer.model_wrapped, dict(batch))
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), CLIP)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    return step
-
-
-def trl_batch(size: Size) -> dict[str, Tensor]:
-    """The same pairs as TRL's collator lays them out: chosen rows, then rejected rows, images repeated."""
-    views, sequences = draw_batch(size, "dpo")
-    ids = torch.tensor([s.prompt + s.response for s in sequences])  # all of one length
-    completion = torch.zeros_like(ids)
-    completion[:, -size.response :] = 1
-    pixels = torch.cat([view.pixels for view in views])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion,
-            "pixel_values": torch.cat([pixels, pixels])}
 
 
 # ------------------------------------------------------------------------------------------------ generation
@@ -501,12 +384,9 @@ def main() -> None:
             print(", ".join(f"{key} {shown(value)}" for key, value in row.items() if value is not None), flush=True)
         freed()
     about = {"card": card, "size": args.size, "cuda": torch.version.cuda, **versions()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     heading = ", ".join(f"{key} {value}" for key, value in about.items() if value)
-    for suffix, text in ((".json", json.dumps({**about, "rows": rows}, indent=1) + "\n"),
-                         (".md", heading + "\n" + table(rows))):
-        with written_whole(args.out.with_suffix(suffix)) as path:
-            path.write_text(text)
+    write_text(args.out.with_suffix(".json"), json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    write_text(args.out.with_suffix(".md"), heading + "\n" + table(rows))
     print(f"\n{heading}\n{table(rows)}")
     sys.exit(0 if all(row.get("ok", True) for row in rows) else "parity fails")
 

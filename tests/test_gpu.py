@@ -56,7 +56,7 @@ def test_counted_flops(loss):
     from torch.utils.flop_counter import FlopCounterMode
 
     text = replace(TINY.config.text, intermediate_size=256, num_hidden_layers=4)
-    size = replace(TINY, config=replace(TINY.config, text=text), response=20, rank=16)
+    size = replace(TINY, config=replace(TINY.config, text=text), response=(20, 20), rank=16)
     step = gpu.our_step(size, CPU, loss, checkpointing=False)
     aten = torch.ops.aten
     into = {  # what it does not know: LoRA's second product, the attention of a CPU
