@@ -30,12 +30,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from model.attention import mix
 from model.clip import MLP
 from model.layouts import renamed
-from networks.dino import Head, centres
+from networks.layers import Attention, Head, centres
 from networks.swin import from_windows, pad_to, to_windows
-from networks.weights import Tensors, load_weights
+from networks.weights import Tensors, fuse, load_weights
 
 PUBLISHED = ("sam_vit_b_01ec64.pth (0.4 GB), sam_vit_l_0b3195.pth (1.2 GB) or sam_vit_h_4b8939.pth (2.6 GB,"
              " github.com/facebookresearch/segment-anything; huggingface.co/facebook/sam-vit-*), which cut objects out")
@@ -158,27 +157,15 @@ class PromptEncoder(nn.Module):
         return self.positions(centres(side, side, matrix.device).to(matrix)[0])
 
 
-class Attention(nn.Module):
-    """q (n, T, D), k and v (n, K, D) -> (n, T, D), within `inner` channels."""
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner) for _ in range(3))
-        self.out_proj = nn.Linear(inner, width)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(-1, (HEADS, -1)) for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v)))
-        return self.out_proj(mix(q, k, v).flatten(2))
-
-
 class TwoWayLayer(nn.Module):
     """Tokens and image attend to each other. The first layer's self-attention replaces the tokens, without places."""
 
     def __init__(self, width: int, hidden: int, inner: int, first: bool):
         super().__init__()
         self.first = first
-        self.self_attn = Attention(width, width)
-        self.cross_attn_token_to_image, self.cross_attn_image_to_token = (Attention(width, inner) for _ in range(2))
+        self.self_attn = Attention(width, HEADS)
+        self.cross_attn_token_to_image, self.cross_attn_image_to_token = (
+            Attention(width, HEADS, inner) for _ in range(2))
         self.mlp = MLP(width, hidden, "relu")
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(width) for _ in range(4))
 
@@ -203,7 +190,7 @@ class TwoWayTransformer(nn.Module):
     def __init__(self, width: int, hidden: int, inner: int, layers: int):
         super().__init__()
         self.layers = nn.ModuleList(TwoWayLayer(width, hidden, inner, i == 0) for i in range(layers))
-        self.final_attn_token_to_image = Attention(width, inner)
+        self.final_attn_token_to_image = Attention(width, HEADS, inner)
         self.norm_final_attn = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, image: Tensor, image_places: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,7 +269,8 @@ def convert(tensors: Tensors) -> Tensors:
     """As published or in transformers' names -> as here."""
     names = PEER_NAMES if "shared_image_embedding.positional_embedding" in tensors else ()
     named = {renamed(name, (*names, (r"\.lin([12])\.", r".fc\1."))): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in named.items() if not UNUSED.search(name)}
+    return fuse({name: tensor for name, tensor in named.items() if not UNUSED.search(name)},
+                (".q_proj.", ".k_proj.", ".v_proj."), ".in_proj.")
 
 
 def sizes(found: Tensors) -> tuple[dict, dict]:
@@ -296,7 +284,7 @@ def sizes(found: Tensors) -> tuple[dict, dict]:
     inside = "mask_decoder.transformer."
     layers = {name.split(".")[3] for name in found if name.startswith(f"{inside}layers.")}
     decoder = dict(hidden=len(found[f"{inside}layers.0.mlp.fc1.weight"]), layers=len(layers),
-                   inner=len(found[f"{inside}final_attn_token_to_image.q_proj.weight"]),
+                   inner=found[f"{inside}final_attn_token_to_image.out_proj.weight"].shape[1],
                    quality_hidden=len(found["mask_decoder.iou_prediction_head.layers.0.weight"]))
     return encoder, decoder
 
