@@ -31,17 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.rig import (
-    LLAVA_7B,
-    Shapes,
-    draw_batch,
-    make_step,
-    packed_batch,
-    reset_peak,
-    resident,
-    restart_with,
-    with_adapters,
-)
+from benchmarks import rig
 from model.checkpoint import load_llava
 from model.config import LlamaConfig
 from model.families import find_family
@@ -50,10 +40,10 @@ from model.janus import JanusConfig
 from model.tensors import save_json, save_shards
 from model.vlm import VLM
 
-SIGLIP_L = replace(LLAVA_7B.vision, image_size=384, patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu")
+SIGLIP_L = replace(rig.LLAVA_7B.vision, image_size=384, patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu")
 DEEPSEEK = LlamaConfig(vocab_size=102400, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
                        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=16384)
-FAMILIES = {"llava": LLAVA_7B, "janus": JanusConfig(SIGLIP_L, DEEPSEEK)}
+FAMILIES = {"llava": rig.LLAVA_7B, "janus": JanusConfig(SIGLIP_L, DEEPSEEK)}
 SHARD_BYTES = 1_000_000_000
 BLOCK = 1_000_003  # a prime, so that rows of a matrix do not repeat
 
@@ -85,23 +75,23 @@ def random_weight(name: str, shape: torch.Size) -> Tensor:
 def load(folder: Path, rank: int) -> tuple[VLM, torch.optim.Optimizer]:
     """Model with adapters and optimiser, as train.py sets them up."""
     model = load_llava(folder, torch.bfloat16)
-    return model, with_adapters(model, rank, lr=1e-6, checkpointing=True, std=0.0)
+    return model, rig.with_adapters(model, rank, lr=1e-6, checkpointing=True, std=0.0)
 
 
-def train_step(model: VLM, optimizer: torch.optim.Optimizer, shapes: Shapes) -> None:
+def train_step(model: VLM, optimizer: torch.optim.Optimizer, shapes: rig.Shapes) -> None:
     """One AdaViP step, the first: policy and reference are equal."""
-    loss, norm = make_step(model, optimizer, shapes, "adavip", autocast=torch.bfloat16)()
+    loss, norm = rig.make_step(model, optimizer, shapes, "adavip", autocast=torch.bfloat16)()
     if not torch.isfinite(norm) or abs(loss.item() - 1.0986) > 1e-2:
         sys.exit(f"loss {loss.item():.4f} should be ln 3, and gradient norm {norm.item():.4f} finite")
 
 
 def measure(phase: Callable[[], object]) -> tuple[object, float, float, int, int]:
     """(result, seconds, CPU seconds of all threads, peak resident bytes, anonymous bytes at the end)."""
-    reset_peak()
+    rig.reset_peak()
     start, cpu = time.perf_counter(), time.process_time()
     result = phase()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return result, seconds, cpu, resident("VmHWM"), resident("RssAnon")
+    return result, seconds, cpu, rig.resident("VmHWM"), rig.resident("RssAnon")
 
 
 def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, float, int, int]]:
@@ -109,7 +99,7 @@ def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, f
     config = FAMILIES[args.family]
     layers = args.layers or config.text.num_hidden_layers
     config = replace(config, text=replace(config.text, num_hidden_layers=layers))
-    shapes = Shapes(config, args.rank, pairs=1, prompt=(40, 40), response=(100, 100))
+    shapes = rig.Shapes(config, args.rank, pairs=1, prompt=(40, 40), response=(100, 100))
     table = []
     if not (folder / "config.json").is_file():
         size, *numbers = measure(lambda: write_checkpoint(folder, config))
@@ -117,11 +107,11 @@ def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, f
     (model, optimizer), *numbers = measure(lambda: load(folder, args.rank))
     size = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     table.append(("load", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
-    tokens = len(packed_batch(shapes, "adavip", torch.device("cpu"))[1].ids)  # shared prefixes count once
+    tokens = len(rig.packed_batch(shapes, "adavip", torch.device("cpu"))[1].ids)  # shared prefixes count once
     _, *numbers = measure(lambda: train_step(model, optimizer, shapes))
     table.append(("train step", f"{tokens / numbers[0]:.2f} tokens/s", *numbers))
     optimizer = None  # its memory is not part of what follows
-    views, sequences = draw_batch(shapes)
+    views, sequences = rig.draw_batch(shapes)
     prompt = [list(sequences[0].prompt)]
     _, *numbers = measure(lambda: generate(model, views, prompt, eos_id=-1, max_new_tokens=args.tokens))
     table.append((f"generate {args.tokens}", f"{args.tokens / numbers[0]:.2f} tokens/s", *numbers))
@@ -141,7 +131,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128, help="of the adapters (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=16, help="to generate (default: %(default)s)")
     args = parser.parse_args()
-    restart_with("MALLOC_TRIM_THRESHOLD_", 2**20)
+    rig.restart_with("MALLOC_TRIM_THRESHOLD_", 2**20)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

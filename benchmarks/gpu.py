@@ -39,20 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.rig import (
-    LLAVA_7B,
-    Shapes,
-    Step,
-    draw_batch,
-    llava,
-    make_step,
-    packed_batch,
-    peer_config,
-    trl_batch,
-    trl_step,
-    trl_trainer,
-    with_adapters,
-)
+from benchmarks import rig
 from common import versions, write_text
 from model.generate import generate
 from model.llava import Llava
@@ -67,7 +54,7 @@ Row = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Size(Shapes):
+class Size(rig.Shapes):
     """Shapes of a step, and of what is generated; all prompts and all responses are of one length."""
 
     new_tokens: int = 64
@@ -75,8 +62,8 @@ class Size(Shapes):
 
 
 SIZES = {
-    "7b": Size(LLAVA_7B, pairs=8, prompt=(44, 44), response=(100, 100)),
-    "tiny": Size(llava(64, 2, 4, 128, 32, 2, 2, image=28, patch=7, vocabulary=128), rank=8, pairs=2, prompt=(6, 6),
+    "7b": Size(rig.LLAVA_7B, pairs=8, prompt=(44, 44), response=(100, 100)),
+    "tiny": Size(rig.llava(64, 2, 4, 128, 32, 2, 2, image=28, patch=7, vocabulary=128), rank=8, pairs=2, prompt=(6, 6),
                  response=(8, 8), new_tokens=9, batches=((1, 1), (2, 1), (1, 2))),
 }
 
@@ -150,9 +137,9 @@ def peer(size: Size, device: torch.device):
     import transformers
 
     transformers.logging.set_verbosity_error()
+    make = transformers.AutoModelForImageTextToText.from_config
     with device:
-        return transformers.AutoModelForImageTextToText.from_config(peer_config(size.config),
-                                                                    dtype=torch.bfloat16).eval()
+        return make(rig.peer_config(size.config), dtype=torch.bfloat16).eval()
 
 
 def model_flops(size: Size, loss: str) -> float:
@@ -185,10 +172,10 @@ def model_flops(size: Size, loss: str) -> float:
 def parity(size: Size, machine: Machine) -> Iterator[Row]:
     """What must agree; `ok` says whether it does, up to bf16's rounding."""
     model = make_model(size, machine.device)
-    with_adapters(model, size.rank, lr=0.0, checkpointing=False)
+    rig.with_adapters(model, size.rank, lr=0.0, checkpointing=False)
     scorer = Scorer(model, torch.bfloat16)
-    views, sequences = draw_batch(size, "dpo")
-    pixels, packed = packed_batch(size, "dpo", machine.device)
+    views, sequences = rig.draw_batch(size, "dpo")
+    pixels, packed = rig.packed_batch(size, "dpo", machine.device)
     with torch.no_grad():
         features = model.vision_features(pixels)
         together = scorer(packed, features)[0]  # (2 pairs, L)
@@ -208,7 +195,7 @@ def parity(size: Size, machine: Machine) -> Iterator[Row]:
 @torch.no_grad()
 def greedy_parity(size: Size, machine: Machine, model: Llava) -> Row:
     """How far the logits of the tokens that the cache led to are below the best without a cache."""
-    views, sequences = draw_batch(size, "dpo")
+    views, sequences = rig.draw_batch(size, "dpo")
     prompts = [list(s.prompt) for s in sequences[: size.pairs]]
     out = generate(model, views, prompts, eos_id=-1, max_new_tokens=size.new_tokens)
     gaps = []
@@ -225,19 +212,19 @@ def greedy_parity(size: Size, machine: Machine, model: Llava) -> Row:
 # ------------------------------------------------------------------------------------------------ steps
 
 
-def our_step(size: Size, device: torch.device, loss: str, checkpointing: bool, naive: bool = False) -> Step:
+def our_step(size: Size, device: torch.device, loss: str, checkpointing: bool, naive: bool = False) -> rig.Step:
     """A training step of a new model."""
     model = make_model(size, device)
-    optimizer = with_adapters(model, size.rank, lr=1e-6, checkpointing=checkpointing)
-    return make_step(model, optimizer, size, loss, autocast=torch.bfloat16, naive=naive)
+    optimizer = rig.with_adapters(model, size.rank, lr=1e-6, checkpointing=checkpointing)
+    return rig.make_step(model, optimizer, size, loss, autocast=torch.bfloat16, naive=naive)
 
 
-def peer_step(size: Size, device: torch.device, loss: str, checkpointing: bool) -> Step:
+def peer_step(size: Size, device: torch.device, loss: str, checkpointing: bool) -> rig.Step:
     """A step of TRL's DPOTrainer on a new model of transformers."""
-    batch = trl_batch(size, device)
-    trainer = trl_trainer(peer(size, device), size, batch, lr=1e-6, bf16=True, checkpointing=checkpointing)
+    batch = rig.trl_batch(size, device)
+    trainer = rig.trl_trainer(peer(size, device), size, batch, lr=1e-6, bf16=True, checkpointing=checkpointing)
     trainer.train()
-    return partial(trl_step, trainer, batch)
+    return partial(rig.trl_step, trainer, batch)
 
 
 def steps(size: Size, machine: Machine, side: str, loss: str) -> Iterator[Row]:
@@ -248,10 +235,10 @@ def steps(size: Size, machine: Machine, side: str, loss: str) -> Iterator[Row]:
                        partial(figures, size, machine, loss, partial(make, size, machine.device, loss, checkpointing)))
 
 
-def figures(size: Size, machine: Machine, loss: str, make: Callable[[], Callable[[], None]]) -> Row:
+def figures(size: Size, machine: Machine, loss: str, make: Callable[[], rig.Step]) -> Row:
     """Of the step that `make` makes: seconds, tokens a second, utilisation, memory."""
     seconds, peak = machine.measure(make())
-    tokens = len(packed_batch(size, loss, torch.device("cpu"))[1].ids)
+    tokens = len(rig.packed_batch(size, loss, torch.device("cpu"))[1].ids)
     used = model_flops(size, loss) / seconds / 1e12
     return {"seconds": seconds, "tokens/s": tokens / seconds, "TFLOP/s": used,
             "utilisation %": 100 * used / machine.peak if machine.peak else None, "peak GiB": peak}
@@ -282,7 +269,7 @@ def generation(size: Size, machine: Machine, side: str, make: Callable, run: Cal
         return {"seconds": seconds, "tokens/s": len(prompts) * n * size.new_tokens / seconds, "peak GiB": peak}
 
     for images, n in size.batches:
-        views, sequences = draw_batch(replace(size, pairs=images), "dpo")
+        views, sequences = rig.draw_batch(replace(size, pairs=images), "dpo")
         prompts = [list(s.prompt) for s in sequences[:images]]
         yield survived({"generate": side, "images": images, "responses each": n},
                        partial(work, views, prompts, n))

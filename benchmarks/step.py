@@ -41,21 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.rig import (
-    SMALL,
-    Shapes,
-    Step,
-    llava,
-    make_step,
-    peer_config,
-    reset_peak,
-    resident,
-    restart_with,
-    trl_batch,
-    trl_step,
-    trl_trainer,
-    with_adapters,
-)
+from benchmarks import rig
 from model.checkpoint import load_llava
 from model.lora import lora_layers
 
@@ -69,10 +55,10 @@ except ImportError as error:
 OURS, NAIVE, COMPACT, STOCK = VARIANTS = ("Plumbline", "naive", "TRL compact", "TRL stock")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {
-    "tiny": Shapes(llava(160, 4, 5, 432, 128, 5, 4, image=96, patch=12, vocabulary=256), rank=32, pairs=16,
+    "tiny": rig.Shapes(rig.llava(160, 4, 5, 432, 128, 5, 4, image=96, patch=12, vocabulary=256), rank=32, pairs=16,
                    prompt=(14, 20), response=(35, 55)),
-    "small": Shapes(SMALL),
-    "medium": Shapes(llava(1024, 16, 16, 2816, 512, 12, 8)),
+    "small": rig.Shapes(rig.SMALL),
+    "medium": rig.Shapes(rig.llava(1024, 16, 16, 2816, 512, 12, 8)),
 }
 
 
@@ -84,7 +70,7 @@ class Setting(NamedTuple):
     pairs: int
 
     @property
-    def shapes(self) -> Shapes:
+    def shapes(self) -> rig.Shapes:
         """Of the two networks and the batch."""
         return replace(SIZES[self.size], pairs=self.pairs)
 
@@ -93,10 +79,10 @@ class Setting(NamedTuple):
         """Whether all sides run under autocast."""
         return self.precision == "bf16"
 
-    def build(self, folder: str, only: list[str], modes: tuple[bool, ...]) -> dict[tuple[str, bool], Step]:
+    def build(self, folder: str, only: list[str], modes: tuple[bool, ...]) -> dict[tuple[str, bool], rig.Step]:
         """(variant, checkpointing) -> step; every step has run once and agrees with the others."""
         torch.manual_seed(0)
-        transformers.LlavaForConditionalGeneration(peer_config(self.shapes.config)).save_pretrained(folder)
+        transformers.LlavaForConditionalGeneration(rig.peer_config(self.shapes.config)).save_pretrained(folder)
         steps = {}
         for checkpointing in modes:
             own, layers = our_steps(folder, self, checkpointing)
@@ -108,19 +94,19 @@ class Setting(NamedTuple):
         return steps
 
 
-def our_steps(folder: str, setting: Setting, checkpointing: bool) -> tuple[dict[str, Step], dict]:
+def our_steps(folder: str, setting: Setting, checkpointing: bool) -> tuple[dict[str, rig.Step], dict]:
     """Steps of Plumbline and of the naive way, which share one model; and the model's LoRA layers by name."""
     model = load_llava(folder, DTYPES[setting.precision])
-    optimizer = with_adapters(model, setting.shapes.rank, lr=0.0, checkpointing=checkpointing)
-    make = partial(make_step, model, optimizer, setting.shapes, autocast=torch.bfloat16 if setting.bf16 else None)
+    optimizer = rig.with_adapters(model, setting.shapes.rank, lr=0.0, checkpointing=checkpointing)
+    make = partial(rig.make_step, model, optimizer, setting.shapes, autocast=torch.bfloat16 if setting.bf16 else None)
     return {OURS: make(), NAIVE: make(naive=True)}, lora_layers(model.language_model.model)
 
 
-def trl_steps(folder: str, setting: Setting, checkpointing: bool, ours: dict) -> dict[str, Step]:
+def trl_steps(folder: str, setting: Setting, checkpointing: bool, ours: dict) -> dict[str, rig.Step]:
     """Steps of DPOTrainer, with the LoRA weights of `ours`."""
-    batch = trl_batch(setting.shapes, torch.device("cpu"))
+    batch = rig.trl_batch(setting.shapes, torch.device("cpu"))
     base = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[setting.precision])
-    trainer = trl_trainer(base, setting.shapes, batch, lr=0.0, bf16=setting.bf16, checkpointing=checkpointing)
+    trainer = rig.trl_trainer(base, setting.shapes, batch, lr=0.0, bf16=setting.bf16, checkpointing=checkpointing)
     copied = 0
     for name, parameter in trainer.model.named_parameters():
         if ".lora_" in name:
@@ -130,10 +116,10 @@ def trl_steps(folder: str, setting: Setting, checkpointing: bool, ours: dict) ->
     if copied != 2 * len(ours):
         raise RuntimeError(f"copied {copied} LoRA tensors to TRL, expected {2 * len(ours)}")
     trainer.train()
-    return {COMPACT: partial(trl_step, trainer, batch), STOCK: partial(trl_step, trainer, batch, compact=False)}
+    return {COMPACT: partial(rig.trl_step, trainer, batch), STOCK: partial(rig.trl_step, trainer, batch, compact=False)}
 
 
-def cpu_seconds(step: Step) -> float:
+def cpu_seconds(step: rig.Step) -> float:
     """CPU seconds that one step takes."""
     gc.collect()
     start = time.process_time()
@@ -141,12 +127,12 @@ def cpu_seconds(step: Step) -> float:
     return time.process_time() - start
 
 
-def peak_mebibytes(step: Step) -> float:
+def peak_mebibytes(step: rig.Step) -> float:
     """High-water mark of resident memory while `step` runs, above the resident memory before it."""
-    reset_peak()
-    before = resident("VmRSS")
+    rig.reset_peak()
+    before = rig.resident("VmRSS")
     step()
-    return (resident("VmHWM") - before) / 2**20
+    return (rig.resident("VmHWM") - before) / 2**20
 
 
 def check(results: dict[str, tuple[float, float]], exact: bool) -> None:
@@ -182,7 +168,7 @@ def memory(setting: Setting, only: list[str], rounds: int) -> dict[tuple[str, bo
 
 def memory_alone(setting: Setting, name: str, mode: bool) -> None:
     """Print the peak of one variant after a step that warms up; the last line is the figure."""
-    restart_with("MALLOC_MMAP_THRESHOLD_", 2**17)  # slower than the default, hence only where memory is measured
+    rig.restart_with("MALLOC_MMAP_THRESHOLD_", 2**17)  # slower than the default, hence only where memory is measured
     with tempfile.TemporaryDirectory() as folder:
         print(peak_mebibytes(setting.build(folder, [name], (mode,))[name, mode]))
 
