@@ -16,9 +16,7 @@ new tokens.
 
 import argparse
 import random
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.rig import SMALL
+from benchmarks import rig
 from data.processor import Processor
 from data.scene_text import CAPTION_PROMPT, caption
 from data.scenes import PAIRS, reference, sample_scene
@@ -67,7 +65,7 @@ def tiny_examples(count: int) -> tuple[Llava, list[Example], int]:
 def small_examples(count: int) -> tuple[Llava, list[Example], int]:
     """A random model, prompts of 40 tokens and an image, 3 to 6 sentences that begin after 10 to 90 tokens."""
     torch.manual_seed(0)
-    model, rng, image = Llava(SMALL).eval(), np.random.default_rng(0), SMALL.image_token_index
+    model, rng, image = Llava(rig.SMALL).eval(), np.random.default_rng(0), rig.SMALL.image_token_index
 
     def tokens(n: int) -> list[int]:
         return rng.integers(3, image, n).tolist()
@@ -78,7 +76,7 @@ def small_examples(count: int) -> tuple[Llava, list[Example], int]:
         starts = [tokens(n) for n in np.sort(rng.integers(10, 91, rng.integers(3, 7)))]
         examples.append(Example(single(torch.randn(3, 336, 336), 576), prompt,
                                 draw_mask(prompt, image, RHO, rng), starts, lambda j, new: False))
-    return model, examples, SMALL.text.vocab_size  # no token: nothing ends but by length
+    return model, examples, rig.SMALL.text.vocab_size  # no token: nothing ends but by length
 
 
 def ways(model: Llava, examples: list[Example], eos_id: int, steps: int) -> dict[str, Callable[[], list]]:
@@ -122,19 +120,12 @@ def main() -> None:
     for name, result in results.items():
         if result != results["shared"]:
             sys.exit(f"{name} and shared give different tokens: this would compare different computations")
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(args.rounds):
-        for name, way in variants.items():
-            start = time.process_time()
-            way()
-            seconds[name].append(time.process_time() - start)
     sentences = sum(len(example.starts) for example in examples)
     print(f"{args.size}: {len(examples)} examples, {sentences} sentences, prompts of {len(examples[0].prompt)} tokens, "
-          f"{sum(len(a) for group in results['shared'] for a in group)} new tokens, the same in all variants\n")
-    print("| completion | CPU s | vs shared |\n|---|---|---|")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, value in medians.items():
-        print(f"| {name} | {value:.2f} | {value / medians['shared']:.2f}x |")
+          f"{sum(len(a) for group in results['shared'] for a in group)} new tokens, the same in all variants")
+    seconds = rig.cpu_seconds(variants, args.rounds)
+    print(rig.table([{"completion": name, "CPU s": f"{value:.2f}", "vs shared": f"{value / seconds['shared']:.2f}x"}
+                     for name, value in seconds.items()]))
 
 
 if __name__ == "__main__":

@@ -85,41 +85,45 @@ def train_step(model: VLM, optimizer: torch.optim.Optimizer, shapes: rig.Shapes)
         sys.exit(f"loss {loss.item():.4f} should be ln 3, and gradient norm {norm.item():.4f} finite")
 
 
-def measure(phase: Callable[[], object]) -> tuple[object, float, float, int, int]:
-    """(result, seconds, CPU seconds of all threads, peak resident bytes, anonymous bytes at the end)."""
+def measure(phase: Callable[[], object]) -> tuple[object, rig.Row]:
+    """(result, figures): CPU seconds are of all threads, GiB are resident at the peak, anonymous at the end."""
     rig.reset_peak()
     start, cpu = time.perf_counter(), time.process_time()
     result = phase()
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return result, seconds, cpu, rig.resident("VmHWM"), rig.resident("RssAnon")
+    return result, {"seconds": time.perf_counter() - start, "CPU seconds": time.process_time() - cpu,
+                    "peak GiB": rig.resident("VmHWM") / 2**30,
+                    "anonymous GiB at the end": rig.resident("RssAnon") / 2**30}
 
 
-def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, float, int, int]]:
-    """All phases: (name, throughput, seconds, CPU seconds, peak, anonymous)."""
+def run(folder: Path, args: argparse.Namespace) -> list[rig.Row]:
+    """All phases: their figures, with how much was done a second."""
     config = FAMILIES[args.family]
     layers = args.layers or config.text.num_hidden_layers
     config = replace(config, text=replace(config.text, num_hidden_layers=layers))
-    shapes = rig.Shapes(config, args.rank, pairs=1, prompt=(40, 40), response=(100, 100))
-    table = []
+    shapes, rows = rig.Shapes(config, args.rank, pairs=1, prompt=(40, 40), response=(100, 100)), []
+
+    def add(phase: str, amount: float, unit: str, figures: rig.Row) -> None:
+        rows.append({"phase": phase, **figures, "throughput": f"{amount / figures['seconds']:.2f} {unit}/s"})
+
     if not (folder / "config.json").is_file():
-        size, *numbers = measure(lambda: write_checkpoint(folder, config))
-        table.append(("write", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
-    (model, optimizer), *numbers = measure(lambda: load(folder, args.rank))
+        size, figures = measure(lambda: write_checkpoint(folder, config))
+        add("write", size / 1e9, "GB", figures)
+    (model, optimizer), figures = measure(lambda: load(folder, args.rank))
     size = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    table.append(("load", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
+    add("load", size / 1e9, "GB", figures)
     tokens = len(rig.packed_batch(shapes, "adavip", torch.device("cpu"))[1].ids)  # shared prefixes count once
-    _, *numbers = measure(lambda: train_step(model, optimizer, shapes))
-    table.append(("train step", f"{tokens / numbers[0]:.2f} tokens/s", *numbers))
+    _, figures = measure(lambda: train_step(model, optimizer, shapes))
+    add("train step", tokens, "tokens", figures)
     optimizer = None  # its memory is not part of what follows
     views, sequences = rig.draw_batch(shapes)
     prompt = [list(sequences[0].prompt)]
-    _, *numbers = measure(lambda: generate(model, views, prompt, eos_id=-1, max_new_tokens=args.tokens))
-    table.append((f"generate {args.tokens}", f"{args.tokens / numbers[0]:.2f} tokens/s", *numbers))
+    _, figures = measure(lambda: generate(model, views, prompt, eos_id=-1, max_new_tokens=args.tokens))
+    add(f"generate {args.tokens}", args.tokens, "tokens", figures)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.family}, {layers} decoder layers, {size / 2e9:.2f} B weights in bf16 ({size / 2**30:.1f} GiB), LoRA "
           f"rank {args.rank}: {trained / 1e6:.0f} M weights in fp32, {tokens} tokens a step, "
-          f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n")
-    return table
+          f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    return rows
 
 
 def main() -> None:
@@ -135,12 +139,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        table = run(folder, args)
-    print("| phase | seconds | CPU seconds | throughput | peak GiB | anonymous GiB at the end |")
-    print("|---|---|---|---|---|---|")
-    for name, throughput, seconds, cpu, *memory in table:
-        peak, anonymous = (f"{m / 2**30:.1f}" for m in memory)
-        print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {throughput} | {peak} | {anonymous} |")
+        print(rig.table(run(folder, args)))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ does it. A batch is 8 pairs of an image of 576 tokens, a prompt of 44 and respon
     transformers  the same by `generate` of transformers
     profile       shares of a DPO step's time on the device
 
-Tokens are those of the packed batch, for all sides, and FLOPs (for the utilisation) are what the step needs if nothing
-is computed twice: so both compare times. Peak memory is all that torch had allocated, weights included. What runs out
-of memory, or is not installed, is reported and does not stop the rest. Exits with status 1 where parity fails.
+Tokens and FLOPs (for the utilisation, counted by model/estimate.py) are those of Plumbline's packed step that keeps all
+activations, for all sides: so both compare times. Peak memory is all that torch had allocated, weights included. What
+runs out of memory, or is not installed, is reported and does not stop the rest. Exits with status 1 where parity fails.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,6 +41,7 @@ import torch
 
 from benchmarks import rig
 from common import versions, write_text
+from model.estimate import cost_of, hollow
 from model.generate import generate
 from model.llava import Llava
 from model.logprobs import Scorer, naive_logprobs, pack
@@ -50,7 +51,6 @@ PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "
 MODES = {"off": False, "on": True}  # checkpointing
 KINDS = (("head", r"SelectedLogProbs"), ("attention", r"scaled_dot_product|^Attention|flex_attention"),
          ("GEMM", r"aten::(mm|addmm|addmm_|bmm|baddbmm)$"))
-Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -142,34 +142,23 @@ def peer(size: Size, device: torch.device):
         return make(rig.peer_config(size.config), dtype=torch.bfloat16).eval()
 
 
-def model_flops(size: Size, loss: str) -> float:
-    """What a step needs when nothing is computed twice: the policy's forward, the reference's, and the backward, which
-    of frozen weights needs the gradient of the input only; in the last layer keys, values and the responses."""
-    c, vision = size.config.text, size.config.vision
-    D, q, kv, layers = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, \
-        c.num_hidden_layers
-
-    def products(*shapes: tuple[int, int]) -> int:
-        """Multiplications a token, with the adapters'."""
-        return sum(i * o + size.rank * (i + o) for i, o in shapes)
-
-    keys, others = products((D, kv), (D, kv)), products((D, q), (q, D), *[(D, c.intermediate_size)] * 3)
-    body, tail = vision.num_patches + size.prompt[0], size.response[0]
-    images, responses = (size.pairs, 2) if loss == "dpo" else (2 * size.pairs, 1.5)  # responses to each on average
-    tokens, scored = images * (body + responses * tail), images * responses * tail
-    scores = images * responses * (tail * body + tail**2 / 2)  # of the responses' query-key pairs
-    decoder = 6 * (layers * tokens * keys + ((layers - 1) * tokens + scored) * others)
-    attention = 16 * q * (layers * scores + (layers - 1) * images * body**2 / 2)
-    width = vision.hidden_size
-    tower = 2 * images * vision.num_patches * size.config.vision_layers_used * (
-        4 * width**2 + 2 * width * vision.intermediate_size + 2 * width * vision.num_patches)
-    return decoder + attention + tower + 6 * scored * D * c.vocab_size
+@cache
+def step_flops(size: Size, loss: str) -> int:
+    """Floating-point operations of Plumbline's step that keeps all activations, counted without computing any."""
+    with torch.device("meta"):
+        model = Llava(size.config).to(torch.bfloat16)
+    mode = hollow(model)
+    with mode:
+        optimizer = rig.with_adapters(model, size.rank, lr=0.0, checkpointing=False)
+    step = rig.make_step(model, optimizer, size, loss, autocast=torch.bfloat16)  # its batch is real
+    with mode:
+        return cost_of(step).flops
 
 
 # ------------------------------------------------------------------------------------------------ parity
 
 
-def parity(size: Size, machine: Machine) -> Iterator[Row]:
+def parity(size: Size, machine: Machine) -> Iterator[rig.Row]:
     """What must agree; `ok` says whether it does, up to bf16's rounding."""
     model = make_model(size, machine.device)
     rig.with_adapters(model, size.rank, lr=0.0, checkpointing=False)
@@ -193,7 +182,7 @@ def parity(size: Size, machine: Machine) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def greedy_parity(size: Size, machine: Machine, model: Llava) -> Row:
+def greedy_parity(size: Size, machine: Machine, model: Llava) -> rig.Row:
     """How far the logits of the tokens that the cache led to are below the best without a cache."""
     views, sequences = rig.draw_batch(size, "dpo")
     prompts = [list(s.prompt) for s in sequences[: size.pairs]]
@@ -227,7 +216,7 @@ def peer_step(size: Size, device: torch.device, loss: str, checkpointing: bool) 
     return partial(rig.trl_step, trainer, batch)
 
 
-def steps(size: Size, machine: Machine, side: str, loss: str) -> Iterator[Row]:
+def steps(size: Size, machine: Machine, side: str, loss: str) -> Iterator[rig.Row]:
     """A step without and with checkpointing, on a model of its own."""
     make = {"Plumbline": our_step, "naive": partial(our_step, naive=True), "TRL compact": peer_step}[side]
     for mode, checkpointing in MODES.items():
@@ -235,16 +224,16 @@ def steps(size: Size, machine: Machine, side: str, loss: str) -> Iterator[Row]:
                        partial(figures, size, machine, loss, partial(make, size, machine.device, loss, checkpointing)))
 
 
-def figures(size: Size, machine: Machine, loss: str, make: Callable[[], rig.Step]) -> Row:
+def figures(size: Size, machine: Machine, loss: str, make: Callable[[], rig.Step]) -> rig.Row:
     """Of the step that `make` makes: seconds, tokens a second, utilisation, memory."""
     seconds, peak = machine.measure(make())
     tokens = len(rig.packed_batch(size, loss, torch.device("cpu"))[1].ids)
-    used = model_flops(size, loss) / seconds / 1e12
+    used = step_flops(size, loss) / seconds / 1e12
     return {"seconds": seconds, "tokens/s": tokens / seconds, "TFLOP/s": used,
             "utilisation %": 100 * used / machine.peak if machine.peak else None, "peak GiB": peak}
 
 
-def survived(name: Row, work: Callable[[], Row]) -> Row:
+def survived(name: rig.Row, work: Callable[[], rig.Row]) -> rig.Row:
     """The row of some work, or why there is none: too little memory, or a peer that is not installed."""
     freed()
     try:
@@ -258,14 +247,12 @@ def survived(name: Row, work: Callable[[], Row]) -> Row:
 # ------------------------------------------------------------------------------------------------ generation
 
 
-def generation(size: Size, machine: Machine, side: str, make: Callable, run: Callable) -> Iterator[Row]:
+def generation(size: Size, machine: Machine, side: str, make: Callable, run: Callable) -> Iterator[rig.Row]:
     """Tokens a second of every batch; `run` continues prompts of some images with so many responses each."""
-    made: list = []  # the model, once it exists
+    model = cache(lambda: make(size, machine.device))  # made where running out of memory is survived
 
-    def work(views: list[View], prompts: list[list[int]], n: int) -> Row:
-        if not made:
-            made.append(make(size, machine.device))
-        seconds, peak = machine.measure(lambda: run(made[0], size, views, prompts, n))
+    def work(views: list[View], prompts: list[list[int]], n: int) -> rig.Row:
+        seconds, peak = machine.measure(lambda: run(model(), size, views, prompts, n))
         return {"seconds": seconds, "tokens/s": len(prompts) * n * size.new_tokens / seconds, "peak GiB": peak}
 
     for images, n in size.batches:
@@ -292,7 +279,7 @@ def peer_generation(model, size: Size, views: list[View], prompts: list[list[int
 # ------------------------------------------------------------------------------------------------ profile
 
 
-def profile(size: Size, machine: Machine) -> Iterator[Row]:
+def profile(size: Size, machine: Machine) -> Iterator[rig.Row]:
     """Shares of the device's time in a DPO step, checkpointing on."""
     freed()
     step = our_step(size, machine.device, "dpo", checkpointing=True)
@@ -337,22 +324,6 @@ MEASURES = {
 }
 
 
-def table(rows: list[Row]) -> str:
-    """Rows as Markdown: one table for those with the same first key."""
-    lines: list[str] = []
-    for first in dict.fromkeys(next(iter(row)) for row in rows):
-        same = [row for row in rows if next(iter(row)) == first]
-        keys = list(dict.fromkeys(key for row in same for key in row))
-        lines += ["", f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]
-        lines += [f"| {' | '.join(shown(row.get(key)) for key in keys)} |" for row in same]
-    return "\n".join(lines) + "\n"
-
-
-def shown(value: object) -> str:
-    """A cell of the table."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def main() -> None:
     """Measure the sections asked for; write and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -364,17 +335,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="STEM", help="default: %(default)s")
     args = parser.parse_args()
     machine, card = find_machine(args.device, args.rounds, args.peak)
-    rows: list[Row] = []
+    rows: list[rig.Row] = []
     for measure in (measure for section in MEASURES if section in args.only for measure in MEASURES[section]):
         for row in measure(SIZES[args.size], machine):
             rows.append(row)
-            print(", ".join(f"{key} {shown(value)}" for key, value in row.items() if value is not None), flush=True)
+            print(", ".join(f"{key} {rig.shown(value)}" for key, value in row.items() if value is not None), flush=True)
         freed()
     about = {"card": card, "size": args.size, "cuda": torch.version.cuda, **versions()}
     heading = ", ".join(f"{key} {value}" for key, value in about.items() if value)
     write_text(args.out.with_suffix(".json"), json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    write_text(args.out.with_suffix(".md"), heading + "\n" + table(rows))
-    print(f"\n{heading}\n{table(rows)}")
+    write_text(args.out.with_suffix(".md"), heading + "\n" + rig.table(rows))
+    print(f"\n{heading}\n{rig.table(rows)}")
     sys.exit(0 if all(row.get("ok", True) for row in rows) else "parity fails")
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of a step share: shapes, random pairs, the step of every side, and how much memory is resident.
+"""What the benchmarks of a step share: shapes, random pairs, the step of every side, time and memory, tables.
 
     reference forward (adapters off), policy forward, loss, backward, clipping, AdamW
 
@@ -9,8 +9,10 @@ import ctypes
 import gc
 import os
 import re
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from model.vlm import VLM
 BETA, CLIP = 0.1, 1.0
 LOSSES = {"dpo": dpo_loss, "adavip": adavip_loss}
 Step = Callable[[], tuple[Tensor, Tensor]]  # runs one step; loss and gradient norm before clipping
+Row = dict[str, object]  # of a table: column -> value
 
 
 # ------------------------------------------------------------------------------------------------ shapes and pairs
@@ -192,7 +195,19 @@ def trl_step(trainer, batch: dict[str, Tensor], compact: bool = True) -> tuple[T
     return loss, norm
 
 
-# ------------------------------------------------------------------------------------------------ resident memory
+# ------------------------------------------------------------------------------------------------ time and memory
+
+
+def cpu_seconds(sides: dict, rounds: int) -> dict:
+    """Name -> median CPU seconds of calling what it names, the sides taking turns."""
+    spent: dict = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            gc.collect()
+            start = time.process_time()
+            run()
+            spent[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in spent.items()}
 
 
 def restart_with(variable: str, limit: int) -> None:
@@ -212,3 +227,22 @@ def reset_peak() -> None:
 def resident(field: str) -> int:
     """A field of /proc/self/status in bytes (Linux only)."""
     return 1024 * int(re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as Markdown: one table for those with the same first key."""
+    lines: list[str] = []
+    for first in dict.fromkeys(next(iter(row)) for row in rows):
+        same = [row for row in rows if next(iter(row)) == first]
+        keys = list(dict.fromkeys(key for row in same for key in row))
+        lines += ["", f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]
+        lines += [f"| {' | '.join(shown(row.get(key)) for key in keys)} |" for row in same]
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: object) -> str:
+    """A cell of the table."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -25,12 +25,9 @@ bfloat16 means weights in bf16, LoRA weights in fp32, autocast.
 """
 
 import argparse
-import gc
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -119,14 +116,6 @@ def trl_steps(folder: str, setting: Setting, checkpointing: bool, ours: dict) ->
     return {COMPACT: partial(rig.trl_step, trainer, batch), STOCK: partial(rig.trl_step, trainer, batch, compact=False)}
 
 
-def cpu_seconds(step: rig.Step) -> float:
-    """CPU seconds that one step takes."""
-    gc.collect()
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
 def peak_mebibytes(step: rig.Step) -> float:
     """High-water mark of resident memory while `step` runs, above the resident memory before it."""
     rig.reset_peak()
@@ -150,9 +139,7 @@ def check(results: dict[str, tuple[float, float]], exact: bool) -> None:
 def seconds(setting: Setting, only: list[str], rounds: int) -> dict[tuple[str, bool], float]:
     """CPU seconds of every (variant, checkpointing), taking turns."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = setting.build(folder, only, (False, True))
-        turns = [{key: cpu_seconds(step) for key, step in steps.items()} for _ in range(rounds)]
-    return {key: statistics.median(turn[key] for turn in turns) for key in steps}
+        return rig.cpu_seconds(setting.build(folder, only, (False, True)), rounds)
 
 
 def memory(setting: Setting, only: list[str], rounds: int) -> dict[tuple[str, bool], float]:
@@ -176,16 +163,17 @@ def memory_alone(setting: Setting, name: str, mode: bool) -> None:
 MEASURES = {"seconds": (seconds, "CPU s", 2), "memory": (memory, "peak MiB", 0)}
 
 
-def rows(setting: Setting, measures: list[str], only: list[str], rounds: int) -> list[str]:
-    """The lines of the table about a setting."""
-    values = [MEASURES[m][0](setting, only, rounds) for m in measures]
+def rows(setting: Setting, measures: list[str], only: list[str], rounds: int) -> list[rig.Row]:
+    """The lines of the table about a setting, with ratios to Plumbline's."""
+    values = {m: MEASURES[m][0](setting, only, rounds) for m in measures}
     lines = []
-    for name, checkpointing in values[0]:
-        cells = [setting.size, setting.precision, setting.pairs, name, "on" if checkpointing else "off"]
-        for measure, value in zip(measures, values):
-            own = value[name, checkpointing]
-            cells += [f"{own:.{MEASURES[measure][2]}f}", f"{own / value[OURS, checkpointing]:.2f}x"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for name, mode in values[measures[0]]:
+        line = setting._asdict() | {"step": name, "checkpointing": "on" if mode else "off"}
+        for m, value in values.items():
+            _, unit, digits = MEASURES[m]
+            ratio = value[name, mode] / value[OURS, mode]
+            line |= {unit: f"{value[name, mode]:.{digits}f}", f"{m} vs {OURS}": f"{ratio:.2f}x"}
+        lines.append(line)
     return lines
 
 
@@ -210,12 +198,9 @@ def main() -> None:
         return memory_alone(settings[0], args.alone[0], args.alone[1] == "True")
     only = [v for v in VARIANTS if v in {OURS, *args.only}]
     print(f"\ntorch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
-          f"peft {peft.__version__}\n")
-    head = ["size", "precision", "pairs", "step", "checkpointing"]
-    head += [cell for m in args.measure for cell in (MEASURES[m][1], f"vs {OURS}")]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
+          f"peft {peft.__version__}")
     for setting in settings:  # each may take many minutes
-        print(*rows(setting, args.measure, only, args.rounds), sep="\n", flush=True)
+        print(rig.table(rows(setting, args.measure, only, args.rounds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_convert
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from common import BadInput
@@ -348,8 +348,7 @@ class Dino(nn.Module):
                 found.append((spans[which[i]][0], best[i].item(), boxes[0, i].cpu()))
         if not found:
             return []
-        centre, size = torch.stack([box for *_, box in found]).split(2, -1)
-        corners = torch.cat([centre - size / 2, centre + size / 2], -1).clamp(0, 1)
+        corners = box_convert(torch.stack([box for *_, box in found]), "cxcywh", "xyxy").clamp(0, 1)
         corners = corners * torch.tensor([image.width, image.height] * 2)
         labels = torch.tensor([tags.index(tag) for tag, *_ in found])
         kept = batched_nms(corners, torch.tensor([score for _, score, _ in found]), labels, overlap)
@@ -377,10 +376,7 @@ def preprocess(image: Image.Image, shortest: int = 800, longest: int = 1333) -> 
     low, high = min(image.size), max(image.size)
     if high / low * shortest > longest:
         shortest = round(longest * low / high)
-    if image.width < image.height:
-        size = shortest, int(shortest * image.height / image.width)
-    else:
-        size = int(shortest * image.width / image.height), shortest
+    size = [int(shortest * side / low) for side in image.size]
     pixels = pil_to_tensor(image.convert("RGB").resize(size, Image.Resampling.BILINEAR)).float() / 255
     return normalize(pixels, MEAN, STD)
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from model.clip import MLP
 from model.layouts import renamed
@@ -184,30 +184,15 @@ class TwoWayLayer(nn.Module):
         return tokens, self.norm4(image + seen)
 
 
-class TwoWayTransformer(nn.Module):
-    """Layers, then the tokens look at the image once more."""
-
-    def __init__(self, width: int, hidden: int, inner: int, layers: int):
-        super().__init__()
-        self.layers = nn.ModuleList(TwoWayLayer(width, hidden, inner, i == 0) for i in range(layers))
-        self.final_attn_token_to_image = Attention(width, HEADS, inner)
-        self.norm_final_attn = nn.LayerNorm(width)
-
-    def forward(self, tokens: Tensor, image: Tensor, image_places: Tensor) -> tuple[Tensor, Tensor]:
-        places = tokens  # the tokens as they came in
-        for layer in self.layers:
-            tokens, image = layer(tokens, image, places, image_places)
-        seen = self.final_attn_token_to_image(tokens + places, image + image_places, image)
-        return self.norm_final_attn(tokens + seen), image
-
-
 class MaskDecoder(nn.Module):
     """Image (1, D, S, S), places and box tokens (n, 2, D) -> masks (n, 4 S, 4 S) as logits, their quality (n,)."""
 
     def __init__(self, width: int, hidden: int, inner: int, layers: int, quality_hidden: int, masks: int = 4):
         super().__init__()
         self.iou_token, self.mask_tokens = nn.Embedding(1, width), nn.Embedding(masks, width)
-        self.transformer = TwoWayTransformer(width, hidden, inner, layers)
+        self.transformer = nn.ModuleDict({
+            "layers": nn.ModuleList(TwoWayLayer(width, hidden, inner, i == 0) for i in range(layers)),
+            "final_attn_token_to_image": Attention(width, HEADS, inner), "norm_final_attn": nn.LayerNorm(width)})
         self.output_upscaling = nn.Sequential(
             nn.ConvTranspose2d(width, width // 4, 2, 2), LayerNorm2d(width // 4, eps=1e-6), nn.GELU(),
             nn.ConvTranspose2d(width // 4, width // 8, 2, 2), nn.GELU())
@@ -217,9 +202,12 @@ class MaskDecoder(nn.Module):
     def forward(self, image: Tensor, places: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         n, side = len(boxes), image.shape[-1]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1 + masks, D)
-        tokens = torch.cat([own.expand(n, -1, -1), boxes], 1)  # (n, T, D)
+        tokens = given = torch.cat([own.expand(n, -1, -1), boxes], 1)  # (n, T, D); as they come in, also their places
         image = image.flatten(2).transpose(1, 2).expand(n, -1, -1)  # (n, S * S, D)
-        tokens, image = self.transformer(tokens, image, places)
+        for layer in self.transformer.layers:
+            tokens, image = layer(tokens, image, given, places)
+        seen = self.transformer.final_attn_token_to_image(tokens + given, image + places, image)
+        tokens = self.transformer.norm_final_attn(tokens + seen)
         large = self.output_upscaling(image.transpose(1, 2).unflatten(2, (side, side)))  # (n, D / 8, 4 S, 4 S)
         kernel = self.output_hypernetworks_mlps[0](tokens[:, 1])  # (n, D / 8): the first mask is that of one object
         return torch.einsum("nc,nchw->nhw", kernel, large), self.iou_prediction_head(tokens[:, 0])[:, 0]
@@ -261,8 +249,7 @@ def preprocess(image: Image.Image, size: int = 1024) -> tuple[Tensor, tuple[int,
     scale = size / max(image.size)
     width, height = (int(side * scale + 0.5) for side in image.size)
     pixels = pil_to_tensor(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)).float()
-    pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    return F.pad(pixels, (0, size - width, 0, size - height)), (height, width)
+    return F.pad(normalize(pixels, MEAN, STD), (0, size - width, 0, size - height)), (height, width)
 
 
 def convert(tensors: Tensors) -> Tensors:
