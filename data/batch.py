@@ -7,7 +7,7 @@ log-probs as `policy_NAME_logps` and so on (`model.training.named`).
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -289,6 +289,7 @@ class Drawn(NamedTuple):
     bad: list[BadRecord]
 
 
+@dataclass(eq=False)
 class MicroBatches(Dataset):
     """Micro-batch (step, part) of this process, for any of them: a pure function of records, seed and number.
 
@@ -303,23 +304,22 @@ class MicroBatches(Dataset):
 
     With `skip` a record that cannot be used is replaced by one drawn at random for its place, no longer than itself if
     there is one, again and again until one can be used: batches keep their size, micro-batches their limit.
-
-    Args:
-        make: (records, seeds) -> micro-batch; it may raise BadRecord.
-        skip: replace bad records; otherwise the first one leaves no micro-batch.
-        micro_batch_size: records of a micro-batch; it divides those of a process.
-        max_tokens: tokens of a micro-batch instead; no record has more.
-        lengths: tokens of each record, for the two that follow.
-        group_by_length: batches are of similar lengths (`grouped`).
     """
 
-    def __init__(self, records, *, batch_size, rank, world, seed, steps, make, skip=False, micro_batch_size=None,
-                 max_tokens=None, lengths=None, group_by_length=False):
-        self.records, self.make, self.skip = records, make, skip
-        self.batch_size, self.rank, self.world, self.seed, self.steps = batch_size, rank, world, seed, steps
-        self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
-        self.lengths, self.group_by_length = lengths, group_by_length
-        self.orders: dict[int, list[int]] = {}  # epoch -> rows of the records
+    records: list[dict]
+    _: KW_ONLY
+    batch_size: int
+    rank: int
+    world: int
+    seed: int
+    steps: int
+    make: Callable  # (records, seeds) -> micro-batch; it may raise BadRecord
+    skip: bool = False  # replace bad records; otherwise the first one leaves no micro-batch
+    micro_batch_size: int | None = None  # records of a micro-batch; it divides those of a process
+    max_tokens: int | None = None  # tokens of a micro-batch instead; no record has more
+    lengths: list[int] | None = None  # tokens of each record, for `max_tokens` and `group_by_length`
+    group_by_length: bool = False  # batches are of similar lengths (`grouped`)
+    orders: dict[int, list[int]] = field(default_factory=dict, init=False)  # epoch -> rows of the records
 
     def keys(self, first: int = 0) -> Iterator[tuple[int, int]]:
         """(step, part) of all micro-batches from a step on."""
