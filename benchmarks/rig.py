@@ -42,7 +42,7 @@ Row = dict[str, object]  # of a table: column -> value
 # ------------------------------------------------------------------------------------------------ shapes and pairs
 
 
-def llava(width: int, layers: int, heads: int, ffn: int, vision_width: int, vision_layers: int, vision_heads: int,
+def llava(*, width: int, layers: int, heads: int, ffn: int, vision_width: int, vision_layers: int, vision_heads: int,
           image: int = 336, patch: int = 14, vocabulary: int = 32064) -> LlavaConfig:
     """Shapes of LLaVA-1.5's kind; the image token is the last of the vocabulary but one."""
     vision = VisionConfig(hidden_size=vision_width, intermediate_size=4 * vision_width, num_hidden_layers=vision_layers,
@@ -52,8 +52,8 @@ def llava(width: int, layers: int, heads: int, ffn: int, vision_width: int, visi
     return LlavaConfig(vision, text, image_token_index=vocabulary - 2)
 
 
-SMALL = llava(512, 8, 8, 1408, 256, 6, 4)
-LLAVA_7B = llava(4096, 32, 32, 11008, 1024, 24, 16)
+SMALL = llava(width=512, layers=8, heads=8, ffn=1408, vision_width=256, vision_layers=6, vision_heads=4)
+LLAVA_7B = llava(width=4096, layers=32, heads=32, ffn=11008, vision_width=1024, vision_layers=24, vision_heads=16)
 
 
 @dataclass(frozen=True)

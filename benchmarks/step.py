@@ -52,10 +52,12 @@ except ImportError as error:
 OURS, NAIVE, COMPACT, STOCK = VARIANTS = ("Plumbline", "naive", "TRL compact", "TRL stock")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {
-    "tiny": rig.Shapes(rig.llava(160, 4, 5, 432, 128, 5, 4, image=96, patch=12, vocabulary=256), rank=32, pairs=16,
-                   prompt=(14, 20), response=(35, 55)),
+    "tiny": rig.Shapes(rig.llava(width=160, layers=4, heads=5, ffn=432, vision_width=128, vision_layers=5,
+                                 vision_heads=4, image=96, patch=12, vocabulary=256),
+                       rank=32, pairs=16, prompt=(14, 20), response=(35, 55)),
     "small": rig.Shapes(rig.SMALL),
-    "medium": rig.Shapes(rig.llava(1024, 16, 16, 2816, 512, 12, 8)),
+    "medium": rig.Shapes(rig.llava(width=1024, layers=16, heads=16, ffn=2816, vision_width=512, vision_layers=12,
+                                   vision_heads=8)),
 }
 
 
