@@ -78,7 +78,7 @@ def draw_batch(shapes: Shapes, loss: str = "dpo") -> tuple[list[View], list[Sequ
     image, rows = (config.image_token_index,) * config.tile_tokens, []
     for _ in range(pairs):
         text = tokens(*shapes.prompt)
-        rows.append((text[:4] + image + text[4:], tokens(*shapes.response), tokens(*shapes.response)))
+        rows.append((text[:10] + image + text[10:], tokens(*shapes.response), tokens(*shapes.response)))
     sequences = [Sequence(i, row[0], row[which]) for which in (1, 2) for i, row in enumerate(rows)]
     if loss == "adavip":
         sequences += [Sequence(pairs + i, row[0], row[1]) for i, row in enumerate(rows)]
