@@ -41,11 +41,10 @@ from common import BadInput
 from data.tokenizer import load_tokenizer
 from model.attention import mix
 from model.clip import MLP
-from model.layouts import renamed
 from networks import bert
 from networks.layers import Attention, Head, centres
 from networks.swin import Swin, SwinConfig
-from networks.weights import Tensors, fuse, load_weights
+from networks.weights import Tensors, depth, fuse, load_weights, translated
 
 PUBLISHED = ("groundingdino_swint_ogc.pth (0.7 GB) or groundingdino_swinb_cogcoor.pth (0.9 GB, both at github.com/"
              "IDEA-Research/GroundingDINO; huggingface.co/IDEA-Research/grounding-dino-*), which find boxes")
@@ -387,33 +386,29 @@ def preprocess(image: Image.Image, shortest: int = 800, longest: int = 1333) -> 
 def convert(tensors: Tensors) -> Tensors:
     """As published or in transformers' names -> as here."""
     names = NAMES if any(name.endswith("feat_map.weight") for name in tensors) else PEER_NAMES
-    named = {renamed(name, (*names, *bert.NAMES)): tensor for name, tensor in tensors.items()}
-    result = fuse({name: tensor for name, tensor in named.items() if not UNUSED.search(name)},
-                  (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv.")  # Swin's
-    return fuse(result, (".query.", ".key.", ".value."), ".in_proj.")
+    found = fuse(translated(tensors, (*names, *bert.NAMES), UNUSED),
+                 (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv.")  # Swin's
+    return fuse(found, (".query.", ".key.", ".value."), ".in_proj.")
 
 
 def build(found: Tensors, heads: int = 8, bert_heads: int = 12) -> Dino:
     """The network of the tensors' sizes."""
-    def count(pattern: str) -> int:
-        return len({match[0] for name in found if (match := re.match(pattern, name))})
-
     table = "backbone.layers.{}.blocks.0.attn.relative_position_bias_table"
-    stages = range(count(r"backbone\.layers\.\d+\."))
+    stages = range(depth(found, "backbone.layers."))
     window = (math.isqrt(len(found[table.format(0)])) + 1) // 2
     swin = SwinConfig(len(found["backbone.patch_embed.proj.weight"]),
-                      tuple(count(rf"backbone\.layers\.{i}\.blocks\.\d+\.") for i in stages),
+                      tuple(depth(found, f"backbone.layers.{i}.blocks.") for i in stages),
                       tuple(found[table.format(i)].shape[1] for i in stages), window)
     words = found["bert.embeddings.word_embeddings.weight"]
     text = bert.BertConfig(
-        vocab_size=len(words), hidden_size=words.shape[1], num_hidden_layers=count(r"bert\.encoder\.layer\.\d+\."),
+        vocab_size=len(words), hidden_size=words.shape[1], num_hidden_layers=depth(found, "bert.encoder.layer."),
         num_attention_heads=bert_heads, intermediate_size=len(found["bert.encoder.layer.0.intermediate.dense.weight"]),
         max_position_embeddings=len(found["bert.embeddings.position_embeddings.weight"]))
     return Dino(swin, text, width=len(found["feat_map.weight"]), heads=heads,
                 hidden=len(found["encoder.layers.0.mlp.fc1.weight"]),
                 fusion=len(found["encoder.fusion_layers.0.attn.v_proj.weight"]),
                 text_hidden=len(found["encoder.text_layers.0.mlp.fc1.weight"]),
-                encoder=count(r"encoder\.layers\.\d+\."), decoder=count(r"decoder\.layers\.\d+\."),
+                encoder=depth(found, "encoder.layers."), decoder=depth(found, "decoder.layers."),
                 queries=len(found["tgt_embed.weight"]))
 
 

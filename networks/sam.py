@@ -31,10 +31,9 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from model.clip import MLP
-from model.layouts import renamed
 from networks.layers import Attention, Head, centres
 from networks.swin import from_windows, pad_to, to_windows
-from networks.weights import Tensors, fuse, load_weights
+from networks.weights import Tensors, depth, fuse, load_weights, translated
 
 PUBLISHED = ("sam_vit_b_01ec64.pth (0.4 GB), sam_vit_l_0b3195.pth (1.2 GB) or sam_vit_h_4b8939.pth (2.6 GB,"
              " github.com/facebookresearch/segment-anything; huggingface.co/facebook/sam-vit-*), which cut objects out")
@@ -255,22 +254,20 @@ def preprocess(image: Image.Image, size: int = 1024) -> tuple[Tensor, tuple[int,
 def convert(tensors: Tensors) -> Tensors:
     """As published or in transformers' names -> as here."""
     names = PEER_NAMES if "shared_image_embedding.positional_embedding" in tensors else ()
-    named = {renamed(name, (*names, (r"\.lin([12])\.", r".fc\1."))): tensor for name, tensor in tensors.items()}
-    return fuse({name: tensor for name, tensor in named.items() if not UNUSED.search(name)},
-                (".q_proj.", ".k_proj.", ".v_proj."), ".in_proj.")
+    found = translated(tensors, (*names, (r"\.lin([12])\.", r".fc\1.")), UNUSED)
+    return fuse(found, (".q_proj.", ".k_proj.", ".v_proj."), ".in_proj.")
 
 
 def sizes(found: Tensors) -> tuple[dict, dict]:
     """Arguments of `ImageEncoder` and `MaskDecoder`, off the tensors."""
-    blocks = 1 + max(int(name.split(".")[2]) for name in found if name.startswith("image_encoder.blocks."))
-    tables = [found[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in range(blocks)]
     places, patch = found["image_encoder.pos_embed"], found["image_encoder.patch_embed.proj.weight"]
+    blocks = range(depth(found, "image_encoder.blocks."))
+    tables = [found[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in blocks]
     encoder = dict(width=places.shape[-1], windows=[(len(table) + 1) // 2 for table in tables], side=places.shape[1],
                    patch=patch.shape[-1], head_dim=tables[0].shape[1], out=len(found["image_encoder.neck.0.weight"]),
                    hidden=len(found["image_encoder.blocks.0.mlp.fc1.weight"]))
     inside = "mask_decoder.transformer."
-    layers = {name.split(".")[3] for name in found if name.startswith(f"{inside}layers.")}
-    decoder = dict(hidden=len(found[f"{inside}layers.0.mlp.fc1.weight"]), layers=len(layers),
+    decoder = dict(hidden=len(found[f"{inside}layers.0.mlp.fc1.weight"]), layers=depth(found, f"{inside}layers."),
                    inner=found[f"{inside}final_attn_token_to_image.out_proj.weight"].shape[1],
                    quality_hidden=len(found["mask_decoder.iou_prediction_head.layers.0.weight"]))
     return encoder, decoder

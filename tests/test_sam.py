@@ -104,6 +104,12 @@ def test_wrong_files_are_named(tmp_path):
         sam.load_sam(tmp_path / "a.safetensors")
 
 
+def test_other_files_are_refused_by_name(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(BadInput, match=r"other\.safetensors: no tensor image_encoder\.pos_embed; wanted is sam_vit_b"):
+        sam.load_sam(tmp_path / "other.safetensors")
+
+
 def test_masks_have_the_images_size():
     """Boxes are scaled as the image is, its padding is cut off, and many boxes equal one at a time."""
     model = build()
