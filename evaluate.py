@@ -241,13 +241,6 @@ def ask(model, processor: Processor, rows: Sequence[dict], max_new_tokens: int, 
     return {row["id"]: texts[row["image"], row["prompt"]] for row in rows}
 
 
-def ask_judges(task: Task, said: Mapping, judges: list[Model], prompt: str | None) -> list[dict[str, str]]:
-    """The replies, {key: text} for each run; a request without a reply gets "", which counts as unparsed."""
-    asked = task.benchmark.requests(task.rows, said, **({"prompt": prompt} if prompt else {}))
-    requests = [Request(image, text) for image, text in asked.values()]
-    return [dict(zip(asked, (reply.text for reply in judge.ask(requests)))) for judge in judges]
-
-
 def make_judges(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, root: Path | None) -> list[Model]:
     """The judge of --judge, once a run; replies are kept in --cache. A server gets the run as its seed."""
     if args.judge is None:
@@ -360,7 +353,11 @@ def result_of(task: Task, said: Mapping, args: argparse.Namespace, judges: list[
     benchmark, inputs = task.benchmark, [task.rows, said]
     if benchmark.requests:
         replies = [run for path in args.replies or () for run in benchmark.read_replies(path, task.rows)]
-        inputs += [replies + (ask_judges(task, said, judges, prompts.get(task.name)) if judges else [])]
+        if judges:  # {key: text} of each run; a request without a reply gets "", which counts as unparsed
+            asked = benchmark.requests(*inputs, **({"prompt": prompts[task.name]} if prompts.get(task.name) else {}))
+            requests = [Request(image, text) for image, text in asked.values()]
+            replies += [dict(zip(asked, (reply.text for reply in judge.ask(requests)))) for judge in judges]
+        inputs.append(replies)
     scores = benchmark.score(*inputs, **kwargs_of(benchmark.score, vars(args)))
     return {"benchmark": task.name, "protocol": protocol(task, args), "scores": scores, "versions": versions()}
 

@@ -63,7 +63,8 @@ import torch.distributed as dist
 
 from common import BadInput, add_options, check_ranges, options_of, run_script
 from data import scenes
-from data.formats import load, write
+from data.export import write
+from data.formats import load
 from data.images import references
 from data.records import relocate
 from model.training import ranks, start_processes

@@ -268,9 +268,8 @@ def tuned_settings(model: Path, recipe: Recipe) -> dict[str, float]:
 def check(args: argparse.Namespace, recipe: Recipe, world: int) -> None:
     """Fill in what depends on other settings, and refuse impossible ones. Raises one BadInput that lists all."""
     check_ranges(vars(args), RANGES, *recipe.functions)
-    problems = [*batch_problems(args, recipe, world), *rate_problems(args), *record_problems(args, recipe),
-                *pair_problems(args, recipe), *resume_problems(args), *cache_problems(args, recipe),
-                *term_problems(args, recipe)]
+    problems = [*batch_problems(args, recipe, world), *record_problems(args, recipe), *pair_problems(args, recipe),
+                *setting_problems(args, recipe), *term_problems(args, recipe)]
     if args.micro_batch_size is None:  # with --max-tokens, of what is scored without gradients
         args.micro_batch_size = 1 if args.max_tokens else max(1, args.batch_size // world)
     if args.lora_alpha is None:
@@ -295,16 +294,6 @@ def batch_problems(args: argparse.Namespace, recipe: Recipe, world: int) -> Iter
         yield f"{option}: how long the samples of {args.loss} will be is not known; --micro-batch-size goes by records"
 
 
-def rate_problems(args: argparse.Namespace) -> Iterator[str]:
-    """Learning rates of what does not train."""
-    if args.projector_lr and args.lora_rank and not args.train_projector:
-        yield "--projector-lr: the projector does not train; --train-projector lets it"
-    if args.vision_lr and not args.train_vision:
-        yield "--vision-lr: the vision tower does not train; --train-vision lets it"
-    if args.train_vision and args.shard:
-        yield "--shard keeps the vision tower whole and frozen, --train-vision trains it: which of them?"
-
-
 def record_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
     """Records that the loss does not learn from, or that there are not."""
     if args.estimate and not args.data:
@@ -327,25 +316,27 @@ def pair_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
         yield f"--pairs {args.pairs}: {args.loss} needs {reason}, which {', '.join(fitting)} make"
 
 
-def resume_problems(args: argparse.Namespace) -> Iterator[str]:
-    """A run that cannot go on, or that must not be replaced."""
+def setting_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
+    """Options of what does not train or differs at every step, and a run that cannot go on or must not be replaced."""
+    if args.projector_lr and args.lora_rank and not args.train_projector:
+        yield "--projector-lr: the projector does not train; --train-projector lets it"
+    if args.vision_lr and not args.train_vision:
+        yield "--vision-lr: the vision tower does not train; --train-vision lets it"
+    if args.train_vision and args.shard:
+        yield "--shard keeps the vision tower whole and frozen, --train-vision trains it: which of them?"
     if args.resume and args.overwrite:
         yield "--resume goes on with what --out holds, --overwrite replaces it: which of them?"
     if args.resume and not checkpoints(args.out) and not unfinished_pairs(args):
         yield f"--resume: there is no checkpoint in {args.out}"
+    if args.reference_cache and not recipe.compares:
+        yield f"--reference-cache: {args.loss} has no reference"
+    elif args.reference_cache and recipe.drawn:
+        yield f"--reference-cache: what {args.loss} scores is drawn again at every step"
 
 
 def unfinished_pairs(args: argparse.Namespace) -> list[Path]:
     """Part files of pairs. They go at a run's first checkpoint: where there are both, the checkpoint is of another."""
     return [] if args.data else parts(args.out / PAIRS)
-
-
-def cache_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:
-    """Losses whose reference log-probs cannot be kept."""
-    if args.reference_cache and not recipe.compares:
-        yield f"--reference-cache: {args.loss} has no reference"
-    elif args.reference_cache and recipe.drawn:
-        yield f"--reference-cache: what {args.loss} scores is drawn again at every step"
 
 
 def term_problems(args: argparse.Namespace, recipe: Recipe) -> Iterator[str]:

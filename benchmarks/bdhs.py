@@ -16,9 +16,7 @@ new tokens.
 
 import argparse
 import random
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -27,25 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import rig
 from data.processor import Processor
 from data.scene_text import CAPTION_PROMPT, caption
 from data.scenes import PAIRS, reference, sample_scene
 from model.checkpoint import DEFAULT_MODEL, load_llava
-from model.families.llava import llava_config
 from model.generate import generate
 from model.llava import Llava
 from model.views import View, single
 from pairs.bdhs import Writing, cut_sentences, draw_mask
 
 RHO = 0.99
-IMAGE_TOKEN, VOCABULARY = 32062, 32064
-SMALL = {
-    "vision_config": dict(model_type="clip_vision_model", hidden_size=256, intermediate_size=1024,
-                          num_hidden_layers=6, num_attention_heads=4, image_size=336, patch_size=14),
-    "text_config": dict(model_type="llama", vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1408,
-                        num_hidden_layers=8, num_attention_heads=8),
-    "model_type": "llava", "image_token_index": IMAGE_TOKEN,
-}
 
 
 class Example(NamedTuple):
@@ -75,18 +65,18 @@ def tiny_examples(count: int) -> tuple[Llava, list[Example], int]:
 def small_examples(count: int) -> tuple[Llava, list[Example], int]:
     """A random model, prompts of 40 tokens and an image, 3 to 6 sentences that begin after 10 to 90 tokens."""
     torch.manual_seed(0)
-    model, rng = Llava(llava_config(SMALL)).eval(), np.random.default_rng(0)
+    model, rng, image = Llava(rig.SMALL).eval(), np.random.default_rng(0), rig.SMALL.image_token_index
 
     def tokens(n: int) -> list[int]:
-        return rng.integers(3, IMAGE_TOKEN, n).tolist()
+        return rng.integers(3, image, n).tolist()
 
     examples = []
     for _ in range(count):
-        prompt = [1, *tokens(9), *[IMAGE_TOKEN] * 576, *tokens(30)]
+        prompt = [1, *tokens(9), *[image] * 576, *tokens(30)]
         starts = [tokens(n) for n in np.sort(rng.integers(10, 91, rng.integers(3, 7)))]
         examples.append(Example(single(torch.randn(3, 336, 336), 576), prompt,
-                                draw_mask(prompt, IMAGE_TOKEN, RHO, rng), starts, lambda j, new: False))
-    return model, examples, VOCABULARY
+                                draw_mask(prompt, image, RHO, rng), starts, lambda j, new: False))
+    return model, examples, rig.SMALL.text.vocab_size  # no token: nothing ends but by length
 
 
 def ways(model: Llava, examples: list[Example], eos_id: int, steps: int) -> dict[str, Callable[[], list]]:
@@ -130,19 +120,12 @@ def main() -> None:
     for name, result in results.items():
         if result != results["shared"]:
             sys.exit(f"{name} and shared give different tokens: this would compare different computations")
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(args.rounds):
-        for name, way in variants.items():
-            start = time.process_time()
-            way()
-            seconds[name].append(time.process_time() - start)
     sentences = sum(len(example.starts) for example in examples)
     print(f"{args.size}: {len(examples)} examples, {sentences} sentences, prompts of {len(examples[0].prompt)} tokens, "
-          f"{sum(len(a) for group in results['shared'] for a in group)} new tokens, the same in all variants\n")
-    print("| completion | CPU s | vs shared |\n|---|---|---|")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, value in medians.items():
-        print(f"| {name} | {value:.2f} | {value / medians['shared']:.2f}x |")
+          f"{sum(len(a) for group in results['shared'] for a in group)} new tokens, the same in all variants")
+    seconds = rig.cpu_seconds(variants, args.rounds)
+    print(rig.table([{"completion": name, "CPU s": f"{value:.2f}", "vs shared": f"{value / seconds['shared']:.2f}x"}
+                     for name, value in seconds.items()]))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,6 @@ drop them and read them again, so what must fit is the anonymous memory and what
 """
 
 import argparse
-import gc
-import os
-import re
 import shutil
 import sys
 import tempfile
@@ -34,30 +31,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from losses.adavip import adavip_loss
+from benchmarks import rig
 from model.checkpoint import load_llava
-from model.config import LlamaConfig, VisionConfig
+from model.config import LlamaConfig
 from model.families import find_family
 from model.generate import generate
 from model.janus import JanusConfig
-from model.llava import LlavaConfig
-from model.logprobs import Scorer, Sequence, pack
-from model.lora import Reference, add_lora
 from model.tensors import save_json, save_shards
-from model.views import View, single, stack
 from model.vlm import VLM
 
-CLIP_L = VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                      image_size=336, patch_size=14, projection_dim=768)
-SIGLIP_L = replace(CLIP_L, image_size=384, patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu")
-VICUNA = LlamaConfig(rms_norm_eps=1e-5)  # the defaults are Vicuna-7B's
+SIGLIP_L = replace(rig.LLAVA_7B.vision, image_size=384, patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu")
 DEEPSEEK = LlamaConfig(vocab_size=102400, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
                        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=16384)
-SHAPES = {"llava": LlavaConfig(CLIP_L, VICUNA), "janus": JanusConfig(SIGLIP_L, DEEPSEEK)}
+FAMILIES = {"llava": rig.LLAVA_7B, "janus": JanusConfig(SIGLIP_L, DEEPSEEK)}
 SHARD_BYTES = 1_000_000_000
 BLOCK = 1_000_003  # a prime, so that rows of a matrix do not repeat
-THRESHOLD = "MALLOC_TRIM_THRESHOLD_"
-PROMPT, RESPONSE = 40, 100  # text tokens of the prompt and of each response
 
 
 def write_checkpoint(folder: Path, config) -> int:
@@ -84,104 +72,74 @@ def random_weight(name: str, shape: torch.Size) -> Tensor:
     return block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
 
 
-def draw_pair(config) -> tuple[list[View], list[Sequence]]:
-    """The three sequences of AdaViP: chosen and rejected with image 0, chosen with image 1."""
-    rng = torch.Generator().manual_seed(0)
-    text, chosen, rejected = (tuple(torch.randint(3, 32000, (n,), generator=rng).tolist())
-                              for n in (PROMPT, RESPONSE, RESPONSE))
-    prompt = text[: PROMPT // 2] + (config.image_token_index,) * config.tile_tokens + text[PROMPT // 2 :]
-    side = config.vision.image_size
-    views = [single(torch.randn(3, side, side, generator=rng), config.tile_tokens) for _ in range(2)]
-    return views, [Sequence(0, prompt, chosen), Sequence(0, prompt, rejected), Sequence(1, prompt, chosen)]
+def load(folder: Path, rank: int) -> tuple[VLM, torch.optim.Optimizer]:
+    """Model with adapters and optimiser, as train.py sets them up."""
+    model = load_llava(folder, torch.bfloat16)
+    return model, rig.with_adapters(model, rank, lr=1e-6, checkpointing=True, std=0.0)
 
 
-def load(folder: Path, rank: int) -> tuple[VLM, Scorer, Reference, torch.optim.Optimizer]:
-    """Model, adapters and optimiser, as train.py sets them up."""
-    model = load_llava(folder, torch.bfloat16).requires_grad_(False)
-    add_lora(model.language_model, rank, 2.0 * rank)
-    model.language_model.model.checkpointing = True
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
-    return model, Scorer(model, torch.bfloat16), Reference(model), optimizer
-
-
-def train_step(model: VLM, scorer: Scorer, reference: Reference, optimizer, views, sequences) -> int:
-    """One AdaViP step; returns the tokens that went through the decoder once (shared prefixes count once)."""
-    pixels, rows = stack(views, model.config.tile_tokens)
-    packed, features = pack(sequences, rows, model.config.image_token_index), model.vision_features(pixels)
-    with reference():
-        frozen = scorer(packed, features)[0].sum(1)  # (3,)
-    policy = scorer(packed, features)[0].sum(1)  # (3,)
-    loss, _ = adavip_loss(*policy.split(1), *frozen.split(1))
-    loss.mean().backward()
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+def train_step(model: VLM, optimizer: torch.optim.Optimizer, shapes: rig.Shapes) -> None:
+    """One AdaViP step, the first: policy and reference are equal."""
+    loss, norm = rig.make_step(model, optimizer, shapes, "adavip", autocast=torch.bfloat16)()
     if not torch.isfinite(norm) or abs(loss.item() - 1.0986) > 1e-2:
         sys.exit(f"loss {loss.item():.4f} should be ln 3, and gradient norm {norm.item():.4f} finite")
-    optimizer.step()
-    optimizer.zero_grad()
-    return len(packed.ids)
 
 
-def measure(phase: Callable[[], object]) -> tuple[object, float, float, int, int]:
-    """(result, seconds, CPU seconds of all threads, peak resident bytes, anonymous bytes at the end)."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+def measure(phase: Callable[[], object]) -> tuple[object, rig.Row]:
+    """(result, figures): CPU seconds are of all threads, GiB are resident at the peak, anonymous at the end."""
+    rig.reset_peak()
     start, cpu = time.perf_counter(), time.process_time()
     result = phase()
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return result, seconds, cpu, status("VmHWM"), status("RssAnon")
+    return result, {"seconds": time.perf_counter() - start, "CPU seconds": time.process_time() - cpu,
+                    "peak GiB": rig.resident("VmHWM") / 2**30,
+                    "anonymous GiB at the end": rig.resident("RssAnon") / 2**30}
 
 
-def status(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    return 1024 * int(re.search(rf"^{field}:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+def run(folder: Path, args: argparse.Namespace) -> list[rig.Row]:
+    """All phases: their figures, with how much was done a second."""
+    config = FAMILIES[args.family]
+    layers = args.layers or config.text.num_hidden_layers
+    config = replace(config, text=replace(config.text, num_hidden_layers=layers))
+    shapes, rows = rig.Shapes(config, args.rank, pairs=1, prompt=(40, 40), response=(100, 100)), []
 
+    def add(phase: str, amount: float, unit: str, figures: rig.Row) -> None:
+        rows.append({"phase": phase, **figures, "throughput": f"{amount / figures['seconds']:.2f} {unit}/s"})
 
-def run(folder: Path, args: argparse.Namespace) -> list[tuple[str, str, float, float, int, int]]:
-    """All phases: (name, throughput, seconds, CPU seconds, peak, anonymous)."""
-    shapes = SHAPES[args.family]
-    layers = args.layers or shapes.text.num_hidden_layers
-    config = replace(shapes, text=replace(shapes.text, num_hidden_layers=layers))
-    table = []
     if not (folder / "config.json").is_file():
-        size, *numbers = measure(lambda: write_checkpoint(folder, config))
-        table.append(("write", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
-    views, sequences = draw_pair(config)
-    (model, *rest), *numbers = measure(lambda: load(folder, args.rank))
+        size, figures = measure(lambda: write_checkpoint(folder, config))
+        add("write", size / 1e9, "GB", figures)
+    (model, optimizer), figures = measure(lambda: load(folder, args.rank))
     size = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    table.append(("load", f"{size / numbers[0] / 1e9:.2f} GB/s", *numbers))
-    tokens, *numbers = measure(lambda: train_step(model, *rest, views, sequences))
-    table.append(("train step", f"{tokens / numbers[0]:.2f} tokens/s", *numbers))
-    rest = ()  # its memory is not part of what follows
+    add("load", size / 1e9, "GB", figures)
+    tokens = len(rig.packed_batch(shapes, "adavip", torch.device("cpu"))[1].ids)  # shared prefixes count once
+    _, figures = measure(lambda: train_step(model, optimizer, shapes))
+    add("train step", tokens, "tokens", figures)
+    optimizer = None  # its memory is not part of what follows
+    views, sequences = rig.draw_batch(shapes)
     prompt = [list(sequences[0].prompt)]
-    _, *numbers = measure(lambda: generate(model, views[:1], prompt, eos_id=-1, max_new_tokens=args.tokens))
-    table.append((f"generate {args.tokens}", f"{args.tokens / numbers[0]:.2f} tokens/s", *numbers))
+    _, figures = measure(lambda: generate(model, views, prompt, eos_id=-1, max_new_tokens=args.tokens))
+    add(f"generate {args.tokens}", args.tokens, "tokens", figures)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.family}, {layers} decoder layers, {size / 2e9:.2f} B weights in bf16 ({size / 2**30:.1f} GiB), LoRA "
           f"rank {args.rank}: {trained / 1e6:.0f} M weights in fp32, {tokens} tokens a step, "
-          f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n")
-    return table
+          f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    return rows
 
 
 def main() -> None:
     """Rehearse one step at full size and print seconds and memory of its parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="keep the checkpoint there (default: a temporary folder)")
-    parser.add_argument("--family", choices=SHAPES, default="llava", help="whose shapes (default: %(default)s)")
+    parser.add_argument("--family", choices=FAMILIES, default="llava", help="whose shapes (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="decoder layers (default: all)")
     parser.add_argument("--rank", type=int, default=128, help="of the adapters (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=16, help="to generate (default: %(default)s)")
     args = parser.parse_args()
-    if THRESHOLD not in os.environ:  # an allocator that gives blocks of 1 MiB and more back at once
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {THRESHOLD: str(2**20)})
+    rig.restart_with("MALLOC_TRIM_THRESHOLD_", 2**20)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        table = run(folder, args)
-    print("| phase | seconds | CPU seconds | throughput | peak GiB | anonymous GiB at the end |")
-    print("|---|---|---|---|---|---|")
-    for name, throughput, seconds, cpu, *memory in table:
-        peak, anonymous = (f"{m / 2**30:.1f}" for m in memory)
-        print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {throughput} | {peak} | {anonymous} |")
+        print(rig.table(run(folder, args)))
 
 
 if __name__ == "__main__":

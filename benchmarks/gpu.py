@@ -17,9 +17,9 @@ does it. A batch is 8 pairs of an image of 576 tokens, a prompt of 44 and respon
     transformers  the same by `generate` of transformers
     profile       shares of a DPO step's time on the device
 
-Tokens are those of the packed batch, for all sides, and FLOPs (for the utilisation) are what the step needs if nothing
-is computed twice: so both compare times. Peak memory is all that torch had allocated, weights included. What runs out
-of memory, or is not installed, is reported and does not stop the rest. Exits with status 1 where parity fails.
+Tokens and FLOPs (for the utilisation, counted by model/estimate.py) are those of Plumbline's packed step that keeps all
+activations, for all sides: so both compare times. Peak memory is all that torch had allocated, weights included. What
+runs out of memory, or is not installed, is reported and does not stop the rest. Exits with status 1 where parity fails.
 """
 
 import argparse
@@ -28,12 +28,11 @@ import json
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,49 +40,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from common import versions, written_whole
-from losses.adavip import adavip_loss
-from losses.dpo import dpo_loss
-from model.config import LlamaConfig, VisionConfig
+from benchmarks import rig
+from common import versions, write_text
+from model.estimate import cost_of, hollow
 from model.generate import generate
-from model.llava import Llava, LlavaConfig
-from model.logprobs import Packed, Scorer, Sequence, naive_logprobs, pack
-from model.lora import TARGETS, Reference, add_lora
-from model.views import View, single, stack
+from model.llava import Llava
+from model.logprobs import Scorer, naive_logprobs, pack
+from model.views import View
 
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}  # dense bf16 TFLOP/s
-BETA, CLIP = 0.1, 1.0
 MODES = {"off": False, "on": True}  # checkpointing
 KINDS = (("head", r"SelectedLogProbs"), ("attention", r"scaled_dot_product|^Attention|flex_attention"),
          ("GEMM", r"aten::(mm|addmm|addmm_|bmm|baddbmm)$"))
-Row = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Size:
-    """Shapes of the network and of the batch."""
+class Size(rig.Shapes):
+    """Shapes of a step, and of what is generated; all prompts and all responses are of one length."""
 
-    config: LlavaConfig
-    rank: int
-    pairs: int
-    prompt: int  # text tokens
-    response: int
-    new_tokens: int
-    batches: tuple[tuple[int, int], ...]  # images, responses to each
+    new_tokens: int = 64
+    batches: tuple[tuple[int, int], ...] = ((1, 1), (8, 1), (64, 1), (1, 8))  # images, responses to each
 
 
 SIZES = {
-    "7b": Size(LlavaConfig(
-        VisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                     image_size=336, patch_size=14, projection_dim=768),
-        LlamaConfig(vocab_size=32064, rms_norm_eps=1e-5), image_token_index=32000),
-        rank=128, pairs=8, prompt=44, response=100, new_tokens=64, batches=((1, 1), (8, 1), (64, 1), (1, 8))),
-    "tiny": Size(LlavaConfig(
-        VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28,
-                     patch_size=7, projection_dim=16),
-        LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=4, head_dim=16), image_token_index=120),
-        rank=8, pairs=2, prompt=6, response=8, new_tokens=9, batches=((1, 1), (2, 1), (1, 2))),
+    "7b": Size(rig.LLAVA_7B, pairs=8, prompt=(44, 44), response=(100, 100)),
+    "tiny": Size(rig.llava(width=64, layers=2, heads=4, ffn=128, vision_width=32, vision_layers=2, vision_heads=2,
+                           image=28, patch=7, vocabulary=128),
+                 rank=8, pairs=2, prompt=(6, 6), response=(8, 8), new_tokens=9, batches=((1, 1), (2, 1), (1, 2))),
 }
 
 
@@ -137,7 +120,7 @@ def freed() -> None:
         torch.cuda.empty_cache()
 
 
-# ------------------------------------------------------------------------------------------------ model and batch
+# ------------------------------------------------------------------------------------------------ models
 
 
 def make_model(size: Size, device: torch.device) -> Llava:
@@ -151,75 +134,39 @@ def make_model(size: Size, device: torch.device) -> Llava:
     return model.eval().requires_grad_(False)
 
 
-def with_adapters(model: Llava, size: Size) -> list[Tensor]:
-    """Add LoRA whose update is not 0, so that policy and reference differ; the weights that train."""
-    torch.manual_seed(1)
-    add_lora(model.language_model.model, size.rank, 2.0 * size.rank)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            torch.nn.init.normal_(parameter, std=0.01)
-    return trained
+def peer(size: Size, device: torch.device):
+    """transformers' LLaVA of the same shapes with random bf16 weights, made on the device."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    make = transformers.AutoModelForImageTextToText.from_config
+    with device:
+        return make(rig.peer_config(size.config), dtype=torch.bfloat16).eval()
 
 
-def draw_batch(size: Size, loss: str) -> tuple[list[View], list[Sequence]]:
-    """Chosen and rejected responses to each image, and for AdaViP the chosen ones with other images."""
-    rng = torch.Generator().manual_seed(0)
-    vision, image_id = size.config.vision, size.config.image_token_index
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, image_id, (count,), generator=rng).tolist())
-
-    texts = [(tokens(size.prompt), tokens(size.response), tokens(size.response)) for _ in range(size.pairs)]
-    prompts = [text[:4] + (image_id,) * vision.num_patches + text[4:] for text, _, _ in texts]
-    sequences = [Sequence(i, prompts[i], texts[i][which]) for which in (1, 2) for i in range(size.pairs)]
-    if loss == "adavip":
-        sequences += [Sequence(size.pairs + i, prompts[i], texts[i][1]) for i in range(size.pairs)]
-    pixels = torch.randn(max(s.image for s in sequences) + 1, 3, vision.image_size, vision.image_size, generator=rng)
-    return [single(image, vision.num_patches) for image in pixels], sequences
-
-
-def packed_batch(size: Size, loss: str, device: torch.device) -> tuple[Tensor, Packed]:
-    """Pixels and the packed sequences, on the device."""
-    views, sequences = draw_batch(size, loss)
-    tiles, rows = stack(views, size.config.tile_tokens)
-    return tiles.to(device), pack(sequences, rows, size.config.image_token_index).to(device)
-
-
-def model_flops(size: Size, loss: str) -> float:
-    """What a step needs when nothing is computed twice: the policy's forward, the reference's, and the backward, which
-    of frozen weights needs the gradient of the input only; in the last layer keys, values and the responses."""
-    c, vision = size.config.text, size.config.vision
-    D, q, kv, layers = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, \
-        c.num_hidden_layers
-
-    def products(*shapes: tuple[int, int]) -> int:
-        """Multiplications a token, with the adapters'."""
-        return sum(i * o + size.rank * (i + o) for i, o in shapes)
-
-    keys, others = products((D, kv), (D, kv)), products((D, q), (q, D), *[(D, c.intermediate_size)] * 3)
-    body, tail = vision.num_patches + size.prompt, size.response
-    images, responses = (size.pairs, 2) if loss == "dpo" else (2 * size.pairs, 1.5)  # responses to each on average
-    tokens, scored = images * (body + responses * tail), images * responses * tail
-    scores = images * responses * (tail * body + tail**2 / 2)  # of the responses' query-key pairs
-    decoder = 6 * (layers * tokens * keys + ((layers - 1) * tokens + scored) * others)
-    attention = 16 * q * (layers * scores + (layers - 1) * images * body**2 / 2)
-    width = vision.hidden_size
-    tower = 2 * images * vision.num_patches * size.config.vision_layers_used * (
-        4 * width**2 + 2 * width * vision.intermediate_size + 2 * width * vision.num_patches)
-    return decoder + attention + tower + 6 * scored * D * c.vocab_size
+@cache
+def step_flops(size: Size, loss: str) -> int:
+    """Floating-point operations of Plumbline's step that keeps all activations, counted without computing any."""
+    with torch.device("meta"):
+        model = Llava(size.config).to(torch.bfloat16)
+    mode = hollow(model)
+    with mode:
+        optimizer = rig.with_adapters(model, size.rank, lr=0.0, checkpointing=False)
+    step = rig.make_step(model, optimizer, size, loss, autocast=torch.bfloat16)  # its batch is real
+    with mode:
+        return cost_of(step).flops
 
 
 # ------------------------------------------------------------------------------------------------ parity
 
 
-def parity(size: Size, machine: Machine) -> Iterator[Row]:
+def parity(size: Size, machine: Machine) -> Iterator[rig.Row]:
     """What must agree; `ok` says whether it does, up to bf16's rounding."""
     model = make_model(size, machine.device)
-    with_adapters(model, size)
+    rig.with_adapters(model, size.rank, lr=0.0, checkpointing=False)
     scorer = Scorer(model, torch.bfloat16)
-    views, sequences = draw_batch(size, "dpo")
-    pixels, packed = packed_batch(size, "dpo", machine.device)
+    views, sequences = rig.draw_batch(size, "dpo")
+    pixels, packed = rig.packed_batch(size, "dpo", machine.device)
     with torch.no_grad():
         features = model.vision_features(pixels)
         together = scorer(packed, features)[0]  # (2 pairs, L)
@@ -231,15 +178,19 @@ def parity(size: Size, machine: Machine) -> Iterator[Row]:
             one = pack([s._replace(image=0)], [rows], model.config.image_token_index).to(machine.device)
             alone.append(scorer(one, features[s.image : s.image + 1])[0][0])
     for name, other in (("scoring core, naive", plain), ("packed, one at a time", torch.stack(alone))):
-        off = (together - other).abs()
-        yield {"check": name, "mean": off.mean().item(), "most": off.max().item(), "ok": off.mean().item() < 0.02}
+        yield agreement(name, (together - other).abs())
     yield greedy_parity(size, machine, model)
 
 
+def agreement(check: str, off: Tensor) -> rig.Row:
+    """By how many nats two ways to compute the same differ."""
+    return {"check": check, "mean": off.mean().item(), "most": off.max().item(), "ok": off.mean().item() < 0.02}
+
+
 @torch.no_grad()
-def greedy_parity(size: Size, machine: Machine, model: Llava) -> Row:
+def greedy_parity(size: Size, machine: Machine, model: Llava) -> rig.Row:
     """How far the logits of the tokens that the cache led to are below the best without a cache."""
-    views, sequences = draw_batch(size, "dpo")
+    views, sequences = rig.draw_batch(size, "dpo")
     prompts = [list(s.prompt) for s in sequences[: size.pairs]]
     out = generate(model, views, prompts, eos_id=-1, max_new_tokens=size.new_tokens)
     gaps = []
@@ -248,66 +199,45 @@ def greedy_parity(size: Size, machine: Machine, model: Llava) -> Row:
         logits = model.logits(ids, view.pixels.to(machine.device))[len(prompt) - 1 :].float()
         logits[:, size.config.image_token_index] = float("-inf")
         gaps.append(logits.amax(1) - logits.gather(1, torch.tensor(new, device=machine.device)[:, None])[:, 0])
-    gap = torch.cat(gaps)
-    return {"check": "greedy, cached and not", "mean": gap.mean().item(), "most": gap.max().item(),
-            "ok": gap.mean().item() < 0.02}
+    return agreement("greedy, cached and not", torch.cat(gaps))
 
 
 # ------------------------------------------------------------------------------------------------ steps
 
 
-def our_step(size: Size, device: torch.device, loss: str, checkpointing: bool, naive: bool = False,
-             ) -> Callable[[], None]:
+def our_step(size: Size, device: torch.device, loss: str, checkpointing: bool, naive: bool = False) -> rig.Step:
     """A training step of a new model."""
     model = make_model(size, device)
-    model.language_model.model.checkpointing = checkpointing
-    trained = with_adapters(model, size)
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    scorer, reference = Scorer(model, torch.bfloat16), Reference(model)
-    views, sequences = draw_batch(size, loss)
-    pixels, packed = packed_batch(size, loss, device)
-    parts = len(sequences) // size.pairs
-
-    def logps() -> tuple[Tensor, Tensor]:
-        if not naive:
-            features = model.vision_features(pixels)
-            with reference():
-                frozen = scorer(packed, features)[0].sum(1)
-            return scorer(packed, features)[0].sum(1), frozen
-        with torch.autocast(device.type, torch.bfloat16):
-            with reference():
-                frozen = torch.stack([t.sum() for t in naive_logprobs(model, sequences, views)])
-            return torch.stack([t.sum() for t in naive_logprobs(model, sequences, views)]), frozen
-
-    def step() -> None:
-        policy, frozen = logps()
-        function = {"dpo": dpo_loss, "adavip": adavip_loss}[loss]
-        function(*policy.chunk(parts), *frozen.chunk(parts), beta=BETA)[0].mean().backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    optimizer = rig.with_adapters(model, size.rank, lr=1e-6, checkpointing=checkpointing)
+    return rig.make_step(model, optimizer, size, loss, autocast=torch.bfloat16, naive=naive)
 
 
-def steps(size: Size, machine: Machine, side: str, loss: str) -> Iterator[Row]:
+def peer_step(size: Size, device: torch.device, loss: str, checkpointing: bool) -> rig.Step:
+    """A step of TRL's DPOTrainer on a new model of transformers."""
+    batch = rig.trl_batch(size, device)
+    trainer = rig.trl_trainer(peer(size, device), size, batch, lr=1e-6, bf16=True, checkpointing=checkpointing)
+    trainer.train()
+    return partial(rig.trl_step, trainer, batch)
+
+
+def steps(size: Size, machine: Machine, side: str, loss: str) -> Iterator[rig.Row]:
     """A step without and with checkpointing, on a model of its own."""
-    make = {"Plumbline": our_step, "naive": partial(our_step, naive=True), "TRL compact": trl_step}[side]
+    make = {"Plumbline": our_step, "naive": partial(our_step, naive=True), "TRL compact": peer_step}[side]
     for mode, checkpointing in MODES.items():
         yield survived({"step": side, "loss": loss, "checkpointing": mode},
                        partial(figures, size, machine, loss, partial(make, size, machine.device, loss, checkpointing)))
 
 
-def figures(size: Size, machine: Machine, loss: str, make: Callable[[], Callable[[], None]]) -> Row:
+def figures(size: Size, machine: Machine, loss: str, make: Callable[[], rig.Step]) -> rig.Row:
     """Of the step that `make` makes: seconds, tokens a second, utilisation, memory."""
     seconds, peak = machine.measure(make())
-    tokens = len(packed_batch(size, loss, torch.device("cpu"))[1].ids)
-    used = model_flops(size, loss) / seconds / 1e12
+    tokens = len(rig.packed_batch(size, loss, torch.device("cpu"))[1].ids)
+    used = step_flops(size, loss) / seconds / 1e12
     return {"seconds": seconds, "tokens/s": tokens / seconds, "TFLOP/s": used,
             "utilisation %": 100 * used / machine.peak if machine.peak else None, "peak GiB": peak}
 
 
-def survived(name: Row, work: Callable[[], Row]) -> Row:
+def survived(name: rig.Row, work: Callable[[], rig.Row]) -> rig.Row:
     """The row of some work, or why there is none: too little memory, or a peer that is not installed."""
     freed()
     try:
@@ -318,88 +248,19 @@ def survived(name: Row, work: Callable[[], Row]) -> Row:
         return name | {"note": f"not installed: {error.name}"}
 
 
-def peer(size: Size, device: torch.device):
-    """transformers' LLaVA of the same shapes with random bf16 weights, made on the device."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    c, v = size.config.text, size.config.vision
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=v.hidden_size, intermediate_size=v.intermediate_size, num_hidden_layers=v.num_hidden_layers,
-        num_attention_heads=v.num_attention_heads, image_size=v.image_size, patch_size=v.patch_size)
-    text = transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
-        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text,
-                                      image_token_index=size.config.image_token_index)
-    with device:
-        return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def trl_step(size: Size, device: torch.device, loss: str, checkpointing: bool) -> Callable[[], None]:
-    """A step of DPOTrainer, whose `train` does the set-up (and one step)."""
-    import transformers
-    import trl
-    import trl.trainer.utils as trl_utils
-    from datasets import Dataset
-    from peft import LoraConfig
-    from tokenizers import Tokenizer, models
-
-    trl_utils._use_triton = lambda device: True  # response positions only, as TRL has it on CUDA
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<image>": size.config.image_token_index}, unk_token="<pad>"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
-    processor = transformers.LlavaProcessor(transformers.CLIPImageProcessor(), tokenizer,
-                                            patch_size=size.config.vision.patch_size)  # demanded, never used
-    lora = LoraConfig(r=size.rank, lora_alpha=2 * size.rank, lora_dropout=0.0, bias="none",
-                      target_modules=rf".*language_model\..*\.({'|'.join(TARGETS)})")
-    config = trl.DPOConfig(
-        tempfile.mkdtemp(), bf16=True, use_cpu=device.type == "cpu", gradient_checkpointing=checkpointing,
-        beta=BETA, learning_rate=1e-6, max_grad_norm=CLIP, per_device_train_batch_size=size.pairs, max_steps=1,
-        max_length=None, remove_unused_columns=False, report_to=[], save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, dataloader_pin_memory=False)
-    batch = {key: value.to(device) for key, value in trl_batch(size).items()}
-    rows = Dataset.from_list([{"image": 0, "prompt": "", "chosen": "", "rejected": ""}] * size.pairs)
-    trainer = trl.DPOTrainer(peer(size, device), args=config, train_dataset=rows, peft_config=lora,
-                             data_collator=lambda _: dict(batch), processing_class=processor)
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-
-    def step() -> None:
-        trainer.training_step(trainer.model_wrapped, dict(batch))
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), CLIP)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    return step
-
-
-def trl_batch(size: Size) -> dict[str, Tensor]:
-    """The same pairs as TRL's collator lays them out: chosen rows, then rejected rows, images repeated."""
-    views, sequences = draw_batch(size, "dpo")
-    ids = torch.tensor([s.prompt + s.response for s in sequences])  # all of one length
-    completion = torch.zeros_like(ids)
-    completion[:, -size.response :] = 1
-    pixels = torch.cat([view.pixels for view in views])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion,
-            "pixel_values": torch.cat([pixels, pixels])}
-
-
 # ------------------------------------------------------------------------------------------------ generation
 
 
-def generation(size: Size, machine: Machine, side: str, make: Callable, run: Callable) -> Iterator[Row]:
+def generation(size: Size, machine: Machine, side: str, make: Callable, run: Callable) -> Iterator[rig.Row]:
     """Tokens a second of every batch; `run` continues prompts of some images with so many responses each."""
-    made: list = []  # the model, once it exists
+    model = cache(lambda: make(size, machine.device))  # made where running out of memory is survived
 
-    def work(views: list[View], prompts: list[list[int]], n: int) -> Row:
-        if not made:
-            made.append(make(size, machine.device))
-        seconds, peak = machine.measure(lambda: run(made[0], size, views, prompts, n))
+    def work(views: list[View], prompts: list[list[int]], n: int) -> rig.Row:
+        seconds, peak = machine.measure(lambda: run(model(), size, views, prompts, n))
         return {"seconds": seconds, "tokens/s": len(prompts) * n * size.new_tokens / seconds, "peak GiB": peak}
 
     for images, n in size.batches:
-        views, sequences = draw_batch(replace(size, pairs=images), "dpo")
+        views, sequences = rig.draw_batch(replace(size, pairs=images), "dpo")
         prompts = [list(s.prompt) for s in sequences[:images]]
         yield survived({"generate": side, "images": images, "responses each": n},
                        partial(work, views, prompts, n))
@@ -422,7 +283,7 @@ def peer_generation(model, size: Size, views: list[View], prompts: list[list[int
 # ------------------------------------------------------------------------------------------------ profile
 
 
-def profile(size: Size, machine: Machine) -> Iterator[Row]:
+def profile(size: Size, machine: Machine) -> Iterator[rig.Row]:
     """Shares of the device's time in a DPO step, checkpointing on."""
     freed()
     step = our_step(size, machine.device, "dpo", checkpointing=True)
@@ -467,22 +328,6 @@ MEASURES = {
 }
 
 
-def table(rows: list[Row]) -> str:
-    """Rows as Markdown: one table for those with the same first key."""
-    lines: list[str] = []
-    for first in dict.fromkeys(next(iter(row)) for row in rows):
-        same = [row for row in rows if next(iter(row)) == first]
-        keys = list(dict.fromkeys(key for row in same for key in row))
-        lines += ["", f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]
-        lines += [f"| {' | '.join(shown(row.get(key)) for key in keys)} |" for row in same]
-    return "\n".join(lines) + "\n"
-
-
-def shown(value: object) -> str:
-    """A cell of the table."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def main() -> None:
     """Measure the sections asked for; write and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -494,20 +339,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="STEM", help="default: %(default)s")
     args = parser.parse_args()
     machine, card = find_machine(args.device, args.rounds, args.peak)
-    rows: list[Row] = []
+    rows: list[rig.Row] = []
     for measure in (measure for section in MEASURES if section in args.only for measure in MEASURES[section]):
         for row in measure(SIZES[args.size], machine):
             rows.append(row)
-            print(", ".join(f"{key} {shown(value)}" for key, value in row.items() if value is not None), flush=True)
+            print(", ".join(f"{key} {rig.shown(value)}" for key, value in row.items() if value is not None), flush=True)
         freed()
     about = {"card": card, "size": args.size, "cuda": torch.version.cuda, **versions()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     heading = ", ".join(f"{key} {value}" for key, value in about.items() if value)
-    for suffix, text in ((".json", json.dumps({**about, "rows": rows}, indent=1) + "\n"),
-                         (".md", heading + "\n" + table(rows))):
-        with written_whole(args.out.with_suffix(suffix)) as path:
-            path.write_text(text)
-    print(f"\n{heading}\n{table(rows)}")
+    write_text(args.out.with_suffix(".json"), json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    write_text(args.out.with_suffix(".md"), heading + "\n" + rig.table(rows))
+    print(f"\n{heading}\n{rig.table(rows)}")
     sys.exit(0 if all(row.get("ok", True) for row in rows) else "parity fails")
 
 

@@ -6,7 +6,8 @@ log-probs as `policy_NAME_logps` and so on (`model.training.named`).
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -35,6 +36,15 @@ class BadRecord(BadInput):
 
     def __str__(self) -> str:
         return f"record {self.name!r}: {self.reason}"
+
+
+@contextmanager
+def naming(record: dict) -> Iterator[None]:
+    """Inside, what is wrong with the input is wrong with this record: BadInput becomes BadRecord."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadRecord(record["id"], str(error)) from None
 
 
 Shown = Literal["clean", "crop", "noise"]
@@ -129,17 +139,19 @@ def collate(
     plain = []
     for name, how in asked.items():
         for record, seed in zip(records, seeds):
-            shown = images.numbers(record, how.image, how.view, seed, how.hidden)
-            responses[name].append(_response(record, how.response, processor))
-            plain.append(_sequence(record, responses[name][-1], shown, images, how, end))
+            with naming(record):
+                shown = images.numbers(record, how, how.view, seed)
+                responses[name].append(_response(record, how.response, processor))
+                plain.append(_sequence(record, responses[name][-1], shown, images, how, end))
     # Tokens that are picked in noise are scored where the loop above put their sequence, but the model picks them under
     # the noisy image. So these come once more, in the same order: picks fill the labels above one by one.
     noisy = []
     for name, how in asked.items():
         if how.in_noise:
             for record, seed, response in zip(records, seeds, responses[name]):
-                shown = images.numbers(record, how.image, "noise", seed)
-                noisy.append(_sequence(record, response, shown, images, how, end))
+                with naming(record):
+                    shown = images.numbers(record, how, "noise", seed)
+                    noisy.append(_sequence(record, response, shown, images, how, end))
     pixels, rows = stack(images.views, processor.patches)
     batch = Batch(pixels, pack(plain, rows, processor.image_id), list(asked), [r["id"] for r in records], responses)
     if any("weight" in record for record in records):
@@ -160,19 +172,16 @@ class _Images:
         self.views: list[View] = []
         self.known: dict[tuple, int] = {}
 
-    def numbers(self, record: dict, field: str, view: str, seed: int, hidden: float = 0.0) -> tuple[int, ...]:
-        """Which of `views` show the images of a field. Raises BadRecord when one cannot be opened."""
-        shown = references(record[field])
-        others = references(record["rejected_image"]) if hidden else [None] * len(shown)
-        try:
-            return tuple(self._number(image, view, seed, hidden, other) for image, other in zip(shown, others))
-        except BadInput as error:
-            raise BadRecord(record["id"], str(error)) from None
+    def numbers(self, record: dict, how: Scored, view: Shown, seed: int) -> tuple[int, ...]:
+        """Which of `views` show the images of the field that `how` names. BadInput when one cannot be opened."""
+        shown = references(record[how.image])
+        others = references(record["rejected_image"]) if how.hidden else [None] * len(shown)
+        seed = 0 if view == "clean" else seed
+        return tuple(self._number(image, view, seed, how.hidden, other) for image, other in zip(shown, others))
 
-    def _number(self, reference: str, view: str, seed: int, hidden: float, other: str | None) -> int:
-        key = (reference, view, 0 if view == "clean" else seed, hidden, other)
+    def _number(self, *key) -> int:
         if key not in self.known:
-            self.views.append(self._open(reference, view, seed, hidden, other))
+            self.views.append(self._open(*key))
             self.known[key] = len(self.views) - 1
         return self.known[key]
 
@@ -198,9 +207,13 @@ def _sequence(record: dict, response: tuple[int, ...], shown: tuple[int, ...], i
               end: bool) -> Sequence:
     """A response after the prompt of its record, which has one image token for each row of its images, and the
     context if there is one: shared by all its responses, and not scored."""
-    prompt = _prompt(record, [images.views[number] for number in shown], images.processor)
-    question = images.processor.question(record["prompt"])
-    return Sequence(shown, prompt, response + response[-1:] if end else response, how.tokens == "best_other", question)
+    processor, features = images.processor, [len(images.views[number].rows) for number in shown]
+    prompt = processor.prompt(record["prompt"], features) + context_ids(record, processor)
+    if (found := prompt.count(processor.image_id)) != sum(features):
+        raise BadInput(f"{found} image tokens in the prompt, {record['image']} has {sum(features)} features")
+    question = processor.question(record["prompt"])
+    response += response[-1:] if end else ()
+    return Sequence(shown, tuple(prompt), response, how.tokens == "best_other", question)
 
 
 def _labels(chosen: list[bool], batch: Batch) -> Tensor:
@@ -222,24 +235,8 @@ def context_ids(record: dict, processor: Processor) -> list[int]:
     return processor.opening(record["context"]) if record.get("context") else []
 
 
-def _response(record: dict, response_field: str, processor: Processor) -> tuple[int, ...]:
-    response = record[response_field]
-    try:
-        return tuple(response_ids(record, response_field, processor) if isinstance(response, str) else response)
-    except BadInput as error:
-        raise BadRecord(record["id"], str(error)) from None
-
-
-def _prompt(record: dict, views: list[View], processor: Processor) -> tuple[int, ...]:
-    counts = [len(view.rows) for view in views]
-    try:
-        ids = processor.prompt(record["prompt"], counts) + context_ids(record, processor)
-    except BadInput as error:
-        raise BadRecord(record["id"], str(error)) from None
-    if ids.count(processor.image_id) != sum(counts):
-        raise BadRecord(record["id"], f"{ids.count(processor.image_id)} image tokens in the prompt, "
-                                      f"{record['image']} has {sum(counts)} features")
-    return tuple(ids)
+def _response(record: dict, field: str, processor: Processor) -> tuple[int, ...]:
+    return tuple(response_ids(record, field, processor) if isinstance(record[field], str) else record[field])
 
 
 def tokens_of(record: dict, sequences: Mapping[str, Mapping], processor: Processor, root: Path | str | None = None,
@@ -248,7 +245,8 @@ def tokens_of(record: dict, sequences: Mapping[str, Mapping], processor: Process
     of its images. Arguments and BadRecord as for `collate`; BadInput as from `data.images.image_size`."""
     inputs: dict[tuple, set] = {}  # distinct responses under each image, or each several
     for how in scored(sequences).values():
-        response = _response(record, how.response, processor)
+        with naming(record):
+            response = _response(record, how.response, processor)
         shown = tuple(references(record[how.image]))
         inputs.setdefault((shown, how.view, how.hidden), set()).add(response if end else response[:-1])
     images = len(shown)  # as many in each field
@@ -260,11 +258,9 @@ def tokens_of(record: dict, sequences: Mapping[str, Mapping], processor: Process
 
 def check_image(record: dict, root: Path | str | None = None) -> None:
     """Decode the images that the record is about. Raises BadRecord when that fails."""
-    try:
+    with naming(record):
         for reference in references(record["image"]):
             open_image(reference, root)
-    except BadInput as error:
-        raise BadRecord(record["id"], str(error)) from None
 
 
 def with_seeds(records: list[dict], seeds: list[int], root: Path | str | None = None) -> list[tuple[dict, int]]:
@@ -293,6 +289,7 @@ class Drawn(NamedTuple):
     bad: list[BadRecord]
 
 
+@dataclass(eq=False)
 class MicroBatches(Dataset):
     """Micro-batch (step, part) of this process, for any of them: a pure function of records, seed and number.
 
@@ -307,23 +304,22 @@ class MicroBatches(Dataset):
 
     With `skip` a record that cannot be used is replaced by one drawn at random for its place, no longer than itself if
     there is one, again and again until one can be used: batches keep their size, micro-batches their limit.
-
-    Args:
-        make: (records, seeds) -> micro-batch; it may raise BadRecord.
-        skip: replace bad records; otherwise the first one leaves no micro-batch.
-        micro_batch_size: records of a micro-batch; it divides those of a process.
-        max_tokens: tokens of a micro-batch instead; no record has more.
-        lengths: tokens of each record, for the two that follow.
-        group_by_length: batches are of similar lengths (`grouped`).
     """
 
-    def __init__(self, records, *, batch_size, rank, world, seed, steps, make, skip=False, micro_batch_size=None,
-                 max_tokens=None, lengths=None, group_by_length=False):
-        self.records, self.make, self.skip = records, make, skip
-        self.batch_size, self.rank, self.world, self.seed, self.steps = batch_size, rank, world, seed, steps
-        self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
-        self.lengths, self.group_by_length = lengths, group_by_length
-        self.orders: dict[int, list[int]] = {}  # epoch -> rows of the records
+    records: list[dict]
+    _: KW_ONLY
+    batch_size: int
+    rank: int
+    world: int
+    seed: int
+    steps: int
+    make: Callable  # (records, seeds) -> micro-batch; it may raise BadRecord
+    skip: bool = False  # replace bad records; otherwise the first one leaves no micro-batch
+    micro_batch_size: int | None = None  # records of a micro-batch; it divides those of a process
+    max_tokens: int | None = None  # tokens of a micro-batch instead; no record has more
+    lengths: list[int] | None = None  # tokens of each record, for `max_tokens` and `group_by_length`
+    group_by_length: bool = False  # batches are of similar lengths (`grouped`)
+    orders: dict[int, list[int]] = field(default_factory=dict, init=False)  # epoch -> rows of the records
 
     def keys(self, first: int = 0) -> Iterator[tuple[int, int]]:
         """(step, part) of all micro-batches from a step on."""

@@ -24,8 +24,7 @@ Without the rejected answer, or without any, a row of these is an image record. 
 or Parquet, the last through pyarrow where it is installed; a folder means the Parquet files in it, in the
 order of their names. An image is a path, which starts at the file's folder, or its bytes: raw, as {bytes, path}
 or as a data URL. Bytes are written to a folder next to the file (the command: next to its output), each image
-once, named by its content. Row groups are streamed, so a file may be larger than memory. The format is known from
-the keys of the first row, or named.
+once, named by its content. The format is known from the keys of the first row, or named.
 
 A record is one image or several, one question and one answer. Of a conversation of several turns the first one is
 taken, as later ones refer to what was said before; where the answers belong to a later one, or a system message comes
@@ -34,42 +33,21 @@ before the question, the row is a bad one, as is a row without an image. Several
 counted, the first are listed as `file:row: reason`, rows counted from 1 (in JSONL: lines). Ids that a foreign file
 repeats get a number appended.
 
-TRL's columns are those of its vision DPO (`images`, conversational `prompt`, `chosen`, `rejected`). What it
-has no column for (`id`, `context`, `rejected_images`, `rejected_image_response`) is written as an extra one, and read
-back; `source` is not written. An empty text comes before images that are marked at the beginning of the prompt, to
-tell them from those without marks. Answers after a context are written whole, with the context before them: under DPO
-its log-probs cancel, but TRL also scores an end token after them.
+What is written with TRL's columns, and which columns are added to them: data/export.py.
 """
 
 import argparse
-import base64
-import hashlib
-import io
-import json
-import os
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
-
-from common import BadInput, parse_json, written_whole
-from data.images import IMAGE, cut_at_images, open_image, references
-from data.records import (
-    REFERENCES,
-    Row,
-    brief,
-    collect,
-    continued,
-    have_context,
-    json_rows,
-    relocate,
-    without_mark,
-    write_jsonl,
-)
+from common import BadInput, parse_json, run_script
+from data.export import WRITTEN, write
+from data.images import IMAGE, references
+from data.records import REFERENCES, brief, collect, without_mark
+from data.rows import Images, Row, rows_of
 
 QUESTION, ANSWER = ("human", "user"), ("gpt", "assistant")
 ANSWERS = ("context", "chosen", "rejected", "rejected_image", "rejected_image_response", "source")
@@ -85,9 +63,8 @@ class Data(NamedTuple):
     root: Path  # folder that relative paths of images start from
 
 
-def load(path: Path | str, format: str | None = None, root: Path | str | None = None,
-         needs: Collection[str] = (), *, hints: Mapping[str, str] = {}, answers: bool = True,
-         images: Path | None = None) -> Data:
+def load(path: Path | str, format: str | None = None, root: Path | str | None = None, needs: Collection[str] = (), *,
+         hints: Mapping[str, str] = {}, answers: bool = True, images: Path | None = None) -> Data:
     """Read and validate preference data of any known format.
 
     Args:
@@ -106,39 +83,12 @@ def load(path: Path | str, format: str | None = None, root: Path | str | None = 
     if format is not None and format not in FORMATS:
         raise BadInput(f"unknown format {format!r}, there are {', '.join(FORMATS)}")
     root = Path(root) if root is not None else path if path.is_dir() else path.parent
-    rows, first = _rows(path, root), []
+    rows, first = rows_of(path, root), []
     while format is None and (row := next(rows, None)):
         first.append(row)
         format = detect(row[1], row[0]) if row[1] is not None else None
     records = _convert(chain(first, rows), format, root, answers, images)
     return Data(collect(path, records, root, needs, hints), format, root)
-
-
-def write(path: Path | str, records: list[dict], format: str = "plumbline",
-          root: Path | str | None = None) -> None:
-    """Write records as Plumbline's JSONL or with TRL's columns; the file appears whole or not at all.
-
-    Args:
-        path: for "trl" a name ending in .parquet, with the images inside, or .jsonl, with absolute paths.
-        records: for "trl" pair records.
-        root: folder that relative paths of images start from; None is that of the file. In Plumbline's file they
-            start from its own folder.
-    Raises BadInput naming what cannot be written.
-    """
-    path = Path(path)
-    root = Path(root) if root is not None else path.parent
-    if format not in WRITTEN:
-        raise BadInput(f"cannot write format {format!r}, only {' and '.join(WRITTEN)}")
-    if format == "plumbline" and path.suffix == ".parquet":
-        raise BadInput(f"{path}: a Parquet file is written with --format trl")
-    if format == "trl" and any(record.get("rejected") is None for record in records):
-        raise BadInput(f"{path}: TRL's columns are for pairs, not all records have a rejected answer")
-    if format == "plumbline":
-        write_jsonl(path, relocate(records, root, path.parent))
-    elif path.suffix == ".parquet":
-        _write_parquet(path, records, root)
-    else:
-        write_jsonl(path, [_trl_row(record, lambda reference: _absolute(reference, root)) for record in records])
 
 
 def detect(row: dict, where: str = "row") -> str:
@@ -151,64 +101,7 @@ def detect(row: dict, where: str = "row") -> str:
     raise BadInput(f"{where}: the keys {keys} are those of no known format ({', '.join(FORMATS)})")
 
 
-# Rows of a file
-
-
-def _rows(path: Path, root: Path) -> Iterator[Row]:
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise BadInput(f"{path}: a folder without .parquet files")
-    for file in files:
-        yield from _parquet_rows(file) if file.suffix == ".parquet" else _by_image(json_rows(file), root)
-
-
-def _by_image(rows: Iterable[Row], root: Path) -> Iterator[Row]:
-    """Rows as they are; of an object {image_id: rows of that image}, as SENTINEL has it, these rows."""
-    for where, row, reasons in rows:
-        lists = list((row or {}).values())
-        pairs = [pair for pairs in lists if isinstance(pairs, list) for pair in pairs]
-        if not pairs or not all(isinstance(value, list) for value in lists) \
-                or not all(isinstance(pair, dict) and "y_win" in pair for pair in pairs):
-            yield where, row, reasons
-            continue
-        file, number = where.rpartition(":")[0], count(1)
-        for image, pairs in row.items():
-            about = {"image_id": image, "image_path": _visual_genome(image, root)}
-            yield from ((f"{file}:{next(number)}", {**about, **pair}, []) for pair in pairs)
-
-
-def _visual_genome(image: str, root: Path) -> str:
-    """Path of an image of Visual Genome, which comes in two folders."""
-    paths = [f"{folder}/{image}.jpg" for folder in ("VG_100K", "VG_100K_2")]
-    return next((path for path in paths if os.path.exists(root / path)), paths[0])  # False for what is no path
-
-
-def _parquet_rows(path: Path, batch: int = 64) -> Iterator[Row]:
-    if not path.is_file():
-        raise BadInput(f"{path}: {'not a regular file' if path.exists() else 'not found'}")
-    parquet, number = _parquet(path), 0
-    try:
-        batches = parquet.ParquetFile(path).iter_batches(batch)
-        for number, row in enumerate((row for rows in batches for row in rows.to_pylist()), 1):
-            yield f"{path}:{number}", row, []
-    except Exception as error:  # pyarrow's own, Python's on texts that are no UTF-8, and others on damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{path}: not a readable Parquet file, after row {number} ({reason})") from None
-
-
-def _parquet(path: Path):
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise BadInput(f"{path}: Parquet needs pyarrow, which is not installed (pip install pyarrow)") from None
-    return parquet
-
-
-# Rows to records
-
-
-def _convert(rows: Iterable[Row], format: str | None, root: Path, answers: bool,
-             images: Path | None) -> Iterator[Row]:
+def _convert(rows: Iterable[Row], format: str | None, root: Path, answers: bool, images: Path | None) -> Iterator[Row]:
     """Rows -> records; a row that cannot become one says why."""
     names: dict[str, int] = {}
     for where, row, reasons in rows:
@@ -222,55 +115,6 @@ def _convert(rows: Iterable[Row], format: str | None, root: Path, answers: bool,
             except BadInput as error:
                 row, reasons = None, [str(error)]
         yield where, row, reasons
-
-
-class Images:
-    """Turns what a row says about its images into references; writes out an image it carries itself."""
-
-    def __init__(self, where: str, root: Path, images: Path | None = None):
-        file = Path(where.rpartition(":")[0])
-        self.folder, self.root = images or file.with_name(f"{file.stem}-images"), root
-
-    def __call__(self, value: object) -> str | list[str]:
-        """The reference of one image, or a list of those of several."""
-        if isinstance(value, list) and len(value) > 1:
-            return [self._reference(image) for image in value]
-        return self._reference(next(iter(value), None) if isinstance(value, list) else value)
-
-    def _reference(self, value: object) -> str:
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, str) and value.startswith("data:"):
-            try:
-                value = base64.b64decode(value.partition(";base64,")[2], validate=True)
-            except ValueError:
-                value = b""
-        if isinstance(value, bytes):
-            return self._save(value)
-        if value is not None and not isinstance(value, str):
-            raise BadInput(f"the image must be a path or bytes, found {type(value).__name__}")
-        if not value or not value.strip():
-            raise BadInput("no image: 'image' is missing or empty")
-        return value
-
-    def _save(self, data: bytes) -> str:
-        """Bytes -> file named by their content: each image is kept once, reading again writes nothing."""
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                kind = (image.format or "").lower()
-        except UnidentifiedImageError:
-            raise BadInput("its image is not readable (no format that Pillow knows)") from None
-        except Exception as error:  # Pillow's readers raise almost anything on broken files
-            raise BadInput(f"its image is not readable ({str(error) or type(error).__name__})") from None
-        path = self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{'jpg' if kind == 'jpeg' else kind}"
-        try:
-            if not path.exists():
-                with written_whole(path) as temporary:
-                    temporary.write_bytes(data)
-        except OSError as error:
-            raise BadInput(f"its image cannot be stored in {self.folder} ({error.strerror}); python -m"
-                           " data.formats writes records and images elsewhere") from None
-        return os.path.relpath(path, self.root)
 
 
 def _plumbline(row: dict, image_of: Images) -> dict:
@@ -394,7 +238,6 @@ FORMATS = {  # the first that fits is taken
     "rlhf-v": Format(lambda row: "text" in row and bool({"image", "image_path"} & row.keys()), _rlhf_v),
     "plumbline": Format(lambda row: {"image", "prompt"} <= row.keys(), _plumbline),
 }
-WRITTEN = ("plumbline", "trl")
 
 
 def _question(text: object) -> str:
@@ -474,78 +317,8 @@ def _named(record: dict, where: str, names: dict[str, int]) -> dict:
     return {"id": name, **{key: value for key, value in record.items() if key != "id"}}
 
 
-# Records to TRL's rows
-
-
-def _trl_row(record: dict, image_of: Callable[[str], object]) -> dict:
-    def said(role: str, *parts: dict) -> list[dict]:
-        return [{"role": role, "content": list(parts)}]
-
-    def text(words: str) -> dict:
-        return {"type": "text", "text": words}
-
-    def answer(key: str) -> dict:
-        return text(continued(record.get("context") or "", record[key]))
-
-    images = [image_of(reference) for reference in references(record["image"])]
-    prompt = cut_at_images(record["prompt"], len(images))
-    if len(images) > 1 and record["prompt"].startswith(IMAGE):
-        prompt = ["", *prompt]  # an empty text tells marks at the beginning from none
-    row = {"id": record["id"], "images": images,
-           "prompt": said("user", *({"type": "image"} if part == IMAGE else text(part) for part in prompt)),
-           "chosen": said("assistant", answer("chosen")), "rejected": said("assistant", answer("rejected"))}
-    if other := record.get("rejected_image"):
-        row["rejected_images"] = list(map(image_of, references(other)))
-    return row | {key: record[key] for key in ("context", "rejected_image_response") if record.get(key) is not None}
-
-
-def _absolute(reference: str, root: Path) -> str:
-    if reference.startswith("scene:"):
-        raise BadInput(f"{reference}: a drawn image has no file to point to; write a .parquet file")
-    return str((root / reference).resolve())
-
-
-def _embedded(reference: str, root: Path) -> dict:
-    """The image itself: a file's own bytes, a drawn scene as PNG."""
-    if not reference.startswith("scene:"):
-        return {"bytes": (root / reference).read_bytes(), "path": Path(reference).name}
-    buffer = io.BytesIO()
-    open_image(reference).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def _write_parquet(path: Path, records: list[dict], root: Path, group: int = 64) -> None:
-    """`group` records at a time, so that not all images are in memory; `datasets` decodes the images."""
-    parquet = _parquet(path)
-    import pyarrow as pa
-
-    image = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    part = pa.struct([("type", pa.string()), ("text", pa.string())])
-    said = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part))]))
-    types = {"id": pa.string(), "images": image, "prompt": said, "chosen": said, "rejected": said}
-    if any(record.get("rejected_image") for record in records):
-        types["rejected_images"] = image
-    if any(record.get("rejected_image_response") for record in records):
-        types["rejected_image_response"] = pa.string()
-    if have_context(records):
-        types["context"] = pa.string()
-    text = {"dtype": "string", "_type": "Value"}
-    talk = [{"role": text, "content": [{"type": text, "text": text}]}]
-    images = {"feature": {"_type": "Image"}, "_type": "Sequence"}
-    features = {key: images if kind is image else text if kind == pa.string() else talk
-                for key, kind in types.items()}
-    note = {"huggingface": json.dumps({"info": {"features": features}})}
-    schema = pa.schema(list(types.items()), metadata=note)
-
-    with written_whole(path) as temporary, parquet.ParquetWriter(temporary, schema) as file:
-        for start in range(0, len(records), group):
-            rows = [_trl_row(record, lambda reference: _embedded(reference, root))
-                    for record in records[start : start + group]]
-            file.write_table(pa.Table.from_pylist(rows, schema=schema))
-
-
 def main() -> None:
-    """The command line; exit status 2 on bad input."""
+    """The command line. Raises BadInput."""
     parser = argparse.ArgumentParser(prog="python -m data.formats", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="IN", help="JSONL, JSON, Parquet or a folder of Parquet files")
@@ -554,14 +327,10 @@ def main() -> None:
     parser.add_argument("--read-as", choices=FORMATS, help="format of IN (default: by the keys of its first row)")
     arguments = parser.parse_args()
     out = arguments.out
-    try:
-        data = load(arguments.data, arguments.read_as, images=out.with_name(f"{out.stem}-images"))
-        write(out, data.records, arguments.format, data.root)
-    except BadInput as error:
-        print(f"data.formats: {error}", file=sys.stderr)
-        sys.exit(2)
+    data = load(arguments.data, arguments.read_as, images=out.with_name(f"{out.stem}-images"))
+    write(out, data.records, arguments.format, data.root)
     print(f"{out}: {len(data.records):,} records, read as {data.format}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "data.formats")

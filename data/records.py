@@ -34,12 +34,13 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
-from common import SHOWN, BadInput, brief, parse_json, written_whole
+from common import SHOWN, BadInput, brief, written_whole
 from data.images import IMAGE, image_size, references
+from data.rows import Row, json_rows
 
 IMAGE_TEXTS = ("id", "image", "prompt")
 IMAGE_OPTIONAL = ("chosen", "context", "source")
@@ -52,8 +53,6 @@ INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode categories: spaces, contro
 MOST_IMAGES = 64  # of a record
 DEEPEST = 50  # levels of `source`
 LONGEST = 1024  # characters of a path; an image in base64 has more
-
-Row = tuple[str, dict | None, list[str]]  # where it is, what it holds, what is wrong with it
 
 
 def read_pairs(path: str | Path, needs: Collection[str] = ()) -> list[dict]:
@@ -114,54 +113,6 @@ def continued(context: str, text: str) -> str:
     context = context.rstrip(" ")
     apart = not context or context[-1].isspace() or text[:1].isspace()
     return context + text if apart else f"{context} {text}"
-
-
-# Files to rows
-
-
-def json_rows(path: Path) -> Iterator[Row]:
-    """Rows of a JSON file: one list, one object over several lines, or one object a line (JSONL).
-
-    Raises BadInput naming the file when it is missing, no regular file, unreadable, neither of the three.
-    """
-    try:
-        if not path.is_file():
-            raise BadInput("not a regular file" if path.exists() else "not found")
-        with path.open("rb") as file:
-            starts = iter(lambda: file.readline(64), b"")  # a JSON list may be one line of gigabytes
-            first = next((line for line in starts if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
-            file.seek(0)
-            if first[:1] == b"[" or first == b"{":
-                rows = parse_json(file.read())
-                for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-                    yield f"{path}:{number}", *_object(row)
-            elif first and first[:1] != b"{":
-                raise BadInput(f"neither JSON nor JSONL, it starts with {first[:20]!r};"
-                               " Parquet files are named .parquet")
-            else:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{path}:{number}", *_line(line)
-    except (OSError, BadInput) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise BadInput(f"{path}: {reason}") from None
-
-
-def _line(line: bytes) -> tuple[dict | None, list[str]]:
-    try:
-        return _object(parse_json(line.rstrip()))
-    except BadInput as error:
-        return None, [str(error)]
-
-
-def _object(value: object) -> tuple[dict | None, list[str]]:
-    """(object, no problems), or (None, problems) when there is no object to look into."""
-    if isinstance(value, dict):
-        return value, []
-    return None, [f"a JSON object is wanted, found {type(value).__name__}"]
-
-
-# Rows to records
 
 
 def collect(path: Path, rows: Iterable[Row], root: Path, needs: Collection[str] = (),

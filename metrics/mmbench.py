@@ -40,8 +40,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from common import BadInput, brief, refuse
-from data.formats import Images
 from data.names import as_id
+from data.rows import Images
 from metrics.answers import id_of, join
 from metrics.benchmark import Benchmark, find, lines
 from metrics.choices import LETTER_SUFFIX, LETTERS, multiple_choice, share

@@ -34,16 +34,17 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_convert
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from common import BadInput
 from data.tokenizer import load_tokenizer
 from model.attention import mix
-from model.layouts import renamed
+from model.clip import MLP
 from networks import bert
+from networks.layers import Attention, Head, centres
 from networks.swin import Swin, SwinConfig
-from networks.weights import Tensors, fuse, load_weights
+from networks.weights import Tensors, depth, fuse, load_weights, translated
 
 PUBLISHED = ("groundingdino_swint_ogc.pth (0.7 GB) or groundingdino_swinb_cogcoor.pth (0.9 GB, both at github.com/"
              "IDEA-Research/GroundingDINO; huggingface.co/IDEA-Research/grounding-dino-*), which find boxes")
@@ -52,32 +53,34 @@ UNUSED = re.compile(r"^label_enc\.|position_ids$|^bert\.pooler\.|relative_positi
                     r"|^decoder\.bbox_embed\.|^bbox_embed\.[1-9]")  # the boxes' MLP is one, stored twelve times
 NAMES = (  # as published -> as here
     (r"^transformer\.", ""), (r"^backbone\.0\.", "backbone."), (r"\.in_proj_", ".in_proj."),
+    (r"\.linear([12])\.", r".mlp.fc\1."), (r"^bbox_embed\.0\.", "bbox_embed."),
 )
-PEER_NAMES = (  # of transformers -> as published
+PEER_NAMES = (  # of transformers -> as here
     (r"^model\.", ""), (r"^backbone\.conv_encoder\.model\.", "backbone."), (r"^text_backbone\.", "bert."),
     (r"^text_projection\.", "feat_map."), (r"^input_proj_vision\.", "input_proj."),
     (r"^query_position_embeddings\.", "tgt_embed."), (r"^encoder_output_bbox_embed\.", "enc_out_bbox_embed."),
+    (r"^bbox_embed\.0\.", "bbox_embed."), (r"\.reference_points_head\.", ".ref_point_head."),
+    # Swin
     (r"^(backbone\.)embeddings\.patch_embeddings\.projection\.", r"\1patch_embed.proj."),
     (r"^(backbone\.)embeddings\.norm\.", r"\1patch_embed.norm."), (r"^backbone\.encoder\.layers\.", "backbone.layers."),
     (r"(blocks\.\d+\.)attention\.self\.", r"\1attn."), (r"(blocks\.\d+\.)attention\.output\.dense\.", r"\1attn.proj."),
     (r"(blocks\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."), (r"(blocks\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
     (r"^backbone\.hidden_states_norms\.stage2\.", "backbone.norm1."),
     (r"^backbone\.hidden_states_norms\.stage3\.", "backbone.norm2."),
     (r"^backbone\.hidden_states_norms\.stage4\.", "backbone.norm3."),
+    # the encoder's three kinds of layers
     (r"^encoder\.layers\.(\d+)\.fusion_layer\.", r"encoder.fusion_layers.\1."),
     (r"^encoder\.layers\.(\d+)\.text_enhancer_layer\.", r"encoder.text_layers.\1."),
     (r"^encoder\.layers\.(\d+)\.deformable_layer\.", r"encoder.layers.\1."),
     (r"\.vision_param$", ".gamma_v"), (r"\.text_param$", ".gamma_l"), (r"\.layer_norm_vision\.", ".layer_norm_v."),
-    (r"\.layer_norm_text\.", ".layer_norm_l."), (r"(\.|values_|out_)vision_proj\.", r"\1v_proj."),
-    (r"(\.|values_|out_)text_proj\.", r"\1l_proj."), (r"\.layer_norm_before\.", ".norm1."),
-    (r"\.layer_norm_after\.", ".norm2."), (r"\.fc1\.", ".linear1."), (r"\.fc2\.", ".linear2."),
-    (r"(backbone\..*\.mlp)\.linear", r"\1.fc"),
+    (r"\.layer_norm_text\.", ".layer_norm_l."), (r"vision_proj\.", "v_proj."), (r"text_proj\.", "l_proj."),
+    (r"\.layer_?norm_before\.", ".norm1."), (r"\.layer_?norm_after\.", ".norm2."),
     (r"^(encoder\..*)\.self_attn_layer_norm\.", r"\1.norm1."), (r"^(encoder\..*)\.final_layer_norm\.", r"\1.norm2."),
+    # the decoder's
     (r"\.encoder_attn_text_layer_norm\.", ".catext_norm."), (r"\.encoder_attn_text\.", ".ca_text."),
     (r"\.encoder_attn_layer_norm\.", ".norm1."), (r"\.encoder_attn\.", ".cross_attn."),
     (r"\.self_attn_layer_norm\.", ".norm2."), (r"\.final_layer_norm\.", ".norm3."),
-    (r"^decoder\.layer_norm\.", "decoder.norm."), (r"\.reference_points_head\.", ".ref_point_head."),
+    (r"^decoder\.layer_norm\.", "decoder.norm."), (r"(?<!\.mlp)\.fc([12])\.", r".mlp.fc\1."),
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POINTS = 4  # that a query samples, of each level and by each head
@@ -103,11 +106,6 @@ def image_positions(valid: Tensor, width: int) -> Tensor:
     return sine(torch.stack([down, across], -1), width // 2, 20).flatten(1, 2)
 
 
-def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Of places (..) in 0..1, those at an edge moved inside by EDGE."""
-    return torch.logit(x, eps=EDGE)
-
-
 def phrases(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Token ids (T,), `length` of them no padding -> who sees whom (T, T) bool, and the position of each token in its
     phrase (T,).
@@ -125,22 +123,6 @@ def phrases(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
-
-
-class Attention(nn.Module):
-    """Multi-head attention; query, key and value of nn.MultiheadAttention's names."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.in_proj = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-        """q (B, T, D), k and v (B, K, D), visible (B, T or 1, K) bool -> (B, T, D)."""
-        weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)) for x, w, b in zip((q, k, v), weights, biases))
-        return self.out_proj(mix(q, k, v, mask=None if visible is None else visible[:, None]).flatten(2))
 
 
 class DeformableAttention(nn.Module):
@@ -209,13 +191,13 @@ class EncoderLayer(nn.Module):
     def __init__(self, attention: nn.Module, width: int, hidden: int):
         super().__init__()
         self.self_attn = attention
-        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.mlp = MLP(width, hidden, "relu")
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor, *inputs) -> Tensor:
         """x (B, T or N, D) and the inputs of its attention."""
         x = self.norm1(x + self.self_attn(*inputs))
-        return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
+        return self.norm2(x + self.mlp(x))
 
 
 class QueryLayer(nn.Module):
@@ -225,7 +207,7 @@ class QueryLayer(nn.Module):
         super().__init__()
         self.self_attn, self.ca_text = Attention(width, heads), Attention(width, heads)
         self.cross_attn = DeformableAttention(width, heads, levels)
-        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.mlp = MLP(width, hidden, "relu")
         self.norm1, self.norm2, self.norm3, self.catext_norm = (nn.LayerNorm(width) for _ in range(4))
 
     def forward(self, x: Tensor, places: Tensor, text: Tensor, words: Tensor, image: Tensor, boxes: Tensor,
@@ -235,20 +217,7 @@ class QueryLayer(nn.Module):
         x = self.norm2(x + self.self_attn(placed, placed, x))
         x = self.catext_norm(x + self.ca_text(x + places, text, text, words[:, None]))
         x = self.norm1(x + self.cross_attn(x + places, image, boxes, shapes, valid))
-        return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
-
-
-class Head(nn.Module):
-    """Linear layers with ReLU between them."""
-
-    def __init__(self, *widths: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
+        return self.norm3(x + self.mlp(x))
 
 
 # --------------------------------------------------------------------------------------------------------- network
@@ -309,17 +278,19 @@ class Dino(nn.Module):
         image = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)  # (B, N, D)
         width = image.shape[-1]
         places = torch.cat([image_positions(m, width).to(image) + e for m, e in zip(masks, self.level_embed)], 1)
-        image, text = self.encode(image, places, self.reference(masks, ratios), shapes, valid, ids, words)
+        points = [centres(*m.shape[1:], m.device) / ratios[:, None, i] for i, m in enumerate(masks)]
+        points = torch.cat(points, 1)[:, :, None] * ratios[:, None]  # (B, N, L, 2), a point of each level
+        image, text = self.encode(image, places, points, shapes, valid, ids, words)
         states, boxes = self.propose(image, text, masks, words)
         for layer in self.decoder["layers"]:
             seen = boxes[:, :, None] * ratios.repeat(1, 1, 2)[:, None]  # (B, Q, L, 4)
             centre_last = seen[:, :, 0, [1, 0, 2, 3]]  # y, x, w, h
             query_places = self.decoder["ref_point_head"](sine(centre_last, width // 2, 10_000).to(image))
             states = layer(states, query_places, text, words, image, seen, shapes, valid)
-            before, boxes = boxes, (self.bbox_embed(states).float() + inverse_sigmoid(boxes)).sigmoid()
+            before, boxes = boxes, (self.bbox_embed(states).float() + torch.logit(boxes, EDGE)).sigmoid()
         states = self.decoder["norm"](states)
         # The boxes of the last layer: from its normalised states and the boxes before it.
-        boxes = (self.bbox_embed(states).float() + inverse_sigmoid(before)).sigmoid()
+        boxes = (self.bbox_embed(states).float() + torch.logit(before, EDGE)).sigmoid()
         logits = (states @ text.transpose(1, 2)).float()  # (B, Q, T)
         return logits.masked_fill(~words[:, None], float("-inf")), boxes
 
@@ -336,11 +307,6 @@ class Dino(nn.Module):
             text = read(text, placed, placed, text, visible)
             image = look(image, image + places, image, points, shapes, valid)
         return image, text
-
-    def reference(self, masks: list[Tensor], ratios: Tensor) -> Tensor:
-        """(B, N, L, 2): the centre of each position, in shares of the valid part, as a point of each level."""
-        points = [centres(*mask.shape[1:], mask.device) / ratios[:, None, i] for i, mask in enumerate(masks)]
-        return torch.cat(points, 1)[:, :, None] * ratios[:, None]
 
     def propose(self, image: Tensor, text: Tensor, masks: list[Tensor], words: Tensor) -> tuple[Tensor, Tensor]:
         """The learned queries (B, Q, D) and the boxes (B, Q, 4) that the image's best positions give them."""
@@ -381,18 +347,11 @@ class Dino(nn.Module):
                 found.append((spans[which[i]][0], best[i].item(), boxes[0, i].cpu()))
         if not found:
             return []
-        centre, size = torch.stack([box for *_, box in found]).split(2, -1)
-        corners = torch.cat([centre - size / 2, centre + size / 2], -1).clamp(0, 1)
+        corners = box_convert(torch.stack([box for *_, box in found]), "cxcywh", "xyxy").clamp(0, 1)
         corners = corners * torch.tensor([image.width, image.height] * 2)
         labels = torch.tensor([tags.index(tag) for tag, *_ in found])
         kept = batched_nms(corners, torch.tensor([score for _, score, _ in found]), labels, overlap)
         return [(found[i][0], found[i][1], tuple(corners[i].tolist())) for i in kept.tolist()]
-
-
-def centres(H: int, W: int, device: torch.device) -> Tensor:
-    """The centres of a map's positions (1, H * W, 2), x and y in shares of the map."""
-    y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing="ij")
-    return torch.stack([(x + 0.5) / W, (y + 0.5) / H], -1).flatten(0, 1)[None]
 
 
 def captions(tags: list[str], tokenizer: Tokenizer) -> list[tuple[list[int], list[tuple[str, tuple[int, int]]]]]:
@@ -416,10 +375,7 @@ def preprocess(image: Image.Image, shortest: int = 800, longest: int = 1333) -> 
     low, high = min(image.size), max(image.size)
     if high / low * shortest > longest:
         shortest = round(longest * low / high)
-    if image.width < image.height:
-        size = shortest, int(shortest * image.height / image.width)
-    else:
-        size = int(shortest * image.width / image.height), shortest
+    size = [int(shortest * side / low) for side in image.size]
     pixels = pil_to_tensor(image.convert("RGB").resize(size, Image.Resampling.BILINEAR)).float() / 255
     return normalize(pixels, MEAN, STD)
 
@@ -430,34 +386,29 @@ def preprocess(image: Image.Image, shortest: int = 800, longest: int = 1333) -> 
 def convert(tensors: Tensors) -> Tensors:
     """As published or in transformers' names -> as here."""
     names = NAMES if any(name.endswith("feat_map.weight") for name in tensors) else PEER_NAMES
-    names = (*names, (r"^bbox_embed\.0\.", "bbox_embed."), *bert.NAMES)
-    named = {renamed(name, names): tensor for name, tensor in tensors.items()}
-    result = fuse({name: tensor for name, tensor in named.items() if not UNUSED.search(name)}, 
-                  (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv.")
-    return fuse(result, (".query.", ".key.", ".value."), ".in_proj.")
+    found = fuse(translated(tensors, (*names, *bert.NAMES), UNUSED),
+                 (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv.")  # Swin's
+    return fuse(found, (".query.", ".key.", ".value."), ".in_proj.")
 
 
 def build(found: Tensors, heads: int = 8, bert_heads: int = 12) -> Dino:
     """The network of the tensors' sizes."""
-    def count(pattern: str) -> int:
-        return len({match[0] for name in found if (match := re.match(pattern, name))})
-
     table = "backbone.layers.{}.blocks.0.attn.relative_position_bias_table"
-    stages = range(count(r"backbone\.layers\.\d+\."))
+    stages = range(depth(found, "backbone.layers."))
     window = (math.isqrt(len(found[table.format(0)])) + 1) // 2
     swin = SwinConfig(len(found["backbone.patch_embed.proj.weight"]),
-                      tuple(count(rf"backbone\.layers\.{i}\.blocks\.\d+\.") for i in stages),
+                      tuple(depth(found, f"backbone.layers.{i}.blocks.") for i in stages),
                       tuple(found[table.format(i)].shape[1] for i in stages), window)
     words = found["bert.embeddings.word_embeddings.weight"]
     text = bert.BertConfig(
-        vocab_size=len(words), hidden_size=words.shape[1], num_hidden_layers=count(r"bert\.encoder\.layer\.\d+\."),
+        vocab_size=len(words), hidden_size=words.shape[1], num_hidden_layers=depth(found, "bert.encoder.layer."),
         num_attention_heads=bert_heads, intermediate_size=len(found["bert.encoder.layer.0.intermediate.dense.weight"]),
         max_position_embeddings=len(found["bert.embeddings.position_embeddings.weight"]))
     return Dino(swin, text, width=len(found["feat_map.weight"]), heads=heads,
-                hidden=len(found["encoder.layers.0.linear1.weight"]),
+                hidden=len(found["encoder.layers.0.mlp.fc1.weight"]),
                 fusion=len(found["encoder.fusion_layers.0.attn.v_proj.weight"]),
-                text_hidden=len(found["encoder.text_layers.0.linear1.weight"]),
-                encoder=count(r"encoder\.layers\.\d+\."), decoder=count(r"decoder\.layers\.\d+\."),
+                text_hidden=len(found["encoder.text_layers.0.mlp.fc1.weight"]),
+                encoder=depth(found, "encoder.layers."), decoder=depth(found, "decoder.layers."),
                 queries=len(found["tgt_embed.weight"]))
 
 

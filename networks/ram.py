@@ -25,6 +25,7 @@ thresholds of the file.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,10 +35,9 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from common import BadInput
-from model.layouts import renamed
 from networks import bert
 from networks.swin import LARGE, Swin, SwinConfig
-from networks.weights import Tensors, load_weights
+from networks.weights import Tensors, load_weights, translated
 
 PUBLISHED = ("ram_plus_swin_large_14m.pth (3.0 GB, huggingface.co/xinyu1205/recognize-anything-plus-model) or"
              " ram_swin_large_14m.pth (5.6 GB, huggingface.co/xinyu1205/recognize_anything_model), which tag images")
@@ -134,12 +134,6 @@ def _lines(path: Path) -> list[str]:
         raise BadInput(f"{path}: not a readable text file of tags ({error}); published in {LISTS}") from None
 
 
-def convert(tensors: Tensors) -> Tensors:
-    """As published -> as here."""
-    named = {renamed(name, NAMES): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in named.items() if not UNUSED.search(name)}
-
-
 def load_ram(path: Path | str, labels: int, device: torch.device | str = "cpu", **sizes) -> Ram:
     """RAM or RAM++, by the names in the file, for that many tags. BadInput naming what does not fit.
 
@@ -152,4 +146,4 @@ def load_ram(path: Path | str, labels: int, device: torch.device | str = "cpu", 
             raise BadInput(f"{path}: label_embed has {rows} rows, which does not fit {labels} tags")
         return Ram(labels, rows // labels, **sizes)
 
-    return load_weights(build, path, PUBLISHED, convert, device)
+    return load_weights(build, path, PUBLISHED, partial(translated, names=NAMES, unused=UNUSED), device)

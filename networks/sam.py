@@ -28,14 +28,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from model.attention import mix
 from model.clip import MLP
-from model.layouts import renamed
-from networks.dino import Head, centres
+from networks.layers import Attention, Head, centres
 from networks.swin import from_windows, pad_to, to_windows
-from networks.weights import Tensors, load_weights
+from networks.weights import Tensors, depth, fuse, load_weights, translated
 
 PUBLISHED = ("sam_vit_b_01ec64.pth (0.4 GB), sam_vit_l_0b3195.pth (1.2 GB) or sam_vit_h_4b8939.pth (2.6 GB,"
              " github.com/facebookresearch/segment-anything; huggingface.co/facebook/sam-vit-*), which cut objects out")
@@ -158,27 +156,15 @@ class PromptEncoder(nn.Module):
         return self.positions(centres(side, side, matrix.device).to(matrix)[0])
 
 
-class Attention(nn.Module):
-    """q (n, T, D), k and v (n, K, D) -> (n, T, D), within `inner` channels."""
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner) for _ in range(3))
-        self.out_proj = nn.Linear(inner, width)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(-1, (HEADS, -1)) for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v)))
-        return self.out_proj(mix(q, k, v).flatten(2))
-
-
 class TwoWayLayer(nn.Module):
     """Tokens and image attend to each other. The first layer's self-attention replaces the tokens, without places."""
 
     def __init__(self, width: int, hidden: int, inner: int, first: bool):
         super().__init__()
         self.first = first
-        self.self_attn = Attention(width, width)
-        self.cross_attn_token_to_image, self.cross_attn_image_to_token = (Attention(width, inner) for _ in range(2))
+        self.self_attn = Attention(width, HEADS)
+        self.cross_attn_token_to_image, self.cross_attn_image_to_token = (
+            Attention(width, HEADS, inner) for _ in range(2))
         self.mlp = MLP(width, hidden, "relu")
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(width) for _ in range(4))
 
@@ -197,30 +183,15 @@ class TwoWayLayer(nn.Module):
         return tokens, self.norm4(image + seen)
 
 
-class TwoWayTransformer(nn.Module):
-    """Layers, then the tokens look at the image once more."""
-
-    def __init__(self, width: int, hidden: int, inner: int, layers: int):
-        super().__init__()
-        self.layers = nn.ModuleList(TwoWayLayer(width, hidden, inner, i == 0) for i in range(layers))
-        self.final_attn_token_to_image = Attention(width, inner)
-        self.norm_final_attn = nn.LayerNorm(width)
-
-    def forward(self, tokens: Tensor, image: Tensor, image_places: Tensor) -> tuple[Tensor, Tensor]:
-        places = tokens  # the tokens as they came in
-        for layer in self.layers:
-            tokens, image = layer(tokens, image, places, image_places)
-        seen = self.final_attn_token_to_image(tokens + places, image + image_places, image)
-        return self.norm_final_attn(tokens + seen), image
-
-
 class MaskDecoder(nn.Module):
     """Image (1, D, S, S), places and box tokens (n, 2, D) -> masks (n, 4 S, 4 S) as logits, their quality (n,)."""
 
     def __init__(self, width: int, hidden: int, inner: int, layers: int, quality_hidden: int, masks: int = 4):
         super().__init__()
         self.iou_token, self.mask_tokens = nn.Embedding(1, width), nn.Embedding(masks, width)
-        self.transformer = TwoWayTransformer(width, hidden, inner, layers)
+        self.transformer = nn.ModuleDict({
+            "layers": nn.ModuleList(TwoWayLayer(width, hidden, inner, i == 0) for i in range(layers)),
+            "final_attn_token_to_image": Attention(width, HEADS, inner), "norm_final_attn": nn.LayerNorm(width)})
         self.output_upscaling = nn.Sequential(
             nn.ConvTranspose2d(width, width // 4, 2, 2), LayerNorm2d(width // 4, eps=1e-6), nn.GELU(),
             nn.ConvTranspose2d(width // 4, width // 8, 2, 2), nn.GELU())
@@ -230,9 +201,12 @@ class MaskDecoder(nn.Module):
     def forward(self, image: Tensor, places: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         n, side = len(boxes), image.shape[-1]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1 + masks, D)
-        tokens = torch.cat([own.expand(n, -1, -1), boxes], 1)  # (n, T, D)
+        tokens = given = torch.cat([own.expand(n, -1, -1), boxes], 1)  # (n, T, D); as they come in, also their places
         image = image.flatten(2).transpose(1, 2).expand(n, -1, -1)  # (n, S * S, D)
-        tokens, image = self.transformer(tokens, image, places)
+        for layer in self.transformer.layers:
+            tokens, image = layer(tokens, image, given, places)
+        seen = self.transformer.final_attn_token_to_image(tokens + given, image + places, image)
+        tokens = self.transformer.norm_final_attn(tokens + seen)
         large = self.output_upscaling(image.transpose(1, 2).unflatten(2, (side, side)))  # (n, D / 8, 4 S, 4 S)
         kernel = self.output_hypernetworks_mlps[0](tokens[:, 1])  # (n, D / 8): the first mask is that of one object
         return torch.einsum("nc,nchw->nhw", kernel, large), self.iou_prediction_head(tokens[:, 0])[:, 0]
@@ -274,29 +248,27 @@ def preprocess(image: Image.Image, size: int = 1024) -> tuple[Tensor, tuple[int,
     scale = size / max(image.size)
     width, height = (int(side * scale + 0.5) for side in image.size)
     pixels = pil_to_tensor(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)).float()
-    pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    return F.pad(pixels, (0, size - width, 0, size - height)), (height, width)
+    return F.pad(normalize(pixels, MEAN, STD), (0, size - width, 0, size - height)), (height, width)
 
 
 def convert(tensors: Tensors) -> Tensors:
     """As published or in transformers' names -> as here."""
     names = PEER_NAMES if "shared_image_embedding.positional_embedding" in tensors else ()
-    named = {renamed(name, (*names, (r"\.lin([12])\.", r".fc\1."))): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in named.items() if not UNUSED.search(name)}
+    found = translated(tensors, (*names, (r"\.lin([12])\.", r".fc\1.")), UNUSED)
+    return fuse(found, (".q_proj.", ".k_proj.", ".v_proj."), ".in_proj.")
 
 
 def sizes(found: Tensors) -> tuple[dict, dict]:
     """Arguments of `ImageEncoder` and `MaskDecoder`, off the tensors."""
-    blocks = 1 + max(int(name.split(".")[2]) for name in found if name.startswith("image_encoder.blocks."))
-    tables = [found[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in range(blocks)]
     places, patch = found["image_encoder.pos_embed"], found["image_encoder.patch_embed.proj.weight"]
+    blocks = range(depth(found, "image_encoder.blocks."))
+    tables = [found[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in blocks]
     encoder = dict(width=places.shape[-1], windows=[(len(table) + 1) // 2 for table in tables], side=places.shape[1],
                    patch=patch.shape[-1], head_dim=tables[0].shape[1], out=len(found["image_encoder.neck.0.weight"]),
                    hidden=len(found["image_encoder.blocks.0.mlp.fc1.weight"]))
     inside = "mask_decoder.transformer."
-    layers = {name.split(".")[3] for name in found if name.startswith(f"{inside}layers.")}
-    decoder = dict(hidden=len(found[f"{inside}layers.0.mlp.fc1.weight"]), layers=len(layers),
-                   inner=len(found[f"{inside}final_attn_token_to_image.q_proj.weight"]),
+    decoder = dict(hidden=len(found[f"{inside}layers.0.mlp.fc1.weight"]), layers=depth(found, f"{inside}layers."),
+                   inner=found[f"{inside}final_attn_token_to_image.out_proj.weight"].shape[1],
                    quality_hidden=len(found["mask_decoder.iou_prediction_head.layers.0.weight"]))
     return encoder, decoder
 

@@ -1,5 +1,6 @@
 """Published weights into a network, strictly."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common import BadInput
+from model.layouts import renamed
 from model.tensors import check_tensors, describe, finite, read_file
 
 Tensors = dict[str, Tensor]
@@ -38,6 +40,17 @@ def load_weights(build: Callable[[Tensors], nn.Module], path: Path | str, publis
               for name, tensor in found.items()}
     model.load_state_dict(loaded, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def translated(tensors: Tensors, names: tuple[tuple[str, str], ...], unused: re.Pattern) -> Tensors:
+    """By the network's names (`model.layouts.renamed`), without those that it has no use for."""
+    named = {renamed(name, names): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if not unused.search(name)}
+
+
+def depth(tensors: Tensors, prefix: str) -> int:
+    """How many layers are named PREFIX0, PREFIX1, ..."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
 def fuse(tensors: Tensors, parts: tuple[str, str, str], whole: str) -> Tensors:

@@ -6,6 +6,7 @@ as a function that makes it, because the options decide what is needed: `clip()`
 
     model, processor, clip, clip_processor: the policy and the CLIP model
     similarity: two lists of texts -> cosines
+    asked: (name or URL, name at the URL) -> a model that answers requests (judges/ask.py)
     judge: (records, responses of each) -> verdicts (judges/scores.py)
     referee: a judge of chosen responses that are not given, or None where all are taken
     shown: record -> classes of objects that its image shows (pairs/sentinel.py)
@@ -56,14 +57,14 @@ as a function that makes it, because the options decide what is needed: `clip()`
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from common import HOME, BadInput, arguments_of, is_url, options_of
+from common import HOME, BadInput, arguments_of, is_url, kwargs_of
 from data import inpaint
 from data.check import check_records, refuse_several
 from data.detect import Detect, coco_instances, mask_rcnn, scene_objects
@@ -140,11 +141,8 @@ class Tools:
         if name not in self.made:
             make = TOOLS[name]
             needs = {n: partial(self.get, n) if n in TOOLS else self.made[n] for n in arguments_of(make)}
-            self.made[name] = make(**needs, **self.options_for(make))
+            self.made[name] = make(**needs, **kwargs_of(make, self.options))
         return self.made[name]
-
-    def options_for(self, function: Callable) -> dict:
-        return {name: self.options[name] for name in options_of(function)}
 
     def bind(self, functions: list[Callable]) -> list[Callable]:
         """Functions of a chunk of records alone. Makes all tools first, in the order of TOOLS: cheap ones early, so
@@ -154,7 +152,7 @@ class Tools:
             if name in wanted:
                 self.get(name)
         return [partial(function, **{name: self.get(name) for name in arguments_of(function)[1:]},
-                        **self.options_for(function)) for function in functions]
+                        **kwargs_of(function, self.options)) for function in functions]
 
 
 def with_tools(*functions: Callable) -> list[Callable]:
@@ -248,7 +246,27 @@ def sample(model, processor, setting: Setting, used: dict, *, samples: int = 4, 
                    root=setting.root)
 
 
-def judge(model, processor, clip, clip_processor, detect, setting: Setting, used: dict, *, judge: str = "scene",
+def asked(model, processor, setting: Setting, used: dict) -> Callable[[str, str | None], Model]:
+    """Who writes or judges: the model that is trained itself, another local one, or one that a server runs."""
+    show = {"batch_size": setting.batch_size, "root": setting.root}
+
+    @cache
+    def load(name: str) -> tuple[Llava, Processor]:  # who judges may also write, and is loaded once
+        return load_llava(name, setting.dtype, setting.device), Processor(name)
+
+    def ask(who: str, name: str | None) -> Model:
+        if who == "policy":
+            return local_model(model(), processor(), used.get("model", "policy"), **show)
+        if not is_url(who):
+            return local_model(*load(who), who, **show)
+        if setting.cache is None:
+            raise BadInput(f"{who} needs a folder that keeps its replies (--cache)")
+        return server_model(Server(who, name), cache=setting.cache / "replies", root=setting.root)
+
+    return ask
+
+
+def judge(asked, clip, clip_processor, detect, setting: Setting, used: dict, *, judge: str = "scene",
           judge_model: str | None = None, seed: int = 0) -> Judge:
     """Who ranks the samples. Raises BadInput where the scenes' judge does not know an image."""
     if judge == "scene":
@@ -261,7 +279,7 @@ def judge(model, processor, clip, clip_processor, detect, setting: Setting, used
     if judge == "clip":
         refuse_several(setting.records, "--judge clip")
         return clip_judge(clip(), clip_processor(), batch_size=setting.batch_size, root=setting.root)
-    return model_judge(_asked(judge, judge_model, model, processor, setting, used), seed=seed)
+    return model_judge(asked()(judge, judge_model), seed=seed)
 
 
 def referee(judge, *, clean_chosen: bool = False) -> Judge | None:
@@ -280,8 +298,8 @@ def shown(detect, setting: Setting, used: dict, *, judge: Literal["scene", "chai
     return shown_to(detect(), setting.root)
 
 
-def writer(model, processor, setting: Setting, used: dict, *, writer: str = "scene",
-           writer_model: str | None = None, seed: int = 0) -> Writer:
+def writer(asked, setting: Setting, used: dict, *, writer: str = "scene", writer_model: str | None = None,
+           seed: int = 0) -> Writer:
     """Who writes errors. Raises BadInput where rules do not know an image."""
     if writer == "scene":
         refuse_several(setting.records, "--writer scene")
@@ -289,12 +307,12 @@ def writer(model, processor, setting: Setting, used: dict, *, writer: str = "sce
         write = scene_corrupt(seed)
         write([record for record in setting.records if not record["image"].startswith("scene:")])  # raises now
         return write
-    asked = _asked(writer, writer_model, model, processor, setting, used)
-    used["writer"] = asked.name
-    return model_corrupt(asked)
+    model = asked()(writer, writer_model)
+    used["writer"] = model.name
+    return model_corrupt(model)
 
 
-def author(sample, judge, model, processor, setting: Setting, used: dict, *, author: str = "policy",
+def author(sample, judge, asked, setting: Setting, used: dict, *, author: str = "policy",
            author_model: str | None = None, seed: int = 0) -> Author:
     """Who writes the chosen responses that are not given. Raises BadInput where the scenes' author has no caption."""
     if author == "policy":
@@ -304,26 +322,8 @@ def author(sample, judge, model, processor, setting: Setting, used: dict, *, aut
         scene_captions(setting.records)  # raises now, of all records
         return partial(scene_captions, seed=seed)
     used["author"] = author_model or author
-    asked = _asked(author, author_model, model, processor, setting, used)
-    return lambda records: asked.ask([Request(record["image"], record["prompt"]) for record in records])
-
-
-def _asked(who: str, name: str | None, model, processor, setting: Setting, used: dict) -> Model:
-    """The model that is trained itself, another local one, or one that a server runs."""
-    show = {"batch_size": setting.batch_size, "root": setting.root}
-    if who == "policy":
-        return local_model(model(), processor(), used.get("model", "policy"), **show)
-    if not is_url(who):
-        return local_model(*_loaded(who, setting.dtype, setting.device), who, **show)
-    if setting.cache is None:
-        raise BadInput(f"{who} needs a folder that keeps its replies (--cache)")
-    return server_model(Server(who, name), cache=setting.cache / "replies", root=setting.root)
-
-
-@lru_cache(maxsize=1)
-def _loaded(name: str, dtype: torch.dtype, device: str) -> tuple[Llava, Processor]:
-    """Another local model: who judges may also write, and is loaded once."""
-    return load_llava(name, dtype, device), Processor(name)
+    model = asked()(author, author_model)
+    return lambda records: model.ask([Request(record["image"], record["prompt"]) for record in records])
 
 
 # ---------------------------------------------------------------------------------------- images
@@ -338,7 +338,11 @@ def detect(setting: Setting, used: dict, *, detector: str = "scene", detector_we
         return scene_objects
     used["detector"] = detector
     if detector == "maskrcnn":
-        return _mask_rcnn(detector_weights, setting.device)
+        try:
+            return mask_rcnn(detector_weights, device=setting.device)
+        except OSError as error:
+            raise BadInput(f"the weights of Mask R-CNN cannot be downloaded ({error}); --detector-weights FILE names a"
+                           " file") from None
     if detector != "ram+dino+sam":
         return coco_instances(detector)
     from networks.chain import ram_dino_sam  # torchvision takes a second, and only this needs it
@@ -363,14 +367,6 @@ def candidates(setting: Setting, used: dict, notes: dict, detect: Callable[[], D
         notes["fill"] = "harmonic: no inpainting weights were given (--lama)"
     fill = lama_fill(load_lama(lama, setting.device)) if lama else inpaint.fill
     return photo_candidates(find, setting.folder, fill=fill, dilation=dilation, max_area=max_area, root=setting.root)
-
-
-def _mask_rcnn(weights: Path | None, device: str):
-    try:
-        return mask_rcnn(weights, device=device)
-    except OSError as error:
-        raise BadInput(f"the weights of Mask R-CNN cannot be downloaded ({error}); --detector-weights FILE names a"
-                       " file") from None
 
 
 def neighbours(clip, clip_processor, setting: Setting, notes: dict, *, top_k: int = 5, same_image: float = 0.995,
@@ -432,5 +428,5 @@ def source(used: dict) -> dict:
 
 
 TOOLS = {tool.__name__: tool for tool in (
-    clip_processor, similarity, detect, candidates, judge, referee, shown, writer, clip, author, sample, processor,
-    model, neighbours, models, source)}
+    clip_processor, similarity, detect, candidates, asked, judge, referee, shown, writer, clip, author, sample,
+    processor, model, neighbours, models, source)}

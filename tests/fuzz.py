@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 import evaluate
 from common import BadInput
-from data import formats
+from data import export, formats
 from data.detect import coco_instances
 from data.images import references
 from data.processor import ClipProcessor, Processor
@@ -190,7 +190,7 @@ def read_records(processor: Processor) -> Callable[[Path], None]:
     def read(path: Path) -> None:
         data = formats.load(path)
         out = path.with_name("out.jsonl")
-        formats.write(out, data.records, root=data.root)
+        export.write(out, data.records, root=data.root)
         if formats.load(out, "plumbline").records != data.records:
             raise AssertionError("what is written is not what is read again")
         if "rejected" in data.records[0]:
@@ -210,7 +210,7 @@ def through_trl(path: Path, data: formats.Data) -> None:
     """Texts, marks and paths come back from TRL's columns; scenes have no place in them."""
     records = [record for record in data.records if not any(
         name.startswith("scene:") for key in ("image", "rejected_image") for name in references(record.get(key)) if name)]
-    formats.write(path, records, "trl", data.root)
+    export.write(path, records, "trl", data.root)
 
     def kept(record: dict) -> list:
         images = [[name and str((data.root / name).resolve()) for name in references(record.get(key))]

@@ -10,7 +10,8 @@ from PIL import Image
 from common import BadInput
 from data.batch import collate, tokens_of
 from data.check import problems_of
-from data.formats import load, write
+from data.export import write
+from data.formats import load
 from data.processor import Processor
 from data.records import continued, read_pairs, write_jsonl
 from losses import dpo, rdpo, reward_model

@@ -107,6 +107,7 @@ def published(tensors: dict) -> dict:
     for name, tensor in dino.convert(tensors).items():
         name = next((b + name.removeprefix(a) for a, b in table if name.startswith(a)), name)
         name = re.sub(r"\.in_proj\.", ".in_proj_", name)
+        name = re.sub(r"^(transformer\..*)\.mlp\.fc", r"\1.linear", name)
         name = re.sub(r"\.attention\.attn\.([qkv])\.", lambda m: f".attention.self.{dict(q='query', k='key', v='value')[m[1]]}.",
                       name)
         name = name.replace(".attention.attn.o.", ".attention.output.dense.")
@@ -144,7 +145,7 @@ def test_wrong_files_are_named(peer, tmp_path):
     del state["model.decoder.layers.1.fc2.bias"]
     state["model.unknown"] = torch.zeros(2)
     save_file(state, folder / "damaged.safetensors")
-    with pytest.raises(BadInput, match=r"missing tensor decoder\.layers\.1\.linear2\.bias; unexpected tensor unknown"):
+    with pytest.raises(BadInput, match=r"missing tensor decoder\.layers\.1\.mlp\.fc2\.bias; unexpected tensor unknown"):
         load(folder, "damaged.safetensors")
 
 

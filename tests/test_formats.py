@@ -9,7 +9,9 @@ from datetime import datetime
 import pytest
 from PIL import Image
 
-from data.formats import FORMATS, detect, load, main, write
+from common import run_script
+from data.export import write
+from data.formats import FORMATS, detect, load, main
 from data.records import read_pairs
 
 Q, A, B = "What is it?", "A red bus.", "A blue bus."
@@ -398,7 +400,8 @@ def test_the_command_stores_pictures_beside_its_output(folder, monkeypatch, caps
 def test_the_command_refuses_in_one_line(folder, monkeypatch, capsys, words, reason):
     monkeypatch.chdir(folder)
     save(folder / "in.jsonl", ROWS["llava"])
+    monkeypatch.setattr("sys.argv", ["formats", *words])
     with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, capsys, *words)
+        run_script(main, "data.formats")
     said = capsys.readouterr().err
     assert ended.value.code == 2 and reason in said and said.count("\n") == 1

@@ -277,10 +277,9 @@ def test_another_local_writer_is_named_in_the_records():
 def test_a_model_that_judges_and_writes_is_loaded_once(monkeypatch):
     loads = []
     monkeypatch.setattr(tools, "load_llava", lambda *what: loads.append(what))
-    monkeypatch.setattr(tools, "_loaded", lru_cache(tools._loaded.__wrapped__))
-    setting = tools.Setting([], dtype="bf16", device="cuda:1")
+    ask = tools.asked(None, None, tools.Setting([], dtype="bf16", device="cuda:1"), {})
     for _ in ("judge", "author", "writer"):
-        tools._asked(str(DEFAULT_MODEL), None, None, None, setting, {})
+        ask(str(DEFAULT_MODEL), None)
     assert loads == [(str(DEFAULT_MODEL), "bf16", "cuda:1")]
 
 

@@ -145,6 +145,9 @@ def test_tokens_of_a_record_are_those_of_its_batch(sequences):
             assert tokens_of(row, sequences, processor, end=end) == expected
             blank = collate([row], sequences, processor, end=end, blank=True)
             assert len(blank.packed.ids) == expected and blank.pixels.device.type == "meta"
+    for count in (tokens_of, lambda row, *inputs: collate([row], *inputs)):
+        with pytest.raises(BadRecord, match="record 'a': .*</s>"):
+            count({**record, "chosen": "a dog</s>."}, sequences, processor)
 
 
 # ---- the step ----------------------------------------------------------------------------------------------

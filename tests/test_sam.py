@@ -23,12 +23,19 @@ def build() -> sam.Sam:
     return model
 
 
+def published(model: sam.Sam) -> dict[str, torch.Tensor]:
+    """Its tensors as they are published: query, key and value of the decoder apart, other names in the MLPs."""
+    state = {name.replace(".mlp.fc", ".mlp.lin"): tensor for name, tensor in model.state_dict().items()}
+    parts = {name.replace(".in_proj.", f".{part}_proj."): rows for name, tensor in state.items() if ".in_proj." in name
+             for part, rows in zip("qkv", tensor.chunk(3))}
+    return {name: tensor for name, tensor in state.items() if ".in_proj." not in name} | parts
+
+
 def to_peer(name: str) -> str:
     """As published -> names of transformers."""
     import re
 
     for pattern, replacement in (
-        (r"\.fc([12])\.", r".lin\1."),
         (r"^image_encoder\.", "vision_encoder."), (r"^vision_encoder\.blocks\.", "vision_encoder.layers."),
         (r"\.patch_embed\.proj\.", ".patch_embed.projection."), (r"\.neck\.0\.", ".neck.conv1."),
         (r"\.neck\.1\.", ".neck.layer_norm1."), (r"\.neck\.2\.", ".neck.conv2."), (r"\.neck\.3\.", ".neck.layer_norm2."),
@@ -56,7 +63,7 @@ def peer(tmp_path):
                                  layer_norm_eps=1e-5))
     torch.manual_seed(3)
     model = transformers.SamModel(config).eval()
-    state = {to_peer(name): tensor for name, tensor in build().state_dict().items()}
+    state = {to_peer(name): tensor for name, tensor in published(build()).items()}
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
     assert all(sam.UNUSED.search(key) for key in result.missing_keys), result.missing_keys
@@ -81,8 +88,7 @@ def test_published_files_are_read(tmp_path):
     more = {"prompt_encoder.not_a_point_embed.weight": torch.zeros(1, 32),
             "prompt_encoder.point_embeddings.0.weight": torch.zeros(1, 32),
             "prompt_encoder.mask_downscaling.0.weight": torch.zeros(4, 1, 2, 2)}
-    state = {name.replace(".mlp.fc", ".mlp.lin"): tensor for name, tensor in model.state_dict().items()}
-    torch.save({**state, **more}, path)
+    torch.save({**published(model), **more}, path)
     loaded, pixels, boxes = sam.load_sam(path), torch.randn(1, 3, 32, 32), torch.tensor([[3.0, 4, 20, 30]])
     assert all(map(torch.equal, loaded(pixels, boxes), model(pixels, boxes)))
 
@@ -90,12 +96,18 @@ def test_published_files_are_read(tmp_path):
 def test_wrong_files_are_named(tmp_path):
     with pytest.raises(BadInput, match=r"not found; wanted is sam_vit_b_01ec64\.pth \(0\.4 GB\)"):
         sam.load_sam(tmp_path / "sam.pth")
-    state = build().state_dict()
+    state = published(build())
     state["mask_decoder.iou_token.weight"] = torch.zeros(2, 32)
     del state["image_encoder.neck.2.weight"]
     save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "a.safetensors")
     with pytest.raises(BadInput, match=r"missing tensor image_encoder\.neck\.2\.weight; tensor mask_decoder\.iou_token"):
         sam.load_sam(tmp_path / "a.safetensors")
+
+
+def test_other_files_are_refused_by_name(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(BadInput, match=r"other\.safetensors: no tensor image_encoder\.pos_embed; wanted is sam_vit_b"):
+        sam.load_sam(tmp_path / "other.safetensors")
 
 
 def test_masks_have_the_images_size():

@@ -20,7 +20,8 @@ from common import BadInput, run_script
 from data.batch import BadRecord, check_image, collate, tokens_of
 from data.check import check_records, problems_of
 from data.corrupt import add_noise, crop
-from data.formats import load, write
+from data.export import write
+from data.formats import load
 from data.images import cut_at_images
 from data.processor import Processor
 from data.records import MOST_IMAGES, read_pairs, relocate
