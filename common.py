@@ -239,13 +239,14 @@ def add_options(group, *functions: Callable, suppress: bool = False, skip: Colle
 
 
 def check_ranges(values: Mapping[str, object], ranges: Mapping[str, str], *functions: Callable) -> None:
-    """Refuse numbers outside their interval, NaN among them. Raises BadInput.
+    """Refuse numbers outside their interval, NaN among them. Raises one BadInput that lists all.
 
     Args:
         values: option -> value; what is no number is passed over.
         ranges: interval such as "[0, 1)" -> options, of one function alone where FUNCTION.option.
     """
     intervals = {option: interval for interval, options in ranges.items() for option in options.split()}
+    problems = []
     for name, value in values.items():
         if type(value) not in (int, float):
             continue
@@ -253,4 +254,5 @@ def check_ranges(values: Mapping[str, object], ranges: Mapping[str, str], *funct
         interval = next((intervals[key] for key in keys if key in intervals), "(-inf, inf)")
         low, high = map(float, interval[1:-1].split(","))
         if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
-            raise BadInput(f"--{name.replace('_', '-')} must be in {interval}, not {value}")
+            problems.append(f"--{name.replace('_', '-')} must be in {interval}, not {value}")
+    refuse(problems)

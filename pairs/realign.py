@@ -30,7 +30,8 @@ Departures from the paper, whose pair-making code is not public
 - Similarity: the paper compares embeddings of all-mpnet-base-v2. The default is `clip_similarity`, which
   compares the mean CLIP embeddings of the sentences; with a sentence-transformers folder pass
   `SentenceEncoder(folder).similarity` (judges/sentence.py).
-- The paper gives neither k nor the image feature: k is an argument, the feature CLIP's projected embedding.
+- The paper embeds images with the vision encoder of its models (clip-vit-large-patch14), and says neither which of its
+  outputs it compares nor k: here CLIP's projected embedding and an option, `top_k`.
 """
 
 import re

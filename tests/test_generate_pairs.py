@@ -647,6 +647,8 @@ def test_ranges():
     for name, value in (("x", 1.0), ("y", -0.1), ("z", 0), ("z", float("inf")), ("x", float("nan"))):
         with pytest.raises(BadInput, match=f"--{name} must be in .* not {value}"):
             check_ranges({name: value}, ranges)
+    with pytest.raises(BadInput, match="^--x must be in .*\n--y must be in .*$"):
+        check_ranges({"x": 1.0, "y": -0.1, "z": 1.0}, ranges)
 
 
 def test_every_record_has_a_seed_of_its_own():
