@@ -11,6 +11,7 @@ import re
 import reprlib
 import subprocess
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,17 @@ def write_text(path: Path | str, text: str) -> None:
     """A UTF-8 text file, as `written_whole` writes one."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def unwritable(path: Path) -> str:
+    """Why a file could not be written at a path, or ""; folders above it that are missing will be made then."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "it is no regular file"
+    try:
+        tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if os.path.exists(folder))).close()
+    except OSError as error:
+        return error.strerror
+    return ""
 
 
 def remove_unfinished(folder: Path) -> None:
