@@ -329,9 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     refuse_different_steps(saved, args.out, world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
-    lengths = None
+    data = lengths = None
     if args.data:  # bad records are named before a large model is loaded
-        data = read_records(args.data, recipe)
+        data = read_records(args.data, recipe, args.batch_size)
         check_texts(args, recipe, processor, data, args.data, rank)
         lengths = record_lengths(args, recipe, processor, data.records, data.root)
     if args.estimate:
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     model = load_model(args, device)
     policy = make_policy(args, recipe, model, device, world)
-    records, root = find_records(args, recipe, policy, processor, rank, world)
+    records, root = find_records(args, recipe, policy, processor, rank, world, data)
     lengths = lengths or record_lengths(args, recipe, processor, records, root)
     held = records[: max(1, len(records) // 10)] if recipe.rewards else []
     run = Run(args, recipe, policy, processor, records[len(held) :], root, device, rank, world,
