@@ -28,7 +28,7 @@ Figures are not rounded; `rounded` or `percent` is, as the official script does.
 well. --compare prints such files next to each other, with what papers report for the same variant, and --plot draws
 hallucination against coverage (metrics/compare.py).
 
-Exit status 2 on bad input, with one line for each of the first problems.
+Exit status 2 on bad input, with one line for each of the first problems; 1 when interrupted.
 """
 
 import argparse
@@ -45,7 +45,18 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common import BadInput, add_options, check_ranges, is_url, kwargs_of, read_json, refuse, versions, write_text
+from common import (
+    BadInput,
+    add_options,
+    check_ranges,
+    is_url,
+    kwargs_of,
+    read_json,
+    refuse,
+    run_script,
+    versions,
+    write_text,
+)
 from data.check import check_records
 from data.processor import Processor
 from data.records import write_jsonl
@@ -86,6 +97,7 @@ BENCHMARKS |= {"mmhal_v": mmhal.BENCHMARK_V, "object_halbench_rules": object_hal
 RANGES = {"[1, 1e9]": "max_new_tokens batch_size judge_runs scenes num max_sentences n", "(0, inf)": "beta",
           "[0, 1e9]": "seed"}
 HOME = Path(__file__).resolve().parent
+HINT = "; with --out, the same command goes on"
 
 
 class Task(NamedTuple):
@@ -381,18 +393,14 @@ def compare_results(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exit status 2 on bad input."""
+    """From the command line to the tables. Raises BadInput."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if any(word.partition("=")[0] == "--compare" for word in argv):
-            return compare_results(argv)
-        args = read_arguments(argv)
-        found = run(args)
-        if found is not None:
-            write(args, found)
-    except (BadInput, ConnectionError, OSError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    if any(word.partition("=")[0] == "--compare" for word in argv):
+        return compare_results(argv)
+    args = read_arguments(argv)
+    found = run(args)
+    if found is not None:
+        write(args, found)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -412,4 +420,4 @@ def write(args: argparse.Namespace, found: Sequence[tuple[Task, Mapping, dict]])
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "evaluate.py", HINT)
