@@ -3,6 +3,7 @@ many faults is refused in few lines, and the signatures of functions become the 
 
 import argparse
 import errno
+import fcntl
 import inspect
 import json
 import os
@@ -69,11 +70,30 @@ def unwritable(path: Path) -> str:
     """Why a file could not be written at a path, or ""; folders above it that are missing will be made then."""
     if os.path.exists(path) and not os.path.isfile(path):
         return "it is no regular file"
+    folder = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     try:
-        tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if os.path.exists(folder))).close()
+        tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.").close()
     except OSError as error:
         return error.strerror
     return ""
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Inside, this process alone writes a file or folder: a lock lies next to the file, or in the folder. Raises
+    BadInput where another process has it; one that was killed has none."""
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock a loader's processes would keep
+        except (BlockingIOError, PermissionError):
+            raise BadInput(f"{path}: another run is writing it") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -36,7 +36,6 @@ import hashlib
 import inspect
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +53,7 @@ from common import (
     read_json,
     refuse,
     run_script,
+    unwritable,
     versions,
     write_text,
 )
@@ -177,7 +177,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         if wrong:
             parser.error(reason)
     for path in filter(None, (args.out, args.save_answers)):
-        if reason := "another argument names it" if _names(args, path) > 1 else _unwritable(path):
+        if reason := "another argument names it" if _names(args, path) > 1 else unwritable(path):
             parser.error(f"cannot write {path}: {reason}")
 
 
@@ -185,17 +185,6 @@ def _names(args: argparse.Namespace, path: Path) -> int:
     """How many arguments name this file."""
     given = [item for value in vars(args).values() for item in (value if isinstance(value, list | tuple) else [value])]
     return sum(isinstance(item, Path) and os.path.realpath(item) == os.path.realpath(path) for item in given)
-
-
-def _unwritable(path: Path) -> str:
-    """Why a file cannot be put there, or ""."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        return "it is no regular file"
-    try:
-        tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f".{path.name}.").close()
-    except OSError as error:
-        return error.strerror
-    return ""
 
 
 # -------------------------------------------------------------------------------- questions, answers, replies

@@ -45,6 +45,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,7 @@ from tqdm import tqdm
 
 import estimate
 import reinforce
-from common import run_script
+from common import held, run_script
 from data.batch import Batch, Drawn, MicroBatches, with_seeds, without_bad
 from data.processor import Processor
 from lifecycle import (
@@ -318,10 +319,17 @@ def main(argv: list[str] | None = None) -> int:
     recipe = LOSSES[args.loss]
     go_on_after_a_crash(args)
     check(args, recipe, world)  # before processes wait for each other
-    if not args.estimate:
-        check_places(args)
+    if args.estimate:
+        return align(args, recipe, rank, world, started)
+    check_places(args)
+    with held(args.out) if rank == 0 else nullcontext():
         if rank == 0 and not training.restarts():
             (args.out / STARTING).touch()
+        return align(args, recipe, rank, world, started)
+
+
+def align(args: argparse.Namespace, recipe: Recipe, rank: int, world: int, started: float) -> int:
+    """What `main` does once its settings are known to be possible."""
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite", "estimate", "tflops")}
     device = training.start_processes(world)
@@ -342,9 +350,9 @@ def main(argv: list[str] | None = None) -> int:
     policy = make_policy(args, recipe, model, device, world)
     records, root = find_records(args, recipe, policy, processor, rank, world, data)
     lengths = lengths or record_lengths(args, recipe, processor, records, root)
-    held = records[: max(1, len(records) // 10)] if recipe.rewards else []
-    run = Run(args, recipe, policy, processor, records[len(held) :], root, device, rank, world,
-              make_judges(args, recipe, model, processor, root), config, lengths=lengths and lengths[len(held) :])
+    apart = records[: max(1, len(records) // 10)] if recipe.rewards else []  # to measure a reward model
+    run = Run(args, recipe, policy, processor, records[len(apart) :], root, device, rank, world,
+              make_judges(args, recipe, model, processor, root), config, lengths=lengths and lengths[len(apart) :])
     run.learner = make_learner(run) if recipe.advantages else None
     run.identity = reference.identity(args.model, run.records, processor)
     if saved:
@@ -353,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
         run.cache = reference_cache(run)
     if rank == 0:
         announce(run, saved)
-    measured = measurement(run, held)
+    measured = measurement(run, apart)
     before = measured()
     with run.writer:
         finished = train(run, saved)

@@ -225,6 +225,20 @@ def test_fewer_records_than_a_batch_are_refused_before_the_model_is_loaded(pairs
         train.main(arguments(pairs, tmp_path / "out", "--loss", "dpo", "--batch-size", "400"))
 
 
+def test_an_out_that_another_run_is_writing_is_refused(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    code = "import sys, time; from common import held; from pathlib import Path\nwith held(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=HOME)
+    other.stdout.readline()
+    try:
+        with pytest.raises(BadInput, match=f"^{tmp_path}: another run is writing it$"):
+            train.main(arguments(pairs, tmp_path, "--loss", "dpo", "--overwrite"))
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.communicate()
+
+
 def test_a_file_is_read_once(pairs, tmp_path, monkeypatch):
     reads = []
     monkeypatch.setattr(prepare, "load", lambda *args, load=prepare.load, **more: reads.append(args) or load(*args, **more))
