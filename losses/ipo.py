@@ -97,9 +97,11 @@ if __name__ == "__main__":
     start, _ = ipo_loss(zero, zero, zero, zero, mask, mask)
     torch.testing.assert_close(start, torch.tensor([25.0]))
     # Log-ratios +4 and -2: h = 6, target 1 / 0.2 = 5. By token, two each: h = 3.
-    loss, _ = ipo_loss(zero + 4, zero - 2, zero, zero, mask, mask)
+    logps = zero - 46, zero - 62, zero - 50, zero - 60
+    loss, metrics = ipo_loss(*logps, mask, mask)
     torch.testing.assert_close(loss, torch.tensor([1.0]))
-    by_token, _ = ipo_loss(zero + 4, zero - 2, zero, zero, mask, mask, reduction="mean")
+    torch.testing.assert_close(metrics["margin"], torch.tensor([0.6]))
+    by_token, _ = ipo_loss(*logps, mask, mask, reduction="mean")
     torch.testing.assert_close(by_token, torch.tensor([4.0]))
     print(f"ipo ok: starts at {start.item():.6f} = 5^2, h = 6 gives {loss.item():.6f} = (6 - 5)^2,"
           f" h = 3 gives {by_token.item():.6f} = (3 - 5)^2")

@@ -108,7 +108,7 @@ if __name__ == "__main__":
     start, _ = povid_loss(zero, zero, zero, zero, zero, zero)
     torch.testing.assert_close(start, torch.tensor([math.log(2)]))
     # Log-ratios +20, -10, +10 at beta 0.1 are rewards 2, -1, 1: margins 3 and 1.
-    loss, _ = povid_loss(zero + 20, zero - 10, zero + 10, zero, zero, zero)
+    loss, _ = povid_loss(zero - 30, zero - 70, zero - 60, zero - 50, zero - 60, zero - 70)
     torch.testing.assert_close(loss, torch.tensor([sum(math.log(1 + math.exp(-x)) for x in (3, 1)) / 2]))
     print(f"povid ok: starts at {start.item():.6f} = ln 2,"
           f" margins 3 and 1 give {loss.item():.6f} = [ln(1 + e^-3) + ln(1 + e^-1)] / 2")
