@@ -64,7 +64,7 @@ def adavip_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Rank the chosen response with its image above both the rejected response and the image with a removal.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/removed` and `accuracy/removed` the same for chosen and removed,

@@ -46,7 +46,7 @@ def anchor_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Keep the reward of the chosen response above an anchor.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `accuracy/anchor` = 1.0 where the reward is
     above anchor_delta.
     Raises ValueError or RuntimeError if the shapes differ.

@@ -60,7 +60,7 @@ def dpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive.
     Raises ValueError or RuntimeError if the shapes differ, ValueError on an impossible option.

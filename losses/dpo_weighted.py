@@ -87,8 +87,8 @@ def dpo_weighted_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response, above all where they differ.
 
-    Args: token log-probs, boolean response masks and boolean marks of changed tokens, (B, L) each; gradient
-    flows through the policy's log-probs.
+    Args: token log-probs, the policy's with gradient, the reference's without, boolean response masks and boolean
+    marks of changed tokens, (B, L) each.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `changed/NAME` the share of changed tokens.

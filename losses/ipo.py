@@ -56,7 +56,8 @@ def ipo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response by a fixed gap of log-ratios.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's. Masks of the tokens, (B, L), bool.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without. Masks of the
+    tokens, (B, L), bool.
     Returns: loss (B,) in squared nats; metrics, each (B,) and detached: `reward/NAME` of each sequence (beta
     times its log-ratio, by token with reduction "mean"), `margin` = chosen minus rejected reward, 1/2 where
     the loss is 0, `accuracy` = 1.0 where the margin is positive.

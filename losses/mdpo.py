@@ -61,7 +61,7 @@ def mdpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected one and its image over a crop, and anchor its reward.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/cropped` and `accuracy/cropped` the same for chosen and cropped,

@@ -70,7 +70,7 @@ def povid_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response and over what the model sees in a noisy image.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/noisy` and `accuracy/noisy` the same for chosen and noisy.

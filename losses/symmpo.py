@@ -81,7 +81,7 @@ def symmpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected one, and of two similar images for each the response that fits it.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/image` = Delta and `margin/other` = Delta', with `accuracy/image` and `accuracy/other`,

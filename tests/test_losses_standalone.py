@@ -2,12 +2,17 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from losses.dpo import dpo_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = sorted(path for path in (ROOT / "losses").glob("*.py") if path.name != "__init__.py")
@@ -117,6 +122,23 @@ def test_the_self_check_notices_a_wrong_reference_sign_or_beta(source, said):
     for i in range(len(mutants(source))):
         console, errors = said[f"{source.stem}-{i}.py"]
         assert "AssertionError" in errors and console == "", mutants(source)[i]
+
+
+def test_the_loop_of_the_readme():
+    """Position t predicts token t + 1, only tokens of the response count, and the reference gets no gradient."""
+    block = re.search("```python\n(.*?)```", (ROOT / "losses" / "README.md").read_text(), re.DOTALL)[1]
+    torch.manual_seed(0)
+    tables = [torch.randn(5, 5, requires_grad=True) for _ in range(2)]  # (token, next token)
+    models = [lambda input_ids, table=table: SimpleNamespace(logits=table[input_ids]) for table in tables]
+    ids, mask = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]]), torch.tensor([[False, False, True, True]] * 2)
+    names = {"torch": torch, "dpo_loss": dpo_loss, "images": {}, "model": models[0], "reference_model": models[1],
+             "chosen": (ids, mask), "rejected": (ids.flip(0), mask)}
+    exec(block, names)
+    first, second = (table.log_softmax(-1) for table in tables)
+    ratios = [(t[2, 3] + t[3, 4], t[3, 2] + t[2, 1]) for t in (first, second)]
+    margin = 0.1 * ((ratios[0][0] - ratios[0][1]) - (ratios[1][0] - ratios[1][1]))
+    torch.testing.assert_close(names["losses"], torch.nn.functional.softplus(torch.stack([-margin, margin])))
+    assert tables[0].grad is not None and tables[1].grad is None
 
 
 def test_init_is_empty():
