@@ -27,11 +27,12 @@ Terms that can be added to a loss are such functions too: a loss has those whose
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
 --out receives: config.json (the resolved configuration, the command, the git commit, versions, and hashes of records
-and model), pairs.jsonl (if made here), metrics.jsonl (one line an interval), checkpoint-STEP.pt (to resume; with
---shard a folder), model/ (llava-hf folder, adapters merged), adapters/ (PEFT's format, which has no place for a vision
-tower that trains), result.json (before and after, and the records that --bad-records skip has replaced), plots.svg, and
-from fisao baselines.json and scores.svg (what the verifier says of words and sentences, before and after). What an
-earlier run left there is replaced only with --overwrite.
+and model), pairs.jsonl and images/ (if made here), metrics.jsonl (one line an interval), checkpoint-STEP.pt (to resume;
+with --shard a folder), model/ (llava-hf folder, adapters merged), adapters/ (PEFT's format, which has no place for a
+vision tower that trains), result.json (before and after, and the records that --bad-records skip has replaced),
+plots.svg; of reward_model reward_head.safetensors; of fisao baselines.json and scores.svg (what the verifier says of
+words and sentences, before and after); of a judge at a URL its replies/; where TensorBoard is installed tensorboard/.
+What an earlier run left there is replaced only with --overwrite. Two runs cannot write there at the same time.
 
 Under torchrun --max-restarts N a run whose process was killed goes on by itself. A loss or gradient that is not finite
 ends it before it touches the weights; bad-batch.json then has the records and metrics of that step.
