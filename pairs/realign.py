@@ -170,7 +170,7 @@ def fill(jobs: list[Job], write: Callable[[list[int], list[str]], list[str]]) ->
         rows = [row for row, job in enumerate(jobs) if gap < len(job.spans)]
         proposals = write(rows, [done[row].rstrip() for row in rows])
         for row, proposal in zip(rows, proposals):
-            text, spans = jobs[row].text, [*jobs[row].spans, (len(jobs[row].text), 0)]
+            text, spans = jobs[row].text, [*jobs[row].spans, (len(jobs[row].text), 0)]  # a last gap is the text's end
             (start, end), stop = spans[gap], spans[gap + 1][0]
             done[row] += suit(proposal, text[start:end]) + text[end:stop]
     return done
