@@ -28,17 +28,19 @@ class BadInput(ValueError):
     fault in the code and keeps its traceback."""
 
 
-# A disk that is full or cannot be written; what else may go wrong with a file is a fault in the code.
+# A disk that is full or cannot be written, a place where no file can be; what else may go wrong with a file is a fault
+# in the code.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+PLACE = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Around a block that writes one file. Raises BadInput naming it where the disk is full or cannot be written."""
+    """Around a block that writes one file. Raises BadInput naming it where the disk is full or it cannot be written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK | PLACE:
             raise
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -48,7 +50,8 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     """A file that appears whole or not at all: the block writes the temporary path that it gets. Raises BadInput as
     `writing` does."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with writing(path):

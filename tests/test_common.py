@@ -95,6 +95,15 @@ def test_a_file_that_could_not_be_written_leaves_the_former_one(tmp_path):
     assert (path.name, path.read_text()) == ("a.txt", "one")
 
 
+def test_a_place_where_no_file_can_be_is_bad_input(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "file" / "a", "File exists"),
+                         (tmp_path / "file" / "b" / "a", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(BadInput, match=f"^{path}: cannot be written \\({reason}\\)$"):
+            common.write_text(path, "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 HOLDS = "import sys, time; from common import held\nwith held(__import__('pathlib').Path(sys.argv[1])): print(flush=True); time.sleep(60)"
 
 
