@@ -257,7 +257,8 @@ def point(name: str, runs: list[dict[str, float]]) -> svg.Point:
 def main() -> None:
     """Make what is missing, run by run, then the table and its plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", type=known_row, default=OFFLINE + ONLINE + METHODS + tuple(ROWS), metavar="ROW",
+    parser.add_argument("--rows", nargs="+", type=known_row, metavar="ROW",
+                        default=OFFLINE + ONLINE + METHODS + tuple(ROWS),
                         help=f"LOSS, LOSS/METHOD or one of {', '.join(map(repr, ROWS))} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--scenes", type=int, default=300, help="held-out scenes (default: 300)")
