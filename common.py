@@ -3,6 +3,7 @@ many faults is refused in few lines, and the signatures of functions become the 
 
 import argparse
 import errno
+import fcntl
 import inspect
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import reprlib
 import subprocess
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,17 +28,19 @@ class BadInput(ValueError):
     fault in the code and keeps its traceback."""
 
 
-# A disk that is full or cannot be written; what else may go wrong with a file is a fault in the code.
+# A disk that is full or cannot be written, a place where no file can be; what else may go wrong with a file is a fault
+# in the code.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+PLACE = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Around a block that writes one file. Raises BadInput naming it where the disk is full or cannot be written."""
+    """Around a block that writes one file. Raises BadInput naming it where the disk is full or it cannot be written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK | PLACE:
             raise
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -46,7 +50,8 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     """A file that appears whole or not at all: the block writes the temporary path that it gets. Raises BadInput as
     `writing` does."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:80]}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with writing(path):
@@ -62,6 +67,36 @@ def write_text(path: Path | str, text: str) -> None:
     """A UTF-8 text file, as `written_whole` writes one."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def unwritable(path: Path) -> str:
+    """Why a file could not be written at a path, or ""; folders above it that are missing will be made then."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "it is no regular file"
+    folder = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    try:
+        tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.").close()
+    except OSError as error:
+        return error.strerror
+    return ""
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Inside, this process alone writes a file or folder: a lock lies next to the file, or in the folder. Raises
+    BadInput where another process has it; one that was killed has none."""
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock a loader's processes would keep
+        except (BlockingIOError, PermissionError):
+            raise BadInput(f"{path}: another run is writing it") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -239,13 +274,14 @@ def add_options(group, *functions: Callable, suppress: bool = False, skip: Colle
 
 
 def check_ranges(values: Mapping[str, object], ranges: Mapping[str, str], *functions: Callable) -> None:
-    """Refuse numbers outside their interval, NaN among them. Raises BadInput.
+    """Refuse numbers outside their interval, NaN among them. Raises one BadInput that lists all.
 
     Args:
         values: option -> value; what is no number is passed over.
         ranges: interval such as "[0, 1)" -> options, of one function alone where FUNCTION.option.
     """
     intervals = {option: interval for interval, options in ranges.items() for option in options.split()}
+    problems = []
     for name, value in values.items():
         if type(value) not in (int, float):
             continue
@@ -253,4 +289,5 @@ def check_ranges(values: Mapping[str, object], ranges: Mapping[str, str], *funct
         interval = next((intervals[key] for key in keys if key in intervals), "(-inf, inf)")
         low, high = map(float, interval[1:-1].split(","))
         if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
-            raise BadInput(f"--{name.replace('_', '-')} must be in {interval}, not {value}")
+            problems.append(f"--{name.replace('_', '-')} must be in {interval}, not {value}")
+    refuse(problems)

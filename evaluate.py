@@ -28,7 +28,7 @@ Figures are not rounded; `rounded` or `percent` is, as the official script does.
 well. --compare prints such files next to each other, with what papers report for the same variant, and --plot draws
 hallucination against coverage (metrics/compare.py).
 
-Exit status 2 on bad input, with one line for each of the first problems.
+Exit status 2 on bad input, with one line for each of the first problems; 1 when interrupted.
 """
 
 import argparse
@@ -36,7 +36,6 @@ import hashlib
 import inspect
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +44,19 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common import BadInput, add_options, check_ranges, is_url, kwargs_of, read_json, refuse, versions, write_text
+from common import (
+    BadInput,
+    add_options,
+    check_ranges,
+    is_url,
+    kwargs_of,
+    read_json,
+    refuse,
+    run_script,
+    unwritable,
+    versions,
+    write_text,
+)
 from data.check import check_records
 from data.processor import Processor
 from data.records import write_jsonl
@@ -86,6 +97,7 @@ BENCHMARKS |= {"mmhal_v": mmhal.BENCHMARK_V, "object_halbench_rules": object_hal
 RANGES = {"[1, 1e9]": "max_new_tokens batch_size judge_runs scenes num max_sentences n", "(0, inf)": "beta",
           "[0, 1e9]": "seed"}
 HOME = Path(__file__).resolve().parent
+HINT = "; with --out, the same command goes on"
 
 
 class Task(NamedTuple):
@@ -165,7 +177,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         if wrong:
             parser.error(reason)
     for path in filter(None, (args.out, args.save_answers)):
-        if reason := "another argument names it" if _names(args, path) > 1 else _unwritable(path):
+        if reason := "another argument names it" if _names(args, path) > 1 else unwritable(path):
             parser.error(f"cannot write {path}: {reason}")
 
 
@@ -173,17 +185,6 @@ def _names(args: argparse.Namespace, path: Path) -> int:
     """How many arguments name this file."""
     given = [item for value in vars(args).values() for item in (value if isinstance(value, list | tuple) else [value])]
     return sum(isinstance(item, Path) and os.path.realpath(item) == os.path.realpath(path) for item in given)
-
-
-def _unwritable(path: Path) -> str:
-    """Why a file cannot be put there, or ""."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        return "it is no regular file"
-    try:
-        tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f".{path.name}.").close()
-    except OSError as error:
-        return error.strerror
-    return ""
 
 
 # -------------------------------------------------------------------------------- questions, answers, replies
@@ -378,18 +379,14 @@ def compare_results(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exit status 2 on bad input."""
+    """From the command line to the tables. Raises BadInput."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if any(word.partition("=")[0] == "--compare" for word in argv):
-            return compare_results(argv)
-        args = read_arguments(argv)
-        found = run(args)
-        if found is not None:
-            write(args, found)
-    except (BadInput, ConnectionError, OSError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    if any(word.partition("=")[0] == "--compare" for word in argv):
+        return compare_results(argv)
+    args = read_arguments(argv)
+    found = run(args)
+    if found is not None:
+        write(args, found)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -409,4 +406,4 @@ def write(args: argparse.Namespace, found: Sequence[tuple[Task, Mapping, dict]])
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "evaluate.py", HINT)

@@ -56,12 +56,13 @@ import importlib.util
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common import BadInput, add_options, check_ranges, options_of, run_script
+from common import BadInput, add_options, check_ranges, options_of, refuse, run_script, unwritable
 from data import scenes
 from data.export import write
 from data.formats import load
@@ -78,7 +79,7 @@ FIRST_SEED = {"pairs": scenes.PAIRS, "train": scenes.TRAIN, "dev": scenes.DEV}
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANGES = {  # what numbers may be: interval -> options
     "[1, 1e9]": "scenes batch_size samples max_new_tokens max_sentences top_k nprobe iterations dilation",
-    "[0, 1e9]": "visible",
+    "[0, 1e9]": "visible seed",
     "[0, 10]": "temperature",
     "[0, 999]": "noise_step",
     "[0, 1]": "rho_th max_area tag_threshold box_threshold overlap",
@@ -135,24 +136,49 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
              " (default: %(default)s)")
 
 
-def check(args: argparse.Namespace, records: list[dict]) -> None:
-    """Refuse what could not be done or written in the end. Raises BadInput."""
+def check(args: argparse.Namespace) -> None:
+    """Refuse, all at once, what could not be done or written in the end. Raises BadInput."""
     check_ranges(vars(args), RANGES)
-    parquet = args.out.suffix == ".parquet"
-    if parquet and args.format != "trl":
-        raise BadInput(f"{args.out}: a Parquet file is written with --format trl")
-    if parquet and importlib.util.find_spec("pyarrow") is None:
-        raise BadInput(f"{args.out}: Parquet needs pyarrow (pip install pyarrow)")
-    if args.format == "trl" and not parquet and any(
-            reference.startswith("scene:") for record in records for reference in references(record["image"])):
-        raise BadInput(f"{args.out}: scenes have no files to point to; write a .parquet file")
-    if args.resume and args.overwrite:
-        raise BadInput("--resume goes on with an interrupted run, --overwrite begins again: which of them?")
+    refuse([*split_problems(args), *device_problems(args), *place_problems(args)])
+
+
+def split_problems(args: argparse.Namespace) -> Iterator[str]:
+    """More scenes than there are before those of the next split."""
+    if args.data is None and args.scenes > scenes.DEV - scenes.PAIRS:
+        yield f"--scenes {args.scenes}: a split has {scenes.DEV - scenes.PAIRS:,}"
+
+
+def device_problems(args: argparse.Namespace) -> Iterator[str]:
+    """A device that torch does not know, or that is not there."""
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        yield f"--device {args.device!r} is none of cpu, cuda, cuda:1, ..."
+        return
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        yield f"--device {args.device}: torch finds {torch.cuda.device_count()} CUDA devices"
+
+
+def place_problems(args: argparse.Namespace) -> Iterator[str]:
+    """An --out that cannot be written, or must not be replaced."""
+    if reason := unwritable(args.out):
+        yield f"{args.out}: cannot be written ({reason})"
+        return
+    if reason := unwritable(args.cache / "file"):
+        yield f"--cache {args.cache}: cannot be written ({reason})"
     started = parts(args.out)
+    if args.out.suffix == ".parquet" and args.format != "trl":
+        yield f"{args.out}: a Parquet file is written with --format trl"
+    elif args.out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        yield f"{args.out}: Parquet needs pyarrow (pip install pyarrow)"
+    if args.gallery and args.out.suffix == ".html":
+        yield f"{args.out}: --gallery writes its page there; the pairs need another --out"
+    if args.resume and args.overwrite:
+        yield "--resume goes on with an interrupted run, --overwrite begins again: which of them?"
     if args.resume and not started:
-        raise BadInput(f"--resume: there are no part files of {args.out}")
+        yield f"--resume: there are no part files of {args.out}"
     if args.out.exists() and not (started or args.overwrite):
-        raise BadInput(f"{args.out} exists: choose another --out, or replace it with --overwrite")
+        yield f"{args.out} exists: choose another --out, or replace it with --overwrite"
 
 
 def read_input(args: argparse.Namespace) -> tuple[list[dict], Path]:
@@ -164,16 +190,24 @@ def read_input(args: argparse.Namespace) -> tuple[list[dict], Path]:
     return scene_records(range(first, first + args.scenes)), args.out.parent
 
 
+def refuse_drawn(args: argparse.Namespace, records: list[dict]) -> None:
+    """Raise BadInput where TRL's columns would have to point to images that are drawn."""
+    if args.format == "trl" and args.out.suffix != ".parquet" and any(
+            reference.startswith("scene:") for record in records for reference in references(record["image"])):
+        raise BadInput(f"{args.out}: scenes have no files to point to; write a .parquet file")
+
+
 # ---------------------------------------------------------------------------------------- the run
 
 
 def run(args: argparse.Namespace) -> dict | None:
     """Read, make, write; returns the report, None in processes other than the first.
 
-    Raises BadInput on bad input, files first, and ConnectionError when a server cannot be reached.
+    Raises BadInput on bad input and ConnectionError when a server cannot be reached.
     """
+    check(args)
     records, root = read_input(args)
-    check(args, records)
+    refuse_drawn(args, records)
     rank, world = ranks()
     start_processes(world)
     share = Share(rank, world, dist.barrier) if world > 1 else Share()

@@ -380,3 +380,5 @@ def check_places(args: argparse.Namespace) -> None:
         except OSError as error:
             reason = "a file is there" if folder.is_file() else error.strerror
             raise BadInput(f"{folder}: cannot write into this folder ({reason})") from None
+    if args.reference_cache and args.reference_cache.is_dir():
+        raise BadInput(f"--reference-cache {args.reference_cache}: is a folder, a file is wanted")

@@ -41,8 +41,9 @@ from pairs.progress import forget
 
 
 def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, processor: Processor, rank: int,
-                 world: int) -> tuple[list[dict], Path]:
-    """(records, folder that their paths start from): those of --data, or made from scenes and kept in --out.
+                 world: int, given: Data | None = None) -> tuple[list[dict], Path]:
+    """(records, folder that their paths start from): those of --data, which may have been read (`given`), or made from
+    scenes and kept in --out.
 
     Only a run that goes on from a checkpoint takes pairs.jsonl as it is; others take part files of these settings.
     """
@@ -53,15 +54,12 @@ def find_records(args: argparse.Namespace, recipe: Recipe, policy: Policy, proce
                 write_jsonl(path, resumable_records(path, args, recipe, whole.model, processor))
     if world > 1:
         dist.barrier()
-    data = read_records(path, recipe)
+    data = given or read_records(path, recipe, args.batch_size)
     if args.data is None:
         check_texts(args, recipe, processor, data, path, rank)
     elif rank == 0:
         after = ", with a context that their responses continue" if have_context(data.records) else ""
         print(f"--data {path}: {len(data.records):,} records, read as {data.format}{after}", flush=True)
-    if len(data.records) < args.batch_size:
-        raise BadInput(f"{path}: {len(data.records)} records are fewer than one batch of {args.batch_size}"
-                       " (--batch-size)")
     return data.records, data.root
 
 
@@ -99,8 +97,8 @@ def make_records(args: argparse.Namespace, recipe: Recipe, model: Llava, process
     return records
 
 
-def read_records(path: Path, recipe: Recipe) -> Data:
-    """Validated records with what this loss reads; images and questions only if it samples everything."""
+def read_records(path: Path, recipe: Recipe, batch_size: int = 1) -> Data:
+    """Validated records, a batch at least, with what this loss reads: images and questions if it samples everything."""
     command = f"python generate_pairs.py --method {recipe.pairs}"
     hints = {"rejected": f"{command} --data {path} makes pairs",
              "rejected_image": f"{command} --data {path} adds one",
@@ -108,7 +106,9 @@ def read_records(path: Path, recipe: Recipe) -> Data:
     needs = fields_of(recipe.sequences) - {"generated"} if recipe.pairs else ()
     data = load(path, needs=needs, hints=hints, answers=bool(recipe.pairs))
     if recipe.samples and have_context(data.records):
-        raise BadInput(f"{path}: its answers continue a 'context', a loss that samples writes whole ones")
+        raise BadInput(f"{path}: its responses continue a 'context', a loss that samples writes whole ones")
+    if len(data.records) < batch_size:
+        raise BadInput(f"{path}: {len(data.records)} records are fewer than one batch of {batch_size} (--batch-size)")
     return data
 
 

@@ -118,6 +118,7 @@ def reinforce_step(run: Reinforcement, drawn: list[list[tuple[dict, int]]], step
                 with policy.no_sync(more=i != group[-1]):
                     inputs = named("policy", ["sampled"], policy.scorer(rollouts[i].packed, rollouts[i].features))
                     losses, of_loss = run.loss(**pick(run.loss, inputs | targets[i]))  # (B,)
+                    # All micro-batches have equally many responses: the mean of their means is that of all.
                     policy.backward(losses.mean() / len(group))
                 log.add({"loss": losses, **of_loss})
             norm = policy.update()

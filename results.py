@@ -39,7 +39,8 @@ def measure(model: Llava, processor: Processor, scenes: int, split: str) -> tupl
     values |= {f"false {kind}": 100 * claims[kind]["hallucinated"] for kind in ("existence", "attribute", "relation")}
     values |= {"coverage": 100 * claims["all"]["coverage"], "repetition": 100 * claims["captions"]["repetition"]}
     values |= {f"POPE {name}": 100 * split["accuracy"] for name, split in yes_no["splits"].items()}
-    return values | {f"asked {kind}": 100 * asked[kind]["accuracy"] for kind in ("count", "position")}, said
+    few = ("count", "position")  # a few scenes may give no such question
+    return values | {f"asked {kind}": 100 * asked[kind]["accuracy"] for kind in few if kind in asked}, said
 
 
 def measure_rewards(run: Run, held: list[dict]) -> dict[str, float]:

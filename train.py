@@ -27,11 +27,12 @@ Terms that can be added to a loss are such functions too: a loss has those whose
 Losses that need samples draw them first: pairs from pairs/online.py, rollouts from reinforce.py.
 
 --out receives: config.json (the resolved configuration, the command, the git commit, versions, and hashes of records
-and model), pairs.jsonl (if made here), metrics.jsonl (one line an interval), checkpoint-STEP.pt (to resume; with
---shard a folder), model/ (llava-hf folder, adapters merged), adapters/ (PEFT's format, which has no place for a vision
-tower that trains), result.json (before and after, and the records that --bad-records skip has replaced), plots.svg, and
-from fisao baselines.json and scores.svg (what the verifier says of words and sentences, before and after). What an
-earlier run left there is replaced only with --overwrite.
+and model), pairs.jsonl and images/ (if made here), metrics.jsonl (one line an interval), checkpoint-STEP.pt (to resume;
+with --shard a folder), model/ (llava-hf folder, adapters merged), adapters/ (PEFT's format, which has no place for a
+vision tower that trains), result.json (before and after, and the records that --bad-records skip has replaced),
+plots.svg; of reward_model reward_head.safetensors; of fisao baselines.json and scores.svg (what the verifier says of
+words and sentences, before and after); of a judge at a URL its replies/; where TensorBoard is installed tensorboard/.
+What an earlier run left there is replaced only with --overwrite. Two runs cannot write there at the same time.
 
 Under torchrun --max-restarts N a run whose process was killed goes on by itself. A loss or gradient that is not finite
 ends it before it touches the weights; bad-batch.json then has the records and metrics of that step.
@@ -45,6 +46,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,7 +60,7 @@ from tqdm import tqdm
 
 import estimate
 import reinforce
-from common import run_script
+from common import held, run_script
 from data.batch import Batch, Drawn, MicroBatches, with_seeds, without_bad
 from data.processor import Processor
 from lifecycle import (
@@ -318,10 +320,17 @@ def main(argv: list[str] | None = None) -> int:
     recipe = LOSSES[args.loss]
     go_on_after_a_crash(args)
     check(args, recipe, world)  # before processes wait for each other
-    if not args.estimate:
-        check_places(args)
+    if args.estimate:
+        return align(args, recipe, rank, world, started)
+    check_places(args)
+    with held(args.out) if rank == 0 else nullcontext():
         if rank == 0 and not training.restarts():
             (args.out / STARTING).touch()
+        return align(args, recipe, rank, world, started)
+
+
+def align(args: argparse.Namespace, recipe: Recipe, rank: int, world: int, started: float) -> int:
+    """What `main` does once its settings are known to be possible."""
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "overwrite", "estimate", "tflops")}
     device = training.start_processes(world)
@@ -329,9 +338,9 @@ def main(argv: list[str] | None = None) -> int:
     saved = resume.read_checkpoint(args.out, config, rank) if args.resume else None
     refuse_different_steps(saved, args.out, world)
     processor = Processor(args.model, template=args.template, aspect=args.aspect)
-    lengths = None
+    data = lengths = None
     if args.data:  # bad records are named before a large model is loaded
-        data = read_records(args.data, recipe)
+        data = read_records(args.data, recipe, args.batch_size)
         check_texts(args, recipe, processor, data, args.data, rank)
         lengths = record_lengths(args, recipe, processor, data.records, data.root)
     if args.estimate:
@@ -340,11 +349,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     model = load_model(args, device)
     policy = make_policy(args, recipe, model, device, world)
-    records, root = find_records(args, recipe, policy, processor, rank, world)
+    records, root = find_records(args, recipe, policy, processor, rank, world, data)
     lengths = lengths or record_lengths(args, recipe, processor, records, root)
-    held = records[: max(1, len(records) // 10)] if recipe.rewards else []
-    run = Run(args, recipe, policy, processor, records[len(held) :], root, device, rank, world,
-              make_judges(args, recipe, model, processor, root), config, lengths=lengths and lengths[len(held) :])
+    apart = records[: max(1, len(records) // 10)] if recipe.rewards else []  # to measure a reward model
+    run = Run(args, recipe, policy, processor, records[len(apart) :], root, device, rank, world,
+              make_judges(args, recipe, model, processor, root), config, lengths=lengths and lengths[len(apart) :])
     run.learner = make_learner(run) if recipe.advantages else None
     run.identity = reference.identity(args.model, run.records, processor)
     if saved:
@@ -353,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         run.cache = reference_cache(run)
     if rank == 0:
         announce(run, saved)
-    measured = measurement(run, held)
+    measured = measurement(run, apart)
     before = measured()
     with run.writer:
         finished = train(run, saved)

@@ -53,6 +53,7 @@ from metrics import chair  # noqa: E402
 from model.checkpoint import DEFAULT_MODEL, load_llava, save_json  # noqa: E402
 from model.logprobs import Scorer  # noqa: E402
 from options import read_arguments  # noqa: E402
+from pairs import methods  # noqa: E402
 from pairs.online import sample  # noqa: E402
 from plots import read_log  # noqa: E402
 
@@ -100,6 +101,14 @@ def row_of(name: str) -> Row:
     """A row of ROWS, LOSS or LOSS/METHOD."""
     row = ROWS.get(name) or Row(*name.split("/"))
     return row._replace(method=row.method or train.LOSSES[row.loss].pairs)
+
+
+def known_row(name: str) -> str:
+    """The name of a row that can be made, for argparse."""
+    loss, _, method = name.partition("/")
+    if name not in ROWS and (loss not in train.LOSSES or method not in ("", *methods.METHODS, *PAIRS)):
+        raise argparse.ArgumentTypeError(f"{name!r} is no loss, no LOSS/METHOD and none of the rows with a name")
+    return name
 
 
 def folder_of(name: str, seed: int, out: Path) -> Path:
@@ -248,7 +257,8 @@ def point(name: str, runs: list[dict[str, float]]) -> svg.Point:
 def main() -> None:
     """Make what is missing, run by run, then the table and its plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=OFFLINE + ONLINE + METHODS + tuple(ROWS), metavar="ROW",
+    parser.add_argument("--rows", nargs="+", type=known_row, metavar="ROW",
+                        default=OFFLINE + ONLINE + METHODS + tuple(ROWS),
                         help=f"LOSS, LOSS/METHOD or one of {', '.join(map(repr, ROWS))} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--scenes", type=int, default=300, help="held-out scenes (default: 300)")
@@ -265,8 +275,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         rewarded = ["reward_model"] if {"ppo", "rloo"} & set(args.rows) else []
         first = list(dict.fromkeys([*rewarded, *filter(None, (row_of(name).start for name in args.rows))]))
-        methods = dict.fromkeys(row_of(name).method for name in [*args.rows, *first])
-        list(pool.map(lambda job: make_pairs(*job, args), [(m, s) for m in methods if m for s in args.seeds]))
+        made = dict.fromkeys(row_of(name).method for name in [*args.rows, *first])
+        list(pool.map(lambda job: make_pairs(*job, args), [(m, s) for m in made if m for s in args.seeds]))
         list(pool.map(lambda job: run(*job, args), [(name, seed) for name in first for seed in args.seeds]))
         runs = dict(zip(jobs, pool.map(lambda job: figures_of(*job, cuts, args), jobs)))
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|",

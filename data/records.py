@@ -289,7 +289,7 @@ def _check_images(row: dict, flaw_of: Callable[[str], str]) -> list[str]:
 
 def _reference_flaw(reference: str, root: Path) -> str:
     """Why an image reference cannot be opened, or "". Of a file only the header is read."""
-    if re.match(r"[a-z]+://", reference):
+    if re.match(r"[a-z][\w+.-]*://", reference, re.IGNORECASE):
         return f"{brief(reference)} is a URL: a path to a file is wanted"
     if len(reference) > LONGEST:
         return f"{len(reference):,} characters are no path: they start with {reference[:20]!r}"

@@ -64,7 +64,7 @@ def adavip_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Rank the chosen response with its image above both the rejected response and the image with a removal.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/removed` and `accuracy/removed` the same for chosen and removed,
@@ -103,7 +103,7 @@ if __name__ == "__main__":
     start, _ = adavip_loss(zero, zero, zero, zero, zero, zero)
     torch.testing.assert_close(start, torch.tensor([math.log(3)]))
     # Log-ratios +20, -10, +10 at beta 0.1 are rewards 2, -1, 1: differences to the chosen reward -3 and -1.
-    loss, _ = adavip_loss(zero + 20, zero - 10, zero + 10, zero, zero, zero)
+    loss, _ = adavip_loss(zero - 30, zero - 70, zero - 60, zero - 50, zero - 60, zero - 70)
     torch.testing.assert_close(loss, torch.tensor([math.log(1 + math.exp(-3) + math.exp(-1))]))
     print(f"adavip ok: starts at {start.item():.6f} = ln 3,"
           f" margins 3 and 1 give {loss.item():.6f} = ln(1 + e^-3 + e^-1)")

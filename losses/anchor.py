@@ -46,7 +46,7 @@ def anchor_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Keep the reward of the chosen response above an anchor.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `accuracy/anchor` = 1.0 where the reward is
     above anchor_delta.
     Raises ValueError or RuntimeError if the shapes differ.
@@ -71,7 +71,7 @@ if __name__ == "__main__":
     start, _ = anchor_loss(zero, zero)
     torch.testing.assert_close(start, torch.tensor([math.log(2)]))
     # A log-ratio of +20 at beta 0.1 is a reward of 2, 1.5 above an anchor of 0.5.
-    loss, _ = anchor_loss(zero + 20, zero, anchor_delta=0.5)
+    loss, _ = anchor_loss(zero - 30, zero - 50, anchor_delta=0.5)
     torch.testing.assert_close(loss, torch.tensor([math.log(1 + math.exp(-1.5))]))
     print(f"anchor ok: starts at {start.item():.6f} = ln 2,"
           f" 1.5 above the anchor gives {loss.item():.6f} = ln(1 + e^-1.5)")

@@ -54,7 +54,7 @@ def bdhs_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected one and over the one generated with a hidden image.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/generated` and `accuracy/generated` the same for chosen and generated.
@@ -92,7 +92,7 @@ if __name__ == "__main__":
     start, _ = bdhs_loss(zero, zero, zero, zero, zero, zero)
     torch.testing.assert_close(start, torch.tensor([math.log(2)]))
     # Log-ratios +20, -10, +10 at beta 0.1 are rewards 2, -1, 1: margins 3 and 1, averaged.
-    loss, _ = bdhs_loss(zero + 20, zero - 10, zero + 10, zero, zero, zero)
+    loss, _ = bdhs_loss(zero - 30, zero - 70, zero - 60, zero - 50, zero - 60, zero - 70)
     torch.testing.assert_close(
         loss, torch.tensor([(math.log(1 + math.exp(-3)) + math.log(1 + math.exp(-1))) / 2]))
     print(f"bdhs ok: starts at {start.item():.6f} = ln 2,"

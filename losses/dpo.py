@@ -60,7 +60,7 @@ def dpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive.
     Raises ValueError or RuntimeError if the shapes differ, ValueError on an impossible option.
@@ -98,6 +98,6 @@ if __name__ == "__main__":
     start, _ = dpo_loss(zero, zero, zero, zero)
     torch.testing.assert_close(start, torch.tensor([math.log(2)]))
     # Log-ratios +20 and -10 at beta 0.1 are rewards 2 and -1: margin 3, -log sigma(3) = ln(1 + e^-3).
-    loss, _ = dpo_loss(zero + 20, zero - 10, zero, zero)
+    loss, _ = dpo_loss(zero - 30, zero - 70, zero - 50, zero - 60)
     torch.testing.assert_close(loss, torch.tensor([math.log(1 + math.exp(-3))]))
     print(f"dpo ok: starts at {start.item():.6f} = ln 2, margin 3 gives {loss.item():.6f} = ln(1 + e^-3)")

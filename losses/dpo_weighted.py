@@ -87,8 +87,8 @@ def dpo_weighted_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response, above all where they differ.
 
-    Args: token log-probs, boolean response masks and boolean marks of changed tokens, (B, L) each; gradient
-    flows through the policy's log-probs.
+    Args: token log-probs, the policy's with gradient, the reference's without, boolean response masks and boolean
+    marks of changed tokens, (B, L) each.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `changed/NAME` the share of changed tokens.
@@ -149,7 +149,7 @@ if __name__ == "__main__":
     start, _ = dpo_weighted_loss(zero, zero, zero, zero, mask, mask, marks, marks)
     torch.testing.assert_close(start, torch.tensor([math.log(2)]))
     # Log-ratio +4 on each changed token of y_w: s = 3 * 5 * 4 / (5 + 3 * 5) = 3, reward 0.5 * 3 = 1.5.
-    loss, _ = dpo_weighted_loss(4.0 * marks, zero, zero, zero, mask, mask, marks, marks)
+    loss, _ = dpo_weighted_loss(4.0 * marks - 5, zero - 6, zero - 5, zero - 6, mask, mask, marks, marks)
     torch.testing.assert_close(loss, torch.tensor([math.log(1 + math.exp(-1.5))]))
     print(f"dpo_weighted ok: starts at {start.item():.6f} = ln 2,"
           f" margin 1.5 gives {loss.item():.6f} = ln(1 + e^-1.5)")

@@ -56,7 +56,8 @@ def ipo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response by a fixed gap of log-ratios.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's. Masks of the tokens, (B, L), bool.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without. Masks of the
+    tokens, (B, L), bool.
     Returns: loss (B,) in squared nats; metrics, each (B,) and detached: `reward/NAME` of each sequence (beta
     times its log-ratio, by token with reduction "mean"), `margin` = chosen minus rejected reward, 1/2 where
     the loss is 0, `accuracy` = 1.0 where the margin is positive.
@@ -97,9 +98,11 @@ if __name__ == "__main__":
     start, _ = ipo_loss(zero, zero, zero, zero, mask, mask)
     torch.testing.assert_close(start, torch.tensor([25.0]))
     # Log-ratios +4 and -2: h = 6, target 1 / 0.2 = 5. By token, two each: h = 3.
-    loss, _ = ipo_loss(zero + 4, zero - 2, zero, zero, mask, mask)
+    logps = zero - 46, zero - 62, zero - 50, zero - 60
+    loss, metrics = ipo_loss(*logps, mask, mask)
     torch.testing.assert_close(loss, torch.tensor([1.0]))
-    by_token, _ = ipo_loss(zero + 4, zero - 2, zero, zero, mask, mask, reduction="mean")
+    torch.testing.assert_close(metrics["margin"], torch.tensor([0.6]))
+    by_token, _ = ipo_loss(*logps, mask, mask, reduction="mean")
     torch.testing.assert_close(by_token, torch.tensor([4.0]))
     print(f"ipo ok: starts at {start.item():.6f} = 5^2, h = 6 gives {loss.item():.6f} = (6 - 5)^2,"
           f" h = 3 gives {by_token.item():.6f} = (3 - 5)^2")

@@ -79,7 +79,7 @@ def lpoi_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected one, anchor it, and rank its images by what they still show.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/hidden100` and `accuracy/hidden100` the same for chosen and hidden100,
@@ -126,7 +126,8 @@ if __name__ == "__main__":
     # Rewards at beta 0.1: the rejected response -1; the images ln 8, ln 4, ln 2, 0 and 0, so that the best of those
     # left always has half of the sum: 8 of 8 + 4 + 2 + 1 + 1, 4 of 8, 2 of 4, 1 of 2.
     logs = [10 * math.log(2) * power for power in (3, 2, 1, 0, 0)]
-    loss, _ = lpoi_loss(zero + logs[0], zero - 10, *(zero + log for log in logs[1:]), *[zero] * 6)
+    reference = [zero - 50 - 5 * i for i in range(6)]
+    loss, _ = lpoi_loss(*(r + ratio for r, ratio in zip(reference, [logs[0], -10, *logs[1:]])), *reference)
     expected = math.log(1 + math.exp(-1) / 8) + math.log(1 + 1 / 8) + 4 * math.log(2)
     torch.testing.assert_close(loss, torch.tensor([expected]))
     print(f"lpoi ok: starts at {start.item():.6f} = ln 480,"

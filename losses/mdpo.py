@@ -61,7 +61,7 @@ def mdpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected one and its image over a crop, and anchor its reward.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/cropped` and `accuracy/cropped` the same for chosen and cropped,
@@ -100,7 +100,7 @@ if __name__ == "__main__":
     start, _ = mdpo_loss(zero, zero, zero, zero, zero, zero)
     torch.testing.assert_close(start, torch.tensor([3 * math.log(2)]))
     # Log-ratios +20, -10, +10 at beta 0.1 are rewards 2, -1, 1: margins 3 and 1, and 2 above the anchor.
-    loss, _ = mdpo_loss(zero + 20, zero - 10, zero + 10, zero, zero, zero)
+    loss, _ = mdpo_loss(zero - 30, zero - 70, zero - 60, zero - 50, zero - 60, zero - 70)
     torch.testing.assert_close(loss, torch.tensor([sum(math.log(1 + math.exp(-x)) for x in (3, 1, 2))]))
     print(f"mdpo ok: starts at {start.item():.6f} = 3 ln 2,"
           f" margins 3, 1 and 2 give {loss.item():.6f} = ln(1 + e^-3) + ln(1 + e^-1) + ln(1 + e^-2)")

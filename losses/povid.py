@@ -70,7 +70,7 @@ def povid_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response and over what the model sees in a noisy image.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/noisy` and `accuracy/noisy` the same for chosen and noisy.
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     start, _ = povid_loss(zero, zero, zero, zero, zero, zero)
     torch.testing.assert_close(start, torch.tensor([math.log(2)]))
     # Log-ratios +20, -10, +10 at beta 0.1 are rewards 2, -1, 1: margins 3 and 1.
-    loss, _ = povid_loss(zero + 20, zero - 10, zero + 10, zero, zero, zero)
+    loss, _ = povid_loss(zero - 30, zero - 70, zero - 60, zero - 50, zero - 60, zero - 70)
     torch.testing.assert_close(loss, torch.tensor([sum(math.log(1 + math.exp(-x)) for x in (3, 1)) / 2]))
     print(f"povid ok: starts at {start.item():.6f} = ln 2,"
           f" margins 3 and 1 give {loss.item():.6f} = [ln(1 + e^-3) + ln(1 + e^-1)] / 2")

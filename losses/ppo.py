@@ -62,6 +62,7 @@ Departures
   token (there on padding), and the KL estimate in the reward is not cut at 0.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -269,13 +270,21 @@ def _check_like(mask: torch.Tensor, **tensors: torch.Tensor | None) -> None:
 
 if __name__ == "__main__":
     mask = torch.tensor([[True, True, True, True]])
-    rewards, values = torch.tensor([[-0.1, 0.5, -0.2, 1.0]]), torch.zeros(1, 4)
+    old, reference = torch.tensor([[-1.0, -2.0, -1.5, -3.0]]), torch.tensor([[-1.5, -2.0, -2.5, -3.0]])
+    # -0.2 [0.5, 0, 1, 0] for the KL, 0.5 for the second token, 1 for the response at the last one.
+    rewards = token_rewards(old, reference, mask, torch.tensor([1.0]), torch.tensor([[0.0, 0.5, 0.0, 0.0]]))
+    torch.testing.assert_close(rewards, torch.tensor([[-0.1, 0.5, -0.2, 1.0]]))
+    values = torch.zeros(1, 4)
     advantages, returns = gae(rewards, values, mask)  # 1.0, -.2 + .95, .5 + .95 * .75, -.1 + .95 * 1.2125
     torch.testing.assert_close(advantages, torch.tensor([[1.051875, 1.2125, 0.75, 1.0]]))
     # The policy has not moved: every ratio is 1, the loss is -mean A + 0.1 mean(G^2) / 2.
-    logps = torch.full((1, 4), -1.5, requires_grad=True)
-    loss, metrics = ppo_loss(logps, logps.detach(), advantages, values, values, returns, mask)
+    logps = old.clone().requires_grad_()
+    loss, metrics = ppo_loss(logps, old, advantages, values, values, returns, mask)
     torch.testing.assert_close(loss.mean(), -advantages.mean() + 0.05 * returns.square().mean())
     loss.mean().backward()
     torch.testing.assert_close(logps.grad, -advantages / 4)
+    # Every token twice as likely: what is good counts 1.2 times, what is bad twice.
+    for advantage, expected in ((1.0, -1.2), (-1.0, 2.0)):
+        moved, _ = ppo_loss(old + math.log(2), old, values + advantage, values, values, values, mask)
+        torch.testing.assert_close(moved, torch.tensor([expected]))
     print(f"ppo ok: starts at ratio {metrics['ratio'].item():.6f} with the gradient of plain policy gradient")

@@ -68,7 +68,7 @@ def rdpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response and, for it, the image over the retrieved image.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/retrieved` and `accuracy/retrieved` the same for chosen and retrieved.
@@ -104,7 +104,7 @@ if __name__ == "__main__":
     start, _ = rdpo_loss(zero, zero, zero, zero, zero, zero)
     torch.testing.assert_close(start, torch.tensor([2 * math.log(2)]))
     # Log-ratios +20, -10, +10 at beta 0.1 are rewards 2, -1, 1: margins 3 and 1.
-    loss, _ = rdpo_loss(zero + 20, zero - 10, zero + 10, zero, zero, zero)
+    loss, _ = rdpo_loss(zero - 30, zero - 70, zero - 60, zero - 50, zero - 60, zero - 70)
     torch.testing.assert_close(loss, torch.tensor([math.log(1 + math.exp(-3)) + math.log(1 + math.exp(-1))]))
     print(f"rdpo ok: starts at {start.item():.6f} = 2 ln 2,"
           f" margins 3 and 1 give {loss.item():.6f} = ln(1 + e^-3) + ln(1 + e^-1)")

@@ -42,6 +42,8 @@ Departures
   neither, a score that is not finite is refused.
 """
 
+import math
+
 import torch
 
 
@@ -141,14 +143,21 @@ def _fp32(x: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
+    # Scores (4 - 1) / 2, (4 - 1) / 2, (12 - 1) / 2, (16 - 1) / 2, minus 0.05 times 10, -10, 10, -10 nats.
+    old, reference = torch.full((4,), -20.0), torch.tensor([-30.0, -10.0, -30.0, -10.0])
+    rewards = penalised(torch.tensor([4.0, 4.0, 12.0, 16.0]), old, reference, mean=1.0, std=2.0)
+    torch.testing.assert_close(rewards, torch.tensor([1.0, 2.0, 5.0, 8.0]))
     # Rewards 1, 2, 5, 8: 1 - 15/3, 2 - 14/3, 5 - 11/3, 8 - 8/3.
-    advantages = leave_one_out(torch.tensor([1.0, 2.0, 5.0, 8.0]), torch.zeros(4, dtype=torch.long), k=4)
+    advantages = leave_one_out(rewards, torch.zeros(4, dtype=torch.long), k=4)
     torch.testing.assert_close(advantages, torch.tensor([-4.0, -8 / 3, 4 / 3, 16 / 3]))
     gradients = []
     for clip in (0.0, 0.2):
-        logps = torch.full((4,), -20.0, requires_grad=True)
-        rloo_loss(logps, logps.detach(), advantages, clip=clip)[0].sum().backward()
+        logps = old.clone().requires_grad_()
+        rloo_loss(logps, old, advantages, clip=clip)[0].sum().backward()
         gradients.append(logps.grad)
     torch.testing.assert_close(gradients[0], -advantages)
     torch.testing.assert_close(gradients[1], -advantages)
+    # A response twice as likely: what is good counts 1.2 times, what is bad twice.
+    moved, _ = rloo_loss(old[:2] + math.log(2), old[:2], torch.tensor([1.0, -1.0]), clip=0.2)
+    torch.testing.assert_close(moved, torch.tensor([-1.2, 2.0]))
     print("rloo ok: rewards 1, 2, 5, 8 give advantages -4, -8/3, 4/3, 16/3; one gradient in both forms")

@@ -53,7 +53,7 @@ def slic_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected response until their rewards are 1 apart.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,); metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive.
     Raises ValueError or RuntimeError if the shapes differ.
@@ -113,7 +113,7 @@ if __name__ == "__main__":
     start, _ = slic_loss(zero, zero, zero, zero)
     torch.testing.assert_close(start, torch.tensor([1.0]))
     # Log-ratios +4 and -2 at beta 0.1 are rewards 0.4 and -0.2: margin 0.6.
-    loss, _ = slic_loss(zero + 4, zero - 2, zero, zero)
+    loss, _ = slic_loss(zero - 46, zero - 62, zero - 50, zero - 60)
     torch.testing.assert_close(loss, torch.tensor([0.4]))
     # Log-probs -8 and -8.25: 1 - 0.25 of the margin are missing, and 0.5 * 8 for fine-tuning.
     first, _ = slic_hf_loss(zero - 8, zero - 8.25)

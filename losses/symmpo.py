@@ -81,7 +81,7 @@ def symmpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Prefer the chosen response over the rejected one, and of two similar images for each the response that fits it.
 
-    Args: summed log-probs, (B,) each; gradient flows through the policy's.
+    Args: summed log-probs, (B,) each, the policy's with gradient, the reference's without.
     Returns: loss (B,) in nats; metrics, each (B,) and detached: `reward/NAME` of each sequence,
     `margin` = chosen minus rejected reward, `accuracy` = 1.0 where the margin is positive,
     `margin/image` = Delta and `margin/other` = Delta', with `accuracy/image` and `accuracy/other`,
@@ -131,7 +131,8 @@ if __name__ == "__main__":
     torch.testing.assert_close(start, torch.tensor([4 * math.log(2)]))
     # Log-ratios 20, -10, 10, -20, 30 at beta 0.1 are rewards 2, -1, 1, -2, 3: margin 3, Delta 1, Delta' 5, and 2 and 3
     # above the anchor.
-    loss, _ = symmpo_loss(*(zero + ratio for ratio in (20, -10, 10, -20, 30)), *[zero] * 5)
+    reference = [zero - 50 - 5 * i for i in range(5)]
+    loss, _ = symmpo_loss(*(r + ratio for r, ratio in zip(reference, (20, -10, 10, -20, 30))), *reference)
     costs = [math.log(1 + math.exp(-margin)) for margin in (3, 1, 5, 2, 3)]
     expected = costs[0] + 0.5 * (costs[1] + costs[2]) + 0.0001 * (1 - 5) ** 2 + costs[3] + costs[4]
     torch.testing.assert_close(loss, torch.tensor([expected]))

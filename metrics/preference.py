@@ -64,7 +64,7 @@ def measure(model: Llava, processor: Processor, rows: Sequence[dict], *, root: P
     Raises BadInput where there is no reference, and `data.batch.BadRecord` of a record that cannot be used.
     """
     if reference is None and not lora_layers(model):
-        raise BadInput("no reference policy: the model has no adapters to switch off, so a second model is needed")
+        raise BadInput("preference needs --reference DIR: the model has no adapters that could be switched off")
     said = {}
     for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=None if progress else True):
         batch = collate(rows[start : start + batch_size], SEQUENCES, processor, root)

@@ -262,7 +262,7 @@ def _draw(probs: Tensor, order: Tensor, top_p: float, u: Tensor) -> Tensor:
     total = probs.cumsum(-1)
     inside = total - probs < top_p  # the best token always is
     kept = total.masked_fill(~inside, 0).amax(-1, keepdim=True)
-    rank = (total < u[:, None] * kept).sum(-1, keepdim=True)
+    rank = (total < u[:, None] * kept).sum(-1, keepdim=True)  # u of what is kept: its probabilities renormalised
     return order.gather(1, rank.clamp_max(probs.shape[-1] - 1))[:, 0]
 
 

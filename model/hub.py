@@ -23,6 +23,8 @@ def resolve(name: Path | str) -> Path:
     """Folder of a model. Raises BadInput in one line when there is none and none can be downloaded."""
     folder = Path(name)
     if os.path.isdir(folder):  # False also for what can be no path: too long, a null byte
+        if (folder / "metrics.jsonl").is_file():
+            raise BadInput(f"{name}: is the folder of a run; its model is {folder / 'model'}")
         return folder
     if os.path.isfile(folder):
         raise BadInput(f"{name}: is a file; the folder that holds it is wanted")

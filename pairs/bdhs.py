@@ -1,8 +1,8 @@
-"""BDHS: the model completes the beginnings of a good answer's sentences while hardly seeing the image.
+"""BDHS: the model completes the beginnings of a good response's sentences while hardly seeing the image.
 
 Amirloo et al. 2024, "Understanding Alignment in Multimodal LLMs: A Comprehensive Study", arXiv 2407.02477,
 section 3.4, Eq. 6 and 7, Algorithm 1. No annotator, no second model: what the image no longer says, the
-language model's bias fills in. Given a good answer y+ = y+_1 .. y+_K (sentences), for i = 1 .. N:
+language model's bias fills in. Given a good response y+ = y+_1 .. y+_K (sentences), for i = 1 .. N:
 
     1. mask        rho_1 .. rho_k ~ U(0, 1), one for each image token; visible if rho_i >= rho_th      (Eq. 6)
     2. cut         each sentence, a leading yes or no swapped with probability 1/2, at a random word:
@@ -10,7 +10,7 @@ language model's bias fills in. Given a good answer y+ = y+_1 .. y+_K (sentences
     3. complete    y-_{k,2} ~ pi(. | masked image, x, y+_{<k}, y+_{k,1}), up to the sentence's end   (Eq. 7)
     4. accept      y- = the (y+_{k,1}, y-_{k,2}) one after another, if similarity(y-, y+) < eps_s; else again
 
-The last of several iterations cuts nothing: the model answers freely under the mask, and similarity no longer
+The last of several iterations cuts nothing: the model responds freely under the mask, and similarity no longer
 counts. All sentences of an attempt share its mask and their prompt; each continues the GROUND TRUTH before
 it, unswapped. A hidden image token is a key that no query sees, in any layer; positions stay what they were
 (model/attention.py).
@@ -91,7 +91,7 @@ class Attempt(NamedTuple):
 
     image: str | list[str]
     prompt: str
-    cuts: list[Cut]  # none: a free answer
+    cuts: list[Cut]  # none: a free response
     rho_th: float
     seed: int  # of mask, noise and sampling
 
@@ -135,7 +135,7 @@ def close(sentence: str, original: str) -> str:
 
 
 class Writing:
-    """A cut in tokens (none: a free answer), and how to read what the model adds to it."""
+    """A cut in tokens (none: a free response), and how to read what the model adds to it."""
 
     def __init__(self, processor: Processor, cut: Cut | None):
         """The beginning is encoded as one string, without EOS or a space at its end."""
@@ -143,7 +143,7 @@ class Writing:
         self.start = processor.opening(cut.before + cut.first if cut else "")
 
     def read(self, new: list[int], whole: bool) -> str | None:
-        """The finished sentence (or free answer), None if it is not finished; `whole`: EOS has come."""
+        """The finished sentence (or free response), None if it is not finished; `whole`: EOS has come."""
         text = self.processor.decode([*self.start, *new])[len(self.processor.decode(self.start)) :]
         if self.cut is None:
             return text.strip() if whole else None
@@ -267,7 +267,7 @@ def _attempt(record: dict, iteration: int, free: bool, rho_th: float, swap: floa
 
 
 def _failure(record: dict, text: str | None, differ: bool) -> str:
-    """Why a text cannot be a rejected answer; "" if it can."""
+    """Why a text cannot be a rejected response; "" if it can."""
     if text is None:
         return "not finished within the token limit"
     if differ and text and not names_another(text, record["chosen"]):

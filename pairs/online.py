@@ -9,7 +9,7 @@ al., 2024, arXiv 2402.04792.
                    joins the given pair, losses/bdhs.py averages both losses                             Eq. 5
 
 The samples are data: the loss computes their log-probs again in its own forward pass, so nothing is
-differentiated through the sampling. Ties, duplicates, empty, unfinished and unusable answers teach nothing: such an
+differentiated through the sampling. Ties, duplicates, empty, unfinished and unusable responses teach nothing: such an
 example keeps its place in the batch with weight 0, and the mean divides by all examples of the batch, not by the useful
 ones. That is the paper's mean over what is sampled: there a duplicate is an example whose gradient is 0, and so, while
 policy and reference agree, is in expectation a tie that a coin decides. A pair then counts the same whatever its
@@ -19,12 +19,12 @@ neighbours are and however the batch is cut, and a step with few useful pairs is
     x          records       records with `id`, `image`, `prompt` and, where p > 0, `chosen` and `rejected`
                seeds         one number for each record: all that is drawn for it depends on it alone
     p          offline       share of given pairs; 0 is online DPO, the paper's mixture 0.5
-               samples       answers to each image; the paper draws 2
+               samples       responses to each image; the paper draws 2
                temperature   of the sampling
-               max_new_tokens  of an answer
+               max_new_tokens  of a response
     rho_th     rho_th        BDHS: share of the image tokens that is hidden
     N          iterations    BDHS: attempts, the last one free
-    eps_s      eps_s         BDHS: similarity that a completed answer must stay below
+    eps_s      eps_s         BDHS: similarity that a completed response must stay below
 
 A made record holds `chosen` and `rejected` as token ids, end token included, and `weight`, 0 or 1.
 As in the paper, alpha is drawn for each example. Departure: its annotator is LLaVA-1.6-34B, here any judge
@@ -46,7 +46,7 @@ from pairs.bdhs import bdhs_pairs
 
 def sample(model: Llava, processor: Processor, records: list[dict], seeds: list[int], root: Path | None, *,
            samples: int, temperature: float, max_new_tokens: int) -> list[list[list[int]]]:
-    """Answers of the policy without dropout: [record][sample] token ids, the end token last if it was drawn.
+    """Responses of the policy without dropout: [record][sample] token ids, the end token last if it was drawn.
 
     Records of the same image share one pass of the vision tower.
     """
@@ -67,10 +67,10 @@ def ranked_pairs(records: list[dict], seeds: list[int], model: Llava, processor:
     if not online:
         return result
     drawn = [records[i] for i in online]
-    answers = sample(model, processor, drawn, [seeds[i] for i in online], root, samples=samples,
+    responses = sample(model, processor, drawn, [seeds[i] for i in online], root, samples=samples,
                      temperature=temperature, max_new_tokens=max_new_tokens)
-    texts = [[processor.decode(ids) if ids[-1] == processor.eos_id else "" for ids in group] for group in answers]
-    for i, ids, said, judged in zip(online, answers, texts, judge(drawn, texts), strict=True):
+    texts = [[processor.decode(ids) if ids[-1] == processor.eos_id else "" for ids in group] for group in responses]
+    for i, ids, said, judged in zip(online, responses, texts, judge(drawn, texts), strict=True):
         ranking = order(said, judged) if judged else []
         useful = len(ranking) > 1 and judged[ranking[0]].key < judged[ranking[-1]].key \
             and said[ranking[0]] != said[ranking[-1]]
@@ -90,7 +90,7 @@ def mixed_pairs(records: list[dict], seeds: list[int], model: Llava, processor: 
 def bdhs_triples(records: list[dict], seeds: list[int], model: Llava, processor: Processor, root: Path | None,
                  similarity, *, rho_th: float = 0.99, iterations: int = 5, eps_s: float = 0.97,
                  temperature: float = 1.0, max_new_tokens: int = 96) -> list[dict]:
-    """Online BDHS: each given pair with one more rejected answer, `generated`."""
+    """Online BDHS: each given pair with one more rejected response, `generated`."""
     asked = [{**record, "id": f"{record['id']}/{seed}"} for record, seed in zip(records, seeds)]
     made, _ = bdhs_pairs(asked, model, processor, similarity, root=root, rho_th=rho_th, iterations=iterations,
                          eps_s=eps_s, temperature=temperature, max_new_tokens=max_new_tokens)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import BadInput
+from common import BadInput, held
 from data.batch import BadRecord
 from data.images import open_image, references
 
@@ -66,7 +66,8 @@ def in_chunks(ids: list[str], work: Work, out: Path | None, settings: dict, *, c
     done = {name for part in parts(out) for line in _lines(part, header) for name in line["ids"]}
     barrier()  # all have read before any writes
     rows = [row for row in range(rank, len(ids), world) if ids[row] not in done]
-    with _open(out.with_name(f"{out.name}.part-{rank}"), header) as file:
+    own = out.with_name(f"{out.name}.part-{rank}")
+    with held(own), _open(own, header) as file:
         for line in results(rows):
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()

@@ -30,7 +30,8 @@ Departures from the paper, whose pair-making code is not public
 - Similarity: the paper compares embeddings of all-mpnet-base-v2. The default is `clip_similarity`, which
   compares the mean CLIP embeddings of the sentences; with a sentence-transformers folder pass
   `SentenceEncoder(folder).similarity` (judges/sentence.py).
-- The paper gives neither k nor the image feature: k is an argument, the feature CLIP's projected embedding.
+- The paper embeds images with the vision encoder of its models (clip-vit-large-patch14), and says neither which of its
+  outputs it compares nor k: here CLIP's projected embedding and an option, `top_k`.
 """
 
 import re
@@ -169,7 +170,7 @@ def fill(jobs: list[Job], write: Callable[[list[int], list[str]], list[str]]) ->
         rows = [row for row, job in enumerate(jobs) if gap < len(job.spans)]
         proposals = write(rows, [done[row].rstrip() for row in rows])
         for row, proposal in zip(rows, proposals):
-            text, spans = jobs[row].text, [*jobs[row].spans, (len(jobs[row].text), 0)]
+            text, spans = jobs[row].text, [*jobs[row].spans, (len(jobs[row].text), 0)]  # a last gap is the text's end
             (start, end), stop = spans[gap], spans[gap + 1][0]
             done[row] += suit(proposal, text[start:end]) + text[end:stop]
     return done

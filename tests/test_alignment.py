@@ -48,6 +48,16 @@ def test_every_row_is_a_command_that_train_takes(name):
     assert args.data == (alignment.pairs_file(row.method, 3, ARGS.out) if row.method else None)
 
 
+def test_a_row_that_cannot_be_made_is_refused_before_the_start_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(alignment, "measure", None)
+    assert [alignment.known_row(name) for name in (*ALL, "reward_model")] == [*ALL, "reward_model"]
+    for name in ("nope", "dpo/nope", "dpo, clean"):
+        monkeypatch.setattr(sys, "argv", ["alignment.py", "--rows", "dpo", name])
+        with pytest.raises(SystemExit) as ended:
+            alignment.main()
+        assert ended.value.code == 2 and f"{name!r} is no loss" in capsys.readouterr().err
+
+
 def test_rows_are_kept_apart():
     assert len({alignment.folder_of(name, 0, ARGS.out) for name in (*ALL, "reward_model")}) == len(ALL) + 1
     assert [alignment.folder_of(name, 2, ARGS.out) for name in ("sft, then dpo", "dpo/bdhs", "slic_hf")] == [

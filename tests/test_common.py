@@ -1,13 +1,15 @@
 """Strict JSON: every way of being broken is one line that names the file. Options from signatures; whole files."""
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 import common
-from common import parse_json, read_json, versions
+from common import BadInput, held, parse_json, read_json, versions
 
 BROKEN = {
     b"\xff{}": "not UTF-8 (invalid start byte at byte 0)",
@@ -91,3 +93,42 @@ def test_a_file_that_could_not_be_written_leaves_the_former_one(tmp_path):
         raise KeyError
     (path,) = (tmp_path / "deep").iterdir()
     assert (path.name, path.read_text()) == ("a.txt", "one")
+
+
+def test_a_place_where_no_file_can_be_is_bad_input(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "file" / "a", "File exists"),
+                         (tmp_path / "file" / "b" / "a", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(BadInput, match=f"^{path}: cannot be written \\({reason}\\)$"):
+            common.write_text(path, "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+HOLDS = "import sys, time; from common import held\nwith held(__import__('pathlib').Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("name", ["", "part-0"])
+def test_two_processes_cannot_write_the_same(tmp_path, name):
+    """A folder or a file; one that was killed holds nothing, and what was held leaves nothing behind."""
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / name], stdout=subprocess.PIPE, cwd=common.HOME)
+    other.stdout.readline()
+    try:
+        with pytest.raises(BadInput, match="another run is writing it"), held(tmp_path / name):
+            pass
+        with held(tmp_path / "part-1"):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with held(tmp_path / name), held(tmp_path / name):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_a_file_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert common.unwritable(tmp_path / "new" / "folder" / "a.txt") == common.unwritable(tmp_path / "file") == ""
+    assert common.unwritable(tmp_path) == "it is no regular file"
+    assert common.unwritable(tmp_path / "file" / "a.txt") == "Not a directory"
+    assert common.unwritable(tmp_path / ("x" * 300)) == "File name too long"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -3,12 +3,13 @@
 import copy
 import json
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import evaluate
-from common import BadInput, options_of
+from common import BadInput, options_of, run_script
 from evaluate import BENCHMARKS
 from metrics.compare import PUBLISHED, Run, at, compare, differences, picture, read_published, read_runs
 
@@ -138,7 +139,7 @@ def test_command_line(tmp_path, capsys):
     for words, message in ((["--compare", str(tmp_path / "none")], "none: "),
                            (["--compare=" + str(a), "--model", "x"], "--model")):  # fmt: skip
         with pytest.raises(SystemExit) as end:
-            evaluate.main(words)
+            run_script(partial(evaluate.main, words), "evaluate.py")
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import pytest
 import small
 from test_checkpoint import ANYRES, VICUNA, original
 
+from common import BadInput
 from model.config import clip_config, read_config
 from model.families import family_of
 from model.families.llava import llava_config, read, tower_folder
@@ -194,6 +195,9 @@ def test_names_that_are_no_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json: is a file; the folder that holds it is wanted"):
         resolve(tmp_path / "config.json")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(BadInput, match="is the folder of a run; its model is .*/model$"):
+        resolve(tmp_path)
     for name in ("x" * 5000, "a\0b"):
         with pytest.raises(ValueError, match="no such folder, and not a hub id"):
             resolve(name)

@@ -207,7 +207,7 @@ def test_the_gallery_shows_it(tmp_path):
 
 def test_who_writes_whole_responses_says_so(tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [RECORD])
-    with pytest.raises(BadInput, match=r"p.jsonl: its answers continue a 'context', a loss that samples"):
+    with pytest.raises(BadInput, match=r"p.jsonl: its responses continue a 'context', a loss that samples"):
         read_records(tmp_path / "p.jsonl", LOSSES["mixed_dpo"])
     assert read_records(tmp_path / "p.jsonl", LOSSES["dpo"]).records == [RECORD]
     assert read_records(tmp_path / "p.jsonl", LOSSES["ppo"]).records == \

@@ -491,6 +491,14 @@ def test_pictures_that_are_lists_as_candidates_move_too(tmp_path):
     (["--method", "adavip", "--detector", "nowhere.json"], "nowhere.json: not found"),
     (["--method", "bdhs", "--sentence-model", "nowhere"], "nowhere: no such folder"),
     (["--method", "povid", "--noise-step", "1000"], "--noise-step must be in [0, 999], not 1000"),
+    (["--seed", "-1"], "--seed must be in [0, 1e9], not -1"),
+    (["--out", "/dev/null/x.jsonl"], "/dev/null/x.jsonl: cannot be written (Not a directory)"),
+    (["--out", ".", "--overwrite"], ".: cannot be written (it is no regular file)"),
+    (["--cache", "/dev/null/x"], "--cache /dev/null/x: cannot be written (Not a directory)"),
+    (["--out", "x.html", "--gallery"], "x.html: --gallery writes its page there"),
+    (["--scenes", "1000001"], "--scenes 1000001: a split has 1,000,000"),
+    (["--device", "gpu"], "--device 'gpu' is none of cpu, cuda, cuda:1"),
+    (["--device", "cuda:99"], "--device cuda:99: torch finds"),
     (["--rho", "1"], "unrecognized arguments"),
     (["--resume"], "--resume: there are no part files of runs/pairs-rank.jsonl"),
     (["--resume", "--overwrite"], "which of them?"),
@@ -608,12 +616,12 @@ def test_the_manual_lists_every_method():
 
 
 def test_every_option_has_a_meaning_and_a_range():
-    """The tables in the headers of the files name all options; numbers without a range are seeds."""
+    """The tables in the headers of the files name all options."""
     for method, (functions, _) in METHODS.items():
         found = options_of(*with_tools(*functions))
         assert [name for name in found if not meaning(name, *with_tools(*functions))] == []
         numbers = {name for name, (_, default) in found.items() if type(default) in (int, float)}
-        assert numbers - {"seed"} <= set(" ".join(RANGES.values()).split()), method
+        assert numbers <= set(" ".join(RANGES.values()).split()), method
 
 
 def test_a_method_begins_where_the_records_are():
@@ -648,6 +656,8 @@ def test_ranges():
     for name, value in (("x", 1.0), ("y", -0.1), ("z", 0), ("z", float("inf")), ("x", float("nan"))):
         with pytest.raises(BadInput, match=f"--{name} must be in .* not {value}"):
             check_ranges({name: value}, ranges)
+    with pytest.raises(BadInput, match="^--x must be in .*\n--y must be in .*$"):
+        check_ranges({"x": 1.0, "y": -0.1, "z": 1.0}, ranges)
 
 
 def test_every_record_has_a_seed_of_its_own():

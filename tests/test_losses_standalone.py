@@ -2,12 +2,17 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from losses.dpo import dpo_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = sorted(path for path in (ROOT / "losses").glob("*.py") if path.name != "__init__.py")
@@ -36,8 +41,20 @@ def run(script):
 sys.meta_path.insert(0, NoProject)
 print(json.dumps({{script: run(script) for script in sys.argv[1:]}}))
 """
+# What a self-check has to notice, wherever a loss has it: the sign of the reference, which reference is whose, and beta.
+MUTANTS = [("(precision) - reference", "(precision) + reference"), ("(precision) - reference", "(precision) - 0 * reference"),
+           ("[reference_chosen_logps, reference_rejected_logps", "[reference_rejected_logps, reference_chosen_logps"),
+           ("beta * (", "("), ("beta * _", "_"), ("-kl_coef * kl", "kl_coef * kl"), ("- kl_coef * kl", "+ kl_coef * kl"),
+           ("torch.maximum(plain", "torch.minimum(plain")]
 STATEMENTS = ("import losses", "from model import attention", "import train")
 SCRIPT = {statement: f"statement{i}.py" for i, statement in enumerate(STATEMENTS)}
+
+
+def mutants(path: Path) -> list[str]:
+    """The mutants of a loss file."""
+    source = path.read_text(encoding="utf-8")
+    head, body = source.split("\n# sequence name", 1) if "\n# sequence name" in source else source.split("\nimport torch\n", 1)
+    return [source.removesuffix(body) + body.replace(right, wrong, 1) for right, wrong in MUTANTS if right in body]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +69,9 @@ def said(tmp_path_factory) -> dict[str, tuple[str, str]]:
     source = (ROOT / "losses" / "dpo.py").read_text(encoding="utf-8")
     (folder / "broken.py").write_text(source.replace("F.logsigmoid(margin)", "F.logsigmoid(-margin)"), encoding="utf-8")
     assert source.count("F.logsigmoid(margin)") >= 1
+    for path in LOSSES:
+        for i, text in enumerate(mutants(path)):
+            (folder / f"{path.stem}-{i}.py").write_text(text, encoding="utf-8")
     done = subprocess.run([sys.executable, "-I", "-c", RUNNER, *(path.name for path in folder.iterdir())], cwd=folder,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -93,6 +113,32 @@ def test_the_runner_refuses_project_imports(statement, said):
 def test_a_wrong_self_check_fails(said):
     """The self-check can fail: a copy of dpo.py with the margin's sign turned over does not pass."""
     assert "Traceback" in said["broken.py"][1] and " ok: " not in said["broken.py"][0]
+
+
+@pytest.mark.parametrize("source", LOSSES, ids=lambda path: path.stem)
+def test_the_self_check_notices_a_wrong_reference_sign_or_beta(source, said):
+    if source.stem not in ("sft", "reward_model", "fisao"):  # which have neither
+        assert mutants(source)
+    for i in range(len(mutants(source))):
+        console, errors = said[f"{source.stem}-{i}.py"]
+        assert "AssertionError" in errors and console == "", mutants(source)[i]
+
+
+def test_the_loop_of_the_readme():
+    """Position t predicts token t + 1, only tokens of the response count, and the reference gets no gradient."""
+    block = re.search("```python\n(.*?)```", (ROOT / "losses" / "README.md").read_text(), re.DOTALL)[1]
+    torch.manual_seed(0)
+    tables = [torch.randn(5, 5, requires_grad=True) for _ in range(2)]  # (token, next token)
+    models = [lambda input_ids, table=table: SimpleNamespace(logits=table[input_ids]) for table in tables]
+    ids, mask = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]]), torch.tensor([[False, False, True, True]] * 2)
+    names = {"torch": torch, "dpo_loss": dpo_loss, "images": {}, "model": models[0], "reference_model": models[1],
+             "chosen": (ids, mask), "rejected": (ids.flip(0), mask)}
+    exec(block, names)
+    first, second = (table.log_softmax(-1) for table in tables)
+    ratios = [(t[2, 3] + t[3, 4], t[3, 2] + t[2, 1]) for t in (first, second)]
+    margin = 0.1 * ((ratios[0][0] - ratios[0][1]) - (ratios[1][0] - ratios[1][1]))
+    torch.testing.assert_close(names["losses"], torch.nn.functional.softplus(torch.stack([-margin, margin])))
+    assert tables[0].grad is not None and tables[1].grad is None
 
 
 def test_init_is_empty():

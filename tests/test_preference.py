@@ -80,7 +80,7 @@ def test_a_second_model_is_the_reference_with_its_own_adapters(policy, processor
 def test_without_any_reference_it_is_refused(processor):
     model = load_llava(DEFAULT_MODEL)
     merge_lora(model)
-    with pytest.raises(BadInput, match="second model"):
+    with pytest.raises(BadInput, match="^preference needs --reference DIR"):
         preference.measure(model, processor, ROWS)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common import BadInput
 from data.records import write_jsonl
 from pairs.progress import forget, in_chunks
 
@@ -143,3 +144,24 @@ def test_a_killed_process(tmp_path):
 
     made, _ = in_chunks([str(i) for i in range(500)], work, out, {})
     assert 0 < len(left) < 495 and [record["id"] for record in made] == [str(i) for i in range(500)]
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    """The second one before it writes; the first goes on."""
+    ids, out = [str(i) for i in range(4)], tmp_path / "p.jsonl"
+    code = ("import sys, time; from collections import Counter; from pathlib import Path; from pairs.progress import in_chunks\n"
+            "def work(rows): print(flush=True); time.sleep(60)\n"
+            f"in_chunks({ids}, work, Path(sys.argv[1]), {{}}, chunk=2)")
+    first = subprocess.Popen([sys.executable, "-c", code, out], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    first.stdout.readline()
+    part = tmp_path / "p.jsonl.part-0"
+    before = part.read_bytes()
+    try:
+        with pytest.raises(BadInput, match="p.jsonl.part-0: another run is writing it"):
+            in_chunks(ids, lambda rows: ([], Counter()), out, {}, chunk=2)
+        assert part.read_bytes() == before
+    finally:
+        first.kill()
+        first.communicate()
+    assert in_chunks(ids, lambda rows: ([], Counter(rows=len(rows))), out, {}, chunk=2) == ([], Counter(rows=4))
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl.part-0"]

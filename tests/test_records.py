@@ -64,6 +64,7 @@ def test_what_is_written_is_read_back(tmp_path):
     ({"prompt": "USER: What? ASSISTANT: "}, "'prompt' ends as a template does"),
     ({"prompt": "<image>\n"}, "'prompt' is empty"),
     ({"image": "https://x.org/a.png"}, "'https://x.org/a.png' is a URL"),
+    ({"image": "S3://bucket/a.png"}, "'S3://bucket/a.png' is a URL"),
     ({"image": "iVBORw0KGgo" * 1000}, "'image': 11,000 characters are no path"),
     ({"image": "a\nb.png"}, "a\\nb.png"),
     ({"source": {"says": ["\ud83d"]}}, "'source' holds half a character"),

@@ -859,6 +859,8 @@ def test_places_that_cannot_be_written_are_named_first(folder, tmp_path, monkeyp
                  ["--out", str(tmp_path / "out"), "--reference-cache", str(tmp_path / "file" / "cache")]):
         with pytest.raises(ValueError, match="file.*: cannot write into this folder"):
             train.main(command(folder, "unused", *more))
+    with pytest.raises(BadInput, match="^--reference-cache .*: is a folder, a file is wanted$"):
+        train.main(command(folder, "unused", "--out", str(tmp_path / "out"), "--reference-cache", str(tmp_path)))
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import prepare
+import results
 import train
 from common import BadInput, meaning
 from data import scenes
@@ -216,6 +217,38 @@ def test_bad_pairs_are_all_listed_before_training(pairs, tmp_path):
     with pytest.raises(ValueError) as error:
         train.main(arguments(path, tmp_path / "out", "--loss", "adavip"))
     assert ":2:" in str(error.value) and ":4:" in str(error.value)
+
+
+def test_fewer_records_than_a_batch_are_refused_before_the_model_is_loaded(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(BadInput, match=r"pairs.jsonl: \d+ records are fewer than one batch of 400 \(--batch-size\)"):
+        train.main(arguments(pairs, tmp_path / "out", "--loss", "dpo", "--batch-size", "400"))
+
+
+def test_an_out_that_another_run_is_writing_is_refused(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    code = "import sys, time; from common import held; from pathlib import Path\nwith held(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=HOME)
+    other.stdout.readline()
+    try:
+        with pytest.raises(BadInput, match=f"^{tmp_path}: another run is writing it$"):
+            train.main(arguments(pairs, tmp_path, "--loss", "dpo", "--overwrite"))
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_file_is_read_once(pairs, tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr(prepare, "load", lambda *args, load=prepare.load, **more: reads.append(args) or load(*args, **more))
+    assert train.main(arguments(pairs, tmp_path / "out", "--loss", "dpo", "--steps", "1")) == 0 and len(reads) == 1
+
+
+@pytest.mark.parametrize("scenes", [1, 2])
+def test_a_few_scenes_can_be_measured(scenes):
+    values, said = results.measure(load_llava(DEFAULT_MODEL), Processor(DEFAULT_MODEL), scenes, "test")
+    assert len(said) == scenes and "CHAIR_s" in values and "asked count" not in values
 
 
 # ---- bad records ---------------------------------------------------------------------------------------------
