@@ -3,7 +3,6 @@ many faults is refused in few lines, and the signatures of functions become the 
 
 import argparse
 import errno
-import fcntl
 import inspect
 import json
 import os
@@ -19,6 +18,11 @@ from contextlib import contextmanager
 from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 HOME = Path(__file__).resolve().parent
 
@@ -84,7 +88,10 @@ def unwritable(path: Path) -> str:
 @contextmanager
 def held(path: Path) -> Iterator[None]:
     """Inside, this process alone writes a file or folder: a lock lies next to the file, or in the folder. Raises
-    BadInput where another process has it; one that was killed has none."""
+    BadInput where another process has it; one that was killed has none. Windows has no such locks."""
+    if fcntl is None:
+        yield
+        return
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     with lock.open("w") as file:
         try:
