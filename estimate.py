@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch, MicroBatches, collate, scored, tokens_of
+from data.batch import Batch, collate, scored, tokens_of
 from data.images import references
+from data.order import MicroBatches
 from data.processor import Processor
 from model.checkpoint import outline
 from model.estimate import Cost, cost_of, hollow, kept

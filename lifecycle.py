@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import BadInput, remove_unfinished, versions
-from data.batch import BadRecord, Batch, Drawn, collate
+from data.batch import BadRecord, Batch, collate
+from data.order import Drawn
 from data.processor import Processor
 from model import resume, training
 from model.checkpoint import save_json

@@ -61,7 +61,8 @@ from tqdm import tqdm
 import estimate
 import reinforce
 from common import held, run_script
-from data.batch import Batch, Drawn, MicroBatches, with_seeds, without_bad
+from data.batch import Batch, with_seeds, without_bad
+from data.order import Drawn, MicroBatches
 from data.processor import Processor
 from lifecycle import (
     STARTING,

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import reinforce
 import train
-from data.batch import Batch, Drawn
+from data.batch import Batch
+from data.order import Drawn
 from data.processor import Processor
 from judges.scores import Score
 from model.logprobs import Packed

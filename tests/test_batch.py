@@ -8,7 +8,8 @@ import torch
 
 import data.batch
 from common import BadInput
-from data.batch import BadRecord, Drawn, MicroBatches, Scored, collate, fields_of, with_seeds, without_bad
+from data.batch import BadRecord, Scored, collate, fields_of, with_seeds, without_bad
+from data.order import Drawn, MicroBatches
 from losses.rdpo import SEQUENCES
 from model.views import View
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import train
 from common import BadInput
-from data.batch import BadRecord, MicroBatches, collate, dealt, filled, tokens_of
+from data.batch import BadRecord, collate, tokens_of
+from data.order import MicroBatches, dealt, filled
 from data.processor import Processor
 from losses import adavip, lpoi
 from model.checkpoint import DEFAULT_MODEL
@@ -68,7 +69,7 @@ def test_grouped_batches_are_of_similar_lengths_and_in_no_order():
 
 def test_lengths_are_grouped_within_windows(monkeypatch):
     """With windows of two batches only eight consecutive records of the shuffled order are sorted together."""
-    monkeypatch.setattr("data.batch.WINDOW", 2)
+    monkeypatch.setattr("data.order.WINDOW", 2)
     plain, plan = batches(), batches(group_by_length=True)
     for first, last in ((0, 8), (8, 16), (16, 24), (24, 32), (32, 40), (40, 42), (42, 44), (44, 52)):
         assert sorted(map(plan.row, range(first, last))) == sorted(map(plain.row, range(first, last)))
