@@ -81,6 +81,8 @@ RANGES = {  # what numbers may be: interval -> options
     "[1, 1e9]": "scenes batch_size samples max_new_tokens max_sentences top_k nprobe iterations dilation",
     "[0, 1e9]": "visible seed",
     "[0, 10]": "temperature",
+    "[2, 1e9]": "rank_pairs.samples",  # a best and a worst one
+    "(0, 10]": "rank_pairs.temperature",
     "[0, 999]": "noise_step",
     "[0, 1]": "rho_th max_area tag_threshold box_threshold overlap",
     "[-1, 1]": "tau",
@@ -138,7 +140,7 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse, all at once, what could not be done or written in the end. Raises BadInput."""
-    check_ranges(vars(args), RANGES)
+    check_ranges(vars(args), RANGES, *METHODS[args.method].functions)
     refuse([*split_problems(args), *device_problems(args), *place_problems(args)])
 
 

@@ -491,6 +491,8 @@ def test_pictures_that_are_lists_as_candidates_move_too(tmp_path):
     (["--method", "adavip", "--detector", "nowhere.json"], "nowhere.json: not found"),
     (["--method", "bdhs", "--sentence-model", "nowhere"], "nowhere: no such folder"),
     (["--method", "povid", "--noise-step", "1000"], "--noise-step must be in [0, 999], not 1000"),
+    (["--method", "adavip", "--samples", "1"], "--samples must be in [2, 1e9], not 1"),
+    (["--temperature", "0"], "--temperature must be in (0, 10], not 0"),
     (["--seed", "-1"], "--seed must be in [0, 1e9], not -1"),
     (["--out", "/dev/null/x.jsonl"], "/dev/null/x.jsonl: cannot be written (Not a directory)"),
     (["--out", ".", "--overwrite"], ".: cannot be written (it is no regular file)"),
