@@ -36,6 +36,7 @@ class BadInput(ValueError):
 # in the code.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 PLACE = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # a file system that has none
 
 
 @contextmanager
@@ -88,7 +89,8 @@ def unwritable(path: Path) -> str:
 @contextmanager
 def held(path: Path) -> Iterator[None]:
     """Inside, this process alone writes a file or folder: a lock lies next to the file, or in the folder. Raises
-    BadInput where another process has it; one that was killed has none. Windows has no such locks."""
+    BadInput where another process has it; one that was killed has none. On Windows and on a file system
+    without such locks nothing is refused."""
     if fcntl is None:
         yield
         return
@@ -98,8 +100,9 @@ def held(path: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock a loader's processes would keep
         except (BlockingIOError, PermissionError):
             raise BadInput(f"{path}: another run is writing it") from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         try:
             yield
         finally:

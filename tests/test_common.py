@@ -1,8 +1,10 @@
 """Strict JSON: every way of being broken is one line that names the file. Options from signatures; whole files."""
 
 import argparse
+import errno
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -123,6 +125,16 @@ def test_two_processes_cannot_write_the_same(tmp_path, name):
     with held(tmp_path / name), held(tmp_path / name):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number, passes", [(errno.ENOLCK, True), (errno.EIO, False)])
+def test_without_locks_nothing_is_refused(tmp_path, monkeypatch, number, passes):
+    def lockf(*_):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(common.fcntl, "lockf", lockf)
+    with nullcontext() if passes else pytest.raises(OSError, match="no"), held(tmp_path):
+        assert passes
 
 
 def test_where_a_file_can_be_written(tmp_path):
